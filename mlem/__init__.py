@@ -1,0 +1,1 @@
+"""mlem: train a family of diffusion networks of increasing size, and sample it fast."""
