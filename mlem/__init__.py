@@ -1,1 +1,32 @@
 """mlem: train a family of diffusion networks of increasing size, and sample it fast."""
+
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from mlem.family import Family as Family
+    from mlem.family import Level as Level
+    from mlem.sampling import Result as Result
+    from mlem.sampling import sample as sample
+    from mlem.schedule import NoiseSchedule as NoiseSchedule
+    from mlem.schedule import TimeGrid as TimeGrid
+
+_HOMES = {
+    "Family": "family",
+    "Level": "family",
+    "NoiseSchedule": "schedule",
+    "Result": "sampling",
+    "TimeGrid": "schedule",
+    "sample": "sampling",
+}
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> object:
+    # torch takes seconds to import: `--help` and bad options must not wait for it
+    if name not in _HOMES:
+        raise AttributeError(f"module 'mlem' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(f"mlem.{_HOMES[name]}"), name)

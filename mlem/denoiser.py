@@ -1,0 +1,105 @@
+"""Denoisers: callables `eps = denoiser(x, t)` that estimate the noise in `x_t = alpha_t x_0 + sigma_t z`.
+
+x: (B, ...), the noised data; t: (B,), times in [0, 1]; eps: like x. A network, a closed-form law and (in its
+own package) a weighted sum of levels are all denoisers, and every solver takes any of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from mlem.schedule import NUM_TIMESTEPS, NoiseSchedule
+
+PREDICTIONS = ("v", "eps", "x0")
+"""What a network may predict: `v = alpha eps - sigma x_0` (Salimans and Ho, arXiv:2202.00512), the noise, the data."""
+
+
+class Denoiser(Protocol):
+    """See the module docstring."""
+
+    def __call__(self, x: Tensor, t: Tensor, /) -> Tensor: ...
+
+
+def expand_like(coefficient: Tensor, x: Tensor) -> Tensor:
+    """coefficient: (B,) -> (B, 1, ...) in the dtype of x: (B, ...)."""
+    return coefficient.to(x.dtype).view(-1, *[1] * (x.dim() - 1))
+
+
+def check_prediction(prediction: str) -> str:
+    """`prediction` itself; raises ValueError when it is not one of PREDICTIONS."""
+    if prediction not in PREDICTIONS:
+        raise ValueError(f"prediction must be one of {', '.join(PREDICTIONS)}, got {prediction!r}")
+    return prediction
+
+
+def training_target(prediction: str, x_0: Tensor, z: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """What the network should predict for data x_0 and noise z, both (B, ...); alpha, sigma: (B,)."""
+    alpha, sigma = expand_like(alpha, x_0), expand_like(sigma, x_0)
+    return {"v": alpha * z - sigma * x_0, "eps": z, "x0": x_0}[prediction]
+
+
+def prediction_to_eps(prediction: str, output: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """The noise estimate that a network's output stands for; output, x: (B, ...), alpha, sigma: (B,).
+
+    x0 prediction divides by sigma: t = 0 is out of range there.
+    """
+    if prediction == "eps":
+        return output
+    alpha, sigma = expand_like(alpha, x), expand_like(sigma, x)
+    return sigma * x + alpha * output if prediction == "v" else (x - alpha * output) / sigma
+
+
+class NetworkDenoiser:
+    """A network under a schedule. network(x, timestep) may return a tensor or an object with `.sample` (diffusers)."""
+
+    def __init__(self, network: nn.Module | Callable[..., Any], schedule: NoiseSchedule, prediction: str = "v") -> None:
+        self.network, self.schedule, self.prediction = network, schedule, check_prediction(prediction)
+
+    def predict(self, x: Tensor, t: Tensor) -> Tensor:
+        """The network's raw output at t: like x. The timestep `N t - 1` stays in full precision under autocast."""
+        output = self.network(x, t.float() * NUM_TIMESTEPS - 1)
+        return getattr(output, "sample", output).to(x.dtype)
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
+        return prediction_to_eps(self.prediction, self.predict(x, t), x, alpha, sigma)
+
+
+class MixtureDenoiser:
+    """The exact denoiser of a Gaussian mixture.
+
+    weights: (M,), positive, sum 1; means: (M, d); covariances: (M, d, d), or (M,) variances of round components.
+    With `x ~ N(alpha m, C)`, `C = alpha^2 Sigma + sigma^2 I`, the noise estimate is `sigma C^-1 (x - alpha m)`,
+    averaged over components by their posterior weights. Computed in float64. Samples are flat: x is (B, d).
+    """
+
+    def __init__(self, schedule: NoiseSchedule, weights: Tensor, means: Tensor, covariances: Tensor) -> None:
+        self.schedule = schedule
+        self.weights, self.means = weights.double(), means.double()
+        if covariances.dim() == 1:
+            covariances = covariances.double()[:, None, None] * torch.eye(means.shape[1], dtype=torch.float64)
+        if covariances.shape != (*means.shape, means.shape[1]) or weights.shape != means.shape[:1]:
+            raise ValueError(
+                f"weights (M,), means (M, d) and covariances (M, d, d) must agree, got "
+                f"{tuple(weights.shape)}, {tuple(means.shape)} and {tuple(covariances.shape)}"
+            )
+        self._eigenvalues, self._axes = torch.linalg.eigh(covariances.double())
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        alpha, sigma = self.schedule.alpha(t.double()), self.schedule.sigma(t.double())
+        offset = x.double()[:, None, :] - alpha[:, None, None] * self.means
+        along = torch.einsum("bmd,mde->bme", offset, self._axes)
+        variances = alpha[:, None, None] ** 2 * self._eigenvalues + sigma[:, None, None] ** 2
+        log_density = -0.5 * (along.square() / variances + variances.log()).sum(-1) + self.weights.log()
+        posterior = torch.softmax(log_density, dim=1)
+        pulls = torch.einsum("bme,mde->bmd", along / variances, self._axes)
+        return (sigma[:, None] * torch.einsum("bm,bmd->bd", posterior, pulls)).to(x.dtype)
+
+
+def gaussian_denoiser(schedule: NoiseSchedule, mean: Tensor, covariance: Tensor) -> MixtureDenoiser:
+    """The exact denoiser of N(mean, covariance); mean: (d,), covariance: (d, d). Linear in x."""
+    return MixtureDenoiser(schedule, torch.ones(1), mean[None], covariance[None])

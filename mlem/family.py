@@ -1,0 +1,213 @@
+"""A family: networks of increasing cost for one data set, under one schedule; a folder on disk.
+
+    family/family.json                  the levels in order
+    family/level_xs/mlem.json           schedule, prediction, image shape, data set, what was measured
+    family/level_xs/config.json         the two files of a diffusers model
+    family/level_xs/diffusion_pytorch_model.safetensors
+
+A level's folder stands by itself: `Level.load` reads one. There are no pickles, and nothing is built by a name
+that a file gives.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mlem.denoiser import NetworkDenoiser, check_prediction
+from mlem.files import atomic_write, read_json, sha256, write_json
+from mlem.network import flops, parameters
+from mlem.schedule import NoiseSchedule
+
+FORMAT = 1
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+@dataclass
+class Level:
+    """One network and what is known of it.
+
+    shape: (C, H, W) of an image. data: name of the data set. measured: plain numbers, such as `error`
+    (held-out denoising error), `seconds` (per image) and `steps` (of training).
+    """
+
+    name: str
+    network: nn.Module
+    schedule: NoiseSchedule
+    shape: tuple[int, ...]
+    prediction: str = "v"
+    data: str = ""
+    measured: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_prediction(self.prediction)
+        self.shape = tuple(self.shape)
+        self.network.to(memory_format=torch.channels_last)
+        self.flops = flops(self.network, self.shape)
+        self.parameters = parameters(self.network)
+
+    @property
+    def denoiser(self) -> NetworkDenoiser:
+        """The network as a denoiser."""
+        return NetworkDenoiser(self.network, self.schedule, self.prediction)
+
+    def _common(self) -> dict[str, Any]:
+        """What all levels of a family must agree on."""
+        return {
+            "schedule": self.schedule.to_config(),
+            "prediction": self.prediction,
+            "shape": list(self.shape),
+            "data": self.data,
+        }
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write the level's folder; every file atomically, `mlem.json` (with the checksum) last."""
+        folder = Path(folder)
+        write_weights(folder / WEIGHTS, self.network.state_dict())
+        # the network's own config, as diffusers writes it
+        with atomic_write(folder / "config.json") as file:
+            file.write(self.network.to_json_string().encode())  # type: ignore[operator]
+        own = {"format": FORMAT, "name": self.name, "flops": self.flops, "parameters": self.parameters}
+        checked = {"schedule_hash": self.schedule.fingerprint, "sha256": sha256(folder / WEIGHTS)}
+        write_json(folder / "mlem.json", own | self._common() | checked | {"measured": self.measured})
+
+    @staticmethod
+    def load(folder: str | os.PathLike[str]) -> Level:
+        """Read a level's folder. Raises ValueError or FileNotFoundError that names the file and the remedy."""
+        from diffusers.models.unets.unet_2d import UNet2DModel
+
+        folder = Path(folder)
+        if not (folder / "mlem.json").is_file():
+            raise FileNotFoundError(
+                f"{folder} holds no level (no mlem.json); train one with: python train.py model=unet_s"
+            )
+        about = read_json(folder / "mlem.json")
+        if about.get("format") != FORMAT:
+            raise ValueError(f"{folder}/mlem.json has format {about.get('format')!r}, this version reads {FORMAT}")
+        network = UNet2DModel.from_config(read_json(folder / "config.json"))
+        assert isinstance(network, nn.Module)
+        read_weights(folder / WEIGHTS, network, about["sha256"])
+        schedule = NoiseSchedule.from_config(about["schedule"])
+        if schedule.fingerprint != about["schedule_hash"]:
+            raise ValueError(
+                f"{folder}/mlem.json was edited: its schedule does not match its schedule_hash; train it again"
+            )
+        names = ("name", "prediction", "shape", "data", "measured")
+        return Level(network=network.eval(), schedule=schedule, **{name: about[name] for name in names})
+
+
+class Family:
+    """Levels in order of rising cost.
+
+    Raises ValueError, naming both sides, when levels disagree on schedule, prediction, shape or data set, when two
+    share a name, or when they are out of order of cost.
+    """
+
+    def __init__(self, levels: Sequence[Level]) -> None:
+        if not levels:
+            raise ValueError("a family needs at least one level")
+        self.levels = tuple(levels)
+        first = self.levels[0]
+        for level in self.levels[1:]:
+            for key, value in level._common().items():
+                if value != first._common()[key]:
+                    raise ValueError(
+                        f"levels {first.name} and {level.name} differ in {key}: {first._common()[key]} and {value}; "
+                        "train both with the same settings"
+                    )
+        for small, large in zip(self.levels, self.levels[1:], strict=False):
+            if small.name == large.name:
+                raise ValueError(f"two levels are called {small.name!r}; name each level once")
+            if small.flops >= large.flops:
+                raise ValueError(
+                    f"levels must rise in cost, but {small.name} takes {small.flops} FLOPs and {large.name} "
+                    f"{large.flops}; list the cheaper one first"
+                )
+
+    schedule = property(lambda self: self.levels[0].schedule, doc="The noise schedule that all levels share.")
+    shape = property(lambda self: self.levels[0].shape, doc="(C, H, W) of an image.")
+    data = property(lambda self: self.levels[0].data, doc="Name of the data set.")
+    names = property(lambda self: [level.name for level in self.levels], doc="Names of the levels, cheapest first.")
+
+    def level(self, name: str | None = None) -> Level:
+        """The level called `name`, or the largest. Raises ValueError with the names there are."""
+        if name is None:
+            return self.levels[-1]
+        if name not in self.names:
+            raise ValueError(f"level must be one of {', '.join(self.names)}, got {name!r}")
+        return self.levels[self.names.index(name)]
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write the family; `family.json` last, so that a family is there whole or not at all."""
+        folder = Path(folder)
+        for level in self.levels:
+            level.save(folder / f"level_{level.name}")
+        write_json(folder / "family.json", {"format": FORMAT, "levels": self.names, **self.levels[0]._common()})
+        for stale in set(folder.glob("level_*")) - {folder / f"level_{name}" for name in self.names}:
+            shutil.rmtree(stale)
+
+    @staticmethod
+    def load(folder: str | os.PathLike[str]) -> Family:
+        """Read a family. Raises FileNotFoundError or ValueError that names the file and the remedy."""
+        folder = Path(folder)
+        if not (folder / "family.json").is_file():
+            raise FileNotFoundError(
+                f"{folder} holds no family (no family.json); make one with: python train.py model=family"
+            )
+        about = read_json(folder / "family.json")
+        if about.get("format") != FORMAT:
+            raise ValueError(f"{folder}/family.json has format {about.get('format')!r}, this version reads {FORMAT}")
+        return Family([Level.load(folder / f"level_{name}") for name in about["levels"]])
+
+
+def write_weights(path: str | os.PathLike[str], weights: Mapping[str, Tensor]) -> None:
+    """Write tensors as safetensors, atomically. Raises ValueError that names a tensor with NaN or infinity."""
+    from safetensors.torch import save
+
+    for name, tensor in weights.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"weights {name} hold NaN or infinity; not saved to {path}")
+    with atomic_write(path) as file:
+        file.write(save({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}))
+
+
+def read_weights(path: str | os.PathLike[str], network: nn.Module, checksum: str | None = None) -> None:
+    """Load safetensors into `network`, in place.
+
+    Raises ValueError when the file is not safetensors, differs from its checksum, holds NaN or infinity (the
+    tensor is named), or does not fit the network (at most five keys are named).
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; copy it again or train this level again")
+    try:
+        weights = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a safetensors file, or it was cut short ({error}); copy it again") from error
+    if checksum is not None and sha256(path) != checksum:
+        raise ValueError(f"{path} differs from its checksum in mlem.json; copy it again or train this level again")
+    for name, tensor in weights.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"{path}: weights {name} hold NaN or infinity; use an earlier checkpoint")
+    own = network.state_dict()
+    odd = [f"{key} (missing)" for key in own.keys() - weights.keys()]
+    odd += [f"{key} (extra)" for key in weights.keys() - own.keys()]
+    odd += [
+        f"{key} ({tuple(weights[key].shape)} in the file, {tuple(own[key].shape)} in the network)"
+        for key in own.keys() & weights.keys()
+        if own[key].shape != weights[key].shape
+    ]
+    if odd:
+        shown = "; ".join(sorted(odd)[:5])
+        raise ValueError(f"{path} does not fit config.json, {len(odd)} keys differ: {shown}; check the size in model=")
+    network.load_state_dict(weights)

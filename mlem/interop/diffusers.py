@@ -1,0 +1,88 @@
+"""Any diffusers scheduler as a solver: `solver="diffusers:UniPCMultistepScheduler"`.
+
+The scheduler gets the betas of our schedule at the N timesteps and does its own stepping on its own grid; so it
+is a baseline in the loop that all solvers share: same noise, same ledger. Stochastic schedulers draw from one
+generator for each sample, keyed by (seed, index), so that batches and ranks do not matter there either.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mlem.noise import BrownianPath
+from mlem.schedule import NUM_TIMESTEPS, NoiseSchedule, TimeGrid
+from mlem.solvers.base import Estimate, Point, Solver
+
+PREFIX = "diffusers:"
+
+
+class DiffusersSolver(Solver):
+    """One scheduler class of diffusers. Options are fields of its config, such as `use_karras_sigmas=True`."""
+
+    order = 1.0
+    stochastic = False
+
+    def __init__(self, class_name: str, **options: Any) -> None:
+        import diffusers
+        from diffusers.schedulers.scheduling_utils import SchedulerMixin
+
+        found = getattr(diffusers, class_name, None) if class_name.isidentifier() else None
+        if not (isinstance(found, type) and issubclass(found, SchedulerMixin)):
+            raise ValueError(
+                f"diffusers has no scheduler {class_name!r}; write the class name, as in {PREFIX}DDIMScheduler"
+            )
+        accepted = inspect.signature(found.__init__).parameters
+        if "trained_betas" not in accepted:
+            raise ValueError(f"{class_name} takes no betas: only variance-preserving schedulers can be compared")
+        self._class, self._options = found, options
+        self._accepted = accepted
+
+    def _scheduler(self, schedule: NoiseSchedule, steps: int) -> Any:
+        signal = schedule.alpha(torch.arange(NUM_TIMESTEPS + 1, dtype=torch.float64) / NUM_TIMESTEPS) ** 2
+        options = {"trained_betas": (1 - signal[1:] / signal[:-1]).tolist(), "prediction_type": "epsilon"}
+        options |= {"timestep_spacing": "trailing", "clip_sample": False, "thresholding": False} | self._options
+        scheduler = self._class(**{key: value for key, value in options.items() if key in self._accepted})
+        scheduler.set_timesteps(steps)
+        return scheduler
+
+    def grid(self, schedule: NoiseSchedule, steps: int, name: str | None = None) -> TimeGrid:
+        if name is not None:
+            raise ValueError(f"a diffusers scheduler brings its own grid; leave grid out (got {name!r})")
+        TimeGrid.make("trailing", schedule, steps)  # refuses what no scheduler can do
+        self._schedule, self._steps = schedule, steps
+        timesteps = self._scheduler(schedule, steps).timesteps.double()
+        # some schedulers list a time twice, once for each of their two calls
+        times = dict.fromkeys(((timesteps + 1) / NUM_TIMESTEPS).tolist())
+        return TimeGrid("diffusers", (*times, 0.0)) if len(times) == len(timesteps) else self._refuse_two_calls()
+
+    def _refuse_two_calls(self) -> TimeGrid:
+        raise ValueError(f"{self._class.__name__} calls the network twice at one time; use solver=heun instead")
+
+    def init(self, points: list[Point], indices: Tensor, seed: int) -> Any:
+        scheduler = self._scheduler(self._schedule, self._steps)
+        takes_generator = "generator" in inspect.signature(scheduler.step).parameters
+        generators = [_generator(seed, index) for index in indices.tolist()] if takes_generator else None
+        return scheduler, iter(scheduler.timesteps), generators
+
+    def step(
+        self, eps: Estimate, y: Tensor, state: Any, here: Point, there: Point, path: BrownianPath
+    ) -> tuple[Tensor, Any]:
+        scheduler, timesteps, generators = state
+        timestep = next(timesteps)
+        # schedulers with sigmas of their own work in y, the others in x
+        in_y = float(scheduler.init_noise_sigma) != 1.0
+        own = y if in_y else here.alpha * y
+        scheduler.scale_model_input(own, timestep)
+        extra = {} if generators is None else {"generator": generators}
+        own = scheduler.step(eps(y, here), timestep, own, **extra).prev_sample
+        return (own if in_y else own / there.alpha), state
+
+
+def _generator(seed: int, index: int) -> torch.Generator:
+    digest = hashlib.sha256(f"{seed}/diffusers/{index}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

@@ -1,0 +1,72 @@
+"""The networks: one family of UNets, from xs to xl, by one dial.
+
+A network is a diffusers `UNet2DModel` and nothing else, so that its folder on disk is one that diffusers reads.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from diffusers.models.unets.unet_2d import UNet2DModel
+
+SIZES: dict[str, int] = {"xs": 8, "s": 16, "m": 32, "l": 64, "xl": 128}
+"""Name of a size -> channels at full resolution. Twice the channels are about 4 times the FLOPs."""
+
+
+def unet(size: str, shape: Sequence[int], dropout: float = 0.0) -> UNet2DModel:
+    """A UNet of the given size for images of `shape` (C, H, W); H and W even, at least 4.
+
+    Full resolution has SIZES[size] channels, and each of the one or two halvings that the image allows (no
+    lower than 4 pixels) twice as many. Convolutions only: forward-mode differentiation passes through.
+    Raises ValueError for an unknown size or an image that cannot be halved.
+    """
+    if size not in SIZES:
+        raise ValueError(f"network size must be one of {', '.join(SIZES)}, got {size!r}")
+    channels, height, width = shape
+    if height % 2 or width % 2 or min(height, width) < 4:
+        raise ValueError(f"image height and width must be even and at least 4, got {height} and {width}")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+    from diffusers.models.unets.unet_2d import UNet2DModel
+
+    halvings = 2 if height % 4 == 0 and width % 4 == 0 and min(height, width) >= 16 else 1
+    stages = halvings + 1
+    return UNet2DModel(
+        sample_size=(height, width),
+        in_channels=channels,
+        out_channels=channels,
+        block_out_channels=tuple(SIZES[size] * 2 ** min(i, 1) for i in range(stages)),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D",) * stages,
+        up_block_types=("UpBlock2D",) * stages,
+        add_attention=False,
+        norm_num_groups=4,
+        dropout=dropout,
+    )
+
+
+def parameters(network: nn.Module) -> int:
+    """Number of parameters."""
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+def flops(network: nn.Module, shape: Sequence[int]) -> int:
+    """Floating-point operations (2 for each multiply-add) to evaluate one image of `shape` (C, H, W)."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    parameter = next(network.parameters())
+    image = torch.zeros(1, *shape, device=parameter.device, dtype=parameter.dtype)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network(image, torch.zeros(1, device=parameter.device))
+    return counter.get_total_flops()
+
+
+def data_size(shape: Sequence[int]) -> int:
+    """Numbers in one image."""
+    return math.prod(shape)

@@ -1,0 +1,317 @@
+"""The noise schedule and the time grids.
+
+Forward process `x_t = alpha_t x_0 + sigma_t z` with `alpha^2 + sigma^2 = 1`, time t in [0, 1], t = 0 clean.
+Discrete timesteps n = 0 .. N-1 of other libraries sit at `t = (n + 1) / N`.
+
+A schedule is one increasing function, t -> OU time `s = -ln alpha`; everything else follows from s:
+`alpha = e^-s`, `sigma^2 = 1 - e^-2s`, `kappa = sigma / alpha`, `kappa^2 = e^2s - 1`, `log_snr = -2 ln kappa`.
+All of it is computed in float64, whatever the dtype of the input, and returned in the dtype of the input.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NUM_TIMESTEPS = 1000
+"""N: how many discrete timesteps the unit interval stands for, as in DDPM."""
+
+
+def _float64(value: Tensor | float) -> tuple[Tensor, torch.dtype]:
+    """`value` in float64, and the dtype in which to answer (float64 for plain numbers)."""
+    if not isinstance(value, Tensor):
+        return torch.tensor(value, dtype=torch.float64), torch.float64
+    return value.double(), value.dtype if value.is_floating_point() else torch.float64
+
+
+def _refuse_outside(name: str, value: Tensor, low: float, high: float) -> None:
+    # a check on another device would make the host wait for it
+    if value.device.type == "cpu" and not bool(((value >= low) & (value <= high)).all()):
+        bad = value[~((value >= low) & (value <= high))].flatten()[0].item()
+        raise ValueError(f"{name} must be in [{low:g}, {high:g}], got {bad:g}")
+
+
+class NoiseSchedule(ABC):
+    """A variance-preserving noise schedule; make one with `cosine`, `linear` or `from_diffusers`."""
+
+    @abstractmethod
+    def _ou_time(self, t: Tensor) -> Tensor:
+        """OU time at t; float64 in and out."""
+
+    @abstractmethod
+    def _time(self, s: Tensor) -> Tensor:
+        """The inverse of `_ou_time`."""
+
+    @abstractmethod
+    def to_config(self) -> dict[str, Any]:
+        """Plain data from which `from_config` makes this schedule again."""
+
+    @staticmethod
+    def cosine(offset: float = 0.008, log_snr_min: float = -12.0) -> NoiseSchedule:
+        """The cosine schedule of Nichol and Dhariwal (2021), `alpha = cos(theta) / cos(theta_0)`.
+
+        theta runs linearly in t from `theta_0 = offset / (1 + offset) * pi / 2` to where the log-SNR is
+        `log_snr_min` (instead of clipping beta), so that t = 1 stays invertible.
+        """
+        return CosineSchedule(offset, log_snr_min)
+
+    @staticmethod
+    def linear(beta_start: float = 1e-4, beta_end: float = 0.02, num_timesteps: int = NUM_TIMESTEPS) -> NoiseSchedule:
+        """The linear betas of DDPM (Ho et al. 2020), interpolated linearly in OU time between timesteps."""
+        if not 0 < beta_start <= beta_end < 1:
+            raise ValueError(f"betas must satisfy 0 < beta_start <= beta_end < 1, got {beta_start} and {beta_end}")
+        betas = torch.linspace(beta_start, beta_end, num_timesteps, dtype=torch.float64)
+        config = {"kind": "linear", "beta_start": beta_start, "beta_end": beta_end, "num_timesteps": num_timesteps}
+        return TabulatedSchedule(-0.5 * torch.log1p(-betas).cumsum(0), config)
+
+    @staticmethod
+    def from_diffusers(config: Mapping[str, Any]) -> NoiseSchedule:
+        """The schedule of a diffusers scheduler config (DDPM's betas in any of their forms).
+
+        Raises ValueError for schedulers that are not variance preserving (EDM, flow matching).
+        """
+        kind = str(config.get("_class_name", "DDPMScheduler"))
+        if any(word in kind for word in ("FlowMatch", "EDM", "Karras", "Consistency")):
+            raise ValueError(f"{kind} is not variance preserving; use the config of a DDPM-type scheduler")
+        from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+
+        names = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "rescale_betas_zero_snr")
+        fields = {name: config[name] for name in names if name in config}
+        if config.get("trained_betas") is not None:
+            fields["trained_betas"] = [float(beta) for beta in config["trained_betas"]]
+        # 2^-24 is what diffusers itself puts in the place of a zero signal
+        signal = DDPMScheduler(**fields).alphas_cumprod.double().clamp(min=2.0**-24)
+        return TabulatedSchedule(-0.5 * signal.log(), {"kind": "diffusers", "config": fields})
+
+    @staticmethod
+    def from_config(config: Mapping[str, Any]) -> NoiseSchedule:
+        """The schedule that `to_config` described. Raises ValueError for an unknown kind."""
+        makers: dict[str, Callable[..., NoiseSchedule]] = {
+            "cosine": NoiseSchedule.cosine,
+            "linear": NoiseSchedule.linear,
+            "diffusers": NoiseSchedule.from_diffusers,
+        }
+        options = dict(config)
+        kind = options.pop("kind", None)
+        if kind not in makers:
+            raise ValueError(f"schedule kind must be one of {', '.join(makers)}, got {kind!r}")
+        return makers[kind](**options)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the schedule: levels of one family must agree on it."""
+        return hashlib.sha256(json.dumps(self.to_config(), sort_keys=True).encode()).hexdigest()[:16]
+
+    def ou_time(self, t: Tensor | float) -> Tensor:
+        """t: any shape, in [0, 1]. Returns `s = -ln alpha >= 0`."""
+        value, dtype = _float64(t)
+        _refuse_outside("t", value, 0.0, 1.0)
+        return self._ou_time(value).to(dtype)
+
+    def alpha(self, t: Tensor | float) -> Tensor:
+        """Scale of the data at t, in (0, 1]."""
+        value, dtype = _float64(t)
+        return torch.exp(-self.ou_time(value)).to(dtype)
+
+    def sigma(self, t: Tensor | float) -> Tensor:
+        """Scale of the noise at t, in [0, 1)."""
+        value, dtype = _float64(t)
+        # expm1: 1 - e^-2s cancels near the data
+        return torch.sqrt(-torch.expm1(-2 * self.ou_time(value))).to(dtype)
+
+    def kappa(self, t: Tensor | float) -> Tensor:
+        """Noise-to-signal ratio sigma / alpha at t."""
+        value, dtype = _float64(t)
+        return torch.sqrt(torch.expm1(2 * self.ou_time(value))).to(dtype)
+
+    def log_snr(self, t: Tensor | float) -> Tensor:
+        """`ln(alpha^2 / sigma^2)` at t; infinite at t = 0."""
+        value, dtype = _float64(t)
+        return -torch.log(torch.expm1(2 * self.ou_time(value))).to(dtype)
+
+    def time_from_ou_time(self, s: Tensor | float) -> Tensor:
+        """Inverse of `ou_time`; values past the end of the schedule give t = 1."""
+        value, dtype = _float64(s)
+        _refuse_outside("OU time", value, 0.0, math.inf)
+        return self._time(value).clamp(0.0, 1.0).to(dtype)
+
+    def time_from_alpha(self, alpha: Tensor | float) -> Tensor:
+        """Inverse of `alpha`."""
+        value, dtype = _float64(alpha)
+        _refuse_outside("alpha", value, 0.0, 1.0)
+        return self.time_from_ou_time(-torch.log(value)).to(dtype)
+
+    def time_from_sigma(self, sigma: Tensor | float) -> Tensor:
+        """Inverse of `sigma`."""
+        value, dtype = _float64(sigma)
+        _refuse_outside("sigma", value, 0.0, 1.0)
+        return self.time_from_ou_time(-0.5 * torch.log1p(-value.square())).to(dtype)
+
+    def time_from_kappa(self, kappa: Tensor | float) -> Tensor:
+        """Inverse of `kappa`."""
+        value, dtype = _float64(kappa)
+        return self.time_from_ou_time(0.5 * torch.log1p(value.square())).to(dtype)
+
+    def time_from_log_snr(self, log_snr: Tensor | float) -> Tensor:
+        """Inverse of `log_snr`."""
+        value, dtype = _float64(log_snr)
+        return self.time_from_ou_time(0.5 * torch.nn.functional.softplus(-value, threshold=1e3)).to(dtype)
+
+
+class CosineSchedule(NoiseSchedule):
+    """See `NoiseSchedule.cosine`."""
+
+    def __init__(self, offset: float, log_snr_min: float) -> None:
+        if not offset > 0:
+            raise ValueError(f"offset must be positive, got {offset}")
+        if not -30 <= log_snr_min < 0:
+            raise ValueError(f"log_snr_min must be in [-30, 0), got {log_snr_min}")
+        self.offset, self.log_snr_min = offset, log_snr_min
+        self._theta_0 = offset / (1 + offset) * math.pi / 2
+        alpha_1 = (1 + math.exp(-log_snr_min)) ** -0.5
+        self._theta_1 = math.acos(alpha_1 * math.cos(self._theta_0))
+
+    def _variance(self, rise: Tensor) -> Tensor:
+        """`sigma^2 = sin(theta - theta_0) sin(theta + theta_0) / cos^2(theta_0)`: no cancellation near the data."""
+        return torch.sin(rise) * torch.sin(rise + 2 * self._theta_0) / math.cos(self._theta_0) ** 2
+
+    def _ou_time(self, t: Tensor) -> Tensor:
+        rise = t * (self._theta_1 - self._theta_0)
+        theta, variance = self._theta_0 + rise, self._variance(rise)
+        near_data = -0.5 * torch.log1p(-variance.clamp(max=0.75))
+        return torch.where(variance < 0.5, near_data, -torch.log(torch.cos(theta) / math.cos(self._theta_0)))
+
+    def _time(self, s: Tensor) -> Tensor:
+        theta = torch.acos(torch.exp(-s) * math.cos(self._theta_0))
+        # near the data acos loses digits: two Newton steps on the variance give them back
+        rise, slope = theta - self._theta_0, torch.sin(2 * theta) / math.cos(self._theta_0) ** 2
+        for _ in range(2):
+            rise = torch.where(s < 0.1, rise - (self._variance(rise) + torch.expm1(-2 * s)) / slope, rise)
+        return rise / (self._theta_1 - self._theta_0)
+
+    def to_config(self) -> dict[str, Any]:
+        return {"kind": "cosine", "offset": self.offset, "log_snr_min": self.log_snr_min}
+
+
+class TabulatedSchedule(NoiseSchedule):
+    """OU times at t = 1/N .. 1, linear in between, and 0 at t = 0. See `linear` and `from_diffusers`."""
+
+    def __init__(self, ou_times: Tensor, config: dict[str, Any]) -> None:
+        """ou_times: (N,), float64, positive and strictly increasing."""
+        knots = torch.cat([torch.zeros(1, dtype=torch.float64), ou_times.double()])
+        if not bool((knots.diff() > 0).all()):
+            raise ValueError("the noise must grow with every timestep; this scheduler config has betas <= 0")
+        self._knots, self._config = knots, config
+
+    def _ou_time(self, t: Tensor) -> Tensor:
+        knots = self._knots.to(t.device)
+        position = t * (len(knots) - 1)
+        cell = position.floor().long().clamp(0, len(knots) - 2)
+        return torch.lerp(knots[cell], knots[cell + 1], position - cell)
+
+    def _time(self, s: Tensor) -> Tensor:
+        knots = self._knots.to(s.device)
+        cell = (torch.searchsorted(knots, s.contiguous(), right=True) - 1).clamp(0, len(knots) - 2)
+        return (cell + (s - knots[cell]) / (knots[cell + 1] - knots[cell])) / (len(knots) - 1)
+
+    def to_config(self) -> dict[str, Any]:
+        return dict(self._config)
+
+
+@dataclass(frozen=True)
+class TimeGrid:
+    """The times that a solver visits: `1 >= times[0] > ... > times[steps] >= 0`.
+
+    Make one with `TimeGrid.make(name, schedule, steps)`; the names are the keys of `GRIDS`.
+    """
+
+    name: str
+    times: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        falling = all(a > b for a, b in zip(self.times, self.times[1:], strict=False))
+        if len(self.times) < 2 or not falling or self.times[0] > 1 or self.times[-1] < 0:
+            raise ValueError(f"grid {self.name!r}: times must fall strictly within [0, 1], at least two of them")
+
+    @property
+    def steps(self) -> int:
+        """Number of steps: one less than the number of times."""
+        return len(self.times) - 1
+
+    @staticmethod
+    def make(name: str, schedule: NoiseSchedule, steps: int) -> TimeGrid:
+        """The grid called `name` with `steps` steps under `schedule`.
+
+        Raises ValueError for an unknown name, steps that are not a whole number >= 1, and, on the discrete
+        grids, more steps than there are timesteps.
+        """
+        if name not in GRIDS:
+            raise ValueError(f"grid must be one of {', '.join(GRIDS)}, got {name!r}")
+        if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
+            raise ValueError(f"steps must be a whole number >= 1, got {steps!r}")
+        return TimeGrid(name, tuple(GRIDS[name](schedule, steps)))
+
+
+def _uniform(schedule: NoiseSchedule, steps: int) -> list[float]:
+    """Evenly in t, from 1 to 0."""
+    return [(steps - i) / steps for i in range(steps + 1)]
+
+
+def _down_to_zero(schedule: NoiseSchedule, kappas: Tensor) -> list[float]:
+    """Times of falling noise-to-signal ratios, then 0; the first is exactly 1."""
+    return [1.0, *schedule.time_from_kappa(kappas[1:]).tolist(), 0.0]
+
+
+def _kappa_range(schedule: NoiseSchedule) -> tuple[float, float]:
+    """Largest kappa, and the smallest before 0: that of the first of the N timesteps."""
+    return schedule.kappa(1.0).item(), schedule.kappa(1.0 / NUM_TIMESTEPS).item()
+
+
+def _log_snr(schedule: NoiseSchedule, steps: int) -> list[float]:
+    """Evenly in log-SNR down to t = 1/N, then 0."""
+    high, low = _kappa_range(schedule)
+    fractions = torch.linspace(0, 1, steps, dtype=torch.float64)
+    return _down_to_zero(schedule, torch.exp(math.log(high) + fractions * math.log(low / high)))
+
+
+def _karras(schedule: NoiseSchedule, steps: int, rho: float = 7.0) -> list[float]:
+    """Evenly in kappa^(1/rho) down to t = 1/N, then 0; eq. 5 of Karras et al., arXiv:2206.00364."""
+    high, low = (kappa ** (1 / rho) for kappa in _kappa_range(schedule))
+    fractions = torch.linspace(0, 1, steps, dtype=torch.float64)
+    return _down_to_zero(schedule, (high + fractions * (low - high)) ** rho)
+
+
+def _refuse_more_than_timesteps(name: str, steps: int) -> None:
+    if steps > NUM_TIMESTEPS:
+        raise ValueError(f"steps must be in [1, {NUM_TIMESTEPS}] on the {name} grid, got {steps}")
+
+
+def _trailing(schedule: NoiseSchedule, steps: int) -> list[float]:
+    """The timesteps of diffusers' `timestep_spacing="trailing"`, then 0."""
+    _refuse_more_than_timesteps("trailing", steps)
+    return [round(NUM_TIMESTEPS - i * NUM_TIMESTEPS / steps) / NUM_TIMESTEPS for i in range(steps)] + [0.0]
+
+
+def _leading(schedule: NoiseSchedule, steps: int) -> list[float]:
+    """The timesteps of diffusers' `timestep_spacing="leading"`, then 0; it starts below t = 1."""
+    _refuse_more_than_timesteps("leading", steps)
+    stride = NUM_TIMESTEPS // steps
+    return [(i * stride + 1) / NUM_TIMESTEPS for i in reversed(range(steps))] + [0.0]
+
+
+GRIDS: dict[str, Callable[[NoiseSchedule, int], list[float]]] = {
+    "uniform": _uniform,
+    "log_snr": _log_snr,
+    "karras": _karras,
+    "trailing": _trailing,
+    "leading": _leading,
+}
+"""Name of a grid -> its times, given the schedule and the number of steps."""

@@ -1,0 +1,72 @@
+"""What a solver is.
+
+The loop (`mlem.sampling`) works in EDM coordinates `y = x / alpha`, `kappa = sigma / alpha`, in which the reverse
+ODE is `dy/dkappa = eps(y, kappa)` and the reverse SDE `dy = 2 eps dkappa + dB` with B a Brownian motion in the
+clock kappa^2. A solver makes one step from one point of a time grid to the next; it knows nothing of networks.
+A file in this folder that subclasses `Solver` is found by its name.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
+
+from torch import Tensor
+
+from mlem.noise import BrownianPath
+from mlem.schedule import NoiseSchedule, TimeGrid
+
+
+class Point(NamedTuple):
+    """A point of a time grid, in plain numbers, so that a step never waits for a device."""
+
+    t: float
+    alpha: float
+    kappa: float
+
+    @staticmethod
+    def of(schedule: NoiseSchedule, grid: TimeGrid) -> list[Point]:
+        """The points of `grid` under `schedule`."""
+        return [Point(t, schedule.alpha(t).item(), schedule.kappa(t).item()) for t in grid.times]
+
+
+Estimate = Callable[[Tensor, Point], Tensor]
+"""eps(y, point): the noise estimate at y (B, ...), like y."""
+
+SOLVERS: dict[str, type[Solver]] = {}
+"""Name -> solver class, filled as the files of this folder are imported."""
+
+
+class Solver(ABC):
+    """One step of a numerical method. `state` is whatever `init` returned and `step` hands on."""
+
+    name: ClassVar[str]
+    order: ClassVar[float]
+    """Order of convergence: of the ODE's solution, or strong order for an SDE solver."""
+    stochastic: ClassVar[bool]
+    """Whether `step` reads the Brownian path."""
+    default_grid: ClassVar[str] = "uniform"
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "name" in vars(cls):
+            SOLVERS[cls.name] = cls
+
+    def grid(self, schedule: NoiseSchedule, steps: int, name: str | None = None) -> TimeGrid:
+        """The time grid called `name`, or the solver's own choice."""
+        return TimeGrid.make(name or self.default_grid, schedule, steps)
+
+    def evaluations(self, grid: TimeGrid) -> int:
+        """How often `step` calls the denoiser for each sample over the whole grid."""
+        return grid.steps
+
+    def init(self, points: list[Point], indices: Tensor, seed: int) -> Any:
+        """The state before the first step: nothing, unless the method has a memory."""
+        return None
+
+    @abstractmethod
+    def step(
+        self, eps: Estimate, y: Tensor, state: Any, here: Point, there: Point, path: BrownianPath
+    ) -> tuple[Tensor, Any]:
+        """y at `there`, given y (B, ...) at `here`, and the new state."""

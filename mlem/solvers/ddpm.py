@@ -1,0 +1,30 @@
+"""DDPM ancestral sampling (Ho et al., arXiv:2006.11239): the exact posterior step for frozen x_0."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from mlem.noise import BrownianPath
+from mlem.solvers.base import Estimate, Point, Solver
+
+
+def ancestral_noise(path: BrownianPath, here: Point, there: Point) -> Tensor:
+    """The noise of an ancestral step, of variance `kappa'^2 (1 - (kappa'/kappa)^2)`; see `BrownianPath`."""
+    return path.at(here.t) * -((there.kappa / here.kappa) ** 2) + path.at(there.t)
+
+
+class DDPM(Solver):
+    """`y' = x_0 + r^2 (y - x_0) + noise`, with `x_0 = y - kappa eps` and `r = kappa'/kappa`."""
+
+    name = "ddpm"
+    order = 1.0
+    stochastic = True
+
+    def step(
+        self, eps: Estimate, y: Tensor, state: Any, here: Point, there: Point, path: BrownianPath
+    ) -> tuple[Tensor, Any]:
+        # y - x_0 = kappa eps, so the mean is y + (r^2 - 1) kappa eps
+        drift = ((there.kappa / here.kappa) ** 2 - 1) * here.kappa
+        return y + drift * eps(y, here) + ancestral_noise(path, here, there), state

@@ -1,0 +1,66 @@
+"""DPM-Solver++ (2M) for the ODE and the SDE (Lu et al., arXiv:2211.01095, Algorithm 2 and Appendix on SDEs).
+
+With `lambda = -ln kappa` and `h` the step in lambda, both step from the extrapolated data estimate
+`D = x0_i + (h_i / h_{i-1}) (x0_i - x0_{i-1}) / 2`. The first step, and the step to kappa' = 0, take `D = x0_i`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from torch import Tensor
+
+from mlem.noise import BrownianPath
+from mlem.solvers.base import Estimate, Point, Solver
+from mlem.solvers.ddpm import ancestral_noise
+
+
+class _Previous(NamedTuple):
+    data: Tensor
+    step: float
+
+
+def _extrapolated(
+    eps: Estimate, y: Tensor, previous: _Previous | None, here: Point, there: Point
+) -> tuple[Tensor, _Previous]:
+    """D of the module docstring, and what the next step needs."""
+    data = y - here.kappa * eps(y, here)
+    if there.kappa == 0:
+        return data, _Previous(data, math.inf)
+    step = math.log(here.kappa / there.kappa)
+    if previous is None:
+        return data, _Previous(data, step)
+    return data + (data - previous.data) * (step / (2 * previous.step)), _Previous(data, step)
+
+
+class DPMSolverPP(Solver):
+    """`y' = r y + (1 - r) D`, `r = kappa'/kappa`."""
+
+    name = "dpm_solver_pp"
+    order = 2.0
+    stochastic = False
+    default_grid = "log_snr"
+
+    def step(
+        self, eps: Estimate, y: Tensor, state: _Previous | None, here: Point, there: Point, path: BrownianPath
+    ) -> tuple[Tensor, _Previous]:
+        data, state = _extrapolated(eps, y, state, here, there)
+        ratio = there.kappa / here.kappa
+        return ratio * y + (1 - ratio) * data, state
+
+
+class SDEDPMSolverPP(Solver):
+    """`y' = r^2 y + (1 - r^2) D + noise`, the noise that of an ancestral step."""
+
+    name = "dpm_solver_pp_sde"
+    order = 1.0
+    stochastic = True
+    default_grid = "log_snr"
+
+    def step(
+        self, eps: Estimate, y: Tensor, state: _Previous | None, here: Point, there: Point, path: BrownianPath
+    ) -> tuple[Tensor, _Previous]:
+        data, state = _extrapolated(eps, y, state, here, there)
+        ratio = (there.kappa / here.kappa) ** 2
+        return ratio * y + (1 - ratio) * data + ancestral_noise(path, here, there), state

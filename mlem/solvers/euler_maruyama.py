@@ -1,0 +1,24 @@
+"""Euler-Maruyama for the reverse SDE in kappa."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from mlem.noise import BrownianPath
+from mlem.solvers.base import Estimate, Point, Solver
+
+
+class EulerMaruyama(Solver):
+    """`y' = y + 2 (kappa' - kappa) eps + B(kappa^2) - B(kappa'^2)`; strong order 1, since the noise is additive."""
+
+    name = "euler_maruyama"
+    order = 1.0
+    stochastic = True
+
+    def step(
+        self, eps: Estimate, y: Tensor, state: Any, here: Point, there: Point, path: BrownianPath
+    ) -> tuple[Tensor, Any]:
+        noise = path.at(here.t) - path.at(there.t)
+        return y + 2 * (there.kappa - here.kappa) * eps(y, here) + noise, state
