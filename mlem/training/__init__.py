@@ -1,0 +1,1 @@
+"""Training with Lightning: the modules, the callbacks, checkpoints that resume exactly, the loggers."""

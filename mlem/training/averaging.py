@@ -1,0 +1,36 @@
+"""The exponential moving average of a network's weights, through Lightning's own callback."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch.callbacks import WeightAveraging
+from torch import Tensor
+
+
+def make_average(decay: float) -> WeightAveraging:
+    """Averages with `decay`, or with `(1 + n) / (10 + n)` after n updates while that is smaller.
+
+    (Lightning's own EMAWeightAveraging has no warm-up: a short run would keep its random initial weights.)
+    Raises ValueError unless decay is in [0, 1).
+    """
+    if not 0 <= decay < 1:
+        raise ValueError(f"training.average_decay must be in [0, 1), got {decay}")
+
+    @torch.no_grad()
+    def update(averaged: Any, current: Any, updates: Tensor | int) -> None:
+        # a tensor on the device of the weights: reading it would make the host wait
+        n = torch.as_tensor(updates, dtype=torch.float64)
+        weight = (1 - torch.clamp((1 + n) / (10 + n), max=decay)).to(averaged[0].dtype)
+        difference = torch._foreach_sub(current, averaged)
+        torch._foreach_mul_(difference, weight)
+        torch._foreach_add_(averaged, difference)
+
+    return WeightAveraging(use_buffers=False, multi_avg_fn=update)
+
+
+def averaged_state(callback: WeightAveraging) -> dict[str, Tensor]:
+    """The averaged weights of the LightningModule, by its own names."""
+    assert callback._average_model is not None
+    return callback._average_model.module.state_dict()

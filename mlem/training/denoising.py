@@ -1,0 +1,151 @@
+"""Training one denoising network, and measuring denoising error on held-out images.
+
+Data order, noise times, noise and dropout are functions of (seed, batch number), so a resumed run repeats an
+uninterrupted one bit for bit with nothing stored, and the global batch is the same for every number of ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+
+from mlem.denoiser import Denoiser, NetworkDenoiser, expand_like, training_target
+from mlem.family import Family, Level
+from mlem.noise import NoiseStream
+from mlem.schedule import NoiseSchedule
+
+NOISE_LEVELS = tuple((i + 0.5) / 10 for i in range(10))
+"""Times at which the denoising error is measured."""
+
+
+def denoising_errors(
+    denoiser: Denoiser, schedule: NoiseSchedule, images: Tensor, index: Tensor, seed: int
+) -> dict[float, Tensor]:
+    """Mean squared error of the noise estimate at each of NOISE_LEVELS, averaged over images and pixels.
+
+    images: (B, C, H, W) in [-1, 1]; index: (B,), which keys the noise, so that every network sees the same.
+    """
+    stream, errors = NoiseStream(seed, "validation"), {}
+    for slot, time in enumerate(NOISE_LEVELS):
+        t = torch.full((len(images),), time, device=images.device)
+        z = stream.normal(index, [slot], images.shape[1:], images.dtype)[0]
+        x_t = expand_like(schedule.alpha(t), images) * images + expand_like(schedule.sigma(t), images) * z
+        errors[time] = (denoiser(x_t.contiguous(memory_format=torch.channels_last), t) - z).square().mean()
+    return errors
+
+
+class DenoisingModule(pl.LightningModule):
+    """A network that learns to denoise. The network is its only part: averaging covers it and nothing else.
+
+    level: the network with its schedule and prediction type. batch_size: of all ranks together. steps: optimizer
+    steps in all; the learning rate rises linearly over warmup_steps and falls to a tenth by a half cosine.
+    """
+
+    def __init__(
+        self,
+        level: Level,
+        *,
+        seed: int,
+        batch_size: int,
+        steps: int,
+        learning_rate: float,
+        warmup_steps: int,
+        weight_decay: float,
+    ) -> None:
+        super().__init__()
+        self.network: nn.Module = level.network
+        self._level = {"name": level.name, "schedule": level.schedule, "shape": level.shape}
+        self._level |= {"prediction": level.prediction, "data": level.data}
+        self.schedule = level.schedule
+        self.prediction = level.prediction
+        self.seed, self.batch_size, self.steps = seed, batch_size, steps
+        self.learning_rate, self.warmup_steps, self.weight_decay = learning_rate, warmup_steps, weight_decay
+        self._stream = NoiseStream(seed, "training")
+
+    @property
+    def denoiser(self) -> NetworkDenoiser:
+        """The network, with whatever weights it has now."""
+        return NetworkDenoiser(self.network, self.schedule, self.prediction)
+
+    def family(self) -> Family:
+        """The network as a family of one, for the sampler evaluation."""
+        return Family([self.level({})])
+
+    def level(self, measured: Mapping[str, Any]) -> Level:
+        """The network as a level, with what was measured of it."""
+        return Level(network=self.network, measured=dict(measured), **self._level)  # type: ignore[arg-type]
+
+    def times(self, position: Tensor) -> Tensor:
+        """Training times of the samples at these positions of the endless sequence: (B,) -> (B,) in [0, 1).
+
+        Stratified over the global batch (Kingma et al., arXiv:2107.00630): `(u + i / batch) mod 1`, u for the batch.
+        """
+        batch = position // self.batch_size
+        shift = self._stream.uniform(batch, 1, torch.float64)
+        return ((shift + (position % self.batch_size) / self.batch_size) % 1.0).float()
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        x_0, position = batch["image"], batch["position"]
+        t = self.times(position)
+        z = self._stream.normal(position, [0], x_0.shape[1:], x_0.dtype)[0]
+        alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
+        x_t = expand_like(alpha, x_0) * x_0 + expand_like(sigma, x_0) * z
+        target = training_target(self.prediction, x_0, z, alpha, sigma)
+        if self._has_dropout:
+            # keyed by the first position of this rank's share, so it differs between ranks and survives a resume
+            torch.manual_seed(self.seed * 0x9E3779B1 + int(position[0]))
+        output = self.denoiser.predict(x_t.contiguous(memory_format=torch.channels_last), t)
+        loss = nn.functional.mse_loss(output, target)
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def on_fit_start(self) -> None:
+        self._has_dropout = any(isinstance(part, nn.Dropout) and part.p > 0 for part in self.modules())
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        images = batch["image"]
+        errors = denoising_errors(self.denoiser, self.schedule, images, batch["index"], self.seed)
+        options: dict[str, Any] = {"sync_dist": True, "batch_size": len(images), "on_epoch": True}
+        for time, error in errors.items():
+            self.log(f"val/error_t{time:.2f}", error, **options)
+        self.log("val/error", torch.stack(list(errors.values())).mean(), prog_bar=True, **options)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(
+            self.network.parameters(), lr=self.learning_rate, betas=(0.9, 0.99), weight_decay=self.weight_decay, fused=True
+        )
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._learning_rate_factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _learning_rate_factor(self, step: int) -> float:
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        progress = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
+        return 0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+class FamilyModule(pl.LightningModule):
+    """A trained family under `trainer.test`: the denoising error of every level on held-out images."""
+
+    def __init__(self, family: Family, seed: int) -> None:
+        super().__init__()
+        self.networks = nn.ModuleList(level.network for level in family.levels)
+        self._family, self.seed = family, seed
+
+    def family(self) -> Family:
+        """The family, for the sampler evaluation."""
+        return self._family
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        images = batch["image"]
+        for level in self._family.levels:
+            errors = denoising_errors(level.denoiser, level.schedule, images, batch["index"], self.seed)
+            options: dict[str, Any] = {"sync_dist": True, "batch_size": len(images), "on_epoch": True}
+            for time, error in errors.items():
+                self.log(f"test/{level.name}/error_t{time:.2f}", error, **options)
+            self.log(f"test/{level.name}/error", torch.stack(list(errors.values())).mean(), **options)

@@ -1,0 +1,112 @@
+"""Where metrics go: JSON lines in the run folder, and W&B through Lightning's logger."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import secrets
+import time
+import warnings
+from argparse import Namespace
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+from mlem.files import read_json, write_json, write_text
+
+
+class JSONLinesLogger(Logger):
+    """One JSON object a line: `{"step": ..., "time": unix seconds, metric: value, ...}`.
+
+    On a resume, lines past the step that the checkpoint holds are dropped: the run writes them again.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], resume_step: int = 0) -> None:
+        super().__init__()
+        self.path = Path(path)
+        self._drop_after(resume_step)
+
+    @rank_zero_only
+    def _drop_after(self, step: int) -> None:
+        if self.path.exists():
+            lines = self.path.read_text(encoding="utf-8").splitlines()
+            write_text(self.path, "".join(f"{line}\n" for line in lines if _step_of(line) <= step))
+
+    @property
+    def name(self) -> str:
+        return "jsonl"
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        # NaN and infinity are not JSON
+        plain = {key: value if math.isfinite(value := float(number)) else None for key, number in metrics.items()}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, "time": round(time.time(), 3), **plain}) + "\n")
+
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+        """The resolved config stands in config.yaml."""
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"] or 0
+    except (json.JSONDecodeError, KeyError):  # cut short by a kill
+        return math.inf
+
+
+def wandb_logger(folder: Path, *, project: str, name: str, group: str, mode: str) -> WandbLogger | None:
+    """A W&B logger whose run id is kept in `folder`, so that a resumed run continues it.
+
+    mode: "auto" (online when a key is present), "online", "offline" or "disabled". W&B failing to start never
+    stops a run: it gives one warning and None.
+    """
+    if mode not in ("auto", "online", "offline", "disabled"):
+        raise ValueError(f"logger.mode must be auto, online, offline or disabled, got {mode!r}")
+    if mode == "disabled":
+        return None
+    if mode == "auto":
+        mode = "online" if _has_key() else "offline"
+    try:
+        import wandb
+
+        wandb.finish()  # a run left open in this process would be taken over
+        settings = wandb.Settings(x_transaction_log_flush_interval=1, init_timeout=30, console="off", silent=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        logger = WandbLogger(
+            project=project,
+            name=name,
+            group=group,
+            id=_run_id(folder),
+            save_dir=str(folder),
+            mode=mode,  # type: ignore[arg-type]
+            resume="allow" if mode == "online" else None,
+            settings=settings,
+        )
+        _ = logger.experiment  # starts it on rank 0, so that a failure shows here
+    except Exception as error:  # whatever W&B does, training goes on
+        warnings.warn(f"W&B is off, it could not start ({error}); metrics.jsonl has everything", stacklevel=2)
+        return None
+    return logger
+
+
+def _has_key() -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    netrc = Path(os.environ.get("NETRC", Path.home() / ".netrc"))
+    return netrc.is_file() and "api.wandb.ai" in netrc.read_text(errors="ignore")
+
+
+def _run_id(folder: Path) -> str:
+    path = folder / "wandb_run.json"
+    if not path.exists():
+        write_json(path, {"id": secrets.token_hex(4)})
+    return read_json(path)["id"]
