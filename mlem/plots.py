@@ -10,6 +10,7 @@ import os
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 from mlem.files import atomic_write
@@ -74,6 +75,8 @@ def error_vs_time(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str
     joined in the order of steps, bars are one standard error. caption: data set, number of samples, steps of the
     reference, seeds, device. Raises ValueError for no rows, missing columns, and values that a logarithm cannot show.
     """
+    from matplotlib.ticker import LogFormatter
+
     _need(rows, _ERROR_COLUMNS, "error_vs_time")
     for row in rows:
         if not (_positive(row["seconds_per_image"]) and _positive(row["mse"]) and row["mse_stderr"] >= 0):
@@ -82,6 +85,8 @@ def error_vs_time(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str
     styles = dict(zip(_distinct(rows, "sampler"), cycle(_STYLES), strict=False))
     figure, axes = _figure("time per image [ms]", "mean squared error to the reference", caption)
     axes.set(xscale="log", yscale="log")
+    axes.xaxis.set_major_formatter(LogFormatter())  # 10 and 100, not powers
+    axes.xaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.0, 0.4)))
     for level, colour in colours.items():
         for sampler, (marker, line) in styles.items():
             points = [row for row in rows if (row["level"], row["sampler"]) == (level, sampler)]
@@ -94,11 +99,12 @@ def error_vs_time(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str
                 marker=marker,
                 linestyle=line,
                 capsize=2,
+                elinewidth=0.8,
             )
     handles = [_key(str(level), colour, "", "-") for level, colour in colours.items()]
     figure.legend(handles=handles, title="level", loc="outside right upper", frameon=False)
     handles = [_key(str(sampler), "0.3", marker, line) for sampler, (marker, line) in styles.items()]
-    figure.legend(handles=handles, title="sampler (points: steps)", loc="outside right lower", frameon=False)
+    figure.legend(handles=handles, title="sampler", loc="outside right lower", frameon=False)
     _save(figure, path)
 
 
@@ -111,7 +117,7 @@ def loss_curve(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) 
     for row in rows:
         if not _positive(row["loss"]):
             raise ValueError(f"loss_curve needs finite losses above 0, got {dict(row)}")
-    figure, axes = _figure("training step", "loss (mean squared error of the noise)", "")
+    figure, axes = _figure("training step", "training loss", "")
     axes.set(yscale="log")
     for level, colour in zip(_distinct(rows, "level"), cycle(_COLOURS), strict=False):
         points = sorted((row["step"], row["loss"]) for row in rows if row["level"] == level)
@@ -150,7 +156,8 @@ def _figure(xlabel: str, ylabel: str, caption: str) -> tuple[Figure, Axes]:
 
     figure = Figure(figsize=(7.5, 4.5), dpi=150, layout="constrained")
     axes = figure.add_subplot(xlabel=xlabel, ylabel=ylabel)
-    axes.set_title(caption, fontsize="small", loc="left", color="0.3", wrap=True)
+    # wrapped here, since matplotlib would let it run on under the legend
+    axes.set_title(fill(caption, 72), fontsize="small", loc="left", color="0.3")
     axes.grid(which="major", color="0.9")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

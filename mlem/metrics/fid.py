@@ -55,14 +55,19 @@ def frechet_distance(mean_1: Tensor, cov_1: Tensor, mean_2: Tensor, cov_2: Tenso
 
         |mean_1 - mean_2|^2 + tr cov_1 + tr cov_2 - 2 tr (cov_1^(1/2) cov_2 cov_1^(1/2))^(1/2)
 
-    mean: (d,), cov: (d, d) symmetric positive semi-definite, singular ones too. The symmetric form needs only
-    symmetric eigenproblems, where cov_1 cov_2 would need a general one: several times faster at d = 2048.
+    mean: (d,), cov: (d, d) symmetric positive semi-definite, singular ones too. Round-off can leave equal arguments
+    slightly below zero. The last trace is computed as the sum of the singular values of root_1^T root_2, where
+    cov = root root^T: eigenvalues of the product would lose half the digits when the square root is taken of zeros.
     """
-    values, vectors = torch.linalg.eigh(cov_1)
-    root = vectors * values.clamp_min(0).sqrt()  # cov_1 = root root^T; the rotation vectors^T keeps the eigenvalues
-    inner = root.T @ cov_2 @ root
-    cross = torch.linalg.eigvalsh((inner + inner.T) / 2).clamp_min(0).sqrt().sum()
+    cross = torch.linalg.svdvals(_root(cov_1).T @ _root(cov_2)).sum()
     return (mean_1 - mean_2).square().sum() + cov_1.trace() + cov_2.trace() - 2 * cross
+
+
+def _root(cov: Tensor) -> Tensor:
+    """A factor (d, rank) with cov = root root^T; eigenvalues that are round-off are left out."""
+    values, vectors = torch.linalg.eigh(cov)
+    kept = values > len(values) * torch.finfo(values.dtype).eps * values[-1]
+    return vectors[:, kept] * values[kept].sqrt()
 
 
 class FID:
@@ -199,11 +204,10 @@ def reference_statistics(
     if fid.metric.real_features_num_samples > 0:
         raise ValueError("reference_statistics needs an FID without real images: call fid.reset(real=True) first")
     full_key = json.dumps({**key, "protocol": fid.protocol, "image_shape": fid.image_shape}, sort_keys=True)
-    sums = _agree(_read_sums(Path(cache_path), full_key) if cache_path is not None and _rank() == 0 else None)
-    if sums is not None:
-        if _rank() == 0:  # the ranks are summed: the others stay at zero
-            for name in _SUMS:
-                setattr(fid.metric, name, sums[name].to(fid.metric.device))
+    served = _read_sums(Path(cache_path), full_key) if cache_path is not None and _rank() == 0 else None
+    if _said_by_rank_0(served is not None):
+        for name, value in (served or {}).items():  # the ranks are summed: all but rank 0 stay at zero
+            setattr(fid.metric, name, value.to(fid.metric.device))
         return True
     for batch in images:
         fid.update_real(batch)
@@ -243,10 +247,10 @@ def _rank() -> int:
     return torch.distributed.get_rank() if _distributed() else 0
 
 
-def _agree(sums: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
-    """What rank 0 found, on every rank: ranks that disagreed would wait for each other for ever."""
+def _said_by_rank_0(answer: bool) -> bool:
+    """The answer of rank 0, on every rank: ranks that disagreed would wait for each other for ever."""
     if not _distributed():
-        return sums
-    found = [sums]
-    torch.distributed.broadcast_object_list(found, src=0)
-    return found[0]
+        return answer
+    answers = [answer]
+    torch.distributed.broadcast_object_list(answers, src=0)
+    return answers[0]
