@@ -22,7 +22,7 @@ class RandomFeatures(nn.Module):
 
     channels: of the images, 1 (grey) and 3 (colour) among others; size: their smaller side in pixels, at least 8.
     The second layer is pooled on a 2x2 grid (48 x 4 features: layout), the third as a whole (64 features).
-    float64 throughout: features do not depend on batch size, autocast or TF32, on any device beyond 1e-12.
+    float64 throughout, so batch size, autocast, TF32 and device change features by round-off (1e-12) only.
     The weights define the protocol: they come from a generator of their own and never change.
     """
 
