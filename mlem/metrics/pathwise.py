@@ -1,0 +1,75 @@
+"""Pathwise error: how far samples are from reference samples driven by the same noise (same seed and index).
+
+The mean squared difference per value, with its standard error over samples.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+
+def pathwise_error(x: Tensor, reference: Tensor) -> tuple[float, float]:
+    """Mean squared difference to the reference, and its standard error over samples.
+
+    x, reference: (N, ...), N >= 2, row i of both from the same noise. Per sample the squared difference is averaged
+    over its values, in float64; returned are the mean of these over samples and their standard deviation / sqrt(N).
+    Raises ValueError for shapes that differ, fewer than 2 samples, and values that are not finite.
+    """
+    errors = _errors(x, reference)
+    if len(errors) < 2:
+        raise ValueError(f"a standard error needs at least 2 samples, got {len(errors)}")
+    return float(errors.mean()), float(errors.std() / math.sqrt(len(errors)))
+
+
+class PathwiseError(Metric):
+    """`pathwise_error` in pieces: update on shards and ranks, compute once on their sums (float64).
+
+    compute returns (mse, standard_error) as floats and raises ValueError for fewer than 2 samples.
+    """
+
+    is_differentiable = False
+    higher_is_better = False
+    full_state_update = False
+    total: Tensor
+    total_squares: Tensor
+    count: Tensor
+
+    def __init__(self):
+        super().__init__()
+        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("total_squares", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, x: Tensor, reference: Tensor) -> None:
+        """x, reference: (N, ...), N >= 0, as for `pathwise_error`."""
+        errors = _errors(x, reference).to(self.total.device)
+        self.total += errors.sum()
+        self.total_squares += errors.square().sum()
+        self.count += len(errors)
+
+    def compute(self) -> tuple[float, float]:
+        """(mse, standard_error) over everything seen on all ranks."""
+        count = int(self.count)
+        if count < 2:
+            raise ValueError(f"a standard error needs at least 2 samples, got {count}")
+        mean = float(self.total) / count
+        # round-off can take the difference below zero when all errors are equal
+        variance = max(0.0, (float(self.total_squares) - count * mean**2) / (count - 1))
+        return mean, math.sqrt(variance / count)
+
+
+def _errors(x: Tensor, reference: Tensor) -> Tensor:
+    """Mean squared difference of every sample: (N,), float64."""
+    if x.shape != reference.shape:
+        raise ValueError(f"x and reference must have the same shape, got {tuple(x.shape)} and {tuple(reference.shape)}")
+    if x.ndim < 2:
+        raise ValueError(f"x must be (N, ...) with at least 2 dimensions, got {tuple(x.shape)}")
+    errors = (x.detach().double() - reference.detach().double()).square().flatten(1).mean(1)
+    bad = (~torch.isfinite(errors)).nonzero()
+    if len(bad):
+        raise ValueError(f"sample {int(bad[0])} of {len(errors)}: the difference to the reference is not finite")
+    return errors

@@ -1,0 +1,197 @@
+"""The figures: sample grids, error against time, losses, error by noise level. Rows of numbers in, PNG out.
+
+Drawn with Figure objects, never pyplot: no global state, no display. Files appear whole or not at all.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from itertools import cycle
+from pathlib import Path
+from textwrap import fill
+from typing import TYPE_CHECKING, Any
+
+from mlem.files import atomic_write
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from numpy.typing import ArrayLike
+    from PIL.Image import Image
+    from torch import Tensor
+
+GUTTER = 200  # the grey between images, told apart from black and white pictures alike
+# Okabe and Ito (2008), distinct for all common kinds of colour blindness; yellow left out: too pale on white
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_STYLES = (
+    ("o", "-"),
+    ("s", "--"),
+    ("^", "-."),
+    ("D", ":"),
+    ("v", (0, (5, 1))),
+    ("P", (0, (3, 1, 1, 1))),
+    ("X", (0, (1, 1))),
+)
+_ERROR_COLUMNS = ("level", "sampler", "steps", "seconds_per_image", "mse", "mse_stderr")
+
+
+def image_grid(images: Tensor, columns: int | None = None, scale: int | None = None) -> Image:
+    """Images side by side, row by row, every pixel enlarged to a scale x scale square, between grey gutters.
+
+    images: (N, C, H, W), C 1 or 3, in [-1, 1] (clamped and rounded by `quantise`) or uint8. columns: nearest to a
+    square by default. scale: by default what brings the smaller side to 64 pixels or more. The gutters are 2 pixels,
+    around the whole too. Raises ValueError for other shapes, no images, columns or scale below 1.
+    """
+    import torch
+    from PIL import Image as pillow
+
+    from mlem.images import quantise
+
+    if images.ndim != 4 or images.shape[1] not in (1, 3) or images.numel() == 0:
+        raise ValueError(f"images must be (N, C, H, W) with C 1 or 3 and none of them 0, got {tuple(images.shape)}")
+    count, channels, height, width = images.shape
+    columns = math.ceil(math.sqrt(count)) if columns is None else columns
+    scale = math.ceil(64 / min(height, width)) if scale is None else scale
+    if columns < 1 or scale < 1:
+        raise ValueError(f"columns and scale must be >= 1, got {columns} and {scale}")
+    pixels = images if images.dtype == torch.uint8 else quantise(images)
+    pixels = pixels.cpu().repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    gap, tall, wide = 2, height * scale, width * scale
+    rows = math.ceil(count / columns)
+    canvas = torch.full((channels, gap + rows * (tall + gap), gap + columns * (wide + gap)), GUTTER, dtype=torch.uint8)
+    for index, picture in enumerate(pixels):
+        top, left = gap + index // columns * (tall + gap), gap + index % columns * (wide + gap)
+        canvas[:, top : top + tall, left : left + wide] = picture
+    array = canvas[0] if channels == 1 else canvas.permute(1, 2, 0)
+    return pillow.fromarray(array.contiguous().numpy())
+
+
+def error_vs_time(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str], caption: str) -> None:
+    """Error to the reference against time per image, log-log: colours are levels, markers and lines are samplers.
+
+    rows: mappings with level, sampler, steps, seconds_per_image, mse, mse_stderr; points of one level and sampler are
+    joined in the order of steps, bars are one standard error. caption: data set, number of samples, steps of the
+    reference, seeds, device. Raises ValueError for no rows, missing columns, and values that a logarithm cannot show.
+    """
+    from matplotlib.ticker import LogFormatter
+
+    _need(rows, _ERROR_COLUMNS, "error_vs_time")
+    for row in rows:
+        if not (_positive(row["seconds_per_image"]) and _positive(row["mse"]) and row["mse_stderr"] >= 0):
+            raise ValueError(f"error_vs_time needs seconds and mse above 0 and a standard error, got {dict(row)}")
+    colours = dict(zip(_distinct(rows, "level"), cycle(_COLOURS), strict=False))
+    styles = dict(zip(_distinct(rows, "sampler"), cycle(_STYLES), strict=False))
+    figure, axes = _figure("time per image [ms]", "mean squared error to the reference", caption)
+    axes.set(xscale="log", yscale="log")
+    axes.xaxis.set_major_formatter(LogFormatter())  # 10 and 100, not powers
+    axes.xaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.0, 0.4)))
+    for level, colour in colours.items():
+        for sampler, (marker, line) in styles.items():
+            points = [row for row in rows if (row["level"], row["sampler"]) == (level, sampler)]
+            points.sort(key=lambda row: row["steps"])
+            axes.errorbar(
+                [1e3 * row["seconds_per_image"] for row in points],
+                [row["mse"] for row in points],
+                yerr=[row["mse_stderr"] for row in points],
+                color=colour,
+                marker=marker,
+                linestyle=line,
+                capsize=2,
+                elinewidth=0.8,
+            )
+    handles = [_key(str(level), colour, "", "-") for level, colour in colours.items()]
+    figure.legend(handles=handles, title="level", loc="outside right upper", frameon=False)
+    handles = [_key(str(sampler), "0.3", marker, line) for sampler, (marker, line) in styles.items()]
+    figure.legend(handles=handles, title="sampler", loc="outside right lower", frameon=False)
+    _save(figure, path)
+
+
+def loss_curve(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
+    """Training loss against step, a line for each level, loss axis logarithmic.
+
+    rows: mappings with level, step, loss. Raises ValueError for no rows, missing columns, losses not above 0.
+    """
+    _need(rows, ("level", "step", "loss"), "loss_curve")
+    for row in rows:
+        if not _positive(row["loss"]):
+            raise ValueError(f"loss_curve needs finite losses above 0, got {dict(row)}")
+    figure, axes = _figure("training step", "training loss", "")
+    axes.set(yscale="log")
+    for level, colour in zip(_distinct(rows, "level"), cycle(_COLOURS), strict=False):
+        points = sorted((row["step"], row["loss"]) for row in rows if row["level"] == level)
+        axes.plot(*zip(*points, strict=True), color=colour, label=str(level))
+    figure.legend(title="level", loc="outside right upper", frameon=False)
+    _save(figure, path)
+
+
+def error_by_noise_level(curves: Mapping[Any, tuple[ArrayLike, ArrayLike]], path: str | os.PathLike[str]) -> None:
+    """Denoising error against the log signal-to-noise ratio, a line for each level, error axis logarithmic.
+
+    curves: level -> (log_snr, error), each (K,): log(alpha^2/sigma^2), natural, and the mean squared error of the noise
+    estimate. Raises ValueError for no curves, lengths that differ, errors not above 0.
+    """
+    import numpy as np
+
+    if not curves:
+        raise ValueError("error_by_noise_level has nothing to draw: no curves")
+    figure, axes = _figure(
+        r"log signal-to-noise ratio, $\log(\alpha^2/\sigma^2)$", "mean squared error of the noise", ""
+    )
+    axes.set(yscale="log")
+    for (level, curve), colour in zip(curves.items(), cycle(_COLOURS), strict=False):
+        log_snr, error = (np.asarray(values, dtype=float) for values in curve)
+        if log_snr.shape != error.shape or log_snr.ndim != 1 or not all(_positive(value) for value in error):
+            shapes = f"log_snr {log_snr.shape}, error {error.shape}"
+            raise ValueError(f"curve {level!r} needs two equally long lists and errors above 0, got {shapes}")
+        order = log_snr.argsort()
+        axes.plot(log_snr[order], error[order], color=colour, marker="o", markersize=3, label=str(level))
+    figure.legend(title="level", loc="outside right upper", frameon=False)
+    _save(figure, path)
+
+
+def _figure(xlabel: str, ylabel: str, caption: str) -> tuple[Figure, Axes]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.5, 4.5), dpi=150, layout="constrained")
+    axes = figure.add_subplot(xlabel=xlabel, ylabel=ylabel)
+    # wrapped here, since matplotlib would let it run on under the legend
+    axes.set_title(fill(caption, 72), fontsize="small", loc="left", color="0.3")
+    axes.grid(which="major", color="0.9")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _key(label: str, colour: str, marker: str, line: Any) -> Any:
+    from matplotlib.lines import Line2D
+
+    return Line2D([], [], color=colour, marker=marker, linestyle=line, label=label)
+
+
+def _save(figure: Figure, path: str | os.PathLike[str]) -> None:
+    if Path(path).suffix != ".png":
+        raise ValueError(f"figures are PNG files, got {path}")
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png")
+
+
+def _need(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], figure: str) -> None:
+    if not rows:
+        raise ValueError(f"{figure} has nothing to draw: no rows")
+    for row in rows:
+        missing = [column for column in columns if column not in row]
+        if missing:
+            raise ValueError(
+                f"{figure} needs {', '.join(columns)} in every row, {missing[0]} is missing in {dict(row)}"
+            )
+
+
+def _distinct(rows: Sequence[Mapping[str, Any]], column: str) -> list[Any]:
+    """The different values of a column in the order of their first appearance."""
+    return list(dict.fromkeys(row[column] for row in rows))
+
+
+def _positive(value: float) -> bool:
+    return math.isfinite(value) and value > 0

@@ -1,0 +1,146 @@
+"""The figures: exact pixels of the grid, valid files, one-line refusals."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mlem.plots import GUTTER, error_by_noise_level, error_vs_time, image_grid, loss_curve
+
+ROWS = [
+    {
+        "level": level,
+        "sampler": sampler,
+        "steps": steps,
+        "seconds_per_image": steps / 1e4,
+        "mse": 1 / steps,
+        "mse_stderr": 1e-3,
+    }
+    for level in ("xs", "m")
+    for sampler in ("ddpm", "ddim")
+    for steps in (25, 100)
+]
+
+
+def test_grid_pixels_are_exact():
+    images = torch.tensor([-1.0, 0.0, 1.0]).reshape(3, 1, 1, 1).expand(3, 1, 1, 2).clone()
+    images[2, 0, 0, 1] = -5.0
+    g = GUTTER
+    expected = np.full((2 + 2 * (2 + 2), 2 + 2 * (4 + 2)), g, dtype=np.uint8)
+    expected[2:4, 2:6] = 0
+    expected[2:4, 8:12] = 128  # 127.5 rounds to the even neighbour
+    expected[6:8, 2:4], expected[6:8, 4:6] = 255, 0
+    grid = image_grid(images, columns=2, scale=2)
+    assert grid.mode == "L"
+    np.testing.assert_array_equal(np.asarray(grid), expected)
+
+
+def test_grid_keeps_colours_and_sides():
+    images = torch.zeros(1, 3, 8, 16, dtype=torch.uint8)
+    images[0, 0, 0, 15] = 255  # red in the upper right corner
+    grid = image_grid(images)
+    assert grid.mode == "RGB"
+    assert grid.size == (16 * 8 + 4, 8 * 8 + 4)
+    assert grid.getpixel((2 + 128 - 1, 2)) == (255, 0, 0)
+    assert grid.getpixel((2, 2)) == (0, 0, 0)
+    assert grid.getpixel((1, 1)) == (GUTTER, GUTTER, GUTTER)
+
+
+def test_grid_is_nearly_square_by_default():
+    side = 64 + 2
+    assert image_grid(torch.zeros(10, 1, 64, 64)).size == (4 * side + 2, 3 * side + 2)
+
+
+@pytest.mark.parametrize("shape", [(0, 1, 8, 8), (1, 8, 8), (2, 2, 8, 8)])
+def test_grid_refuses_other_shapes(shape):
+    with pytest.raises(ValueError, match=r"images must be \(N, C, H, W\)"):
+        image_grid(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("bad", [{"columns": 0}, {"scale": 0}])
+def test_grid_refuses_zero_columns_or_scale(bad):
+    with pytest.raises(ValueError, match="must be >= 1"):
+        image_grid(torch.zeros(1, 1, 8, 8), **bad)
+
+
+def curves():
+    log_snr = np.linspace(-5, 5, 7)
+    return {"xs": (log_snr, np.exp(-log_snr)), "m": (log_snr, np.exp(-log_snr) / 2)}
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda path: error_vs_time(ROWS, path, "digits, 64 samples, reference of 2000 steps, seed 0, CPU"),
+        lambda path: loss_curve([{"level": "xs", "step": s, "loss": 1 / (s + 1)} for s in range(5)], path),
+        lambda path: error_by_noise_level(curves(), path),
+    ],
+    ids=["error_vs_time", "loss_curve", "error_by_noise_level"],
+)
+def test_figures_are_whole_pngs_and_nothing_else(draw, tmp_path):
+    draw(tmp_path / "new" / "figure.png")
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["figure.png"]
+    with Image.open(tmp_path / "new" / "figure.png") as picture:
+        picture.load()
+        assert picture.format == "PNG"
+        assert round(picture.info["dpi"][0]) == 150
+        assert len(picture.convert("RGB").getcolors(1 << 20)) > 10  # something was drawn
+
+
+def figure_of(monkeypatch, draw):
+    """The Figure that `draw` would save."""
+    figures = []
+    monkeypatch.setattr("mlem.plots._save", lambda figure, path: figures.append(figure))
+    draw()
+    return figures[0]
+
+
+def test_error_vs_time_shows_the_numbers_with_units(monkeypatch):
+    caption = "digits, 64 samples"
+    axes = figure_of(monkeypatch, lambda: error_vs_time(ROWS[::-1], "x.png", caption)).axes[0]
+    assert axes.get_xlabel() == "time per image [ms]"
+    assert axes.get_ylabel() == "mean squared error to the reference"
+    assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
+    assert axes.get_title(loc="left") == caption
+    lines = [container.lines[0] for container in axes.containers]
+    assert len(lines) == 4
+    np.testing.assert_allclose(np.asarray(lines[0].get_xdata(), float), [2.5, 10.0])  # sorted by steps, in milliseconds
+    np.testing.assert_allclose(np.asarray(lines[0].get_ydata(), float), [1 / 25, 1 / 100])
+    looks = {(line.get_color(), line.get_marker(), line.get_linestyle()) for line in lines}
+    assert len(looks) == 4
+    assert len({line.get_color() for line in lines}) == 2
+
+
+def test_loss_curve_sorts_each_level(monkeypatch):
+    rows = [{"level": level, "step": s, "loss": 1.0 + s} for s in (3, 1) for level in ("s", "xs")]
+    axes = figure_of(monkeypatch, lambda: loss_curve(rows, "x.png")).axes[0]
+    assert [line.get_label() for line in axes.lines] == ["s", "xs"]
+    assert [list(line.get_xdata()) for line in axes.lines] == [[1, 3], [1, 3]]
+
+
+def test_nothing_to_draw_is_refused(tmp_path):
+    path = tmp_path / "figure.png"
+    with pytest.raises(ValueError, match="error_vs_time has nothing to draw"):
+        error_vs_time([], path, "")
+    with pytest.raises(ValueError, match="loss_curve has nothing to draw"):
+        loss_curve([], path)
+    with pytest.raises(ValueError, match="error_by_noise_level has nothing to draw"):
+        error_by_noise_level({}, path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_bad_numbers_are_refused(tmp_path):
+    path = tmp_path / "figure.png"
+    with pytest.raises(ValueError, match="mse is missing"):
+        error_vs_time([{k: v for k, v in ROWS[0].items() if k != "mse"}], path, "")
+    with pytest.raises(ValueError, match="above 0 and a standard error"):
+        error_vs_time([{**ROWS[0], "mse": 0.0}], path, "")
+    with pytest.raises(ValueError, match="finite losses above 0"):
+        loss_curve([{"level": "xs", "step": 0, "loss": float("nan")}], path)
+    with pytest.raises(ValueError, match=r"curve 'xs' .* log_snr \(3,\), error \(2,\)"):
+        error_by_noise_level({"xs": ([0, 1, 2], [1, 1])}, path)
+    with pytest.raises(ValueError, match="figures are PNG files"):
+        error_by_noise_level(curves(), tmp_path / "figure.txt")
+    assert not list(tmp_path.iterdir())
