@@ -15,6 +15,7 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +50,17 @@ class Level:
     def __post_init__(self) -> None:
         check_prediction(self.prediction)
         self.shape = tuple(self.shape)
-        self.network.to(memory_format=torch.channels_last)
-        self.flops = flops(self.network, self.shape)
-        self.parameters = parameters(self.network)
+        self.network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+
+    @cached_property
+    def flops(self) -> int:
+        """Floating-point operations for one image."""
+        return flops(self.network, self.shape)
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters."""
+        return parameters(self.network)
 
     @property
     def denoiser(self) -> NetworkDenoiser:

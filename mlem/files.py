@@ -5,6 +5,7 @@ Lives here: atomic writes, checksums, JSON. Knows nothing of what the files hold
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -16,11 +17,28 @@ from typing import IO, Any
 
 
 @contextmanager
-def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
+def folder_lock(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """Hold `folder` for this process; the lock ends with the process, however that ends.
+
+    Raises ValueError when another process holds it.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{folder} is in use by another run; wait for it, or choose another folder") from None
+        yield
+
+
+@contextmanager
+def atomic_write(path: str | os.PathLike[str], durable: bool = True) -> Iterator[IO[bytes]]:
     """Open a binary file beside `path` that replaces it when the block ends without an error.
 
     Flushed and fsynced before the replacement, and the folder fsynced after it: a kill or a full disk
     at any moment leaves either the old file or the new one. The temporary name starts with a dot.
+    durable=False leaves out both fsyncs: safe against kills, not against power cuts.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -29,12 +47,14 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
         with open(temporary, "wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _fsync_folder(path.parent)
+    if durable:
+        _fsync_folder(path.parent)
 
 
 def _fsync_folder(folder: Path) -> None:

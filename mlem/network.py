@@ -5,7 +5,8 @@ A network is a diffusers `UNet2DModel` and nothing else, so that its folder on d
 
 from __future__ import annotations
 
-import math
+import statistics
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -67,6 +68,18 @@ def flops(network: nn.Module, shape: Sequence[int]) -> int:
     return counter.get_total_flops()
 
 
-def data_size(shape: Sequence[int]) -> int:
-    """Numbers in one image."""
-    return math.prod(shape)
+
+def seconds_per_image(network: nn.Module, shape: Sequence[int], batch_size: int, repeats: int = 5) -> float:
+    """Median time to evaluate a batch, over its size, on the network's device; the first call does not count."""
+    parameter = next(network.parameters())
+    image = torch.zeros(batch_size, *shape, device=parameter.device).contiguous(memory_format=torch.channels_last)
+    t = torch.zeros(batch_size, device=parameter.device)
+    times = []
+    with torch.inference_mode():
+        for _ in range(repeats + 1):
+            begin = time.perf_counter()
+            network(image, t)
+            if parameter.device.type == "cuda":
+                torch.cuda.synchronize(parameter.device)
+            times.append(time.perf_counter() - begin)
+    return statistics.median(times[1:]) / batch_size

@@ -6,7 +6,7 @@ The loop knows denoisers, solvers and noise; it knows nothing of files, metrics 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -66,6 +66,12 @@ class Ledger:
         totals = {"evaluations": self.evaluations, "network_seconds": self.network_seconds}
         own = {"images": self.images, "wall_seconds": self.wall_seconds}
         return own | totals | {"levels": {name: dict(vars(cost)) for name, cost in self.levels.items()}}
+
+    @staticmethod
+    def from_dict(plain: Mapping[str, Any]) -> Ledger:
+        """The ledger that `to_dict` described."""
+        levels = {name: LevelLedger(**cost) for name, cost in plain["levels"].items()}
+        return Ledger(levels, plain["wall_seconds"], plain["images"])
 
 
 @dataclass
@@ -234,7 +240,7 @@ class Sampler:
         error = NonFiniteError(
             f"sample {sample} became NaN or infinite at step {step + 1} of {self.grid.steps} "
             f"(t = {self.grid.times[step]:.4g}), level {self._meter.name}; "
-            f"{finite.count(False)} of {len(finite)} samples of this batch are lost; try precision=fp32 or another solver"
+            f"{finite.count(False)} of {len(finite)} samples of this batch are lost; try precision=fp32"
         )
         keep = [row for row, good in enumerate(finite) if good]
         error.result = Result(x[keep], ledger, x_T[keep])

@@ -26,6 +26,7 @@ class DiffusersSolver(Solver):
 
     order = 1.0
     stochastic = False
+    reference = "dpm_solver_pp"
 
     def __init__(self, class_name: str, **options: Any) -> None:
         import diffusers

@@ -47,6 +47,8 @@ class Solver(ABC):
     stochastic: ClassVar[bool]
     """Whether `step` reads the Brownian path."""
     default_grid: ClassVar[str] = "uniform"
+    reference: ClassVar[str]
+    """The solver that, with many steps from the same noise, gives what this one converges to."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -16,6 +16,7 @@ class DDIM(Solver):
     name = "ddim"
     order = 1.0
     stochastic = False
+    reference = "dpm_solver_pp"
 
     def step(
         self, eps: Estimate, y: Tensor, state: Any, here: Point, there: Point, path: BrownianPath

@@ -21,6 +21,7 @@ class DDPM(Solver):
     name = "ddpm"
     order = 1.0
     stochastic = True
+    reference = "ddpm"
 
     def step(
         self, eps: Estimate, y: Tensor, state: Any, here: Point, there: Point, path: BrownianPath

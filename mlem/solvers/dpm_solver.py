@@ -40,6 +40,7 @@ class DPMSolverPP(Solver):
     name = "dpm_solver_pp"
     order = 2.0
     stochastic = False
+    reference = "dpm_solver_pp"
     default_grid = "log_snr"
 
     def step(
@@ -56,6 +57,7 @@ class SDEDPMSolverPP(Solver):
     name = "dpm_solver_pp_sde"
     order = 1.0
     stochastic = True
+    reference = "ddpm"
     default_grid = "log_snr"
 
     def step(

@@ -16,6 +16,7 @@ class EulerMaruyama(Solver):
     name = "euler_maruyama"
     order = 1.0
     stochastic = True
+    reference = "euler_maruyama"
 
     def step(
         self, eps: Estimate, y: Tensor, state: Any, here: Point, there: Point, path: BrownianPath

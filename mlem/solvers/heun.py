@@ -17,6 +17,7 @@ class Heun(Solver):
     name = "heun"
     order = 2.0
     stochastic = False
+    reference = "dpm_solver_pp"
     default_grid = "karras"
 
     def evaluations(self, grid: TimeGrid) -> int:

@@ -1,0 +1,153 @@
+"""Checking a composed config before anything heavy is imported, and what of it may be written down."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import math
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+ALLOWED = ("mlem", "torch", "lightning", "torchmetrics", "diffusers")
+"""Modules from which a `_target_` may come."""
+
+_WHOLE_FROM_1 = (
+    "training.steps",
+    "training.batch_size",
+    "training.accumulate",
+    "training.epoch_steps",
+    "training.checkpoint_every",
+    "evaluation.batch_size",
+    "evaluation.reference_steps",
+    "steps",
+    "batch_size",
+)
+_WHOLE_FROM_0 = ("seed", "training.warmup_steps", "training.workers", "evaluation.every_n_epochs", "data.held_out")
+_ABOVE_0 = ("training.learning_rate",)
+_FROM_0 = ("training.weight_decay", "training.gradient_clip")
+_WITHIN_1 = ("training.average_decay", "model.dropout")
+_YES_NO = ("trainer.compile", "dry_run", "debug")
+_ONE_OF = {
+    "trainer.precision": ("fp32", "bf16", "fp16"),
+    "model.prediction": ("v", "eps", "x0"),
+    "logger.mode": ("auto", "online", "offline", "disabled"),
+}
+
+
+def check(config: DictConfig) -> None:
+    """Raise ValueError with the option, its value and what is allowed, for the first option that is out of range."""
+    refuse_targets(config)
+
+    def given(names: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
+        for name in names:
+            value = OmegaConf.select(config, name, default=None)
+            if value is not None:
+                yield name, value
+
+    for low, names in ((1, _WHOLE_FROM_1), (0, _WHOLE_FROM_0)):
+        for name, value in given(names):
+            if isinstance(value, bool) or not isinstance(value, int) or value < low:
+                raise ValueError(f"{name} must be a whole number >= {low}, got {value}")
+    for name, value in given(_ABOVE_0):
+        if not _is_number(value) or value <= 0:
+            raise ValueError(f"{name} must be a number > 0, got {value}")
+    for name, value in given(_FROM_0):
+        if not _is_number(value) or value < 0:
+            raise ValueError(f"{name} must be a number >= 0, got {value}")
+    for name, value in given(_WITHIN_1):
+        if not _is_number(value) or not 0 <= value < 1:
+            raise ValueError(f"{name} must be in [0, 1), got {value}")
+    for name, value in given(_YES_NO):
+        if not isinstance(value, bool):
+            raise ValueError(f"{name} must be true or false, got {value}")
+    for name, allowed in _ONE_OF.items():
+        for _, value in given((name,)):
+            if value not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value}")
+    batch, accumulate = (OmegaConf.select(config, f"training.{name}", default=1) for name in ("batch_size", "accumulate"))
+    if batch % accumulate:
+        raise ValueError(f"training.batch_size must be a multiple of training.accumulate {accumulate}, got {batch}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def parse_indices(text: Any, option: str) -> list[int]:
+    """`"0-63"` or `"0-9,20"` -> the whole numbers; raises ValueError that names the option."""
+    numbers: list[int] = []
+    for part in str(text).replace(" ", "").split(","):
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
+        if not match or (match[2] and int(match[2]) < int(match[1])):
+            raise ValueError(f"{option} must be ranges such as 0-63 or 0-9,20, got {text}")
+        numbers += range(int(match[1]), int(match[2] or match[1]) + 1)
+    if len(set(numbers)) < len(numbers):
+        raise ValueError(f"{option} names an index twice: {text}")
+    return numbers
+
+
+def refuse_targets(config: DictConfig) -> None:
+    """Raise ValueError for a `_target_` anywhere but in `callbacks`, or from a module that is not allowed."""
+    allowed = (*ALLOWED, *(OmegaConf.select(config, "allow", default=None) or ()))
+    for place, target in _targets(OmegaConf.to_container(config, resolve=True)):
+        if not re.fullmatch(r"callbacks\[\d+\]", place):
+            raise ValueError(f"{place}._target_={target}: only entries of callbacks are built by name; leave it out")
+        if str(target).split(".")[0] not in allowed:
+            raise ValueError(
+                f"{place}._target_={target} is not from {', '.join(allowed)}; if you trust it, add allow=[{str(target).split('.')[0]}]"
+            )
+
+
+def _targets(node: Any, place: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(node, dict):
+        if "_target_" in node:
+            yield place, node["_target_"]
+        for key, value in node.items():
+            yield from _targets(value, f"{place}.{key}" if place else str(key))
+    elif isinstance(node, list):
+        for number, value in enumerate(node):
+            yield from _targets(value, f"{place}[{number}]")
+
+
+def build_callbacks(config: DictConfig) -> list[Any]:
+    """The Lightning callbacks that `callbacks` names. Raises ValueError for what is not a Callback class."""
+    from lightning.pytorch import Callback
+
+    refuse_targets(config)
+    built = []
+    for node in config.callbacks:
+        options = dict(OmegaConf.to_container(node, resolve=True))  # type: ignore[call-overload]
+        target = str(options.pop("_target_", None))
+        module, _, name = target.rpartition(".")
+        try:
+            found = getattr(importlib.import_module(module), name, None)
+        except (ImportError, ValueError) as error:
+            raise ValueError(f"callbacks: cannot import {target} ({error}); correct the name") from error
+        if not (inspect.isclass(found) and issubclass(found, Callback)):
+            raise ValueError(f"callbacks: {target} is not a Lightning Callback class; correct the name")
+        built.append(found(**options))
+    return built
+
+
+def without_secrets(config: DictConfig) -> dict[str, Any]:
+    """The config resolved to plain data, but with every value that comes from the environment left as its name.
+
+    What refers to such a value shows the name too.
+    """
+    copy = OmegaConf.create(OmegaConf.to_container(config, resolve=False))
+    _hide(copy)
+    return OmegaConf.to_container(copy, resolve=True)  # type: ignore[return-value]
+
+
+def _hide(node: Any) -> None:
+    keys = range(len(node)) if isinstance(node, ListConfig) else list(node)
+    for key in keys:
+        inner = node._get_node(key)
+        if isinstance(inner, (DictConfig, ListConfig)):
+            if not (inner._is_none() or inner._is_missing() or inner._is_interpolation()):
+                _hide(inner)
+        elif isinstance(inner._value(), str) and "oc.env" in inner._value():
+            node[key] = re.sub(r"\$\{(oc\.env:[^}]*)\}", r"<\1>", inner._value()).replace("${", "<")

@@ -1,0 +1,148 @@
+"""`python sample.py`: sample from a trained family or level, to PNGs, on any number of ranks."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from mlem.app.config import check, parse_indices
+from mlem.family import Family, Level
+from mlem.files import read_json, sha256
+from mlem.outputs import claim, finish, write_samples
+from mlem.sampling import Ledger, Sampler
+
+
+def run(config: DictConfig) -> None:
+    """Make the samples that `config` asks for, those that are not there yet."""
+    check(config)
+    indices = parse_indices(config.seeds, "seeds")
+    folder, model = find_model(config)
+    from lightning.fabric import Fabric
+
+    for name in ("lightning.fabric", "lightning.pytorch"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    devices = {name: config.trainer[name] for name in ("accelerator", "devices", "strategy")}
+    fabric = Fabric(**devices)
+    fabric.launch()
+    level = model.level(config.level) if isinstance(model, Family) else model
+    sampler = Sampler(
+        level,
+        solver=config.sampler.solver,
+        steps=config.steps,
+        grid=config.grid,
+        seed=config.seed,
+        device=fabric.device,
+        precision=config.trainer.precision,
+    )
+    out = Path(config.out or f"{config.root}/samples/{config.sampler.name}_{config.steps}")
+    if fabric.is_global_zero:
+        claim(out, _settings(config, level, folder, sampler))
+    fabric.barrier()
+    with _progress(len(indices), fabric.world_size, fabric.is_global_zero) as advance:
+        ledger, failure = write_samples(
+            sampler,
+            indices,
+            out,
+            batch_size=config.batch_size,
+            rank=fabric.global_rank,
+            world_size=fabric.world_size,
+            advance=advance,
+        )
+    gathered = _gather(fabric, ledger)
+    if fabric.is_global_zero:
+        _report(finish(out, indices, gathered), gathered, level, out)
+    fabric.barrier()
+    if failure is not None:
+        raise ValueError(str(failure))
+
+
+def find_model(config: DictConfig) -> tuple[Path, Family | Level]:
+    """The folder and the family or level that `family=`, `model=` or `data=` names. Raises FileNotFoundError."""
+    if config.family is not None:
+        return Path(config.family), Family.load(config.family)
+    if config.model is not None:
+        folder = Path(config.root) / config.model / "level"
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{folder} does not exist; make it with: python train.py model={config.model}")
+        return folder, Level.load(folder)
+    found = [path for path in Path(config.root).parent.glob("*/family/family.json") if _about(path) == config.data.name]
+    if not found:
+        raise FileNotFoundError(
+            f"there is no trained family of {config.data.name} under {Path(config.root).parent}; make one with: "
+            f"python train.py model=family data={config.data.source}"
+        )
+    folder = max(found, key=lambda path: path.stat().st_mtime).parent
+    return folder, Family.load(folder)
+
+
+def _about(path: Path) -> str:
+    return read_json(path).get("data", "")
+
+
+def _settings(config: DictConfig, level: Level, folder: Path, sampler: Sampler) -> dict[str, Any]:
+    """What decides the bytes of an image."""
+    weights = next(path for path in (folder / f"level_{level.name}", folder) if (path / "mlem.json").exists())
+    return {
+        "solver": config.sampler.solver,
+        "steps": config.steps,
+        "grid": sampler.grid.name,
+        "seed": config.seed,
+        "batch_size": config.batch_size,
+        "precision": config.trainer.precision,
+        "level": level.name,
+        "weights": sha256(weights / "diffusion_pytorch_model.safetensors"),
+    }
+
+
+class _progress:
+    """A bar of images done, in rank 0; called with the number of images."""
+
+    def __init__(self, total: int, world_size: int, shown: bool) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn("sampling"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}"))
+        self._bar = Progress(*columns, TimeRemainingColumn(), disable=not shown)
+        self._task = self._bar.add_task("sampling", total=total, speed="")
+        self._world_size = world_size
+
+    def __enter__(self) -> _progress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.stop()
+
+    def __call__(self, images: int) -> None:
+        # ranks go at the same pace: rank 0 speaks for all
+        task = self._bar.tasks[0]
+        done = min(images * self._world_size, int(task.total or 0) - int(task.completed))
+        seconds = max(task.elapsed or 0.0, 1e-9)
+        self._bar.update(self._task, advance=done, speed=f"{(task.completed + done) / seconds:.1f} images/s")
+
+
+def _gather(fabric: Any, ledger: Ledger) -> Ledger:
+    if fabric.world_size == 1:
+        return ledger
+    import torch.distributed as distributed
+
+    everyone: list[Any] = [None] * fabric.world_size
+    distributed.all_gather_object(everyone, ledger.to_dict())
+    total = Ledger()
+    for one in everyone:
+        total.add(Ledger.from_dict(one))
+    return total
+
+
+def _report(total: dict[str, Any], now: Ledger, level: Level, out: Path) -> None:
+    if not now.images:
+        print(f"nothing to do: every sample is in {out}")
+        return
+    milliseconds = 1e3 * now.wall_seconds / now.images
+    print(
+        f"{now.images} images, level {level.name}, {now.evaluations:g} network calls each, {milliseconds:.2f} ms/image "
+        f"({100 * now.network_seconds / now.wall_seconds:.1f} percent of it in the network)"
+    )
+    print(f"pictures: {out}, side by side: {out / 'grid.png'}, cost: {out / 'ledger.json'} ({total['images']} images so far)")

@@ -1,0 +1,106 @@
+"""Samples on disk: one PNG for each index, written atomically, shared out over ranks, made once.
+
+    folder/settings.json     how they were made; other settings are refused
+    folder/00000012.png      sample 12
+    folder/ledger.json       what the runs so far cost
+    folder/grid.png          the first of them side by side
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mlem.files import atomic_write, read_json, write_json
+from mlem.images import quantise
+from mlem.plots import image_grid
+from mlem.sampling import Ledger, NonFiniteError, Sampler, blocks
+
+GRID_IMAGES = 64
+
+
+def sample_path(folder: Path, index: int) -> Path:
+    """Where sample `index` is kept."""
+    return folder / f"{index:08d}.png"
+
+
+def claim(folder: Path, settings: dict[str, Any]) -> None:
+    """Note `settings` in the folder. Raises ValueError when it holds samples made with other ones."""
+    path = folder / "settings.json"
+    if path.exists():
+        old = read_json(path)
+        odd = [f"{key}: {old.get(key)} there, {settings.get(key)} now" for key in settings | old if old.get(key) != settings.get(key)]
+        if odd:
+            raise ValueError(f"{folder} holds samples made with other settings ({'; '.join(odd)}); choose another out=")
+        return
+    if any(folder.glob("*.png")):
+        raise ValueError(f"{folder} holds images that are not known to be samples (no settings.json); choose another out=")
+    write_json(path, settings)
+
+
+def write_samples(
+    sampler: Sampler,
+    indices: Sequence[int],
+    folder: Path,
+    *,
+    batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+    advance: Callable[[int], None] = lambda images: None,
+) -> tuple[Ledger, NonFiniteError | None]:
+    """Make this rank's missing samples; return what they cost, and the first failure.
+
+    Batches are cut from `indices` alone, never from what is missing, so that an image is computed in the same
+    batch, and comes out in the same bytes, for any number of ranks and after any interruption. advance: told of
+    the images done. Memory holds one batch.
+    """
+    ledger, failure = Ledger(), None
+    for block in blocks(indices, batch_size)[rank::world_size]:
+        missing = {index for index in block if not sample_path(folder, index).exists()}
+        if missing:
+            try:
+                result, good = sampler.run(block), block
+            except NonFiniteError as error:
+                failure = failure or error
+                result, good = error.result, error.indices
+            ledger.add(result.ledger)
+            for index, pixels in zip(good, quantise(result.x).cpu(), strict=True):
+                if index in missing:
+                    write_png(sample_path(folder, index), pixels)
+        advance(len(block))
+    return ledger, failure
+
+
+def write_png(path: Path, pixels: Tensor) -> None:
+    """pixels: (C, H, W) uint8, C 1 or 3. Atomic."""
+    array = pixels[0].numpy() if len(pixels) == 1 else np.ascontiguousarray(pixels.permute(1, 2, 0).numpy())
+    with atomic_write(path, durable=False) as file:
+        Image.fromarray(array).save(file, format="PNG")
+
+
+def read_png(path: Path) -> Tensor:
+    """(C, H, W) float32 in [-1, 1]."""
+    with Image.open(path) as image:
+        array = np.asarray(image)
+    pixels = torch.from_numpy(array.copy())
+    return (pixels[None] if pixels.dim() == 2 else pixels.permute(2, 0, 1)).float() / 127.5 - 1
+
+
+def finish(folder: Path, indices: Sequence[int], ledger: Ledger) -> dict[str, Any]:
+    """Write the grid and add this run to `ledger.json`; returns what that now holds. Rank 0, after all are done."""
+    shown = [path for index in indices[:GRID_IMAGES] if (path := sample_path(folder, index)).exists()]
+    if shown:
+        with atomic_write(folder / "grid.png") as file:
+            image_grid(torch.stack([read_png(path) for path in shown])).save(file, format="PNG")
+    path = folder / "ledger.json"
+    if path.exists():
+        ledger.add(Ledger.from_dict(read_json(path)))
+    if ledger.images:
+        write_json(path, ledger.to_dict())
+    return ledger.to_dict()

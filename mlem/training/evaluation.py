@@ -1,0 +1,240 @@
+"""The sampler evaluation: any list of samplers, from the same noise, against the many-step reference and the data.
+
+A callback, for training (every n epochs, averaged weights) and for `trainer.test` (all levels of a family). It
+asks the LightningModule for `family()` and reads held-out images from the loader that Lightning runs anyway.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.loggers import WandbLogger
+from torch import Tensor
+
+from mlem.family import Family, Level
+from mlem.files import atomic_write, write_json
+from mlem.metrics import FID, PathwiseError, reference_statistics
+from mlem.plots import error_by_noise_level, error_vs_time, image_grid
+from mlem.sampling import Ledger, Sampler, blocks
+
+GRID_IMAGES = 64
+"""How many samples a picture shows."""
+
+
+@dataclass(frozen=True)
+class SamplerChoice:
+    """One sampler at several step counts: a line in the figure. grid: None for the solver's own choice."""
+
+    solver: str
+    steps: tuple[int, ...]
+    grid: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.steps:
+            raise ValueError(f"evaluation of {self.solver} needs at least one step count")
+
+    @property
+    def label(self) -> str:
+        """Name in figures and metrics."""
+        return self.solver.replace(":", "_") + (f"_{self.grid}" if self.grid else "")
+
+
+@dataclass
+class _Tally:
+    """What one sampler on one level came to so far, on this rank."""
+
+    level: Level
+    label: str
+    sampler: Sampler
+    fid: FID | None
+    device: torch.device
+    ledger: Ledger = field(default_factory=Ledger)
+    pictures: dict[int, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.error = PathwiseError().to(self.device)
+
+    @property
+    def steps(self) -> int:
+        return self.sampler.grid.steps
+
+
+class SamplerEvaluation(pl.Callback):
+    """Runs samplers on fixed indices, sharded over ranks by whole batches; logs figures to every logger.
+
+    samplers: what to run. indices: of the samples. reference_steps: of the reference, which the largest level
+    samples from the same noise by the solver's `reference`. features: for FID, or None. reals: batches of real images for FID, this rank's
+    share, with `reals_key` naming them in the cache. every_n_epochs: in training. folder: for the pictures.
+
+    Put it before the weight averaging in the list of callbacks: it then sees the averaged weights.
+    Results of the last run stand in `rows`, and in `evaluation.json` in the folder.
+    """
+
+    def __init__(
+        self,
+        samplers: Sequence[SamplerChoice],
+        indices: Sequence[int],
+        folder: Path,
+        *,
+        batch_size: int = 64,
+        seed: int = 0,
+        reference_steps: int = 1000,
+        every_n_epochs: int = 1,
+        features: str | None = "random256",
+        weights: str | None = None,
+        reals: Iterable[Tensor] = (),
+        reals_key: dict[str, Any] | None = None,
+        image_shape: tuple[int, int, int] = (1, 8, 8),
+    ) -> None:
+        if every_n_epochs < 1:
+            raise ValueError(f"evaluation.every_n_epochs must be >= 1, got {every_n_epochs}")
+        self.samplers, self.folder, self.every_n_epochs = tuple(samplers), folder, every_n_epochs
+        self.blocks = blocks(indices, batch_size)
+        self.count = len(indices)
+        self.seed, self.reference_steps = seed, reference_steps
+        self._reals, self._reals_key = reals, reals_key or {}
+        # made here, so that missing Inception weights are found out at the start
+        self._make_fid = (lambda: FID(features, image_shape, weights)) if features else None
+        self._real_statistics = self._make_fid() if self._make_fid else None
+        self.rows: list[dict[str, Any]] = []
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.sanity_checking or (trainer.current_epoch + 1) % self.every_n_epochs:
+            return
+        self.evaluate(trainer, pl_module.family(), pl_module.device)  # type: ignore[operator]
+
+    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.evaluate(trainer, pl_module.family(), pl_module.device)  # type: ignore[operator]
+
+    def evaluate(self, trainer: pl.Trainer, family: Family, device: torch.device) -> None:
+        """Run everything on `family`; every rank must call it."""
+        tallies = [
+            self._tally(level, choice, steps, device)
+            for level in family.levels
+            for choice in self.samplers
+            for steps in choice.steps
+        ]
+        references = self._references(family, tallies, device)
+        self._warm_up(family, device)
+        mine = self.blocks[trainer.global_rank :: trainer.world_size]
+        for done, block in enumerate(mine):
+            truths = {name: sampler.run(block).x for name, sampler in references.items()}
+            for tally in tallies:
+                self._run(tally, block, truths[tally.sampler.solver.reference], first=self.blocks[0])
+            if trainer.is_global_zero:
+                print(f"evaluation: {done + 1} of {len(mine)} batches, {len(tallies)} samplers each", flush=True)
+        self.rows = [self._row(trainer, tally) for tally in tallies]
+        self._publish(trainer, family, tallies)
+
+    def _tally(self, level: Level, choice: SamplerChoice, steps: int, device: torch.device) -> _Tally:
+        sampler = Sampler(level, solver=choice.solver, steps=steps, grid=choice.grid, seed=self.seed, device=device)
+        return _Tally(level, choice.label, sampler, self._new_fid(device), device)
+
+    def _references(self, family: Family, tallies: list[_Tally], device: torch.device) -> dict[str, Sampler]:
+        names = {tally.sampler.solver.reference for tally in tallies}
+        options: dict[str, Any] = {"steps": self.reference_steps, "seed": self.seed, "device": device}
+        return {name: Sampler(family.level(), solver=name, **options) for name in names}
+
+    def _warm_up(self, family: Family, device: torch.device) -> None:
+        """The first call for a batch size sets up kernels: it must not be in anybody's time."""
+        for level in family.levels:
+            for size in {len(self.blocks[0]), len(self.blocks[-1])}:
+                Sampler(level, solver="ddim", steps=2, seed=self.seed, device=device).run(range(size))
+
+    def _run(self, tally: _Tally, block: list[int], truth: Tensor, first: list[int]) -> None:
+        result = tally.sampler.run(block)
+        tally.ledger.add(result.ledger)
+        tally.error.update(result.x, truth)
+        if tally.fid is not None:
+            tally.fid.update(result.x)
+        if block == first:
+            tally.pictures = dict(zip(block[:GRID_IMAGES], result.x.cpu(), strict=False))
+
+    def _row(self, trainer: pl.Trainer, tally: _Tally) -> dict[str, Any]:
+        mse, stderr = tally.error.compute()
+        cost = tally.ledger.levels.get(tally.level.name)
+        mine = [tally.ledger.wall_seconds, tally.ledger.network_seconds, cost.calls if cost else 0, tally.ledger.images]
+        sums = torch.tensor(mine, dtype=torch.float64, device=tally.device)
+        wall, network, calls, images = trainer.strategy.reduce(sums, reduce_op="sum").tolist()  # type: ignore[union-attr]
+        row = {
+            "level": tally.level.name,
+            "sampler": tally.label,
+            "steps": tally.steps,
+            "evaluations": calls / images,
+            "flops_per_image": calls / images * tally.level.flops,
+            "seconds_per_image": wall / images,
+            "network_seconds_per_image": network / images,
+            "mse": mse,
+            "mse_stderr": stderr,
+        }
+        if tally.fid is not None:
+            fid = tally.fid.compute(expected=self.count)
+            row[fid.name] = fid.value
+        return row
+
+    def _new_fid(self, device: torch.device) -> FID | None:
+        """An FID that holds the reference statistics, read once."""
+        if self._make_fid is None or self._real_statistics is None:
+            return None
+        own = self._real_statistics.metric
+        if own.real_features_num_samples == 0:  # type: ignore[operator]
+            cache = self.folder / f"{self._real_statistics.name}_reference.safetensors"
+            reference_statistics(self._reals, self._real_statistics, cache, self._reals_key)
+        fid = self._make_fid().to(device)
+        for name in ("real_features_sum", "real_features_cov_sum", "real_features_num_samples"):
+            setattr(fid.metric, name, getattr(own, name).clone().to(device))
+        return fid
+
+    def _publish(self, trainer: pl.Trainer, family: Family, tallies: list[_Tally]) -> None:
+        """Rank 0 (which has the first batch) writes pictures and tells the loggers."""
+        if not trainer.is_global_zero:
+            return
+        metrics = {}
+        for row, tally in zip(self.rows, tallies, strict=True):
+            prefix = f"eval/{row['level']}/{row['sampler']}@{row['steps']}"
+            names = ("mse", "seconds_per_image", "evaluations", *(name for name in row if name.startswith("fid_")))
+            metrics |= {f"{prefix}/{name}": row[name] for name in names}
+            picture = image_grid(torch.stack(list(tally.pictures.values())))
+            path = self.folder / "grids" / f"{row['level']}_{row['sampler']}_{row['steps']}.png"
+            with atomic_write(path) as file:
+                picture.save(file, format="PNG")
+        write_json(self.folder / "evaluation.json", {"caption": self._caption(family, trainer), "rows": self.rows})
+        error_vs_time(_drawable(self.rows), self.folder / "error_vs_time.png", self._caption(family, trainer))
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=trainer.global_step)
+            if isinstance(logger, WandbLogger):
+                self._log_pictures(logger, trainer.global_step)
+
+    def _log_pictures(self, logger: WandbLogger, step: int) -> None:
+        grids = sorted((self.folder / "grids").glob("*.png"))
+        logger.log_image("eval/grids", [str(path) for path in grids], step, caption=[path.stem for path in grids])
+        logger.log_image("eval/error_vs_time", [str(self.folder / "error_vs_time.png")], step)
+
+    def _caption(self, family: Family, trainer: pl.Trainer) -> str:
+        top, device = family.level(), trainer.strategy.root_device.type
+        return (
+            f"{family.data}, {self.count} images, seed {self.seed}; reference: level {top.name}, "
+            f"{self.reference_steps} steps, same noise; {device}, batch {len(self.blocks[0])}, "
+            f"{trainer.world_size} rank{'s' if trainer.world_size > 1 else ''}; bars: one standard error"
+        )
+
+
+def _drawable(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows whose error is not zero: the reference itself has no place on a logarithmic axis."""
+    return [row for row in rows if row["mse"] > 0]
+
+
+def noise_level_figure(family: Family, metrics: dict[str, float], path: Path) -> None:
+    """Draw `test/<level>/error_t...` of FamilyModule as denoising error against log-SNR."""
+    curves = {}
+    for name in family.names:
+        prefix = f"test/{name}/error_t"
+        times = {float(key.removeprefix(prefix)): value for key, value in metrics.items() if key.startswith(prefix)}
+        log_snr = family.schedule.log_snr(torch.tensor(sorted(times), dtype=torch.float64))
+        curves[name] = (log_snr.tolist(), [float(times[time]) for time in sorted(times)])
+    error_by_noise_level(curves, path)
