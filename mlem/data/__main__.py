@@ -21,13 +21,18 @@ class _Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prepare what the command line asks; return the exit code: 0, 2 for a wrong option or folder, 130 for Ctrl-C."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    out = ""
     try:
         if arguments and not arguments[0].startswith("-") and arguments[0] not in DATASETS:
             make_source(arguments[0])  # names the nearest data set
         options = vars(_parser().parse_args(arguments))
-        _run(options.pop("dataset"), options.pop("out"), options)
-    except (ValueError, OSError) as error:
+        out = options.pop("out")
+        _run(options.pop("dataset"), out, options)
+    except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:  # a full disk gives no file name of its own
+        print(f"error: {out}: {error}; make room or repair, then run the same command again", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; finished shards are kept, the same command goes on from there", file=sys.stderr)
@@ -53,9 +58,8 @@ def _parser() -> _Parser:
         text = (inspect.getdoc(source) or "").partition("\n")[0]
         formatter = argparse.ArgumentDefaultsHelpFormatter
         command = commands.add_parser(name, help=text, description=text, formatter_class=formatter)
-        command.add_argument(
-            "--out", required=True, metavar="FOLDER", help="folder to write; an interrupted one goes on"
-        )
+        text = "folder to write; what an interrupted run finished there is kept"
+        command.add_argument("--out", required=True, default=argparse.SUPPRESS, metavar="FOLDER", help=text)
         command.add_argument("--shard-size", type=int, default=SHARD_SIZE, metavar="N", help="images in a shard")
         for option in inspect.signature(source, eval_str=True).parameters.values():
             _add_option(command, option)
