@@ -15,6 +15,7 @@ import numpy as np
 
 from mlem.data.writing import Source
 
+_MAX_DISKS = 10_000_000  # about 1 GB
 _EXPECTED_GAPS = 0.01  # pixels an image that no disk reaches, on average; they show the ground, a leaf behind all
 
 
@@ -23,7 +24,7 @@ def source(
     size: Annotated[int, "pixels a side"] = 32,
     count: Annotated[int, "number of images"] = 20_000,
     seed: Annotated[int, "another seed gives other images"] = 0,
-    r_min: Annotated[float, "smallest radius, in pixels"] = 1.0,
+    r_min: Annotated[float, "smallest radius, in pixels"] = 2.0,
     r_max: Annotated[float | None, "largest radius, in pixels (default: half of size)"] = None,
 ) -> Source:
     """Procedural images of overlapping disks with power-law radii, any size, RGB.
@@ -37,6 +38,8 @@ def source(
         raise ValueError(f"seed must be in [0, 2**64), got {seed}")
     if not 0 < r_min < r_max < math.inf:
         raise ValueError(f"radii must satisfy 0 < r_min < r_max, got r_min {r_min} and r_max {r_max}")
+    if (disks := _disks(size, r_min, r_max)) > _MAX_DISKS:
+        raise ValueError(f"r_min {r_min} and r_max {r_max} need {disks:.0e} disks an image; raise r_min or lower r_max")
     options = {"size": size, "seed": seed, "r_min": float(r_min), "r_max": float(r_max)}
     return Source(partial(dead_leaves, **options), count, options)
 
@@ -58,15 +61,19 @@ def power_law_radii(u: np.ndarray, r_min: float, r_max: float) -> np.ndarray:
 
 def _image(rng: np.random.Generator, size: int, r_min: float, r_max: float) -> np.ndarray:
     """One image, (size, size, 3) uint8."""
-    # Centres reach r_max beyond the image, so that every pixel sees the same law. One disk covers a given pixel with
-    # probability pi E[r^2] / side^2.
-    side = size + 2 * r_max
-    mean_square = 2 * math.log(r_max / r_min) / (r_min**-2 - r_max**-2)
-    disks = math.ceil(math.log(size**2 / _EXPECTED_GAPS) / -math.log1p(-math.pi * mean_square / side**2))
-    x, y = rng.random((2, disks)) * side - r_max
+    disks = _disks(size, r_min, r_max)
+    # centres reach r_max beyond the image, so that every pixel sees the same law
+    x, y = rng.random((2, disks)) * (size + 2 * r_max) - r_max
     r = power_law_radii(rng.random(disks), r_min, r_max)
     colours = (rng.random((disks + 1, 3)) * 256).astype(np.uint8)
     return colours[nearest_disk(x, y, r, size)].reshape(size, size, 3)  # -1 takes the last colour: the ground
+
+
+def _disks(size: int, r_min: float, r_max: float) -> int:
+    """How many disks leave _EXPECTED_GAPS pixels uncovered: one covers a pixel with probability pi E[r^2] / side^2."""
+    mean_square = 2 * math.log(r_max / r_min) / (r_min**-2 - r_max**-2)
+    covers = math.pi * mean_square / (size + 2 * r_max) ** 2
+    return math.ceil(math.log(size**2 / _EXPECTED_GAPS) / -math.log1p(-covers))
 
 
 def nearest_disk(x: np.ndarray, y: np.ndarray, r: np.ndarray, size: int) -> np.ndarray:
