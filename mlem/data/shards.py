@@ -237,7 +237,7 @@ def _key_and_kind(path: Path, member: tarfile.TarInfo) -> tuple[str, str]:
 def _remembered(folder: Path, stamp: str) -> dict[str, np.ndarray] | None:
     """The index of the last verification, if it was of these very files."""
     try:
-        with np.load(folder / _INDEX, allow_pickle=False) as saved:
+        with open(folder / _INDEX, "rb") as file, np.load(file, allow_pickle=False) as saved:
             return {name: saved[name] for name in ("keys", "offsets", "sizes")} if saved["stamp"] == stamp else None
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
@@ -246,6 +246,6 @@ def _remembered(folder: Path, stamp: str) -> dict[str, np.ndarray] | None:
 def _remember(folder: Path, stamp: str, index: dict[str, np.ndarray]) -> None:
     try:
         with atomic_write(folder / _INDEX) as file:
-            np.savez(file, allow_pickle=False, stamp=np.array(stamp), **index)
+            np.savez(file, stamp=np.array(stamp), **index)
     except OSError:  # a read-only folder: the next open verifies again
         return
