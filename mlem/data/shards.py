@@ -246,6 +246,6 @@ def _remembered(folder: Path, stamp: str) -> dict[str, np.ndarray] | None:
 def _remember(folder: Path, stamp: str, index: dict[str, np.ndarray]) -> None:
     try:
         with atomic_write(folder / _INDEX) as file:
-            np.savez(file, stamp=np.array(stamp), **index)
+            np.savez(file, stamp=np.array(stamp), keys=index["keys"], offsets=index["offsets"], sizes=index["sizes"])
     except OSError:  # a read-only folder: the next open verifies again
         return
