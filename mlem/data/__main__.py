@@ -1,0 +1,80 @@
+"""Command line of `mlem.data`: prepare a data set. `python -m mlem.data digits --out data/digits`"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any, Never, get_args
+
+from mlem.data import DATASETS, SHARD_SIZE, make_source, prepare
+from mlem.data.manifest import MANIFEST, Manifest, plain_folder
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Never:
+        raise ValueError(f"{message} (see {self.prog} --help)")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Prepare what the command line asks; return the exit code: 0, 2 for a wrong option or folder, 130 for Ctrl-C."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    out = ""
+    try:
+        if arguments and not arguments[0].startswith("-") and arguments[0] not in DATASETS:
+            make_source(arguments[0])  # names the nearest data set
+        options = vars(_parser().parse_args(arguments))
+        out = options.pop("out")
+        _run(options.pop("dataset"), out, options)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:  # a full disk gives no file name of its own
+        print(f"error: {out}: {error}; make room or repair, then run the same command again", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; finished shards are kept, the same command goes on from there", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _run(name: str, out: str, options: dict[str, Any]) -> None:
+    began = time.perf_counter()
+    made = prepare(name, out, **options)
+    seconds = time.perf_counter() - began
+    manifest = Manifest.read(plain_folder(out) / MANIFEST)
+    size = sum(record.bytes for record in manifest.shards)
+    kept = f" ({manifest.count - made} were there)" if made < manifest.count else ""
+    rate = f"{made / seconds:.0f} images/s"
+    print(f"{out}: {manifest.count} images{kept}, {size / 1e6:.1f} MB, {seconds:.1f} s, {rate}")
+
+
+def _parser() -> _Parser:
+    parser = _Parser(prog="python -m mlem.data", description="Prepare a data set as WebDataset shards with a manifest.")
+    commands = parser.add_subparsers(dest="dataset", metavar="dataset", required=True)
+    for name, source in DATASETS.items():
+        text = (inspect.getdoc(source) or "").partition("\n")[0]
+        formatter = argparse.ArgumentDefaultsHelpFormatter
+        command = commands.add_parser(name, help=text, description=text, formatter_class=formatter)
+        text = "folder to write; what an interrupted run finished there is kept"
+        command.add_argument("--out", required=True, default=argparse.SUPPRESS, metavar="FOLDER", help=text)
+        command.add_argument("--shard-size", type=int, default=SHARD_SIZE, metavar="N", help="images in a shard")
+        for option in inspect.signature(source, eval_str=True).parameters.values():
+            _add_option(command, option)
+    return parser
+
+
+def _add_option(command: argparse.ArgumentParser, option: inspect.Parameter) -> None:
+    """Add one `name: Annotated[type, help] = default` of a source's signature."""
+    annotation, text = get_args(option.annotation)
+    kind = next((part for part in get_args(annotation) if part is not type(None)), annotation)
+    required = option.default is inspect.Parameter.empty
+    default = argparse.SUPPRESS if required or option.default is None else option.default
+    flag = f"--{option.name.replace('_', '-')}"
+    command.add_argument(flag, type=kind, default=default, required=required, metavar=kind.__name__.upper(), help=text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

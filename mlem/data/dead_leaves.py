@@ -1,0 +1,108 @@
+"""Dead leaves: opaque disks falling on each other, the standard synthetic with natural-image statistics.
+
+Radii have density r^-3 between r_min and r_max, for which the picture is scale invariant (Lee, Mumford and Huang,
+"Occlusion models for natural images", 2001). We look from below: the first disk that covers a pixel colours it, so a
+leaf never has to be painted over. Any size, any number of images, no network.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Annotated
+
+import numpy as np
+
+from mlem.data.writing import Source
+
+_MAX_DISKS = 10_000_000  # about 1 GB
+_EXPECTED_GAPS = 0.01  # pixels an image that no disk reaches, on average; they show the ground, a leaf behind all
+
+
+def source(
+    *,
+    size: Annotated[int, "pixels a side"] = 32,
+    count: Annotated[int, "number of images"] = 20_000,
+    seed: Annotated[int, "another seed gives other images"] = 0,
+    r_min: Annotated[float, "smallest radius, in pixels"] = 2.0,
+    r_max: Annotated[float | None, "largest radius, in pixels (default: half of size)"] = None,
+) -> Source:
+    """Procedural images of overlapping disks with power-law radii, any size, RGB.
+
+    Images are (size, size, 3). ValueError names an option out of range.
+    """
+    r_max = size / 2 if r_max is None else r_max
+    if size < 1:
+        raise ValueError(f"size must be >= 1, got {size}")
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"seed must be in [0, 2**64), got {seed}")
+    if not 0 < r_min < r_max < math.inf:
+        raise ValueError(f"radii must satisfy 0 < r_min < r_max, got r_min {r_min} and r_max {r_max}")
+    if (disks := _disks(size, r_min, r_max)) > _MAX_DISKS:
+        raise ValueError(f"r_min {r_min} and r_max {r_max} need {disks:.0e} disks an image; raise r_min or lower r_max")
+    options = {"size": size, "seed": seed, "r_min": float(r_min), "r_max": float(r_max)}
+    return Source(partial(dead_leaves, **options), count, options)
+
+
+def dead_leaves(start: int, stop: int, *, size: int, seed: int, r_min: float, r_max: float) -> np.ndarray:
+    """Images start .. stop-1, (stop - start, size, size, 3) uint8; image i depends on (seed, i) and the options only.
+
+    size, r_min, r_max: pixels.
+    """
+    # key, not seed: each (seed, i) is a Philox stream of its own
+    generators = (np.random.Generator(np.random.Philox(key=np.array([seed, i], np.uint64))) for i in range(start, stop))
+    return np.stack([_image(rng, size, r_min, r_max) for rng in generators])
+
+
+def power_law_radii(u: np.ndarray, r_min: float, r_max: float) -> np.ndarray:
+    """Radii with density proportional to r^-3 on [r_min, r_max] from uniform `u` in [0, 1), by the inverse law."""
+    return (r_min**-2 - u * (r_min**-2 - r_max**-2)) ** -0.5
+
+
+def _image(rng: np.random.Generator, size: int, r_min: float, r_max: float) -> np.ndarray:
+    """One image, (size, size, 3) uint8."""
+    disks = _disks(size, r_min, r_max)
+    # centres reach r_max beyond the image, so that every pixel sees the same law
+    x, y = rng.random((2, disks)) * (size + 2 * r_max) - r_max
+    r = power_law_radii(rng.random(disks), r_min, r_max)
+    colours = (rng.random((disks + 1, 3)) * 256).astype(np.uint8)
+    return colours[nearest_disk(x, y, r, size)].reshape(size, size, 3)  # -1 takes the last colour: the ground
+
+
+def _disks(size: int, r_min: float, r_max: float) -> int:
+    """How many disks leave _EXPECTED_GAPS pixels uncovered: one covers a pixel with probability pi E[r^2] / side^2."""
+    mean_square = 2 * math.log(r_max / r_min) / (r_min**-2 - r_max**-2)
+    covers = math.pi * mean_square / (size + 2 * r_max) ** 2
+    return math.ceil(math.log(size**2 / _EXPECTED_GAPS) / -math.log1p(-covers))
+
+
+def nearest_disk(x: np.ndarray, y: np.ndarray, r: np.ndarray, size: int) -> np.ndarray:
+    """The first disk that covers each pixel's centre, (size * size,) int64, row by row; -1 where there is none.
+
+    Work grows with the area of the disks, not with disks x pixels: each disk is cut into rows, each row into pixels.
+
+    x, y, r: (disks,), centres and radii in pixels; the centre of pixel (row, column) is (column + 0.5, row + 0.5).
+    """
+    disk, row = _runs(*_centres_within(y, r, size))
+    dy = row + 0.5 - y[disk]
+    half = np.sqrt(np.maximum(r[disk] ** 2 - dy**2, 0))
+    span, column = _runs(*_centres_within(x[disk], half, size))
+    pixel = row[span] * size + column
+    nearest = np.full(size * size, -1)
+    nearest[pixel[::-1]] = disk[span][::-1]  # of repeated pixels the last assignment stays: the first disk
+    return nearest
+
+
+def _centres_within(centre: np.ndarray, reach: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """First and last pixel whose centre is within `reach` of `centre` along one axis; last < first if none is."""
+    first = np.maximum(np.ceil(centre - reach - 0.5), 0).astype(np.int64)
+    last = np.minimum(np.floor(centre + reach - 0.5), size - 1).astype(np.int64)
+    return first, last
+
+
+def _runs(first: np.ndarray, last: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """All (k, value) with first[k] <= value <= last[k], in order, as two arrays."""
+    lengths = np.maximum(last - first + 1, 0)
+    run = np.repeat(np.arange(len(lengths)), lengths)
+    begins = np.cumsum(lengths) - lengths
+    return run, np.arange(len(run)) + (first - begins)[run]

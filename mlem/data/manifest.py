@@ -1,0 +1,90 @@
+"""What a prepared data set is: a folder of tar shards and a manifest that says what each shard must hold.
+
+Lives here: the manifest and the check of folder names. Reading shards is `shards.py`, making them `writing.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mlem.files import read_json, write_json
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+UNFINISHED = "manifest.unfinished.json"  # the manifest so far, while a preparation runs or after it was interrupted
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """One finished shard: file name inside the folder, number of images, size in bytes, SHA-256 in hex."""
+
+    file: str
+    count: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A data set: `shape` is (C, H, W), `info` the generator's parameters, `count` the number of images."""
+
+    name: str
+    shape: tuple[int, int, int]
+    info: dict[str, Any]
+    count: int
+    shard_size: int
+    shards: tuple[ShardRecord, ...] = ()
+
+    def write(self, path: Path) -> None:
+        """Write to `path` atomically."""
+        write_json(path, {"format": FORMAT, **asdict(self)})
+
+    @classmethod
+    def read(cls, path: Path) -> Manifest:
+        """Read and check `path`. ValueError names the file and what is wrong with it."""
+        value = read_json(path)
+        if not isinstance(value, dict) or value.get("format") != FORMAT:
+            found = value.get("format") if isinstance(value, dict) else type(value).__name__
+            raise ValueError(f"{path}: format is {found!r}, this version reads {FORMAT}; prepare the data set again")
+        try:
+            records = tuple(
+                ShardRecord(str(r["file"]), int(r["count"]), int(r["bytes"]), str(r["sha256"])) for r in value["shards"]
+            )
+            channels, height, width = (int(n) for n in value["shape"])
+            info, count, shard_size = dict(value["info"]), int(value["count"]), int(value["shard_size"])
+            manifest = cls(str(value["name"]), (channels, height, width), info, count, shard_size, records)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is not a manifest ({error!r}); prepare the data set again") from error
+        for record in records:
+            if not re.fullmatch(r"[\w-][\w.-]*\.tar", record.file):
+                raise ValueError(f"{path}: {record.file!r} is not the name of a shard in this folder")
+        if channels not in (1, 3):
+            raise ValueError(f"{path}: shape has {channels} channels; grey (1) and RGB (3) images are read")
+        return manifest
+
+
+def same_data(folder: Path, found: Manifest, wanted: Manifest, *, shard_size: bool) -> None:
+    """Refuse `folder` unless it holds the data that are `wanted`; ValueError names each difference, both sides.
+
+    The division into shards is compared only if `shard_size` is true: it does not change the data.
+    """
+    sides = [{"name": m.name, "shape": list(m.shape), "count": m.count, **m.info} for m in (found, wanted)]
+    if shard_size:
+        sides = [{**side, "shard_size": m.shard_size} for side, m in zip(sides, (found, wanted), strict=True)]
+    there, here = (json.loads(json.dumps(side)) for side in sides)
+    names = [key for key in {**there, **here} if there.get(key) != here.get(key)]
+    if names:
+        differences = ", ".join(f"{key} is {there.get(key)!r}, asked for {here.get(key)!r}" for key in names)
+        raise ValueError(f"{folder} holds other data: {differences}; choose another folder or delete this one")
+
+
+def plain_folder(folder: str | os.PathLike[str]) -> Path:
+    """The path `folder`, refused if it reads as an address: webdataset runs `pipe:` addresses in a shell."""
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", os.fspath(folder)):
+        raise ValueError(f"folder {os.fspath(folder)!r} is an address, not a folder; give a path (./a:b for odd names)")
+    return Path(folder)

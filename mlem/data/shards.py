@@ -1,0 +1,251 @@
+"""Reading a prepared data set: every shard is verified before the first image is used, then read at random.
+
+Plain sequential tar reading ends cleanly at about a third of all cut points, so a damaged shard gives a silently
+short epoch. Here bytes, SHA-256 and count are compared with the manifest first, and nothing is ever unpacked or
+unpickled: members are pixels (or small side files that are left alone).
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import struct
+import tarfile
+import warnings
+import zipfile
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mlem.data import order
+from mlem.data.manifest import MANIFEST, UNFINISHED, Manifest, ShardRecord, plain_folder
+from mlem.files import atomic_write, sha256
+
+IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp")
+SUFFIXES = (*IMAGE_SUFFIXES, "json", "txt", "cls")
+MAX_PIXELS = 64 * 2**20
+_INDEX = ".index.npz"  # what a verification found, with the sizes and times of the files it saw
+_OPEN_FILES = 32
+_REMEDY = "prepare the data set again: only damaged shards are remade"
+
+
+class Shards:
+    """A verified data set with random access; make one with `Shards.open`.
+
+    It can be pickled and forked: files are opened when first read, and read by position.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, index: dict[str, np.ndarray]) -> None:
+        self._files: dict[int, int] = {}
+        self.folder = folder
+        self.manifest = manifest
+        self._index = index
+        #: (len(self),) the shard that holds each image
+        self.shard_of = np.repeat(np.arange(len(manifest.shards)), [record.count for record in manifest.shards])
+
+    @classmethod
+    def open(cls, folder: str | os.PathLike[str], verify: bool = True) -> Shards:
+        """Open the data set in `folder`, which must be a plain path.
+
+        Each shard's bytes, SHA-256 and count are compared with the manifest, and its members with the rules in
+        `_scan`. A successful verification is remembered beside the shards (where that can be written) until
+        a shard's size, time or checksum changes. `verify=False` leaves out the checksums only.
+
+        Raises FileNotFoundError when there is no data set or a shard is missing, ValueError when one is damaged.
+        """
+        folder = plain_folder(folder)
+        if not (folder / MANIFEST).is_file():
+            if (folder / UNFINISHED).is_file():
+                raise FileNotFoundError(f"the data set in {folder} is unfinished; run its preparation again to go on")
+            raise FileNotFoundError(f"no data set in {folder} ({MANIFEST} is missing); make one: python -m mlem.data")
+        manifest = Manifest.read(folder / MANIFEST)
+        if not manifest.count or manifest.count != sum(record.count for record in manifest.shards):
+            held = sum(record.count for record in manifest.shards)
+            raise ValueError(f"{folder / MANIFEST}: count is {manifest.count}, its shards hold {held}; {_REMEDY}")
+        stamp = json.dumps([_stamp(folder, record) for record in manifest.shards])
+        index = _remembered(folder, stamp)
+        if index is None:
+            if verify:
+                for record in manifest.shards:
+                    _verify(folder / record.file, record)
+            index = _build_index(folder, manifest)
+            if verify:
+                _remember(folder, stamp, index)
+        return cls(folder, manifest, index)
+
+    def __len__(self) -> int:
+        return self.manifest.count
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of every image."""
+        return self.manifest.shape
+
+    def key(self, i: int) -> str:
+        """The name of image `i` inside its shard, unique in the data set."""
+        return str(self._index["keys"][i])
+
+    def read(self, i: int) -> Tensor:
+        """Image `i`, (C, H, W) uint8 in [0, 255]. ValueError names the shard and the key of a broken image."""
+        return torch.from_numpy(self._pixels(i)).permute(2, 0, 1).contiguous()
+
+    def images(self, indices: Iterable[int]) -> Tensor:
+        """The images at `indices`, (n, C, H, W) float32 in [-1, 1]: x / 127.5 - 1."""
+        pixels = np.stack([self._pixels(int(i)) for i in indices])
+        return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous().to(torch.float32).div_(127.5).sub_(1)
+
+    def split(self, held_out: int) -> tuple[np.ndarray, np.ndarray]:
+        """Sorted (training, held-out) indices: a fixed choice, the same for every run. See `order.split`."""
+        return order.split(len(self), held_out)
+
+    def close(self) -> None:
+        """Close the files; reading opens them again."""
+        while self._files:
+            os.close(self._files.popitem()[1])
+
+    def __del__(self) -> None:
+        self.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_files": {}}
+
+    def _pixels(self, i: int) -> np.ndarray:
+        """Image `i`, (H, W, C) uint8."""
+        if not 0 <= i < len(self):
+            raise IndexError(f"image {i} of {self.folder} asked for; it holds images 0 to {len(self) - 1}")
+        shard = int(self.shard_of[i])
+        data = os.pread(self._file(shard), int(self._index["sizes"][i]), int(self._index["offsets"][i]))
+        try:
+            return decode(data, self.shape)
+        except ValueError as error:
+            path = self.folder / self.manifest.shards[shard].file
+            raise ValueError(f"{path}: image {self.key(i)!r} {error}; {_REMEDY}") from error
+
+    def _file(self, shard: int) -> int:
+        """A descriptor of shard number `shard`. Only used by position, so it may be shared with a forked worker."""
+        if shard not in self._files:
+            if len(self._files) >= _OPEN_FILES:
+                os.close(self._files.pop(next(iter(self._files))))
+            self._files[shard] = os.open(self.folder / self.manifest.shards[shard].file, os.O_RDONLY)
+        return self._files[shard]
+
+
+def decode(data: bytes, shape: tuple[int, int, int]) -> np.ndarray:
+    """PNG, JPEG or WebP bytes of an 8-bit grey or RGB image of `shape` (C, H, W), as (H, W, C) uint8.
+
+    The header is judged before any pixel is unpacked. ValueError says what is wrong, to be put after a name.
+    """
+    channels, height, width = shape
+    mode = "L" if channels == 1 else "RGB"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")) as image:
+                if image.width * image.height > MAX_PIXELS:
+                    raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
+                if (image.mode, image.height, image.width) != (mode, height, width):
+                    found = f"{image.mode} {image.height} x {image.width}"
+                    raise ValueError(f"is {found}, the manifest says {mode} {height} x {width}")
+                return np.array(image).reshape(height, width, channels)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ValueError(f"has more than {MAX_PIXELS} pixels ({error})") from error
+    except (OSError, SyntaxError, EOFError, struct.error, zlib.error) as error:
+        raise ValueError(f"cannot be decoded as PNG, JPEG or WebP ({error})") from error
+
+
+def _stamp(folder: Path, record: ShardRecord) -> list[Any]:
+    """What a verification of a shard depends on; it changes when the file is touched or the manifest is."""
+    try:
+        stat = (folder / record.file).stat()
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{folder / record.file} is missing; {_REMEDY}") from None
+    return [record.file, stat.st_size, stat.st_mtime_ns, record.sha256, record.count]
+
+
+def _verify(path: Path, record: ShardRecord) -> None:
+    size = path.stat().st_size
+    if size != record.bytes:
+        raise ValueError(f"{path} has {size} bytes, the manifest says {record.bytes}; {_REMEDY}")
+    if (found := sha256(path)) != record.sha256:
+        raise ValueError(f"{path} has SHA-256 {found[:12]}..., the manifest says {record.sha256[:12]}...; {_REMEDY}")
+
+
+def _build_index(folder: Path, manifest: Manifest) -> dict[str, np.ndarray]:
+    """`keys` (N,) strings, `offsets` and `sizes` (N,) int64: where each image lies inside its shard."""
+    home: dict[str, str] = {}
+    places: list[tuple[int, int]] = []
+    for record in manifest.shards:
+        samples = _scan(folder / record.file)
+        if len(samples) != record.count:
+            found = f"holds {len(samples)} images that can be read, the manifest says {record.count}"
+            raise ValueError(f"{folder / record.file} {found}; {_REMEDY}")
+        for key, place in samples.items():
+            if key in home:
+                raise ValueError(f"{folder / record.file}: key {key!r} is also in {home[key]}; keys must be unique")
+            home[key] = record.file
+            places.append(place)
+    offsets, sizes = np.array(places, dtype=np.int64).T.copy()
+    return {"keys": np.array(list(home)), "offsets": offsets, "sizes": sizes}
+
+
+def _scan(path: Path) -> dict[str, tuple[int, int]]:
+    """Read a shard's headers: key -> (offset, size) of its image, in the order of the file.
+
+    Refused, with shard and key: members that are no plain files or lead outside, suffixes not in SUFFIXES (pickles
+    among them), a key that is repeated or interleaved with others, members missing from one sample and not others.
+    """
+    samples: dict[str, dict[str, tuple[int, int]]] = {}
+    current = None
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                key, kind = _key_and_kind(path, member)
+                if (key != current and key in samples) or kind in samples.get(key, ()):
+                    raise ValueError(f"{path}: key {key!r} is duplicate or interleaved with others ({member.name!r})")
+                samples.setdefault(key, {})[kind] = (member.offset_data, member.size)
+                current = key
+    except tarfile.TarError as error:
+        raise ValueError(f"{path} is not a whole tar file ({error}); {_REMEDY}") from error
+    kinds = {"image"}.union(*samples.values())
+    for key, sample in samples.items():
+        if missing := kinds - sample.keys():
+            raise ValueError(f"{path}: key {key!r} has no {sorted(missing)[0]} member; write the shard again with it")
+    return {key: sample["image"] for key, sample in samples.items()}
+
+
+def _key_and_kind(path: Path, member: tarfile.TarInfo) -> tuple[str, str]:
+    """Key and suffix of a member, split at the first dot of the name as webdataset does; images are all "image"."""
+    if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.issparse():
+        raise ValueError(f"{path}: member {member.name!r} is a link, folder or device; only plain files are read")
+    folders, _, name = member.name.rpartition("/")
+    if member.name.startswith("/") or "\\" in member.name or ".." in member.name.split("/"):
+        raise ValueError(f"{path}: member {member.name!r} leads outside the shard; refused")
+    stem, _, suffix = name.partition(".")
+    if suffix.lower() not in SUFFIXES:
+        raise ValueError(f"{path}: member {member.name!r} is not one of .{' .'.join(SUFFIXES)}; refused")
+    kind = "image" if suffix.lower() in IMAGE_SUFFIXES else suffix.lower()
+    return f"{folders}/{stem}" if folders else stem, kind
+
+
+def _remembered(folder: Path, stamp: str) -> dict[str, np.ndarray] | None:
+    """The index of the last verification, if it was of these very files."""
+    try:
+        with open(folder / _INDEX, "rb") as file, np.load(file, allow_pickle=False) as saved:
+            return {name: saved[name] for name in ("keys", "offsets", "sizes")} if saved["stamp"] == stamp else None
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None
+
+
+def _remember(folder: Path, stamp: str, index: dict[str, np.ndarray]) -> None:
+    try:
+        with atomic_write(folder / _INDEX) as file:
+            np.savez(file, stamp=np.array(stamp), keys=index["keys"], offsets=index["offsets"], sizes=index["sizes"])
+    except OSError:  # a read-only folder: the next open verifies again
+        return

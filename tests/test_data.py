@@ -1,0 +1,401 @@
+"""Data: exact round trips, resumable preparation, and the order of batches."""
+
+from __future__ import annotations
+
+import gc
+import io
+import itertools
+import json
+import math
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from mlem.data import DATASETS, BatchSource, Shards, ensure, held_out_batches, prepare, train_loader, write_shards
+from mlem.data.__main__ import main
+from mlem.data.order import GROUP, pass_order, split
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "mlem.data", *map(str, arguments)]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every visible file of a data set; hidden ones are locks and caches."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if not path.name.startswith(".")}
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Shards:
+    return ensure("digits", tmp_path_factory.mktemp("data") / "digits", progress=False)
+
+
+# --- preparation ---
+
+
+def test_digits_round_trip_is_exact(digits):
+    expected = np.rint(load_digits().images * 255 / 16)
+    assert len(digits) == 1797
+    assert digits.shape == (1, 8, 8)
+    pixels = torch.stack([digits.read(i) for i in range(len(digits))])
+    assert pixels.dtype == torch.uint8
+    np.testing.assert_array_equal(pixels[:, 0].numpy(), expected)
+    assert set(np.unique(expected)) == set(np.rint(np.arange(17) * 255 / 16))
+    images = digits.images(range(len(digits)))
+    assert images.dtype == torch.float32
+    assert torch.equal(images, pixels.to(torch.float32) / 127.5 - 1)
+    assert (images.min(), images.max()) == (-1, 1)
+    assert [digits.key(i) for i in (0, 1000, 1796)] == ["00000000", "00001000", "00001796"]
+
+
+def test_colour_round_trip_is_exact(tmp_path):
+    expected = DATASETS["dead_leaves"](size=24, count=25).images(0, 25)
+    shards = ensure("dead_leaves", tmp_path, progress=False, size=24, count=25)
+    np.testing.assert_array_equal(torch.stack([shards.read(i) for i in range(25)]).permute(0, 2, 3, 1), expected)
+
+
+def test_bytes_are_deterministic(tmp_path):
+    for name in ("a", "b"):
+        prepare("dead_leaves", tmp_path / name, size=8, count=30, shard_size=7, progress=False)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    assert len(contents(tmp_path / "a")) == 5 + 1
+
+
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # webdataset leaves that to the collector
+def test_webdataset_reads_our_shards(digits):
+    import webdataset as wds
+
+    assert wds.utils.enforce_security
+    urls = [str(digits.folder / record.file) for record in digits.manifest.shards]
+    samples = list(wds.WebDataset(urls, shardshuffle=False))
+    assert [sample["__key__"] for sample in samples] == [digits.key(i) for i in range(len(digits))]
+    for i in range(0, len(digits), 97):
+        assert torch.equal(digits.read(i)[0], torch.tensor(np.array(Image.open(io.BytesIO(samples[i]["png"])))))
+    del samples
+    gc.collect()
+
+
+def wait_for(path: Path, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 60
+    while not path.exists():
+        assert process.poll() is None, "the preparation ended early"
+        assert time.monotonic() < deadline, f"{path} did not appear"
+        time.sleep(0.002)
+
+
+def test_killed_preparation_goes_on_to_the_same_bytes(tmp_path, capsys):
+    options = ["--size", "32", "--count", "2000", "--shard-size", "100"]
+    whole, folder = tmp_path / "whole", tmp_path / "killed"
+    assert main(["dead_leaves", "--out", str(whole), *options]) == 0
+    with subprocess.Popen(command("dead_leaves", "--out", folder, *options), stderr=subprocess.DEVNULL) as process:
+        wait_for(folder / "shard-000002.tar", process)
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    assert not (folder / "manifest.json").exists()
+    with pytest.raises(FileNotFoundError, match="killed is unfinished"):
+        Shards.open(folder)
+    with pytest.raises(ValueError, match="seed is 0, asked for 7"):
+        prepare("dead_leaves", folder, size=32, count=2000, shard_size=100, seed=7)
+    done = {record["file"] for record in json.loads((folder / "manifest.unfinished.json").read_text())["shards"]}
+    assert {"shard-000000.tar", "shard-000001.tar"} <= done
+    (folder / ".shard-000009.tar.1-2.tmp").write_bytes(b"half a shard")  # as a kill in mid-write leaves it
+    times = {name: (folder / name).stat().st_mtime_ns for name in done}
+    capsys.readouterr()
+    assert main(["dead_leaves", "--out", str(folder), *options]) == 0
+    assert f"({100 * len(done)} were there)" in capsys.readouterr().out
+    assert times == {name: (folder / name).stat().st_mtime_ns for name in done}
+    assert contents(folder) == contents(whole)
+    assert not list(folder.glob(".*.tmp"))
+
+
+def test_second_preparation_is_refused_and_interrupt_is_clean(tmp_path):
+    arguments = command("dead_leaves", "--out", tmp_path, "--count", 100_000, "--shard-size", 50)
+    with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True) as process:
+        wait_for(tmp_path / "shard-000000.tar", process)
+        with pytest.raises(ValueError, match=f"{tmp_path} is being prepared by another process"):
+            prepare("dead_leaves", tmp_path, count=100_000, shard_size=50)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "interrupted; finished shards are kept" in errors
+    assert "Traceback" not in errors
+    assert not list(tmp_path.glob(".*.tmp"))
+
+
+def test_processes_may_ensure_together(tmp_path):
+    with ThreadPoolExecutor(4) as pool:
+        sets = list(pool.map(lambda _: ensure("digits", tmp_path, progress=False), range(4)))
+    assert [len(shards) for shards in sets] == [1797] * 4
+
+
+def test_damaged_shard_alone_is_remade(tmp_path):
+    prepare("digits", tmp_path, shard_size=200, progress=False)
+    before = contents(tmp_path)
+    os.truncate(tmp_path / "shard-000003.tar", 1000)
+    assert prepare("digits", tmp_path, shard_size=200, progress=False) == 200
+    assert contents(tmp_path) == before
+
+
+def test_other_data_in_the_folder_are_refused(tmp_path):
+    ensure("dead_leaves", tmp_path, progress=False, size=8, count=20)
+    assert len(ensure("dead_leaves", tmp_path, size=8, count=20)) == 20
+    with pytest.raises(ValueError, match="seed is 0, asked for 1; choose another folder"):
+        ensure("dead_leaves", tmp_path, size=8, count=20, seed=1)
+    with pytest.raises(ValueError, match="name is 'dead_leaves', asked for 'digits'"):
+        ensure("digits", tmp_path)
+    with pytest.raises(ValueError, match="shard_size is 1000, asked for 5"):
+        prepare("dead_leaves", tmp_path, size=8, count=20, shard_size=5)
+    (tmp_path / "manifest.json").unlink()
+    with pytest.raises(ValueError, match=r"shard-000000\.tar but no manifest\.json"):
+        prepare("dead_leaves", tmp_path, size=8, count=20)
+
+
+def test_full_disk_keeps_no_half_shard(tmp_path):
+    limited = f"ulimit -f 300 && exec {' '.join(command('digits', '--out', tmp_path))}"  # 1 KiB blocks; shards are 1 MB
+    result = subprocess.run(["bash", "-c", limited], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 2
+    assert f"error: {tmp_path}: [Errno 27] File too large" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not list(tmp_path.glob("*.tar")) + list(tmp_path.glob(".*.tmp"))
+    assert len(ensure("digits", tmp_path, progress=False)) == 1797
+
+
+def test_memory_does_not_grow_with_the_data_set(tmp_path):
+    asked = []
+
+    def images(start: int, stop: int) -> np.ndarray:
+        asked.append((stop - start) * 64 * 64 * 3)
+        return np.zeros((stop - start, 64, 64, 3), np.uint8)
+
+    def peak(total: int) -> int:
+        tracemalloc.start()
+        try:
+            write_shards(tmp_path / str(total), images, name="x", info={}, total=total, shard_size=500, progress=False)
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    peak(10)  # imports and first-use caches
+    assert peak(4000) < peak(500) + 1e6  # the images of the difference are 43 MB
+    assert max(asked) <= 4 * 2**20
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (lambda start, stop: np.zeros((stop - start, 8, 8, 1)), "must give uint8"),
+        (lambda start, stop: np.zeros((stop - start, 8, 8), np.uint8), "must give uint8"),
+        (lambda start, stop: np.zeros((1, 8, 8, 1), np.uint8), r"images\(0, 3\) must give"),
+        (lambda start, stop: np.zeros((stop - start, 8, 6 + stop, 1), np.uint8), "the first image was"),
+    ],
+)
+def test_wrong_source_is_refused(tmp_path, images, message):
+    with pytest.raises(ValueError, match=message):
+        write_shards(tmp_path, images, name="x", info={}, total=3, shard_size=3, progress=False)
+    assert not list(tmp_path.glob("*.tar"))
+
+
+# --- command line ---
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["digitz", "--out", "x"], "unknown data set 'digitz'; did you mean 'digits'?"),
+        (["zzz"], "unknown data set 'zzz'; choose from: dead_leaves, digits"),
+        ([], "required: dataset"),
+        (["digits"], "required: --out"),
+        (["digits", "--out", "pipe:touch x"], "folder 'pipe:touch x' is an address"),
+        (["dead_leaves", "--out", "x", "--size", "big"], "argument --size: invalid int value: 'big'"),
+        (["dead_leaves", "--out", "x", "--size", "0"], "size must be >= 1, got 0"),
+        (["dead_leaves", "--out", "x", "--count", "0"], "count and shard_size must be >= 1, got 0 and 1000"),
+        (["dead_leaves", "--out", "x", "--seed", "-1"], "seed must be in [0, 2**64), got -1"),
+        (["dead_leaves", "--out", "x", "--r-min", "5", "--r-max", "4"], "got r_min 5.0 and r_max 4.0"),
+        (["dead_leaves", "--out", "x", "--r-min", "1e-5"], "raise r_min or lower r_max"),
+        (["digits", "--out", "/dev/null/x"], "error: /dev/null/x: [Errno 20] Not a directory"),
+    ],
+)
+def test_wrong_command_gets_one_line(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    out, errors = capsys.readouterr()
+    assert message in errors
+    assert errors.startswith("error: ")
+    assert errors.count("\n") == 1
+    assert out == ""
+    assert not list(tmp_path.iterdir())
+
+
+def test_command_prints_a_summary(tmp_path, capsys):
+    assert main(["digits", "--out", str(tmp_path), "--shard-size", "900"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"{tmp_path}: 1797 images, 1.9 MB, ")
+    assert out.endswith(" images/s\n")
+    assert len(Shards.open(tmp_path).manifest.shards) == 2
+
+
+def test_every_data_set_is_on_the_command_line(capsys):
+    for name in DATASETS:
+        with pytest.raises(SystemExit, match="0"):
+            main([name, "--help"])
+        assert "--out FOLDER" in capsys.readouterr().out
+
+
+def test_unknown_option_names_the_nearest():
+    with pytest.raises(ValueError, match="unknown option of dead_leaves 'sead'; did you mean 'seed'"):
+        prepare("dead_leaves", "x", sead=1)
+
+
+# --- order of training ---
+
+
+def test_split_is_fixed():
+    train, held_out = split(1797, 97)
+    assert np.array_equal(np.sort(np.concatenate([train, held_out])), np.arange(1797))
+    assert len(held_out) == 97
+    assert set(split(1797, 5)[1]) < set(held_out)
+    assert split(1797, 5)[1].tolist() == [276, 329, 580, 811, 1114]  # the same for every run, machine and version
+    assert len(split(10, 0)[1]) == 0
+    for held_out in (-1, 10):
+        with pytest.raises(ValueError, match=rf"held_out must be in \[0, 9\] for 10 images, got {held_out}"):
+            split(10, held_out)
+
+
+def test_pass_order_reads_a_few_shards_at_a_time():
+    shard_of = np.repeat(np.arange(40), 25)
+    order = pass_order(np.arange(1000), shard_of, seed=0, number=0)
+    assert np.array_equal(np.sort(order), np.arange(1000))
+    groups = shard_of[order].reshape(5, GROUP * 25)
+    assert all(len(set(group)) == GROUP for group in groups.tolist())
+    assert len(set(shard_of[order[:25]].tolist())) > 3  # shuffled within the group, not shard after shard
+    assert not np.array_equal(np.sort(np.unique(groups[0])), np.arange(GROUP))
+
+
+def test_small_data_are_shuffled_uniformly():
+    shard_of = np.repeat(np.arange(3), 2)
+    orders = np.stack([pass_order(np.arange(6), shard_of, seed=3, number=n) for n in range(6000)])
+    counts = np.stack([(orders == value).sum(0) for value in range(6)])  # value x place
+    standard_error = math.sqrt(6000 * (1 / 6) * (5 / 6))
+    assert np.abs(counts - 1000).max() < 4.5 * standard_error  # 36 places
+
+
+few_cores = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
+
+
+def everything(digits: Shards, indices: np.ndarray, *, world_size: int, workers: int, stop: int, **options) -> dict:
+    """All ranks' batches as one: "index" and "position" by (batch, place in the global batch)."""
+    ranks = []
+    for rank in range(world_size):
+        options |= {"rank": rank, "world_size": world_size, "stop": stop}
+        source = BatchSource(digits, indices, batch_size=64, seed=5, **options)
+        ranks.append(list(train_loader(source, workers)))
+        assert len(ranks[-1]) == len(source)
+    return {name: torch.stack([torch.cat([b[name] for b in together]) for together in zip(*ranks, strict=True)])
+            for name in ("image", "index", "position")}  # fmt: skip
+
+
+@few_cores
+@pytest.mark.parametrize(("world_size", "workers"), [(1, 0), (1, 2), (2, 0), (2, 2), (4, 3)])
+def test_every_key_once_a_pass_for_any_world_size_and_workers(digits, world_size, workers):
+    indices, _ = digits.split(97)
+    batches = everything(digits, indices, world_size=world_size, workers=workers, stop=55)
+    assert torch.equal(batches["position"].flatten(), torch.arange(55 * 64))  # batches in order, none twice
+    index = batches["index"].flatten().numpy()
+    passes = index[:1700], index[1700:3400]
+    for one in passes:
+        assert np.array_equal(np.sort(one), indices)
+    assert not np.array_equal(*passes)
+    alone = everything(digits, indices, world_size=1, workers=0, stop=55)
+    for name, value in alone.items():
+        assert torch.equal(batches[name], value)
+    assert torch.equal(alone["image"][7], digits.images(alone["index"][7]))
+
+
+@few_cores
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("start", [1, 27, 53])
+def test_resume_equals_the_tail(digits, start, workers):
+    indices, _ = digits.split(97)
+    whole = everything(digits, indices, world_size=2, workers=0, stop=55)
+    tail = everything(digits, indices, world_size=2, workers=workers, start=start, stop=55)
+    for name, value in tail.items():
+        assert torch.equal(value, whole[name][start:])
+
+
+def test_seed_decides_the_order_and_global_randomness_nothing(digits):
+    indices, _ = digits.split(97)
+    state = torch.get_rng_state()
+    first = next(iter(train_loader(BatchSource(digits, indices, batch_size=32, seed=0))))
+    assert torch.equal(state, torch.get_rng_state())
+    torch.manual_seed(123)
+    again = next(iter(train_loader(BatchSource(digits, indices, batch_size=32, seed=0))))
+    other = next(iter(train_loader(BatchSource(digits, indices, batch_size=32, seed=1))))
+    assert torch.equal(first["index"], again["index"])
+    assert not torch.equal(first["index"], other["index"])
+
+
+def test_batch_larger_than_the_data_set(digits):
+    batch = BatchSource(digits, np.arange(5, 15), batch_size=25, seed=0).batch(1)
+    assert batch["position"].tolist() == list(range(25, 50))
+    assert sorted(batch["index"][5:15].tolist()) == list(range(5, 15))
+
+
+@few_cores
+@pytest.mark.parametrize("workers", [0, 2])
+def test_endless_source_has_no_length(digits, workers):
+    source = BatchSource(digits, np.arange(10), batch_size=4, seed=0)
+    with pytest.raises(TypeError, match="endless"):
+        len(source)
+    assert len(list(itertools.islice(train_loader(source, workers), 9))) == 9
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 10, "world_size": 4}, "batch_size must be a multiple of world_size 4, got 10"),
+        ({"batch_size": 0}, "batch_size must be a multiple of world_size 1, got 0"),
+        ({"rank": 2, "world_size": 2}, "got rank 2 and world_size 2"),
+        ({"seed": -1}, "seed must be >= 0, got -1"),
+        ({"start": 5, "stop": 4}, "got start 5 and stop 4"),
+        ({"indices": np.array([1, 1])}, "indices must be distinct"),
+        ({"indices": np.array([1797])}, r"in \[0, 1796\]"),
+        ({"indices": np.array([], int)}, "at least one image"),
+    ],
+)
+def test_wrong_loader_options_are_named(digits, options, message):
+    with pytest.raises(ValueError, match=message):
+        BatchSource(digits, **{"indices": np.arange(100), "batch_size": 8, "seed": 0, **options})
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_held_out_images_come_exactly_once(digits, world_size):
+    _, held_out = digits.split(98)
+    loaders = [held_out_batches(digits, held_out, 16, rank, world_size) for rank in range(world_size)]
+    batches = [batch for loader in loaders for batch in loader]
+    assert len(batches) == sum(len(loader) for loader in loaders)
+    position = torch.cat([batch["position"] for batch in batches])
+    assert sorted(position.tolist()) == list(range(98))
+    assert torch.equal(torch.cat([batch["index"] for batch in batches]), torch.from_numpy(held_out)[position])
+    assert torch.equal(batches[-1]["image"], digits.images(batches[-1]["index"]))
+    with pytest.raises(ValueError, match="2 held-out images cannot be shared by 3 ranks"):
+        held_out_batches(digits, held_out[:2], 16, 0, 3)
+
+
+def test_pickled_shards_read_the_same(digits):
+    digits.read(0)
+    copy = pickle.loads(pickle.dumps(digits))
+    assert torch.equal(copy.read(1796), digits.read(1796))
+    with pytest.raises(IndexError, match="holds images 0 to 1796"):
+        copy.read(-1)
