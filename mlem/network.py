@@ -68,7 +68,6 @@ def flops(network: nn.Module, shape: Sequence[int]) -> int:
     return counter.get_total_flops()
 
 
-
 def seconds_per_image(network: nn.Module, shape: Sequence[int], batch_size: int, repeats: int = 5) -> float:
     """Median time to evaluate a batch, over its size, on the network's device; the first call does not count."""
     parameter = next(network.parameters())

@@ -1,9 +1,9 @@
 """Samples on disk: one PNG for each index, written atomically, shared out over ranks, made once.
 
-    folder/settings.json     how they were made; other settings are refused
-    folder/00000012.png      sample 12
-    folder/ledger.json       what the runs so far cost
-    folder/grid.png          the first of them side by side
+folder/settings.json     how they were made; other settings are refused
+folder/00000012.png      sample 12
+folder/ledger.json       what the runs so far cost
+folder/grid.png          the first of them side by side
 """
 
 from __future__ import annotations
@@ -35,12 +35,18 @@ def claim(folder: Path, settings: dict[str, Any]) -> None:
     path = folder / "settings.json"
     if path.exists():
         old = read_json(path)
-        odd = [f"{key}: {old.get(key)} there, {settings.get(key)} now" for key in settings | old if old.get(key) != settings.get(key)]
+        odd = [
+            f"{key}: {old.get(key)} there, {settings.get(key)} now"
+            for key in settings | old
+            if old.get(key) != settings.get(key)
+        ]
         if odd:
             raise ValueError(f"{folder} holds samples made with other settings ({'; '.join(odd)}); choose another out=")
         return
     if any(folder.glob("*.png")):
-        raise ValueError(f"{folder} holds images that are not known to be samples (no settings.json); choose another out=")
+        raise ValueError(
+            f"{folder} holds images that are not known to be samples (no settings.json); choose another out="
+        )
     write_json(path, settings)
 
 

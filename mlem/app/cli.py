@@ -80,6 +80,8 @@ def compose(name: str, overrides: list[str]) -> DictConfig:
 
 def _explain(name: str, overrides: list[str], error: Exception) -> str:
     """One line for what Hydra says: the option, the nearest match, the remedy."""
+    from omegaconf.errors import MissingMandatoryValue
+
     text = str(error)
     key = re.search(r"Could not override '([^']+)'|Key '([^']+)' is not in struct", text)
     if missing := re.search(r"Could not find '([^']+)'", text):
@@ -91,9 +93,8 @@ def _explain(name: str, overrides: list[str], error: Exception) -> str:
     if key:
         wrong = key[1] or next((o.split("=")[0] for o in overrides if key[2] in o), key[2])
         return f"{wrong}: there is no such option{_nearest(wrong, _options(name))}"
-    if value := re.search(r"Missing mandatory value: (\S+)|missing value.*?full_key: (\S+)", text, re.DOTALL):
-        wrong = value[1] or value[2]
-        return f"{wrong} must be given: add {wrong}=..."
+    if isinstance(error, MissingMandatoryValue):
+        return f"{error.full_key} must be given: add {error.full_key}=..."
     return f"{text.splitlines()[0]}; see python {name}.py --help"
 
 
@@ -140,7 +141,9 @@ def _help(name: str) -> str:
         if re.search(rf"^  - {group}:", used, re.MULTILINE):
             default = re.search(rf"^  - {group}: (\S+)", used, re.MULTILINE)
             lines.append(f"{group}=  (default {default[1] if default else 'null'})")
-            lines += [f"  {choice:20s}{_first_comment(CONFIGS / group / f'{choice}.yaml')}" for choice in _choices(group)]
+            lines += [
+                f"  {choice:20s}{_first_comment(CONFIGS / group / f'{choice}.yaml')}" for choice in _choices(group)
+            ]
     body = used.split("\n\n", 1)[1]
     lines += ["", "options (a dot joins the names of inner ones, as in training.steps=500):", body.rstrip(), ""]
     lines += ["-m, --multirun  sweeps: training.learning_rate=1e-3,2e-3"]

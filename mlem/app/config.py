@@ -67,7 +67,9 @@ def check(config: DictConfig) -> None:
         for _, value in given((name,)):
             if value not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value}")
-    batch, accumulate = (OmegaConf.select(config, f"training.{name}", default=1) for name in ("batch_size", "accumulate"))
+    batch, accumulate = (
+        OmegaConf.select(config, f"training.{name}", default=1) for name in ("batch_size", "accumulate")
+    )
     if batch % accumulate:
         raise ValueError(f"training.batch_size must be a multiple of training.accumulate {accumulate}, got {batch}")
 
@@ -95,9 +97,10 @@ def refuse_targets(config: DictConfig) -> None:
     for place, target in _targets(OmegaConf.to_container(config, resolve=True)):
         if not re.fullmatch(r"callbacks\[\d+\]", place):
             raise ValueError(f"{place}._target_={target}: only entries of callbacks are built by name; leave it out")
-        if str(target).split(".")[0] not in allowed:
+        package = str(target).split(".")[0]
+        if package not in allowed:
             raise ValueError(
-                f"{place}._target_={target} is not from {', '.join(allowed)}; if you trust it, add allow=[{str(target).split('.')[0]}]"
+                f"{place}._target_={target} is not from {', '.join(allowed)}; if you trust it, add allow=[{package}]"
             )
 
 

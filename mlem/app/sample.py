@@ -145,4 +145,5 @@ def _report(total: dict[str, Any], now: Ledger, level: Level, out: Path) -> None
         f"{now.images} images, level {level.name}, {now.evaluations:g} network calls each, {milliseconds:.2f} ms/image "
         f"({100 * now.network_seconds / now.wall_seconds:.1f} percent of it in the network)"
     )
-    print(f"pictures: {out}, side by side: {out / 'grid.png'}, cost: {out / 'ledger.json'} ({total['images']} images so far)")
+    print(f"pictures: {out}, side by side: {out / 'grid.png'}")
+    print(f"cost of the {total['images']} images made so far: {out / 'ledger.json'}")

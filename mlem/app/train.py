@@ -103,7 +103,12 @@ def _new_level(config: DictConfig, size: str) -> Level:
         torch.manual_seed(config.seed)
         network = unet(size, _image_shape(config), config.model.dropout)
     return Level(
-        size, network, _schedule(config), _image_shape(config), prediction=config.model.prediction, data=config.data.name
+        size,
+        network,
+        _schedule(config),
+        _image_shape(config),
+        prediction=config.model.prediction,
+        data=config.data.name,
     )
 
 
@@ -227,7 +232,11 @@ def _world_size(config: DictConfig) -> int:
 
 def _loggers(config: DictConfig, folder: Path, name: str, step: int) -> list[Any]:
     wandb = wandb_logger(
-        folder, project=config.logger.project, name=f"{config.data.name}/{name}", group=config.root, mode=config.logger.mode
+        folder,
+        project=config.logger.project,
+        name=f"{config.data.name}/{name}",
+        group=config.root,
+        mode=config.logger.mode,
     )
     if wandb is not None:
         wandb.log_hyperparams(without_secrets(config))
@@ -319,7 +328,11 @@ def _evaluation(config: DictConfig, shards: Shards, folder: Path) -> SamplerEval
         features=config.metric.features,
         weights=config.metric.weights,
         reals=reals,
-        reals_key={"data": config.data.name, "count": reals.count, "options": without_secrets(config)["data"]["options"]},
+        reals_key={
+            "data": config.data.name,
+            "count": reals.count,
+            "options": without_secrets(config)["data"]["options"],
+        },
         image_shape=shards.shape,
     )
 
@@ -339,7 +352,9 @@ def _evaluate_family(config: DictConfig, family: Family, shards: Shards) -> None
         use_distributed_sampler=False,
         default_root_dir=folder,
     )
-    metrics = trainer.test(FamilyModule(family, config.seed), datamodule=_LoaderFromStep(shards, config), verbose=False)[0]
+    metrics = trainer.test(
+        FamilyModule(family, config.seed), datamodule=_LoaderFromStep(shards, config), verbose=False
+    )[0]
     if trainer.is_global_zero:
         noise_level_figure(family, dict(metrics), folder / "error_by_noise_level.png")
         _report(evaluation.rows, family, folder, Path(config.root) / "family" if whole else folder.parent / "level")

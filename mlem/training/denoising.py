@@ -117,7 +117,11 @@ class DenoisingModule(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.AdamW(
-            self.network.parameters(), lr=self.learning_rate, betas=(0.9, 0.99), weight_decay=self.weight_decay, fused=True
+            self.network.parameters(),
+            lr=self.learning_rate,
+            betas=(0.9, 0.99),
+            weight_decay=self.weight_decay,
+            fused=True,
         )
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._learning_rate_factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

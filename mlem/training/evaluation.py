@@ -68,8 +68,9 @@ class SamplerEvaluation(pl.Callback):
     """Runs samplers on fixed indices, sharded over ranks by whole batches; logs figures to every logger.
 
     samplers: what to run. indices: of the samples. reference_steps: of the reference, which the largest level
-    samples from the same noise by the solver's `reference`. features: for FID, or None. reals: batches of real images for FID, this rank's
-    share, with `reals_key` naming them in the cache. every_n_epochs: in training. folder: for the pictures.
+    samples from the same noise by the solver's `reference`. features: for FID, or None. reals: batches of real
+    images for FID, this rank's share, with `reals_key` naming them in the cache. every_n_epochs: in training.
+    folder: for the pictures.
 
     Put it before the weight averaging in the list of callbacks: it then sees the averaged weights.
     Results of the last run stand in `rows`, and in `evaluation.json` in the folder.
