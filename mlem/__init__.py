@@ -20,7 +20,7 @@ _HOMES = {
     "TimeGrid": "schedule",
     "sample": "sampling",
 }
-__all__ = sorted(_HOMES)
+__all__ = ["Family", "Level", "NoiseSchedule", "Result", "TimeGrid", "sample"]
 
 
 def __getattr__(name: str) -> object:

@@ -1,6 +1,6 @@
 """Writing files so that no partial file can be mistaken for a whole one.
 
-Lives here: atomic writes, checksums, JSON. Knows nothing of what the files hold.
+Lives here: atomic writes, checksums, JSON, locks. Knows nothing of what the files hold.
 """
 
 from __future__ import annotations
@@ -14,6 +14,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
+
+
+def first_process() -> bool:
+    """Whether this process is rank 0 of a run; known before there is a process group."""
+    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
 
 
 @contextmanager

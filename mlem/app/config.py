@@ -122,7 +122,7 @@ def build_callbacks(config: DictConfig) -> list[Any]:
     refuse_targets(config)
     built = []
     for node in config.callbacks:
-        options = dict(OmegaConf.to_container(node, resolve=True))  # type: ignore[call-overload]
+        options: Any = OmegaConf.to_container(node, resolve=True)
         target = str(options.pop("_target_", None))
         module, _, name = target.rpartition(".")
         try:
@@ -148,7 +148,7 @@ def without_secrets(config: DictConfig) -> dict[str, Any]:
 def _hide(node: Any) -> None:
     keys = range(len(node)) if isinstance(node, ListConfig) else list(node)
     for key in keys:
-        inner = node._get_node(key)
+        inner: Any = node._get_node(key)
         if isinstance(inner, (DictConfig, ListConfig)):
             if not (inner._is_none() or inner._is_missing() or inner._is_interpolation()):
                 _hide(inner)

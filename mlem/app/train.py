@@ -17,7 +17,8 @@ from omegaconf import DictConfig, OmegaConf
 from mlem.app.config import build_callbacks, check, parse_indices, without_secrets
 from mlem.data import BatchSource, Shards, ensure, held_out_batches, train_loader
 from mlem.family import Family, Level
-from mlem.files import folder_lock, read_json, write_json, write_text
+from mlem.files import first_process, folder_lock, read_json, write_json, write_text
+from mlem.metrics import FewImagesWarning
 from mlem.network import seconds_per_image, unet
 from mlem.schedule import NoiseSchedule
 from mlem.training.averaging import averaged_state, make_average
@@ -46,7 +47,7 @@ def run(config: DictConfig) -> None:
         train_level(config, level, shards)
     folder = Path(config.root) / ("family" if "levels" in config.model else config.model.name)
     family = Family([Level.load(_run_folder(config, level) / "level") for level in levels])
-    if "levels" in config.model and _first_process():
+    if "levels" in config.model and first_process():
         family.save(folder)
     _evaluate_family(config, family, shards)
 
@@ -56,15 +57,11 @@ def _quiet() -> None:
     for text in (".*does not have many workers.*", ".*GPU available but not used.*", ".*isinstance.treespec.*"):
         warnings.filterwarnings("ignore", text)
     warnings.filterwarnings("ignore", ".*sync_dist.*")
+    warnings.filterwarnings("ignore", category=FewImagesWarning)  # the count stands in the name of the metric
     os.environ.setdefault("WANDB_SILENT", "true")
     import logging
 
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-
-
-def _first_process() -> bool:
-    """Whether this is rank 0; known before there is a process group."""
-    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
 
 
 def _run_folder(config: DictConfig, level: Level) -> Path:
@@ -145,7 +142,7 @@ def _agree(config: DictConfig, folder: Path, settings: dict[str, Any]) -> None:
                 f"{folder} holds a run with other settings ({'; '.join(found)}); change them back, choose another "
                 "root=, or continue all the same with resume=force"
             )
-    if _first_process():
+    if first_process():
         write_json(path, settings)
         write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(without_secrets(config))))
 
@@ -154,11 +151,11 @@ def train_level(config: DictConfig, level: Level, shards: Shards) -> None:
     """Train one level in its run folder, resuming what is there; nothing to do when it is finished."""
     folder = _run_folder(config, level)
     # only rank 0 takes the lock: the others belong to it
-    with folder_lock(folder) if _first_process() else nullcontext():
+    with folder_lock(folder) if first_process() else nullcontext():
         world_size = _world_size(config)
         _agree(config, folder, _settings(config, level, world_size))
         if (folder / "level" / "mlem.json").exists():
-            if _first_process():
+            if first_process():
                 print(f"{level.name}: already trained, in {folder}", flush=True)
             return
         checkpoint = _checkpoint(config, folder)

@@ -47,7 +47,7 @@ class DiffusersSolver(Solver):
         signal = schedule.alpha(torch.arange(NUM_TIMESTEPS + 1, dtype=torch.float64) / NUM_TIMESTEPS) ** 2
         options = {"trained_betas": (1 - signal[1:] / signal[:-1]).tolist(), "prediction_type": "epsilon"}
         options |= {"timestep_spacing": "trailing", "clip_sample": False, "thresholding": False} | self._options
-        scheduler = self._class(**{key: value for key, value in options.items() if key in self._accepted})
+        scheduler: Any = self._class(**{key: value for key, value in options.items() if key in self._accepted})
         scheduler.set_timesteps(steps)
         return scheduler
 

@@ -23,9 +23,8 @@ def make_average(decay: float) -> WeightAveraging:
         # a tensor on the device of the weights: reading it would make the host wait
         n = torch.as_tensor(updates, dtype=torch.float64)
         weight = (1 - torch.clamp((1 + n) / (10 + n), max=decay)).to(averaged[0].dtype)
-        difference = torch._foreach_sub(current, averaged)
-        torch._foreach_mul_(difference, weight)
-        torch._foreach_add_(averaged, difference)
+        for average, weights in zip(averaged, current, strict=True):
+            average.lerp_(weights, weight)
 
     return WeightAveraging(use_buffers=False, multi_avg_fn=update)
 

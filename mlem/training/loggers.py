@@ -16,7 +16,7 @@ from typing import Any
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from mlem.files import read_json, write_json, write_text
+from mlem.files import first_process, read_json, write_json, write_text
 
 
 class JSONLinesLogger(Logger):
@@ -75,27 +75,27 @@ def wandb_logger(folder: Path, *, project: str, name: str, group: str, mode: str
         return None
     if mode == "auto":
         mode = "online" if _has_key() else "offline"
+    if not first_process():
+        return WandbLogger(project=project)  # says nothing on other ranks
     try:
         import wandb
 
         wandb.finish()  # a run left open in this process would be taken over
-        settings = wandb.Settings(x_transaction_log_flush_interval=1, init_timeout=30, console="off", silent=True)
         folder.mkdir(parents=True, exist_ok=True)
-        logger = WandbLogger(
+        run = wandb.init(
             project=project,
             name=name,
             group=group,
             id=_run_id(folder),
-            save_dir=str(folder),
+            dir=str(folder),
             mode=mode,  # type: ignore[arg-type]
             resume="allow" if mode == "online" else None,
-            settings=settings,
+            settings=wandb.Settings(x_transaction_log_flush_interval=1, init_timeout=30, console="off", silent=True),
         )
-        _ = logger.experiment  # starts it on rank 0, so that a failure shows here
     except Exception as error:  # whatever W&B does, training goes on
         warnings.warn(f"W&B is off, it could not start ({error}); metrics.jsonl has everything", stacklevel=2)
         return None
-    return logger
+    return WandbLogger(experiment=run)
 
 
 def _has_key() -> bool:
