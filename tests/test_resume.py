@@ -1,0 +1,121 @@
+"""Exact resume: runs that are really killed end with the bits of a run that was not."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from commands import TINY, metrics, start, succeed, wait_until
+
+# shuffling, dropout, gradient accumulation and two loader workers
+OPTIONS = (
+    *TINY,
+    "model.dropout=0.2",
+    "training.steps=60",
+    "training.epoch_steps=16",
+    "training.checkpoint_every=5",
+    "training.accumulate=2",
+    "training.workers=2",
+    "training.warmup_steps=10",
+)
+RUN = Path("runs/digits/unet_xs")
+
+
+def _last_checkpoint(folder: Path) -> dict[str, Any]:
+    paths = sorted((folder / RUN / "checkpoints").glob("*.ckpt"))
+    assert paths[-1].name == "step=00000060.ckpt"
+    return torch.load(paths[-1], weights_only=True)
+
+
+def _assert_same(a: Any, b: Any, place: str = "") -> None:
+    assert type(a) is type(b), place
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), place
+    elif isinstance(a, dict):
+        assert list(a) == list(b), place
+        for key in a:
+            _assert_same(a[key], b[key], f"{place}.{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), place
+        for number, (one, other) in enumerate(zip(a, b, strict=True)):
+            _assert_same(one, other, f"{place}[{number}]")
+    else:
+        assert a == b, place
+
+
+def _curves(folder: Path) -> dict[tuple[int, str], float]:
+    """Every value that training logged, by step and name; a value logged twice fails."""
+    found: dict[tuple[int, str], float] = {}
+    for line in metrics(folder / RUN / "metrics.jsonl"):
+        for name, value in line.items():
+            if name.startswith(("train/", "val/")):
+                assert (line["step"], name) not in found, f"{name} twice at step {line['step']}"
+                found[line["step"], name] = value
+    return found
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    succeed("train.py", *OPTIONS, folder=folder)
+    return folder
+
+
+def _assert_equal_runs(folder: Path, undisturbed: Path) -> None:
+    ours, theirs = _last_checkpoint(folder), _last_checkpoint(undisturbed)
+    for key in ("state_dict", "current_model_state", "averaging_state", "optimizer_states", "lr_schedulers"):
+        _assert_same(ours[key], theirs[key], key)
+    assert ours["global_step"] == theirs["global_step"] == 60
+    weights = RUN / "level" / "diffusion_pytorch_model.safetensors"
+    assert (folder / weights).read_bytes() == (undisturbed / weights).read_bytes()
+    assert _curves(folder) == _curves(undisturbed)
+
+
+def test_killed_at_three_points(tmp_path: Path, undisturbed: Path) -> None:
+    """SIGKILL at a checkpoint just begun, in mid-epoch, and while validating or just after."""
+    checkpoints = tmp_path / RUN / "checkpoints"
+
+    def being_written() -> bool:
+        return any(checkpoints.glob(".step=00000005*.tmp")) or (checkpoints / "step=00000005.ckpt").exists()
+
+    def in_mid_epoch() -> bool:
+        return (checkpoints / "step=00000025.ckpt.sha256").exists()
+
+    def after_validation() -> bool:
+        lines = metrics(tmp_path / RUN / "metrics.jsonl")
+        return any(line["step"] >= 47 and "val/error" in line for line in lines)
+
+    for moment in (being_written, in_mid_epoch, after_validation):
+        process = start("train.py", *OPTIONS, folder=tmp_path)
+        wait_until(moment, process)
+        process.kill()
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+    out = succeed("train.py", *OPTIONS, folder=tmp_path)
+    assert "resuming from" in out
+    _assert_equal_runs(tmp_path, undisturbed)
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_sigterm_saves_and_exits_143(tmp_path: Path, undisturbed: Path, times: int) -> None:
+    """The process saves at the end of the step, exits with 143, and the same command goes on."""
+    process = start("train.py", *OPTIONS, "training.checkpoint_every=1000", folder=tmp_path)
+    wait_until(lambda: any(line.get("step", 0) >= 19 for line in metrics(tmp_path / RUN / "metrics.jsonl")), process)
+    for _ in range(times):
+        process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 143, err
+    saved = list((tmp_path / RUN / "checkpoints").glob("*.ckpt"))
+    assert len(saved) == 1
+    succeed("train.py", *OPTIONS, folder=tmp_path)
+    _assert_equal_runs(tmp_path, undisturbed)
+
+
+def test_a_finished_run_is_left_alone(undisturbed: Path) -> None:
+    level = undisturbed / RUN / "level" / "mlem.json"
+    before = level.stat().st_mtime_ns
+    assert "already trained" in succeed("train.py", *OPTIONS, folder=undisturbed)
+    assert level.stat().st_mtime_ns == before
