@@ -26,7 +26,7 @@ RUN = Path("runs/digits/unet_xs")
 
 def _last_checkpoint(folder: Path) -> dict[str, Any]:
     paths = sorted((folder / RUN / "checkpoints").glob("*.ckpt"))
-    assert paths[-1].name == "step=00000060.ckpt"
+    assert paths[-1].name == "step-00000060.ckpt"
     return torch.load(paths[-1], weights_only=True)
 
 
@@ -79,10 +79,10 @@ def test_killed_at_three_points(tmp_path: Path, undisturbed: Path) -> None:
     checkpoints = tmp_path / RUN / "checkpoints"
 
     def being_written() -> bool:
-        return any(checkpoints.glob(".step=00000005*.tmp")) or (checkpoints / "step=00000005.ckpt").exists()
+        return any(checkpoints.glob(".step-00000005*.tmp")) or (checkpoints / "step-00000005.ckpt").exists()
 
     def in_mid_epoch() -> bool:
-        return (checkpoints / "step=00000025.ckpt.sha256").exists()
+        return (checkpoints / "step-00000025.ckpt.sha256").exists()
 
     def after_validation() -> bool:
         lines = metrics(tmp_path / RUN / "metrics.jsonl")

@@ -80,6 +80,7 @@ def compose(name: str, overrides: list[str]) -> DictConfig:
 
 def _explain(name: str, overrides: list[str], error: Exception) -> str:
     """One line for what Hydra says: the option, the nearest match, the remedy."""
+    from hydra.errors import OverrideParseException
     from omegaconf.errors import MissingMandatoryValue
 
     text = str(error)
@@ -93,6 +94,8 @@ def _explain(name: str, overrides: list[str], error: Exception) -> str:
     if key:
         wrong = key[1] or next((o.split("=")[0] for o in overrides if key[2] in o), key[2])
         return f"{wrong}: there is no such option{_nearest(wrong, _options(name))}"
+    if isinstance(error, OverrideParseException):
+        return f"{error.override}: cannot be read; write option=value, and quote a value with special characters twice"
     if isinstance(error, MissingMandatoryValue):
         return f"{error.full_key} must be given: add {error.full_key}=..."
     return f"{text.splitlines()[0]}; see python {name}.py --help"

@@ -188,7 +188,7 @@ def _prepare(
     # the evaluation stands before the average, and so sees the averaged weights
     callbacks += [make_average(options.average_decay), Checkpoints(folder / "checkpoints", options.checkpoint_every)]
     callbacks += [make_progress(options.batch_size, level.name), *build_callbacks(config)]
-    step = 0 if checkpoint is None else int(checkpoint.stem.removeprefix("step="))
+    step = 0 if checkpoint is None else int(checkpoint.stem.removeprefix("step-"))
     trainer = pl.Trainer(
         **_devices(config),
         precision=LIGHTNING_PRECISION[config.trainer.precision],  # type: ignore[arg-type]

@@ -1,6 +1,6 @@
 """Checkpoints that survive kills, full disks and flipped bits, and stopping on a signal.
 
-`step=000200.ckpt` is written beside its target, fsynced and moved into place; then its SHA-256 is written beside
+`step-00000200.ckpt` is written beside its target, fsynced and moved into place; then its SHA-256 is written beside
 it. A checkpoint without its checksum was being written when the process died, and does not count.
 """
 
@@ -46,7 +46,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 def saved(folder: Path) -> list[Path]:
     """The complete checkpoints in `folder`, newest first."""
-    return sorted((path for path in folder.glob("step=*.ckpt") if _checksum_file(path).exists()), reverse=True)
+    return sorted((path for path in folder.glob("step-*.ckpt") if _checksum_file(path).exists()), reverse=True)
 
 
 def check(path: Path) -> Path:
@@ -104,7 +104,7 @@ class Checkpoints(Checkpoint):
         return step % 5 == 0 and trainer.strategy.reduce_boolean_decision(self._signalled, all=False)
 
     def _save(self, trainer: pl.Trainer, step: int) -> None:
-        trainer.save_checkpoint(self.folder / f"step={step:08d}.ckpt")
+        trainer.save_checkpoint(self.folder / f"step-{step:08d}.ckpt")
         if trainer.is_global_zero:
             for old in saved(self.folder)[2:]:
                 trainer.strategy.remove_checkpoint(old)

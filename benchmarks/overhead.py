@@ -1,0 +1,203 @@
+"""What the framework costs beside the network, as ratios measured side by side in one process.
+
+    python benchmarks/overhead.py
+
+1. Time of sampling outside the network: dead leaves 32x32, level m, batch 32, 50 steps.
+2. DDIM-50 against diffusers' own DDIMPipeline with the same UNet.
+3. Training steps per second against a bare PyTorch loop that does the same work.
+
+Each pair alternates, so that a slow spell of the machine falls on both sides; printed are the median of the
+per-round figures and their range. Run it on a machine that does nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mlem.data import BatchSource, Shards, ensure, train_loader
+from mlem.denoiser import expand_like, training_target
+from mlem.family import Level
+from mlem.files import write_json
+from mlem.network import unet
+from mlem.sampling import Sampler
+from mlem.schedule import NUM_TIMESTEPS, NoiseSchedule
+from mlem.training.averaging import make_average
+from mlem.training.denoising import DenoisingModule
+
+SHAPE, BATCH, STEPS = (3, 32, 32), 32, 50
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5, help="how often each pair is measured (default 5)")
+    parser.add_argument("--train-steps", type=int, default=30, help="optimizer steps in a round (default 30)")
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("overhead.json"))
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    level = Level("m", unet("m", SHAPE).eval(), NoiseSchedule.linear(), SHAPE)
+    level.network.to(device)
+    results: dict[str, Any] = {"machine": _machine(device), "rounds": options.rounds}
+    for solver in ("ddim", "ddpm", "dpm_solver_pp", "heun"):
+        results[f"percent outside the network, {solver}"] = _spread(_outside(level, solver, options.rounds))
+    ratio, ours = _against_pipeline(level, device, options.rounds)
+    results["DDIM-50: our time / DDIMPipeline's time"] = _spread(ratio)
+    results["DDIM-50: our seconds for a batch of 32"] = _spread(ours)
+    ratio, ours = _training(device, options.rounds, options.train_steps)
+    results["training: our steps/s / bare loop's steps/s"] = _spread(ratio)
+    results["training: our steps/s, batch 32"] = _spread(ours)
+    for name, value in results.items():
+        print(f"{name:50s} {value}")
+    write_json(options.out, results)
+
+
+def _machine(device: str) -> str:
+    name = torch.cuda.get_device_name() if device == "cuda" else f"{os.cpu_count()} cores {_processor()}"
+    return f"{name}, torch {torch.__version__}, {torch.get_num_threads()} threads"
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())
+
+
+def _spread(values: list[float]) -> dict[str, float]:
+    digits = {"median": statistics.median(values), "lowest": min(values), "highest": max(values)}
+    return {key: float(f"{value:.4g}") for key, value in digits.items()}
+
+
+def _seconds(work: Callable[[], Any]) -> float:
+    begin = time.perf_counter()
+    work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - begin
+
+
+def _outside(level: Level, solver: str, rounds: int) -> list[float]:
+    sampler = Sampler(level, solver=solver, steps=STEPS)
+    sampler.run(range(BATCH))
+    ledgers = [sampler.run(range(BATCH)).ledger for _ in range(rounds)]
+    return [100 * (1 - ledger.network_seconds / ledger.wall_seconds) for ledger in ledgers]
+
+
+def _against_pipeline(level: Level, device: str, rounds: int) -> tuple[list[float], list[float]]:
+    from diffusers.pipelines.ddim.pipeline_ddim import DDIMPipeline
+    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+
+    betas = {"num_train_timesteps": NUM_TIMESTEPS, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
+    scheduler = DDIMScheduler(**betas, prediction_type="v_prediction", clip_sample=False, timestep_spacing="trailing")
+    pipeline = DDIMPipeline(unet=level.network, scheduler=scheduler).to(device)  # type: ignore[arg-type]
+    pipeline.set_progress_bar_config(disable=True)
+    sampler = Sampler(level, solver="ddim", steps=STEPS, grid="trailing")
+
+    def theirs() -> None:
+        pipeline(batch_size=BATCH, num_inference_steps=STEPS, output_type="np")
+
+    def ours() -> None:
+        sampler.run(range(BATCH)).x.cpu()
+
+    theirs(), ours()
+    pairs = []
+    for number in range(rounds):
+        first, second = (ours, theirs) if number % 2 else (theirs, ours)
+        times = {first: _seconds(first), second: _seconds(second)}
+        pairs.append((times[ours], times[theirs]))
+    return [a / b for a, b in pairs], [a for a, _ in pairs]
+
+
+def _training(device: str, rounds: int, steps: int) -> tuple[list[float], list[float]]:
+    with tempfile.TemporaryDirectory() as folder:
+        shards = ensure("dead_leaves", folder, size=32, count=2000, progress=False)
+        pairs = []
+        for number in range(rounds):
+            sides = (_lightning_rate, _bare_rate)
+            order = sides if number % 2 else sides[::-1]
+            rates = {side: side(shards, device, steps) for side in order}
+            pairs.append((rates[_lightning_rate], rates[_bare_rate]))
+    return [a / b for a, b in pairs], [a for a, _ in pairs]
+
+
+def _module() -> DenoisingModule:
+    level = Level("m", unet("m", SHAPE), NoiseSchedule.cosine(), SHAPE)
+    options: dict[str, Any] = {"learning_rate": 1e-3, "warmup_steps": 10, "weight_decay": 0.01}
+    return DenoisingModule(level, seed=0, batch_size=BATCH, steps=1000, **options)
+
+
+def _source(shards: Shards) -> BatchSource:
+    train, _ = shards.split(200)
+    return BatchSource(shards, train, batch_size=BATCH, seed=0)
+
+
+def _lightning_rate(shards: Shards, device: str, steps: int) -> float:
+    import lightning.pytorch as pl
+    from lightning.pytorch.callbacks import LambdaCallback
+
+    times: list[float] = []
+
+    def note(*args: Any) -> None:
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter())
+
+    trainer = pl.Trainer(
+        accelerator=device,
+        devices=1,
+        max_steps=steps + 5,
+        max_epochs=-1,
+        callbacks=[make_average(0.999), LambdaCallback(on_train_batch_end=note)],
+        gradient_clip_val=1.0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+        limit_val_batches=0,
+    )
+    trainer.fit(_module(), train_loader(_source(shards)))
+    return steps / (times[-1] - times[-1 - steps])
+
+
+def _bare_rate(shards: Shards, device: str, steps: int) -> float:
+    """The same network, batches, loss, clipping, optimizer and average, in a plain loop."""
+    module = _module().to(device).train()
+    network, schedule = module.network, module.schedule
+    optimizer = torch.optim.AdamW(network.parameters(), 1e-3, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    average = [parameter.detach().clone() for parameter in network.parameters()]
+    times = []
+    for number, batch in enumerate(train_loader(_source(shards))):
+        x_0 = batch["image"].to(device)
+        t = torch.rand(len(x_0), device=device)
+        z = torch.randn_like(x_0)
+        alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+        x_t = expand_like(alpha, x_0) * x_0 + expand_like(sigma, x_0) * z
+        output = network(x_t.contiguous(memory_format=torch.channels_last), t * NUM_TIMESTEPS - 1).sample
+        loss = torch.nn.functional.mse_loss(output, training_target("v", x_0, z, alpha, sigma))
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        with torch.no_grad():
+            for mean, parameter in zip(average, network.parameters(), strict=True):
+                mean.lerp_(parameter, 1e-3)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter())
+        if number == steps + 4:
+            break
+    return steps / (times[-1] - times[-1 - steps])
+
+
+if __name__ == "__main__":
+    main()

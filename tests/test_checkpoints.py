@@ -1,0 +1,160 @@
+"""Checkpoints: damage is named, nothing finished is lost, and nothing in a file is executed."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import resource
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from commands import TINY, run, start, succeed, wait_until
+
+from mlem.files import sha256, write_text
+from mlem.training.checkpoints import AtomicCheckpointIO, Checkpoints, check, saved
+
+RUN = Path("runs/digits/unet_xs")
+OPTIONS = (*TINY, "training.steps=20", "training.epoch_steps=10", "training.checkpoint_every=5")
+
+
+def _save(path: Path, value: float = 1.0) -> Path:
+    AtomicCheckpointIO().save_checkpoint({"state_dict": {"w": torch.full((100,), value)}}, path)
+    return path
+
+
+def _truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def _flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(bytes(data))
+
+
+def _empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize("damage", [_truncate, _flip, _empty])
+def test_damage_is_named_and_the_one_before_offered(tmp_path: Path, damage: object) -> None:
+    good, bad = _save(tmp_path / "step-00000005.ckpt"), _save(tmp_path / "step-00000010.ckpt")
+    damage(bad)  # type: ignore[operator]
+    with pytest.raises(ValueError, match="step-00000010.ckpt is damaged.*resume=.*step-00000005.ckpt"):
+        check(bad)
+    with pytest.raises(ValueError, match="damaged"):
+        AtomicCheckpointIO().load_checkpoint(bad)
+    assert AtomicCheckpointIO().load_checkpoint(good)["state_dict"]["w"].sum() == 100
+
+
+def test_one_without_checksum_does_not_count(tmp_path: Path) -> None:
+    first, second = _save(tmp_path / "step-00000005.ckpt"), _save(tmp_path / "step-00000010.ckpt")
+    (tmp_path / "step-00000010.ckpt.sha256").unlink()
+    assert saved(tmp_path) == [first]
+    with pytest.raises(ValueError, match="never finished"):
+        check(second)
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        check(tmp_path / "step-00000099.ckpt")
+
+
+class _Payload:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.system, ("touch executed",)
+
+
+def test_a_pickle_is_not_executed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "step-00000005.ckpt"
+    torch.save({"state_dict": _Payload()}, path)
+    write_text(path.with_name(path.name + ".sha256"), sha256(path) + "\n")
+    with pytest.raises(pickle.UnpicklingError, match=r"[Ww]eights.only"):
+        AtomicCheckpointIO().load_checkpoint(path)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_full_disk_keeps_the_old_checkpoint(tmp_path: Path) -> None:
+    """The limit on file size stands for a full disk; in a child, since a limit cannot be raised again."""
+    path = _save(tmp_path / "step-00000005.ckpt")
+    before = path.read_bytes()
+    code = (
+        "import resource, signal, sys, torch\n"
+        "from mlem.training.checkpoints import AtomicCheckpointIO\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
+        "AtomicCheckpointIO().save_checkpoint({'w': torch.zeros(100_000)}, sys.argv[1])\n"
+    )
+    import sys
+
+    from commands import environment
+
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(path)], env=environment(), capture_output=True, text=True, check=False
+    )
+    assert done.returncode != 0
+    assert path.read_bytes() == before
+    assert check(path) == path
+    assert sorted(file.name for file in tmp_path.iterdir()) == [path.name, path.name + ".sha256"]
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 4096
+
+
+def test_every_must_be_positive(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="training.checkpoint_every must be >= 1, got 0"):
+        Checkpoints(tmp_path, 0)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    succeed("train.py", *OPTIONS, folder=folder)
+    return folder
+
+
+def _reopen(folder: Path) -> None:
+    """Make the run unfinished again, so that it resumes from its last checkpoint."""
+    (folder / RUN / "level" / "mlem.json").unlink(missing_ok=True)
+
+
+def test_the_last_two_are_kept(finished: Path) -> None:
+    names = [path.name for path in saved(finished / RUN / "checkpoints")]
+    assert names == ["step-00000020.ckpt", "step-00000015.ckpt"]
+
+
+@pytest.mark.parametrize(
+    ("option", "shown"),
+    [
+        ("seed=1", "seed: 0 there, 1 now"),
+        ("training.batch_size=32", "training.batch_size: 16 there, 32 now"),
+        ("model.dropout=0.5", "model.dropout: 0.0 there, 0.5 now"),
+        ("schedule=linear", "schedule.kind: cosine there, linear now"),
+    ],
+)
+def test_other_settings_are_refused(finished: Path, option: str, shown: str) -> None:
+    options = (*OPTIONS, "training.batch_size=16") if "batch" not in option else OPTIONS
+    done = run("train.py", *options, option, folder=finished)
+    assert done.returncode == 2
+    assert shown in done.stderr
+    assert "resume=force" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_damage_stops_the_command_and_its_remedy_works(finished: Path) -> None:
+    _reopen(finished)
+    _flip(finished / RUN / "checkpoints" / "step-00000020.ckpt")
+    done = run("train.py", *OPTIONS, folder=finished)
+    assert done.returncode == 2
+    remedy = next(word for word in done.stderr.split() if word.startswith("resume="))
+    assert "step-00000015" in remedy
+    succeed("train.py", *OPTIONS, remedy, folder=finished)
+    assert (finished / RUN / "level" / "mlem.json").exists()
+
+
+def test_the_second_run_in_a_folder_is_refused(tmp_path: Path) -> None:
+    first = start("train.py", *OPTIONS, "training.steps=5000", folder=tmp_path)
+    wait_until(lambda: any((tmp_path / RUN / "checkpoints").glob("*.ckpt")), first)
+    second = run("train.py", *OPTIONS, "training.steps=5000", folder=tmp_path)
+    first.kill()
+    first.communicate()
+    assert second.returncode == 2
+    assert "in use by another run" in second.stderr
