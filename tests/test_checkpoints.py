@@ -42,7 +42,7 @@ def _empty(path: Path) -> None:
 def test_damage_is_named_and_the_one_before_offered(tmp_path: Path, damage: object) -> None:
     good, bad = _save(tmp_path / "step-00000005.ckpt"), _save(tmp_path / "step-00000010.ckpt")
     damage(bad)  # type: ignore[operator]
-    with pytest.raises(ValueError, match="step-00000010.ckpt is damaged.*resume=.*step-00000005.ckpt"):
+    with pytest.raises(ValueError, match=r"step-00000010.ckpt is damaged.*resume=.*step-00000005.ckpt"):
         check(bad)
     with pytest.raises(ValueError, match="damaged"):
         AtomicCheckpointIO().load_checkpoint(bad)
@@ -100,7 +100,7 @@ def test_a_full_disk_keeps_the_old_checkpoint(tmp_path: Path) -> None:
 
 
 def test_every_must_be_positive(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="training.checkpoint_every must be >= 1, got 0"):
+    with pytest.raises(ValueError, match=r"training.checkpoint_every must be >= 1, got 0"):
         Checkpoints(tmp_path, 0)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -130,4 +131,4 @@ def test_learning_rate_rises_and_falls() -> None:
     assert factors[0] == pytest.approx(0.1)
     assert factors[9] == factors[10] == pytest.approx(1.0)
     assert factors[100] == pytest.approx(0.1)
-    assert all(a >= b for a, b in zip(factors[10:], factors[11:], strict=False))
+    assert all(a >= b for a, b in pairwise(factors[10:]))
