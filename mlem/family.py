@@ -115,6 +115,9 @@ class Family:
             raise ValueError("a family needs at least one level")
         self.levels = tuple(levels)
         first = self.levels[0]
+        for name in self.names:
+            if self.names.count(name) > 1:
+                raise ValueError(f"two levels are called {name!r}; name each level once")
         for level in self.levels[1:]:
             for key, value in level._common().items():
                 if value != first._common()[key]:
@@ -123,8 +126,6 @@ class Family:
                         "train both with the same settings"
                     )
         for small, large in zip(self.levels, self.levels[1:], strict=False):
-            if small.name == large.name:
-                raise ValueError(f"two levels are called {small.name!r}; name each level once")
             if small.flops >= large.flops:
                 raise ValueError(
                     f"levels must rise in cost, but {small.name} takes {small.flops} FLOPs and {large.name} "

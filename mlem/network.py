@@ -6,7 +6,8 @@ A network is a diffusers `UNet2DModel` and nothing else, so that its folder on d
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -51,6 +52,19 @@ def unet(size: str, shape: Sequence[int], dropout: float = 0.0) -> UNet2DModel:
     )
 
 
+@contextmanager
+def evaluating(module: nn.Module | None) -> Iterator[None]:
+    """Eval mode within the block; afterwards every submodule is back in the mode that it was in."""
+    modes = {} if module is None else {part: part.training for part in module.modules()}
+    if module is not None:
+        module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
+
+
 def parameters(network: nn.Module) -> int:
     """Number of parameters."""
     return sum(parameter.numel() for parameter in network.parameters())
@@ -62,7 +76,8 @@ def flops(network: nn.Module, shape: Sequence[int]) -> int:
 
     parameter = next(network.parameters())
     image = torch.zeros(1, *shape, device=parameter.device, dtype=parameter.dtype)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    # eval mode: dropout would draw from the global random numbers
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), evaluating(network):
         network(image, torch.zeros(1, device=parameter.device))
     return counter.get_total_flops()
 
