@@ -230,8 +230,8 @@ class Sampler:
         step, sample = found[0] if found else (self.grid.steps - 1, int(index[finite.index(False)]))
         error = NonFiniteError(
             f"sample {sample} became NaN or infinite at step {step + 1} of {self.grid.steps} "
-            f"(t = {self.grid.times[step]:.4g}), level {self._meter.name}; "
-            f"{finite.count(False)} of {len(finite)} samples of this batch are lost; try precision=fp32 or another solver"
+            f"(t = {self.grid.times[step]:.4g}), level {self._meter.name}; {finite.count(False)} of {len(finite)} "
+            "samples of this batch are lost; try precision=fp32 or another solver"
         )
         keep = [row for row, good in enumerate(finite) if good]
         error.result = Result(x[keep], ledger, x_T[keep])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -84,7 +85,7 @@ def solve(
         return denoiser(y * point.alpha, torch.full((len(y),), point.t, dtype=y.dtype))
 
     state = solver.init(points, torch.arange(len(y)), 0)
-    for here, there in zip(points, points[1:], strict=False):
+    for here, there in itertools.pairwise(points):
         y, state = solver.step(eps, y, state, here, there, path)
     return y
 

@@ -5,6 +5,8 @@ Statistical tests fix the seed; tolerances are in standard errors of the estimat
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -168,12 +170,10 @@ def test_increments_are_independent_in_both_clocks(steps: int) -> None:
     times = [i / steps for i in range(steps, 0, -1)]
     window = times[: 7 if steps == 7 else 12]
     values = [(clock(t), path.at(t)) for t in window]
-    in_kappa = [
-        (b - b_next) / (c - c_next) ** 0.5 for (c, b), (c_next, b_next) in zip(values, values[1:], strict=False)
-    ]
+    in_kappa = [(b - b_next) / (c - c_next) ** 0.5 for (c, b), (c_next, b_next) in itertools.pairwise(values)]
     in_snr = [
         (b_next / c_next - b / c) / (1 / c_next - 1 / c) ** 0.5
-        for (c, b), (c_next, b_next) in zip(values, values[1:], strict=False)
+        for (c, b), (c_next, b_next) in itertools.pairwise(values)
     ]
     for increments in (in_kappa, in_snr):
         for i, one in enumerate(increments):
