@@ -12,6 +12,7 @@ that a file gives.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -48,6 +49,9 @@ class Level:
 
     def __post_init__(self) -> None:
         check_prediction(self.prediction)
+        # the name becomes a folder's
+        if not re.fullmatch(r"\w[\w.+-]*", self.name):
+            raise ValueError(f"level name must be letters, digits, or any of _ . + -, got {self.name!r}")
         self.shape = tuple(self.shape)
         self.network.to(memory_format=torch.channels_last)
         self.flops = flops(self.network, self.shape)
@@ -91,6 +95,10 @@ class Level:
         about = read_json(folder / "mlem.json")
         if about.get("format") != FORMAT:
             raise ValueError(f"{folder}/mlem.json has format {about.get('format')!r}, this version reads {FORMAT}")
+        names = ("name", "prediction", "shape", "data", "measured")
+        for field_name in (*names, "schedule", "schedule_hash", "sha256"):
+            if field_name not in about:
+                raise ValueError(f"{folder}/mlem.json has no {field_name}; copy it again or train this level again")
         network = UNet2DModel.from_config(read_json(folder / "config.json"))
         assert isinstance(network, nn.Module)
         read_weights(folder / WEIGHTS, network, about["sha256"])
@@ -99,7 +107,6 @@ class Level:
             raise ValueError(
                 f"{folder}/mlem.json was edited: its schedule does not match its schedule_hash; train it again"
             )
-        names = ("name", "prediction", "shape", "data", "measured")
         return Level(network=network.eval(), schedule=schedule, **{name: about[name] for name in names})
 
 

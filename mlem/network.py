@@ -24,11 +24,14 @@ def unet(size: str, shape: Sequence[int], dropout: float = 0.0) -> UNet2DModel:
     """A UNet of the given size for images of `shape` (C, H, W); H and W even, at least 4.
 
     Full resolution has SIZES[size] channels, and each of the one or two halvings that the image allows (no
-    lower than 4 pixels) twice as many. Convolutions only: forward-mode differentiation passes through.
+    lower than 4 pixels) twice as many. Convolutions only: forward-mode differentiation passes through, as long as
+    the weights and the images are not in channels_last (torch's group norm cannot do both).
     Raises ValueError for an unknown size or an image that cannot be halved.
     """
     if size not in SIZES:
         raise ValueError(f"network size must be one of {', '.join(SIZES)}, got {size!r}")
+    if len(shape) != 3:
+        raise ValueError(f"image shape must be (channels, height, width), got {tuple(shape)}")
     channels, height, width = shape
     if height % 2 or width % 2 or min(height, width) < 4:
         raise ValueError(f"image height and width must be even and at least 4, got {height} and {width}")

@@ -145,6 +145,8 @@ class Sampler:
     ) -> None:
         if precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+        if not isinstance(seed, int):
+            raise ValueError(f"seed must be a whole number, got {seed!r}")
         if isinstance(model, Family):
             model = model.level(level)
         elif level is not None:

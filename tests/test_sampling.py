@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import resource
 import subprocess
 import sys
 import textwrap
@@ -18,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mlem.denoiser import NetworkDenoiser
 from mlem.family import Family
 from mlem.noise import NoiseStream
-from mlem.sampling import Ledger, LevelLedger, NonFiniteError, Sampler, blocks, sample
+from mlem.sampling import Ledger, LevelLedger, NonFiniteError, blocks, sample
 from mlem.schedule import NoiseSchedule
 from mlem.solvers import SOLVERS, make_solver
 from tests.problems import gaussian, level
@@ -29,9 +28,12 @@ BARE = {"schedule": COSINE, "shape": (3,)}
 
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_an_image_does_not_know_its_batch(solver: str) -> None:
-    """The starting noise bitwise, the image to 1e-5: convolutions may choose another algorithm."""
+    """The starting noise bitwise, the image to 1e-5: convolutions may choose another algorithm.
+
+    20 steps: with a handful, the first step from kappa = 400 cancels two digits more in float32.
+    """
     model = level()
-    options: dict[str, Any] = {"solver": solver, "steps": 6, "seed": 5, "return_noise": True}
+    options: dict[str, Any] = {"solver": solver, "steps": 20, "seed": 5, "return_noise": True}
     whole = sample(model, indices=range(32), batch_size=32, **options)
     assert whole.x_T is not None
     for batch_size in (1, 7):
@@ -138,7 +140,7 @@ def poisoned(bad_start: Tensor, bad_t: float) -> Any:
 
     def eps(x: Tensor, t: Tensor) -> Tensor:
         if t[0] == 1:
-            rows[:] = (x == bad_start).all(1).nonzero().flatten().tolist()
+            rows[:] = torch.isclose(x, bad_start).all(1).nonzero().flatten().tolist()
         out = gaussian(COSINE)(x, t)
         if t[0] <= bad_t:
             out[rows] = float("nan")
@@ -263,7 +265,10 @@ def test_blocks() -> None:
         ({"level": "xs"}, "level='xs' chooses within a family, but the model is not a Family; leave level out"),
         ({"schedule": None}, "a bare denoiser says nothing .*; pass schedule= and shape="),
         ({"shape": None}, "a bare denoiser says nothing .*; pass schedule= and shape="),
-        ({"schedule": NoiseSchedule.linear()}, "schedule= is .*linear.*, but the model has .*cosine.*; leave schedule out"),
+        (
+            {"schedule": NoiseSchedule.linear()},
+            "schedule= is .*linear.*, but the model has .*cosine.*; leave schedule out",
+        ),
         ({"seed": 0.5}, "seed must be a whole number, got 0.5"),
         ({"batch_size": 0}, "batch_size must be a whole number >= 1, got 0"),
         ({"batch_size": 2.5}, "batch_size must be a whole number >= 1, got 2.5"),
@@ -311,7 +316,6 @@ def peak_growth(small: str, large: str) -> float:
     return float(done.stdout)
 
 
-@pytest.mark.skipif(not hasattr(resource, "RUSAGE_SELF"), reason="needs getrusage")
 @pytest.mark.parametrize("solver", ["ddpm", "dpm_solver_pp"])
 def test_memory_is_flat_in_steps(solver: str) -> None:
     """One tensor of the batch is 0.4 MiB: keeping one for each step would add 150 MiB."""
