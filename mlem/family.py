@@ -53,7 +53,7 @@ class Level:
         if not re.fullmatch(r"\w[\w.+-]*", self.name):
             raise ValueError(f"level name must be letters, digits, or any of _ . + -, got {self.name!r}")
         self.shape = tuple(self.shape)
-        self.network.to(memory_format=torch.channels_last)
+        self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.flops = flops(self.network, self.shape)
         self.parameters = parameters(self.network)
 

@@ -182,6 +182,17 @@ def test_adapter_samples_do_not_know_their_batch(name: str) -> None:
     assert not torch.allclose(whole, sample(small(), **options | {"seed": 3}).x, atol=0.1)
 
 
+def test_adapter_samples_have_noise_of_their_own() -> None:
+    sampler = Sampler(small(), solver="diffusers:DDPMScheduler", steps=3)
+    points = Point.of(SCHEDULE, sampler.grid)
+    seeds = [
+        generator.initial_seed()
+        for seed in (0, 1)
+        for generator in sampler.solver.init(points, torch.arange(5), seed)[2]
+    ]
+    assert len(set(seeds)) == 10
+
+
 def test_adapter_options_reach_the_scheduler() -> None:
     plain, karras = (
         DiffusersSolver("EulerDiscreteScheduler"),
