@@ -12,6 +12,7 @@ that a file gives.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -49,6 +50,9 @@ class Level:
 
     def __post_init__(self) -> None:
         check_prediction(self.prediction)
+        # the name becomes a folder's
+        if not re.fullmatch(r"\w[\w.+-]*", self.name):
+            raise ValueError(f"level name must be letters, digits, or any of _ . + -, got {self.name!r}")
         self.shape = tuple(self.shape)
         self.network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
@@ -100,6 +104,10 @@ class Level:
         about = read_json(folder / "mlem.json")
         if about.get("format") != FORMAT:
             raise ValueError(f"{folder}/mlem.json has format {about.get('format')!r}, this version reads {FORMAT}")
+        names = ("name", "prediction", "shape", "data", "measured")
+        for field_name in (*names, "schedule", "schedule_hash", "sha256"):
+            if field_name not in about:
+                raise ValueError(f"{folder}/mlem.json has no {field_name}; copy it again or train this level again")
         network = UNet2DModel.from_config(read_json(folder / "config.json"))
         assert isinstance(network, nn.Module)
         read_weights(folder / WEIGHTS, network, about["sha256"])
@@ -108,7 +116,6 @@ class Level:
             raise ValueError(
                 f"{folder}/mlem.json was edited: its schedule does not match its schedule_hash; train it again"
             )
-        names = ("name", "prediction", "shape", "data", "measured")
         return Level(network=network.eval(), schedule=schedule, **{name: about[name] for name in names})
 
 
@@ -124,6 +131,9 @@ class Family:
             raise ValueError("a family needs at least one level")
         self.levels = tuple(levels)
         first = self.levels[0]
+        for name in self.names:
+            if self.names.count(name) > 1:
+                raise ValueError(f"two levels are called {name!r}; name each level once")
         for level in self.levels[1:]:
             for key, value in level._common().items():
                 if value != first._common()[key]:
@@ -132,8 +142,6 @@ class Family:
                         "train both with the same settings"
                     )
         for small, large in zip(self.levels, self.levels[1:], strict=False):
-            if small.name == large.name:
-                raise ValueError(f"two levels are called {small.name!r}; name each level once")
             if small.flops >= large.flops:
                 raise ValueError(
                     f"levels must rise in cost, but {small.name} takes {small.flops} FLOPs and {large.name} "

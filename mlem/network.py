@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,11 +25,14 @@ def unet(size: str, shape: Sequence[int], dropout: float = 0.0) -> UNet2DModel:
     """A UNet of the given size for images of `shape` (C, H, W); H and W even, at least 4.
 
     Full resolution has SIZES[size] channels, and each of the one or two halvings that the image allows (no
-    lower than 4 pixels) twice as many. Convolutions only: forward-mode differentiation passes through.
+    lower than 4 pixels) twice as many. Convolutions only: forward-mode differentiation passes through, as long as
+    the weights and the images are not in channels_last (torch's group norm cannot do both).
     Raises ValueError for an unknown size or an image that cannot be halved.
     """
     if size not in SIZES:
         raise ValueError(f"network size must be one of {', '.join(SIZES)}, got {size!r}")
+    if len(shape) != 3:
+        raise ValueError(f"image shape must be (channels, height, width), got {tuple(shape)}")
     channels, height, width = shape
     if height % 2 or width % 2 or min(height, width) < 4:
         raise ValueError(f"image height and width must be even and at least 4, got {height} and {width}")
@@ -52,6 +56,19 @@ def unet(size: str, shape: Sequence[int], dropout: float = 0.0) -> UNet2DModel:
     )
 
 
+@contextmanager
+def evaluating(module: nn.Module | None) -> Iterator[None]:
+    """Eval mode within the block; afterwards every submodule is back in the mode that it was in."""
+    modes = {} if module is None else {part: part.training for part in module.modules()}
+    if module is not None:
+        module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
+
+
 def parameters(network: nn.Module) -> int:
     """Number of parameters."""
     return sum(parameter.numel() for parameter in network.parameters())
@@ -63,7 +80,8 @@ def flops(network: nn.Module, shape: Sequence[int]) -> int:
 
     parameter = next(network.parameters())
     image = torch.zeros(1, *shape, device=parameter.device, dtype=parameter.dtype)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    # eval mode: dropout would draw from the global random numbers
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), evaluating(network):
         network(image, torch.zeros(1, device=parameter.device))
     return counter.get_total_flops()
 

@@ -8,6 +8,7 @@ vectorised over samples and elements.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 from collections.abc import Sequence
@@ -96,17 +97,16 @@ class BrownianPath:
         self, schedule: NoiseSchedule, seed: int, indices: Tensor, shape: Sequence[int], dtype: torch.dtype
     ) -> None:
         """indices: (B,) int64 sample indices on the device to use. shape: of one sample."""
-        self._schedule, self._indices, self._shape, self._dtype = schedule, indices, tuple(shape), dtype
+        self._indices, self._shape, self._dtype = indices, tuple(shape), dtype
         self._nodes, self._inside = NoiseStream(seed, "brownian"), NoiseStream(seed, "brownian-bridge")
         # cells[d]: the cell of depth d that holds the last time: its number, B at its left end, B at its right end
         self._cells: list[tuple[int, Tensor, Tensor]] = []
         self._last: tuple[float, Tensor] | None = None
+        # kappa^2 at t: the ends of a cell are asked for again and again
+        self._clock = functools.lru_cache(64)(lambda t: schedule.kappa(t).item() ** 2)
 
     def _normals(self, stream: NoiseStream, slots: list[int]) -> Tensor:
         return stream.normal(self._indices, slots, self._shape, self._dtype)
-
-    def _clock(self, t: float) -> float:
-        return self._schedule.kappa(t).item() ** 2
 
     def _bridge(self, t: float, a: tuple[float, Tensor], b: tuple[float, Tensor], z: Tensor) -> Tensor:
         """B at t, given B at the times a < t < b."""

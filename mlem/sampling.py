@@ -5,9 +5,11 @@ The loop knows denoisers, solvers and noise; it knows nothing of files, metrics 
 
 from __future__ import annotations
 
+import copy
+import operator
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 
 from mlem.denoiser import Denoiser
 from mlem.family import Family, Level
+from mlem.network import evaluating
 from mlem.noise import BrownianPath, NoiseStream
 from mlem.schedule import NoiseSchedule, TimeGrid
 from mlem.solvers import Point, Solver, make_solver
@@ -122,19 +125,6 @@ class _Meter:
         return cost
 
 
-@contextmanager
-def evaluating(module: nn.Module | None) -> Iterator[None]:
-    """Eval mode within the block; afterwards every submodule is back in the mode that it was in."""
-    modes = {} if module is None else {part: part.training for part in module.modules()}
-    if module is not None:
-        module.eval()
-    try:
-        yield
-    finally:
-        for part, mode in modes.items():
-            part.training = mode
-
-
 class Sampler:
     """A solver bound to a model, a grid and a seed. `run(indices)` gives the samples with these indices.
 
@@ -161,6 +151,8 @@ class Sampler:
     ) -> None:
         if precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+        if not isinstance(seed, int):
+            raise ValueError(f"seed must be a whole number, got {seed!r}")
         if isinstance(model, Family):
             model = model.level(level)
         elif level is not None:
@@ -171,12 +163,18 @@ class Sampler:
             schedule, shape = schedule or model.schedule, shape or model.shape
         if schedule is None or shape is None:
             raise ValueError("a bare denoiser says nothing of its schedule and sample shape; pass schedule= and shape=")
-        network = getattr(denoiser, "network", None)
+        own = getattr(denoiser, "schedule", None)
+        if isinstance(own, NoiseSchedule) and own.fingerprint != schedule.fingerprint:
+            raise ValueError(
+                f"schedule= is {schedule.to_config()}, but the model has {own.to_config()}; leave schedule out"
+            )
+        network = denoiser if isinstance(denoiser, nn.Module) else getattr(denoiser, "network", None)
         self._network = network if isinstance(network, nn.Module) else None
         self.device = torch.device(device) if device is not None else _device_of(self._network)
         if self._network is not None:
             self._network.to(self.device)
-        self.solver, self.schedule, self.shape = _make_solver(solver), schedule, tuple(shape)
+        # a copy: a solver may remember the grid that it made
+        self.solver, self.schedule, self.shape = copy.copy(_make_solver(solver)), schedule, tuple(shape)
         self.grid: TimeGrid = self.solver.grid(schedule, steps, grid)
         self.seed, self.precision = seed, precision
         self._points = Point.of(schedule, self.grid)
@@ -236,11 +234,12 @@ class Sampler:
                 found.extend((step, int(index[row])) for row in bad.nonzero().flatten().tolist())
 
         self._solve(x_T, index, watch)
-        step, sample = found[0]
+        self._meter.collect()  # the second run is no part of what the samples cost
+        step, sample = found[0] if found else (self.grid.steps - 1, int(index[finite.index(False)]))
         error = NonFiniteError(
             f"sample {sample} became NaN or infinite at step {step + 1} of {self.grid.steps} "
-            f"(t = {self.grid.times[step]:.4g}), level {self._meter.name}; "
-            f"{finite.count(False)} of {len(finite)} samples of this batch are lost; try precision=fp32"
+            f"(t = {self.grid.times[step]:.4g}), level {self._meter.name}; {finite.count(False)} of {len(finite)} "
+            "samples of this batch are lost; try precision=fp32 or another solver"
         )
         keep = [row for row, good in enumerate(finite) if good]
         error.result = Result(x[keep], ledger, x_T[keep])
@@ -262,10 +261,13 @@ def _make_solver(solver: str | Solver) -> Solver:
 
 
 def blocks(indices: Sequence[int], batch_size: int) -> list[list[int]]:
-    """`indices` cut into batches. Raises ValueError for no or repeated or negative indices, or an empty batch."""
-    listed = [int(index) for index in indices]
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be >= 1, got {batch_size}")
+    """`indices` cut into batches. Raises ValueError for no, repeated, negative or fractional indices, or no batch."""
+    if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
+        raise ValueError(f"batch_size must be a whole number >= 1, got {batch_size!r}")
+    try:
+        listed = [operator.index(index) for index in indices]
+    except TypeError as error:
+        raise ValueError(f"indices must be whole numbers >= 0: {error}") from error
     if not listed or min(listed) < 0 or len(set(listed)) < len(listed):
         raise ValueError(f"indices must be different whole numbers >= 0, at least one; got {len(listed)} of them")
     return [listed[i : i + batch_size] for i in range(0, len(listed), batch_size)]

@@ -78,9 +78,12 @@ class NoiseSchedule(ABC):
 
         Raises ValueError for schedulers that are not variance preserving (EDM, flow matching).
         """
-        kind = str(config.get("_class_name", "DDPMScheduler"))
-        if any(word in kind for word in ("FlowMatch", "EDM", "Karras", "Consistency")):
-            raise ValueError(f"{kind} is not variance preserving; use the config of a DDPM-type scheduler")
+        kind = str(config.get("_class_name", ""))
+        # EDM, flow-matching and consistency schedulers have no betas; the multistep ones can be switched to flows
+        has_betas = not kind or any(key in config for key in ("beta_start", "beta_schedule", "trained_betas"))
+        flow = config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction"
+        if flow or not has_betas:
+            raise ValueError(f"{kind or 'this config'} is not variance preserving; use that of a DDPM-type scheduler")
         from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
         names = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "rescale_betas_zero_snr")
@@ -158,6 +161,7 @@ class NoiseSchedule(ABC):
     def time_from_kappa(self, kappa: Tensor | float) -> Tensor:
         """Inverse of `kappa`."""
         value, dtype = _float64(kappa)
+        _refuse_outside("kappa", value, 0.0, math.inf)
         return self.time_from_ou_time(0.5 * torch.log1p(value.square())).to(dtype)
 
     def time_from_log_snr(self, log_snr: Tensor | float) -> Tensor:

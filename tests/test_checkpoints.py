@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import TINY, run, start, succeed, wait_until
 
 from mlem.files import sha256, write_text
 from mlem.training.checkpoints import AtomicCheckpointIO, Checkpoints, check, saved
+from tests.commands import TINY, run, start, succeed, wait_until
 
 RUN = Path("runs/digits/unet_xs")
 OPTIONS = (*TINY, "training.steps=20", "training.epoch_steps=10", "training.checkpoint_every=5")
@@ -87,7 +87,7 @@ def test_a_full_disk_keeps_the_old_checkpoint(tmp_path: Path) -> None:
     )
     import sys
 
-    from commands import environment
+    from tests.commands import environment
 
     done = subprocess.run(
         [sys.executable, "-c", code, str(path)], env=environment(), capture_output=True, text=True, check=False

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from commands import TINY, metrics, start, succeed, wait_until
+
+from tests.commands import TINY, metrics, start, succeed, wait_until
 
 # shuffling, dropout, gradient accumulation and two loader workers
 OPTIONS = (

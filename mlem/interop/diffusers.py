@@ -40,7 +40,8 @@ class DiffusersSolver(Solver):
         accepted = inspect.signature(found.__init__).parameters
         if "trained_betas" not in accepted:
             raise ValueError(f"{class_name} takes no betas: only variance-preserving schedulers can be compared")
-        self._class, self._options = found, options
+        self._class: Any = found
+        self._options = options
         self._accepted = accepted
 
     def _scheduler(self, schedule: NoiseSchedule, steps: int) -> Any:

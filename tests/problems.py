@@ -1,0 +1,111 @@
+"""Problems with known answers, shared by the tests: schedules, Gaussian data, small networks, the solver loop."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mlem.denoiser import MixtureDenoiser, gaussian_denoiser
+from mlem.family import Level
+from mlem.network import unet
+from mlem.noise import BrownianPath
+from mlem.schedule import NoiseSchedule, TimeGrid
+from mlem.solvers import Point, Solver
+
+DIFFUSERS_CONFIGS: dict[str, dict[str, Any]] = {
+    "ddpm": {"_class_name": "DDPMScheduler", "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02},
+    "squaredcos": {"_class_name": "DDIMScheduler", "beta_schedule": "squaredcos_cap_v2"},
+    "scaled_linear": {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
+    "sigmoid": {"beta_schedule": "sigmoid"},
+    "zero_snr": {"beta_schedule": "scaled_linear", "rescale_betas_zero_snr": True},
+    "trained": {"trained_betas": np.linspace(1e-4, 0.03, 1000).tolist()},
+}
+"""Scheduler configs as diffusers writes them."""
+
+SCHEDULES: dict[str, Callable[[], NoiseSchedule]] = {
+    "cosine": NoiseSchedule.cosine,
+    "linear": NoiseSchedule.linear,
+    **{
+        name: (lambda config=config: NoiseSchedule.from_diffusers(config)) for name, config in DIFFUSERS_CONFIGS.items()
+    },
+}
+"""Every kind of schedule: name -> its maker."""
+
+MEAN = torch.tensor([0.5, -1.0, 0.25], dtype=torch.float64)
+COVARIANCE = torch.tensor([[1.0, 0.6, -0.2], [0.6, 0.8, 0.1], [-0.2, 0.1, 0.3]], dtype=torch.float64)
+"""Gaussian data in three dimensions, correlated."""
+
+
+def gaussian(schedule: NoiseSchedule) -> MixtureDenoiser:
+    """The exact denoiser of N(MEAN, COVARIANCE)."""
+    return gaussian_denoiser(schedule, MEAN, COVARIANCE)
+
+
+def mixture(schedule: NoiseSchedule) -> MixtureDenoiser:
+    """The exact denoiser of an uneven mixture of two correlated Gaussians."""
+    weights = torch.tensor([0.3, 0.7], dtype=torch.float64)
+    return MixtureDenoiser(
+        schedule, weights, torch.stack([MEAN, -2 * MEAN]), torch.stack([COVARIANCE, 0.25 * COVARIANCE])
+    )
+
+
+def point_mass(schedule: NoiseSchedule, x_0: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    """The exact denoiser of data that is always x_0: (d,)."""
+
+    def eps(x: Tensor, t: Tensor) -> Tensor:
+        return (x - schedule.alpha(t)[:, None] * x_0.to(x.dtype)) / schedule.sigma(t)[:, None]
+
+    return eps
+
+
+def gaussian_flow(y: Tensor, kappa: float, kappa_end: float) -> Tensor:
+    """Exact solution of `dy/dkappa = kappa (Sigma + kappa^2)^-1 (y - m)` for Gaussian data; y: (B, 3).
+
+    In an eigendirection of variance l, `d ln(y - m) = kappa dkappa / (l + kappa^2)`: y - m grows as
+    `sqrt(l + kappa^2)`.
+    """
+    values, axes = torch.linalg.eigh(COVARIANCE)
+    scale = torch.sqrt((values + kappa_end**2) / (values + kappa**2))
+    return MEAN + ((y - MEAN) @ axes * scale) @ axes.T
+
+
+def solve(
+    solver: Solver, denoiser: Any, schedule: NoiseSchedule, times: Sequence[float], y: Tensor, path: BrownianPath
+) -> Tensor:
+    """The solver loop on any times, from y at times[0] to y at times[-1]; a bare copy of the one in mlem.sampling."""
+    points = Point.of(schedule, TimeGrid("custom", tuple(times)))
+
+    def eps(y: Tensor, point: Point) -> Tensor:
+        return denoiser(y * point.alpha, torch.full((len(y),), point.t, dtype=y.dtype))
+
+    state = solver.init(points, torch.arange(len(y)), 0)
+    for here, there in itertools.pairwise(points):
+        y, state = solver.step(eps, y, state, here, there, path)
+    return y
+
+
+def slope(steps: Sequence[int], errors: Sequence[float]) -> float:
+    """Order of convergence: minus the slope of log error against log steps, by least squares."""
+    return -float(np.polyfit(np.log(steps), np.log(errors), 1)[0])
+
+
+def rms(difference: Tensor) -> float:
+    """Root mean square over all entries."""
+    return math.sqrt(difference.square().mean().item())
+
+
+def level(size: str = "xs", shape: Sequence[int] = (1, 8, 8), *, seed: int = 0, **options: Any) -> Level:
+    """An untrained level with weights that the seed fixes; the global random state is left alone."""
+    dropout = options.pop("dropout", 0.0)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = unet(size, shape, dropout)
+    return Level(
+        options.pop("name", size), network, options.pop("schedule", NoiseSchedule.cosine()), tuple(shape), **options
+    )

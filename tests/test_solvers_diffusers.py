@@ -1,0 +1,237 @@
+"""Solvers against diffusers: the same network, betas, timesteps and starting noise, in float32.
+
+The network predicts v: then samples stay of order 1, and an absolute tolerance means something.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, HeunDiscreteScheduler
+from torch import Tensor
+
+from mlem.family import Level
+from mlem.interop.diffusers import DiffusersSolver
+from mlem.noise import BrownianPath
+from mlem.sampling import Sampler, sample
+from mlem.schedule import NoiseSchedule, TimeGrid
+from mlem.solvers import Point, make_solver
+from mlem.solvers.ddpm import ancestral_noise
+from tests.problems import level
+
+# diffusers 0.42 hands tensors to np.array, which numpy 2 will not like one day
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
+
+BETAS = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
+SCHEDULE = NoiseSchedule.from_diffusers(BETAS)
+COMMON = {**BETAS, "prediction_type": "v_prediction"}
+BATCH = 3
+
+
+@functools.cache
+def small() -> Level:
+    return level(schedule=SCHEDULE)
+
+
+def network(x: Tensor, timestep: Any) -> Tensor:
+    return small().network.eval()(x, timestep).sample
+
+
+def run_diffusers(scheduler: Any, steps: int, x_T: Tensor, **extra: Any) -> Tensor:
+    """The plain loop of a diffusers pipeline."""
+    scheduler.set_timesteps(steps)
+    # every scheduler means unit noise; those in y with trailing timesteps would scale it by kappa, not 1 / alpha
+    own = x_T if float(scheduler.init_noise_sigma) == 1 else x_T / Point.of(SCHEDULE, trailing(steps))[0].alpha
+    with torch.no_grad():
+        for timestep in scheduler.timesteps:
+            x = scheduler.scale_model_input(own, timestep)
+            own = scheduler.step(network(x, timestep), timestep, own, **extra).prev_sample
+    return own
+
+
+def trailing(steps: int) -> TimeGrid:
+    return TimeGrid.make("trailing", SCHEDULE, steps)
+
+
+def ours(solver: str, steps: int, grid: str | None = "trailing", **options: Any) -> tuple[Tensor, Tensor]:
+    """Samples and the noise that they began with."""
+    result = sample(
+        small(), indices=range(BATCH), solver=solver, steps=steps, grid=grid, return_noise=True, seed=1, **options
+    )
+    assert result.x_T is not None
+    assert 0.1 < result.x.std() < 10
+    return result.x, result.x_T
+
+
+def assert_same(a: Tensor, b: Tensor) -> None:
+    torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("steps", [10, 50, 1000])
+@pytest.mark.parametrize("spacing", ["trailing", "leading"])
+def test_ddim(spacing: str, steps: int) -> None:
+    x, x_T = ours("ddim", steps, spacing)
+    scheduler = DDIMScheduler(**COMMON, timestep_spacing=spacing, set_alpha_to_one=True, clip_sample=False)
+    assert_same(x, run_diffusers(scheduler, steps, x_T))
+
+
+@pytest.mark.parametrize("steps", [10, 50])
+def test_heun(steps: int) -> None:
+    x, x_T = ours("heun", steps)
+    assert_same(x, run_diffusers(HeunDiscreteScheduler(**COMMON, timestep_spacing="trailing"), steps, x_T))
+
+
+def multistep(algorithm: str) -> DPMSolverMultistepScheduler:
+    return DPMSolverMultistepScheduler(
+        **COMMON,
+        timestep_spacing="trailing",
+        algorithm_type=algorithm,
+        solver_order=2,
+        solver_type="midpoint",
+        lower_order_final=True,
+        final_sigmas_type="zero",
+    )
+
+
+@pytest.mark.parametrize("steps", [2, 10, 20, 50])
+def test_dpm_solver_pp(steps: int) -> None:
+    x, x_T = ours("dpm_solver_pp", steps)
+    assert_same(x, run_diffusers(multistep("dpmsolver++"), steps, x_T))
+
+
+@pytest.mark.parametrize("steps", [2, 10, 50])
+def test_sde_dpm_solver_pp_on_our_noise(steps: int) -> None:
+    x, x_T = ours("dpm_solver_pp_sde", steps)
+    scheduler, own = multistep("sde-dpmsolver++"), x_T
+    scheduler.set_timesteps(steps)
+    path = BrownianPath(SCHEDULE, 1, torch.arange(BATCH), (1, 8, 8), torch.float32)
+    points = Point.of(SCHEDULE, trailing(steps))
+    with torch.no_grad():
+        for timestep, here, there in zip(scheduler.timesteps, points, points[1:], strict=False):
+            scale = there.kappa * (1 - (there.kappa / here.kappa) ** 2) ** 0.5
+            z = ancestral_noise(path, here, there) / (scale or 1.0)
+            own = scheduler.step(network(own, timestep), timestep, own, variance_noise=z).prev_sample
+    assert_same(x, own)
+
+
+class NoNoise(BrownianPath):
+    """A path that stays at 0."""
+
+    def at(self, t: float) -> Tensor:
+        return torch.zeros(())
+
+
+@pytest.mark.parametrize("steps", [10, 50, 1000])
+@pytest.mark.parametrize("place", [0.0, 0.3, 0.7, 0.9, 1.0])
+def test_one_ddpm_step(steps: int, place: float) -> None:
+    """The mean and the (fixed small) variance of `p(x' | x)`, from two draws of diffusers with known noise."""
+    points = Point.of(SCHEDULE, trailing(steps))
+    i = round(place * (steps - 1))
+    here, there = points[i], points[i + 1]
+    scheduler = DDPMScheduler(**COMMON, timestep_spacing="trailing", variance_type="fixed_small", clip_sample=False)
+    scheduler.set_timesteps(steps)
+    timestep = scheduler.timesteps[i]
+    z = [torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+    with torch.no_grad():
+        v = network(z[2], timestep)
+        draws = [
+            scheduler.step(v, timestep, z[2], generator=torch.Generator().manual_seed(seed)).prev_sample
+            for seed in range(2)
+        ]
+    deviation = ((draws[0] - draws[1]) / (z[0] - z[1])).median().item()
+
+    def eps(y: Tensor, point: Point) -> Tensor:
+        return small().denoiser(y * point.alpha, torch.full((4,), point.t))
+
+    with torch.no_grad():
+        path = NoNoise(SCHEDULE, 0, torch.arange(4), (1, 8, 8), torch.float32)
+        mean = make_solver("ddpm").step(eps, z[2] / here.alpha, None, here, there, path)[0] * there.alpha
+    assert_same(mean, draws[0] - deviation * z[0])
+    ours = there.alpha * there.kappa * (1 - (there.kappa / here.kappa) ** 2) ** 0.5
+    assert deviation == pytest.approx(ours, rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize("steps", [10, 50])
+def test_the_adapter_runs_ddim_as_we_do(steps: int) -> None:
+    assert_same(ours("diffusers:DDIMScheduler", steps, None)[0], ours("ddim", steps)[0])
+
+
+def test_the_adapter_runs_dpm_solver_pp_as_we_do() -> None:
+    assert_same(ours("diffusers:DPMSolverMultistepScheduler", 20, None)[0], ours("dpm_solver_pp", 20)[0])
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "DDIMScheduler",
+        "DDPMScheduler",
+        "UniPCMultistepScheduler",
+        "EulerDiscreteScheduler",
+        "EulerAncestralDiscreteScheduler",
+        "DPMSolverMultistepScheduler",
+    ],
+)
+def test_adapter_samples_do_not_know_their_batch(name: str) -> None:
+    options = {"solver": f"diffusers:{name}", "steps": 7, "indices": range(5), "seed": 2}
+    whole, alone = (sample(small(), batch_size=size, **options).x for size in (5, 1))
+    assert torch.isfinite(whole).all()
+    assert_same(whole, alone)
+    assert not torch.allclose(whole, sample(small(), **options | {"seed": 3}).x, atol=0.1)
+
+
+def test_adapter_samples_have_noise_of_their_own() -> None:
+    sampler = Sampler(small(), solver="diffusers:DDPMScheduler", steps=3)
+    points = Point.of(SCHEDULE, sampler.grid)
+    seeds = [
+        generator.initial_seed()
+        for seed in (0, 1)
+        for generator in sampler.solver.init(points, torch.arange(5), seed)[2]
+    ]
+    assert len(set(seeds)) == 10
+
+
+def test_adapter_options_reach_the_scheduler() -> None:
+    plain, karras = (
+        DiffusersSolver("EulerDiscreteScheduler"),
+        DiffusersSolver("EulerDiscreteScheduler", use_karras_sigmas=True),
+    )
+    assert plain.grid(SCHEDULE, 10) != karras.grid(SCHEDULE, 10)
+
+
+def test_one_adapter_serves_two_samplers() -> None:
+    solver = DiffusersSolver("DDIMScheduler")
+    first = Sampler(small(), solver=solver, steps=10)
+    Sampler(small(), solver=solver, steps=3)
+    assert_same(first.run(range(2)).x, sample(small(), solver=solver, steps=10, indices=range(2)).x)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("NoSuchScheduler", r"^diffusers has no scheduler 'NoSuchScheduler'; write the class name, as in .*$"),
+        ("UNet2DModel", r"^diffusers has no scheduler 'UNet2DModel'; "),
+        ("__import__('os')", r"^diffusers has no scheduler "),
+        ("EDMEulerScheduler", r"^EDMEulerScheduler takes no betas: only variance-preserving schedulers"),
+        ("FlowMatchEulerDiscreteScheduler", r"takes no betas"),
+    ],
+)
+def test_unknown_schedulers_are_refused(name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        sample(small(), solver=f"diffusers:{name}", indices=[0])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"grid": "karras"}, r"^a diffusers scheduler brings its own grid; leave grid out \(got 'karras'\)$"),
+        ({"steps": 0}, r"^steps must be a whole number >= 1, got 0$"),
+        ({"steps": 1001}, r"^steps must be in \[1, 1000\] on the trailing grid, got 1001$"),
+        ({"solver": "diffusers:HeunDiscreteScheduler"}, r"^HeunDiscreteScheduler calls the network twice"),
+    ],
+)
+def test_adapter_refuses_bad_options(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        sample(small(), **{"solver": "diffusers:DDIMScheduler", "indices": [0]} | options)
