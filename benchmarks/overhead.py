@@ -109,7 +109,8 @@ def _against_pipeline(level: Level, device: str, rounds: int) -> tuple[list[floa
     def ours() -> None:
         sampler.run(range(BATCH)).x.cpu()
 
-    theirs(), ours()
+    theirs()
+    ours()
     pairs = []
     for number in range(rounds):
         first, second = (ours, theirs) if number % 2 else (theirs, ours)

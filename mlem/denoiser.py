@@ -1,7 +1,8 @@
 """Denoisers: callables `eps = denoiser(x, t)` that estimate the noise in `x_t = alpha_t x_0 + sigma_t z`.
 
 x: (B, ...), the noised data; t: (B,), times in [0, 1]; eps: like x. A network, a closed-form law and (in its
-own package) a weighted sum of levels are all denoisers, and every solver takes any of them.
+own package) a weighted sum of levels are all denoisers, and every solver takes any of them. One that says
+`any_dtype = True` is given x and t in float64, whatever its network computes in; others get the default dtype.
 """
 
 from __future__ import annotations
@@ -54,14 +55,22 @@ def prediction_to_eps(prediction: str, output: Tensor, x: Tensor, alpha: Tensor,
 
 
 class NetworkDenoiser:
-    """A network under a schedule. network(x, timestep) may return a tensor or an object with `.sample` (diffusers)."""
+    """A network under a schedule. network(x, timestep) may return a tensor or an object with `.sample` (diffusers).
+
+    The network is fed in its own dtype; its output is turned into eps in the dtype of x. In float64 that loses
+    nothing: `x_0 = y - kappa eps` would magnify a float32 rounding of eps by kappa, up to 400.
+    """
+
+    any_dtype = True
 
     def __init__(self, network: nn.Module | Callable[..., Any], schedule: NoiseSchedule, prediction: str = "v") -> None:
         self.network, self.schedule, self.prediction = network, schedule, check_prediction(prediction)
 
     def predict(self, x: Tensor, t: Tensor) -> Tensor:
         """The network's raw output at t: like x. The timestep `N t - 1` stays in full precision under autocast."""
-        output = self.network(x, t.float() * NUM_TIMESTEPS - 1)
+        parameter = next(self.network.parameters(), None) if isinstance(self.network, nn.Module) else None
+        own = torch.get_default_dtype() if parameter is None else parameter.dtype
+        output = self.network(x.to(own), t.float() * NUM_TIMESTEPS - 1)
         return getattr(output, "sample", output).to(x.dtype)
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
@@ -76,6 +85,8 @@ class MixtureDenoiser:
     With `x ~ N(alpha m, C)`, `C = alpha^2 Sigma + sigma^2 I`, the noise estimate is `sigma C^-1 (x - alpha m)`,
     averaged over components by their posterior weights. Computed in float64. Samples are flat: x is (B, d).
     """
+
+    any_dtype = True
 
     def __init__(self, schedule: NoiseSchedule, weights: Tensor, means: Tensor, covariances: Tensor) -> None:
         self.schedule = schedule

@@ -178,6 +178,7 @@ class Sampler:
         self.grid: TimeGrid = self.solver.grid(schedule, steps, grid)
         self.seed, self.precision = seed, precision
         self._points = Point.of(schedule, self.grid)
+        self._input_dtype = torch.float64 if getattr(denoiser, "any_dtype", False) else torch.get_default_dtype()
         self._meter = _Meter(name, denoiser, cost)  # type: ignore[arg-type]
 
     def start(self, indices: Tensor) -> Tensor:
@@ -205,7 +206,8 @@ class Sampler:
     def _solve(self, x_T: Tensor, index: Tensor, watch: Callable[[int, Tensor], None] | None) -> Tensor:
         """The loop. watch: sees the number of each step and y after it."""
         path = BrownianPath(self.schedule, self.seed, index, self.shape, x_T.dtype)
-        y = x_T / self._points[0].alpha
+        # the state is float64: at large kappa, y and kappa eps are both large and nearly cancel
+        y = x_T.double() / self._points[0].alpha
         if y.dim() == 4:
             y = y.contiguous(memory_format=torch.channels_last)
         state = self.solver.init(self._points, index, self.seed)
@@ -213,12 +215,12 @@ class Sampler:
             y, state = self.solver.step(self._estimate, y, state, here, there, path)
             if watch is not None:
                 watch(i, y)
-        return y * self._points[-1].alpha
+        return (y * self._points[-1].alpha).to(x_T.dtype)
 
     def _estimate(self, y: Tensor, point: Point) -> Tensor:
-        t = torch.full((len(y),), point.t, dtype=y.dtype, device=y.device)
+        t = torch.full((len(y),), point.t, dtype=self._input_dtype, device=y.device)
         with self._autocast():
-            return self._meter(y * point.alpha, t)
+            return self._meter((y * point.alpha).to(self._input_dtype), t)
 
     def _autocast(self) -> AbstractContextManager[Any]:
         dtype = PRECISIONS[self.precision]

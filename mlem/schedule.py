@@ -108,6 +108,9 @@ class NoiseSchedule(ABC):
             raise ValueError(f"schedule kind must be one of {', '.join(makers)}, got {kind!r}")
         return makers[kind](**options)
 
+    def __repr__(self) -> str:
+        return f"NoiseSchedule({self.to_config()})"
+
     @property
     def fingerprint(self) -> str:
         """Hash of the schedule: levels of one family must agree on it."""

@@ -1,0 +1,87 @@
+"""The demo, made small, and the README's Python, run on what it leaves."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from mlem import Family
+from mlem.files import read_json
+from tests.commands import REPOSITORY, environment, metrics, succeed
+
+SMALL = (
+    "experiment=demo",
+    "training.steps=10",
+    "training.epoch_steps=5",
+    "training.batch_size=32",
+    "evaluation.indices=0-7",
+    "evaluation.reference_steps=10",
+    "evaluation.samplers.ddpm=[10,20]",
+    "evaluation.samplers.ddim=[5]",
+    "evaluation.samplers.dpm_solver_pp=[5]",
+)
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    folder = tmp_path_factory.mktemp("demo")
+    return folder, succeed("train.py", *SMALL, folder=folder)
+
+
+def test_demo_leaves_what_it_promises(demo: tuple[Path, str]) -> None:
+    folder, out = demo
+    root = folder / "runs" / "demo"
+    family = Family.load(root / "family")
+    assert family.names == ["xs", "s", "m"]
+    rows = read_json(root / "evaluation.json")["rows"]
+    assert {(row["level"], row["sampler"], row["steps"]) for row in rows} == {
+        (level, sampler, steps)
+        for level in family.names
+        for sampler, steps in (("ddpm", 10), ("ddpm", 20), ("ddim", 5), ("dpm_solver_pp", 5))
+    }
+    for row in rows:
+        assert row["evaluations"] == row["steps"]
+        assert 0 < row["network_seconds_per_image"] <= row["seconds_per_image"]
+        # the reference from itself
+        if (row["level"], row["sampler"], row["steps"]) == ("m", "ddpm", 10):
+            assert row["mse"] == 0
+    for picture in ("error_vs_time.png", "error_by_noise_level.png", "grids/m_ddpm_20.png"):
+        with Image.open(root / picture) as image:
+            image.verify()
+    assert any("eval/m/ddpm@20/mse" in line for line in metrics(root / "metrics.jsonl"))
+    assert any("val/error" in line for line in metrics(root / "unet_m" / "metrics.jsonl"))
+    assert list(root.glob("wandb/offline-run-*/*.wandb"))
+    for named in ("runs/demo/family", "error_vs_time.png", "samplers", "levels"):
+        assert named in out
+
+
+def test_readme_python_runs(demo: tuple[Path, str]) -> None:
+    folder, _ = demo
+    blocks = re.findall(r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) == 1
+    done = subprocess.run(
+        [sys.executable, "-c", blocks[0]], cwd=folder, env=environment(), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "network calls for each image: 20.0" in done.stdout
+
+
+def test_readme_commands_exist(demo: tuple[Path, str]) -> None:
+    """Every `python train.py` and `python sample.py` line of the README composes; one sampling line really runs."""
+    from mlem.app.cli import compose
+
+    lines = re.findall(r"^python (train|sample)\.py ([^#\n]*)", (REPOSITORY / "README.md").read_text(), re.MULTILINE)
+    assert len(lines) >= 6
+    for name, options in lines:
+        if "--help" not in options:
+            compose(name, options.split())
+    folder, _ = demo
+    succeed("sample.py", "sampler=ddpm", "steps=3", "seeds=0-5", folder=folder)
+    assert len(list((folder / "runs/digits/samples/ddpm_3").glob("0*.png"))) == 6
+    assert os.path.exists(folder / "runs/digits/samples/ddpm_3/ledger.json")
