@@ -12,11 +12,12 @@ import functools
 import hashlib
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from mlem.schedule import NoiseSchedule
+from mlem.schedule import NUM_TIMESTEPS, NoiseSchedule
 
 
 def _signed(word: int) -> int:
@@ -75,6 +76,15 @@ class NoiseStream:
         return bits.double().add_(0.5).mul_(2.0**-23).to(dtype)
 
 
+class _Cell(NamedTuple):
+    """A stretch of time, in timesteps (thousandths of t), and B at its ends."""
+
+    left: int
+    at_left: Tensor
+    right: float
+    at_right: Tensor
+
+
 class BrownianPath:
     """A Brownian motion B in the clock `kappa^2`, one for each sample and pixel, that every step count shares.
 
@@ -85,13 +95,14 @@ class BrownianPath:
       clock 1/kappa^2. By time inversion `M(1/c) = B(c) / c` is one, so the noise of the step is
       `B(kappa'^2) - (kappa'/kappa)^2 B(kappa^2)`: finite, and zero by itself on the last step.
 
-    Levy's construction over dyadic cells of t (2^10 of them) with a normal keyed by node; inside a cell a bridge,
-    keyed by the time asked for. Hence grids with at most one time in a cell, such as all uniform grids of up to
-    1024 steps, agree exactly wherever they meet; finer grids are exact in law and agree to the width of a cell.
-    Times must be asked for in falling order (it keeps the 10 cells above the last time, no more).
+    Levy's construction over the thousandths of t, with a normal keyed by each; round numbers come first (halves,
+    tenths, fiftieths, ..), so that 10, 50, 100 or 200 steps need one normal each. Between two thousandths a bridge,
+    keyed by the time asked for. Hence grids with at most one time strictly between two thousandths, such as all
+    uniform grids of up to 1000 steps, agree exactly wherever they meet; finer ones are exact in law, and agree to a
+    thousandth. Times must be asked for in falling order: what lies above the last is forgotten.
     """
 
-    depth = 10
+    _spans = (500, 100, 20, 10, 5, 1)
 
     def __init__(
         self, schedule: NoiseSchedule, seed: int, indices: Tensor, shape: Sequence[int], dtype: torch.dtype
@@ -99,64 +110,58 @@ class BrownianPath:
         """indices: (B,) int64 sample indices on the device to use. shape: of one sample."""
         self._indices, self._shape, self._dtype = indices, tuple(shape), dtype
         self._nodes, self._inside = NoiseStream(seed, "brownian"), NoiseStream(seed, "brownian-bridge")
-        # cells[d]: the cell of depth d that holds the last time: its number, B at its left end, B at its right end
-        self._cells: list[tuple[int, Tensor, Tensor]] = []
+        # kappa^2: the ends of a cell are asked for again and again
+        self._clock = functools.lru_cache(64)(lambda step: schedule.kappa(step / NUM_TIMESTEPS).item() ** 2)
+        # the cells below the last time, lowest first; empty before the first question
+        self._cells: list[_Cell] = []
         self._last: tuple[float, Tensor] | None = None
-        # kappa^2 at t: the ends of a cell are asked for again and again
-        self._clock = functools.lru_cache(64)(lambda t: schedule.kappa(t).item() ** 2)
-
-    def _normals(self, stream: NoiseStream, slots: list[int]) -> Tensor:
-        return stream.normal(self._indices, slots, self._shape, self._dtype)
-
-    def _bridge(self, t: float, a: tuple[float, Tensor], b: tuple[float, Tensor], z: Tensor) -> Tensor:
-        """B at t, given B at the times a < t < b."""
-        left, here, right = self._clock(a[0]), self._clock(t), self._clock(b[0])
-        weight = (here - left) / (right - left)
-        return a[1] * (1 - weight) + b[1] * weight + z * math.sqrt((here - left) * (right - here) / (right - left))
 
     def at(self, t: float) -> Tensor:
         """B(kappa(t)^2): (B, *shape). Raises ValueError when t is above a time asked for before."""
+        step = t * NUM_TIMESTEPS
+        if abs(step - round(step)) < 1e-9:  # 0.058 * 1000 is not 58
+            step = round(step)
         if self._last is None:
-            start = self._normals(self._nodes, [0])[0] * math.sqrt(self._clock(1.0))
-            self._cells = [(0, torch.zeros_like(start), start)]
-            self._last = (1.0, start)
-        if t > self._last[0]:
-            raise ValueError(f"a Brownian path is read with falling times; {t} comes after {self._last[0]}")
-        if t != self._last[0]:
-            self._last = (t, self._descend(t, self._last))
+            end = self._normal(self._nodes, NUM_TIMESTEPS) * math.sqrt(self._clock(NUM_TIMESTEPS))
+            self._cells = [_Cell(0, torch.zeros_like(end), NUM_TIMESTEPS, end)]
+            self._last = (NUM_TIMESTEPS, end)
+        if step > self._last[0]:
+            raise ValueError(f"a Brownian path is read with falling times; {t} comes after {self._last[0] / 1000}")
+        if step != self._last[0]:
+            self._last = (step, self._descend(step))
         return self._last[1]
 
-    def _descend(self, t: float, last: tuple[float, Tensor]) -> Tensor:
+    def _descend(self, step: float) -> Tensor:
         cells = self._cells
-        while not _holds(len(cells) - 1, cells[-1][0], t):
+        while step < cells[-1].left:
             cells.pop()
-        missing = range(len(cells), self.depth + 1)
-        # the node that splits cell c of depth d has number 2^d + c, as in a heap; 0 is the right end of the root
-        slots = [(1 << (d - 1)) + _cell(d - 1, t) for d in missing]
-        normals = self._normals(self._nodes, slots) if slots else []
-        for d, z in zip(missing, normals, strict=True):
-            number, left, right = cells[-1]
-            width = 2.0**-d
-            middle_t = (2 * number + 1) * width
-            middle = self._bridge(middle_t, (middle_t - width, left), (middle_t + width, right), z)
-            cells.append((2 * number, left, middle) if t < middle_t else (2 * number + 1, middle, right))
-        number, left, right = cells[-1]
-        width = 2.0**-self.depth
-        end = ((number + 1) * width, right)
-        return self._inside_cell(t, (number * width, left), last if last[0] < end[0] else end)
+        while step != cells[-1].left:
+            cell = cells.pop()
+            if cell.right - cell.left <= 1:
+                offset = int((step - cell.left) * 2**32)
+                value = self._bridge(cell, step, self._normal(self._inside, (cell.left << 32) + offset))
+                cells.append(_Cell(cell.left, cell.at_left, step, value))
+                return value
+            middle = self._split(cell)
+            value = self._bridge(cell, middle, self._normal(self._nodes, middle))
+            cells.append(_Cell(cell.left, cell.at_left, middle, value))
+            if step >= middle:
+                cells.append(_Cell(middle, value, cell.right, cell.at_right))
+        return cells[-1].at_left
 
-    def _inside_cell(self, t: float, left: tuple[float, Tensor], right: tuple[float, Tensor]) -> Tensor:
-        if t == left[0]:
-            return left[1]
-        offset = int((t - left[0]) * 2.0 ** (self.depth + 20))
-        cell = round(left[0] * 2.0**self.depth)
-        return self._bridge(t, left, right, self._normals(self._inside, [(cell << 20) + offset])[0])
+    def _split(self, cell: _Cell) -> int:
+        """The roundest timestep strictly inside, the one nearest to the middle."""
+        left, right = cell.left, int(cell.right)
+        span = next(span for span in self._spans if (left // span + 1) * span < right)
+        first, last = (left // span + 1) * span, (right - 1) // span * span
+        return min(max(round((left + right) / 2 / span) * span, first), last)
 
+    def _normal(self, stream: NoiseStream, slot: int) -> Tensor:
+        return stream.normal(self._indices, [slot], self._shape, self._dtype)[0]
 
-def _cell(depth: int, t: float) -> int:
-    """Number of the cell of this depth that holds t; cells are closed on the left, and t = 1 is in the last."""
-    return min(int(t * 2.0**depth), (1 << depth) - 1)
-
-
-def _holds(depth: int, number: int, t: float) -> bool:
-    return _cell(depth, t) == number
+    def _bridge(self, cell: _Cell, step: float, z: Tensor) -> Tensor:
+        """B at `step`, given B at the ends of the cell that holds it."""
+        left, here, right = self._clock(cell.left), self._clock(step), self._clock(cell.right)
+        weight = (here - left) / (right - left)
+        spread = math.sqrt((here - left) * (right - here) / (right - left))
+        return cell.at_left * (1 - weight) + cell.at_right * weight + z * spread
