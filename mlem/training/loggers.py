@@ -59,7 +59,7 @@ class JSONLinesLogger(Logger):
 def _step_of(line: str) -> float:
     try:
         return json.loads(line)["step"] or 0
-    except (json.JSONDecodeError, KeyError):  # cut short by a kill
+    except (json.JSONDecodeError, KeyError, TypeError):  # cut short by a kill
         return math.inf
 
 
