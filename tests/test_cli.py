@@ -132,7 +132,7 @@ def test_a_callback_may_come_from_a_module_that_is_allowed() -> None:
     ],
 )
 def test_settings_of_hydra_are_refused(arguments: list[str]) -> None:
-    with pytest.raises(ValueError, match="there is no such flag|settings of Hydra itself"):
+    with pytest.raises(ValueError, match=r"there is no such flag|settings of Hydra itself"):
         sweep(arguments)
 
 

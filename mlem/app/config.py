@@ -32,7 +32,7 @@ _FROM_0 = ("training.weight_decay", "training.gradient_clip")
 _WITHIN_1 = ("training.average_decay", "model.dropout")
 _YES_NO = ("trainer.compile", "dry_run", "debug")
 _TEXT = ("root", "resume", "data.name", "data.source", "data.folder", "schedule.kind", "sampler.name", "sampler.solver")
-_TEXT_OR_NULL = ("family", "model", "level", "grid", "out")
+_TEXT_OR_NULL = ("family", "level", "grid", "out")
 _GROUPS = ("data", "data.options", "model", "schedule", "trainer", "logger", "metric", "sampler")
 _GROUPS += ("training", "evaluation", "evaluation.samplers")
 _LISTS = ("callbacks", "allow")
@@ -92,15 +92,13 @@ def _given(plain: Any, names: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
 def _check_shape(plain: dict[str, Any]) -> None:
     """Groups must hold options, lists must be lists, names must be text."""
     for name, value in _given(plain, _GROUPS):
-        # `model` of sample.py is a name
-        if not isinstance(value, dict) and not (name == "model" and "training" not in plain):
+        if not isinstance(value, dict):
             raise ValueError(f"{name} holds options: give {name}.OPTION=VALUE, got {value!r}")
     for name, value in _given(plain, _LISTS):
         if not isinstance(value, list):
             raise ValueError(f"{name} must be a list, as in {name}=[...], got {value!r}")
-    optional = () if "training" in plain else _TEXT_OR_NULL
-    for name, value in _given(plain, (*_TEXT, *optional)):
-        if not (isinstance(value, str) and value) and not (value is None and name in optional):
+    for name, value in _given(plain, (*_TEXT, *_TEXT_OR_NULL)):
+        if not (isinstance(value, str) and value) and not (value is None and name in _TEXT_OR_NULL):
             raise ValueError(f"{name} must be text, got {value!r}")
 
 
@@ -147,8 +145,8 @@ def _targets(node: Any, place: str = "") -> Iterator[tuple[str, Any]]:
 
 def build_callbacks(config: DictConfig) -> list[Any]:
     """The Lightning callbacks that `callbacks` names. Raises ValueError for what is not a Callback class."""
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch import Callback
-    from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
     refuse_targets(config)
     built = []

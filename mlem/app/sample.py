@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from mlem.app.cli import USAGE
 from mlem.app.config import parse_indices
@@ -68,15 +68,16 @@ def run(config: DictConfig) -> None:
 
 def find_model(config: DictConfig) -> tuple[Path, Family | Level]:
     """The folder and the family or level that `family=`, `model=` or `data=` names. Raises FileNotFoundError."""
-    if config.model is not None and (config.family is not None or config.level is not None):
-        other = "family" if config.family is not None else "level"
-        raise ValueError(f"model={config.model} is one level by itself: leave out {other}={config[other]}")
+    model = OmegaConf.select(config, "model.name")
+    for other in ("family", "level") if model is not None else ():
+        if config[other] is not None:
+            raise ValueError(f"model={model} is one level by itself: leave out {other}={config[other]}")
     if config.family is not None:
         return Path(config.family), Family.load(config.family)
-    if config.model is not None:
-        folder = Path(config.root) / config.model / "level"
+    if model is not None:
+        folder = Path(config.root) / model / "level"
         if not folder.is_dir():
-            raise FileNotFoundError(f"{folder} does not exist; make it with: python train.py model={config.model}")
+            raise FileNotFoundError(f"{folder} does not exist; make it with: python train.py model={model}")
         return folder, Level.load(folder)
     found = [path for path in Path(config.root).parent.glob("*/family/family.json") if _about(path) == config.data.name]
     if not found:
@@ -154,8 +155,8 @@ def _report(total: dict[str, Any], now: Ledger, level: Level, out: Path) -> None
         return
     milliseconds = 1e3 * now.wall_seconds / now.images
     print(
-        f"{now.images} images computed, level {level.name}, {now.evaluations:g} network calls each, {milliseconds:.2f} ms/image "
-        f"({100 * now.network_seconds / now.wall_seconds:.1f} percent of it in the network)"
+        f"{now.images} images computed, level {level.name}, {now.evaluations:g} network calls each, "
+        f"{milliseconds:.2f} ms/image ({100 * now.network_seconds / now.wall_seconds:.1f} percent of it in the network)"
     )
     print(f"pictures: {out}, side by side: {out / 'grid.png'}")
     print(f"cost of the {total['images']} images computed so far: {out / 'ledger.json'}")

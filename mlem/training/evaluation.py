@@ -205,7 +205,8 @@ class SamplerEvaluation(pl.Callback):
             with atomic_write(path) as file:
                 picture.save(file, format="PNG")
         write_json(self.folder / "evaluation.json", {"caption": self._caption(family, trainer), "rows": self.rows})
-        error_vs_time(_drawable(self.rows), self.folder / "error_vs_time.png", self._caption(family, trainer))
+        if drawable := _drawable(self.rows):
+            error_vs_time(drawable, self.folder / "error_vs_time.png", self._caption(family, trainer))
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=trainer.global_step)
             if isinstance(logger, WandbLogger):
@@ -214,7 +215,8 @@ class SamplerEvaluation(pl.Callback):
     def _log_pictures(self, logger: WandbLogger, step: int) -> None:
         grids = sorted((self.folder / "grids").glob("*.png"))
         logger.log_image("eval/grids", [str(path) for path in grids], step, caption=[path.stem for path in grids])
-        logger.log_image("eval/error_vs_time", [str(self.folder / "error_vs_time.png")], step)
+        if _drawable(self.rows):
+            logger.log_image("eval/error_vs_time", [str(self.folder / "error_vs_time.png")], step)
 
     def _caption(self, family: Family, trainer: pl.Trainer) -> str:
         top, device = family.level(), trainer.strategy.root_device.type
