@@ -363,7 +363,7 @@ def _evaluate_family(config: DictConfig, family: Family, shards: Shards) -> None
     evaluation = _evaluation(config, shards, folder)
     trainer = pl.Trainer(
         **_devices(config),
-        logger=_loggers(config, folder, "evaluation", -1),
+        logger=_loggers(config, folder, "evaluation", 0),
         callbacks=[evaluation],
         enable_checkpointing=False,
         enable_progress_bar=False,

@@ -207,10 +207,11 @@ class SamplerEvaluation(pl.Callback):
         write_json(self.folder / "evaluation.json", {"caption": self._caption(family, trainer), "rows": self.rows})
         if drawable := _drawable(self.rows):
             error_vs_time(drawable, self.folder / "error_vs_time.png", self._caption(family, trainer))
+        step = max(0, trainer.global_step - 1)  # the last one done, counted from 0 as Lightning does
         for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=trainer.global_step)
+            logger.log_metrics(metrics, step=step)
             if isinstance(logger, WandbLogger):
-                self._log_pictures(logger, trainer.global_step)
+                self._log_pictures(logger, step)
 
     def _log_pictures(self, logger: WandbLogger, step: int) -> None:
         grids = sorted((self.folder / "grids").glob("*.png"))

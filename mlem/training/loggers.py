@@ -22,19 +22,20 @@ from mlem.files import first_process, read_json, write_json, write_text
 class JSONLinesLogger(Logger):
     """One JSON object a line: `{"step": ..., "time": unix seconds, metric: value, ...}`.
 
-    On a resume, lines past the step that the checkpoint holds are dropped: the run writes them again.
+    Lightning counts steps from 0. On a resume after `resume_step` of them, the lines of later ones are dropped: the
+    run writes them again.
     """
 
     def __init__(self, path: str | os.PathLike[str], resume_step: int = 0) -> None:
         super().__init__()
         self.path = Path(path)
-        self._drop_after(resume_step)
+        self._drop_from(resume_step)
 
     @rank_zero_only
-    def _drop_after(self, step: int) -> None:
+    def _drop_from(self, step: int) -> None:
         if self.path.exists():
             lines = self.path.read_text(encoding="utf-8").splitlines()
-            write_text(self.path, "".join(f"{line}\n" for line in lines if _step_of(line) <= step))
+            write_text(self.path, "".join(f"{line}\n" for line in lines if _step_of(line) < step))
 
     @property
     def name(self) -> str:
