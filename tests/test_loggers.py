@@ -165,3 +165,26 @@ def test_training_goes_on_without_wandb(trained: Path, tmp_path: Path) -> None:
     assert (tmp_path / "unet_xs/level/mlem.json").is_file()
     assert "train/loss" in (tmp_path / "unet_xs/metrics.jsonl").read_text()
     assert not list((tmp_path / "unet_xs").glob("wandb/offline-run-*"))
+
+
+def test_wandb_that_dies_in_a_run_is_one_warning(tmp_path: Path) -> None:
+    """In a process of its own, which ends W&B's process: its child."""
+    code = """
+import os, pathlib, signal, time
+from mlem.training.loggers import wandb_logger
+logger = wandb_logger(pathlib.Path("."), project="mlem", name="test", group="tests", mode="offline")
+logger.log_metrics({"a": 1}, 1)
+children = [int(pid) for path in pathlib.Path("/proc/self/task").glob("*/children") for pid in path.read_text().split()]
+assert children
+for pid in children:
+    os.kill(pid, signal.SIGKILL)
+time.sleep(0.5)
+for step in range(2, 5):
+    logger.log_metrics({"a": step}, step)
+print("went on")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment(), capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "went on\n"
+    assert done.stderr.count("W&B is off, it was lost (") == 1

@@ -64,6 +64,21 @@ def _step_of(line: str) -> float:
         return math.inf
 
 
+class ForgivingWandbLogger(WandbLogger):
+    """Lightning's W&B logger, which gives up, with one warning, when W&B stops answering in the middle of a run."""
+
+    _lost = False
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        if self._lost:
+            return
+        try:
+            super().log_metrics(metrics, step)
+        except Exception as error:  # whatever W&B does, training goes on
+            self._lost = True
+            warnings.warn(f"W&B is off, it was lost ({error}); metrics.jsonl has everything", stacklevel=2)
+
+
 def wandb_logger(folder: Path, *, project: str, name: str, group: str, mode: str) -> WandbLogger | None:
     """A W&B logger whose run id is kept in `folder`, so that a resumed run continues it.
 
@@ -96,7 +111,7 @@ def wandb_logger(folder: Path, *, project: str, name: str, group: str, mode: str
     except Exception as error:  # whatever W&B does, training goes on
         warnings.warn(f"W&B is off, it could not start ({error}); metrics.jsonl has everything", stacklevel=2)
         return None
-    return WandbLogger(experiment=run)
+    return ForgivingWandbLogger(experiment=run)
 
 
 def _has_key() -> bool:
