@@ -104,9 +104,10 @@ def finish(folder: Path, indices: Sequence[int], ledger: Ledger) -> dict[str, An
     if shown:
         with atomic_write(folder / "grid.png") as file:
             image_grid(torch.stack([read_png(path) for path in shown])).save(file, format="PNG")
-    path = folder / "ledger.json"
+    path, total = folder / "ledger.json", Ledger()
+    total.add(ledger)
     if path.exists():
-        ledger.add(Ledger.from_dict(read_json(path)))
+        total.add(Ledger.from_dict(read_json(path)))
     if ledger.images:
-        write_json(path, ledger.to_dict())
-    return ledger.to_dict()
+        write_json(path, total.to_dict())
+    return total.to_dict()

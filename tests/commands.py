@@ -1,4 +1,4 @@
-"""Running train.py and sample.py as a user does: real processes, in a folder of their own."""
+"""Running the command line in tests: as a process, or composed here."""
 
 from __future__ import annotations
 
@@ -11,9 +11,32 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from omegaconf import DictConfig
+
+from mlem.app.cli import compose
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 
-TINY = (
+TINY = [
+    "model=unet_xs",
+    "trainer=cpu",
+    "data.held_out=16",
+    "training.steps=4",
+    "training.batch_size=8",
+    "training.epoch_steps=2",
+    "training.checkpoint_every=2",
+    "training.warmup_steps=1",
+    "evaluation.every_n_epochs=1",
+    "evaluation.indices=0-4",
+    "evaluation.batch_size=2",
+    "evaluation.reference_steps=3",
+    "evaluation.samplers.ddpm=[2,3]",
+    "evaluation.samplers.dpm_solver_pp=[2]",
+    "~evaluation.samplers.ddim",
+]
+"""A training that is over in seconds."""
+
+PLAIN = (
     "model=unet_xs",
     "trainer=cpu",
     "logger=jsonl",
@@ -23,20 +46,20 @@ TINY = (
     "evaluation.indices=0-1",
     "evaluation.reference_steps=2",
 )
-"""The smallest training: add training.steps."""
+"""A training in which next to nothing is evaluated: add training.steps."""
 
 
 def environment(**extra: str) -> dict[str, str]:
-    """The environment of a child: this checkout, one thread, no W&B key."""
-    own = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
-    return own | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"} | extra
+    """No W&B key, one thread, this checkout."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("WANDB", "NETRC"))}
+    return kept | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "NETRC": "/nonexistent"} | extra
 
 
-def start(script: str, *options: str, folder: Path, **extra: str) -> subprocess.Popen[str]:
-    """Start `script` with `folder` as the working folder."""
+def start(script: str, *options: str, cwd: Path, **extra: str) -> subprocess.Popen[str]:
+    """`python <script>.py options`, running."""
     return subprocess.Popen(
-        [sys.executable, str(REPOSITORY / script), *options],
-        cwd=folder,
+        [sys.executable, str(REPOSITORY / f"{script}.py"), *options],
+        cwd=cwd,
         env=environment(**extra),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -44,17 +67,17 @@ def start(script: str, *options: str, folder: Path, **extra: str) -> subprocess.
     )
 
 
-def run(script: str, *options: str, folder: Path, **extra: str) -> subprocess.CompletedProcess[str]:
-    """Run `script` to its end."""
-    process = start(script, *options, folder=folder, **extra)
-    out, err = process.communicate(timeout=300)
+def execute(script: str, *options: str, cwd: Path, **extra: str) -> subprocess.CompletedProcess[str]:
+    """`python <script>.py options`, to its end."""
+    with start(script, *options, cwd=cwd, **extra) as process:
+        out, err = process.communicate(timeout=300)
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
-def succeed(script: str, *options: str, folder: Path, **extra: str) -> str:
-    """Run `script`, insist that it succeeds, and give its standard output."""
-    done = run(script, *options, folder=folder, **extra)
-    assert done.returncode == 0, done.stdout + done.stderr
+def succeed(script: str, *options: str, cwd: Path, **extra: str) -> str:
+    """What it prints; it must end well."""
+    done = execute(script, *options, cwd=cwd, **extra)
+    assert done.returncode == 0, done.stderr
     return done.stdout
 
 
@@ -71,3 +94,16 @@ def metrics(path: Path) -> list[dict[str, Any]]:
     """The complete lines of a metrics.jsonl."""
     lines = path.read_text().splitlines() if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def run_here(name: str, *options: str) -> Any:
+    """The job itself, in this process."""
+    from mlem.app import sample, train  # noqa: F401  (the package first: its names shadow the modules)
+
+    job = __import__(f"mlem.app.{name}", fromlist=["run"]).run
+    return job(configure(name, *options))
+
+
+def configure(name: str, *options: str) -> DictConfig:
+    """The composed config."""
+    return compose(name, list(options))

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+
+from tests.commands import TINY, succeed
 
 torch.set_num_threads(1)
 
@@ -16,3 +19,18 @@ def float64() -> Iterator[None]:
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
+
+
+SECRET = "xyzzy-0123456789"
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder where `train.py` made data/digits and the family runs/tiny (xs, s), with a secret in its options."""
+    folder = tmp_path_factory.mktemp("trained")
+    options = [*TINY[1:], "model=family", "model.levels=[xs,s]", "root=runs/tiny", "data.held_out=16"]
+    options += ["callbacks=[{_target_: lightning.pytorch.callbacks.LearningRateMonitor}]"]
+    options += ["allow=['${oc.env:MLEM_SECRET}','a ${oc.env:MLEM_SECRET} b','${allow.0}','${oc.${x}:MLEM_SECRET}']"]
+    printed = succeed("train", *options, "+x=env", cwd=folder, MLEM_SECRET=SECRET)
+    (folder / "printed.txt").write_text(printed)
+    return folder

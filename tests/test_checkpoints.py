@@ -13,10 +13,10 @@ import torch
 
 from mlem.files import sha256, write_text
 from mlem.training.checkpoints import AtomicCheckpointIO, Checkpoints, check, saved
-from tests.commands import TINY, run, start, succeed, wait_until
+from tests.commands import PLAIN, execute, start, succeed, wait_until
 
 RUN = Path("runs/digits/unet_xs")
-OPTIONS = (*TINY, "training.steps=20", "training.epoch_steps=10", "training.checkpoint_every=5")
+OPTIONS = (*PLAIN, "training.steps=20", "training.epoch_steps=10", "training.checkpoint_every=5")
 
 
 def _save(path: Path, value: float = 1.0) -> Path:
@@ -107,7 +107,7 @@ def test_every_must_be_positive(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
-    succeed("train.py", *OPTIONS, folder=folder)
+    succeed("train", *OPTIONS, cwd=folder)
     return folder
 
 
@@ -132,7 +132,7 @@ def test_the_last_two_are_kept(finished: Path) -> None:
 )
 def test_other_settings_are_refused(finished: Path, option: str, shown: str) -> None:
     options = (*OPTIONS, "training.batch_size=16") if "batch" not in option else OPTIONS
-    done = run("train.py", *options, option, folder=finished)
+    done = execute("train", *options, option, cwd=finished)
     assert done.returncode == 2
     assert shown in done.stderr
     assert "resume=force" in done.stderr
@@ -142,18 +142,18 @@ def test_other_settings_are_refused(finished: Path, option: str, shown: str) -> 
 def test_damage_stops_the_command_and_its_remedy_works(finished: Path) -> None:
     _reopen(finished)
     _flip(finished / RUN / "checkpoints" / "step-00000020.ckpt")
-    done = run("train.py", *OPTIONS, folder=finished)
+    done = execute("train", *OPTIONS, cwd=finished)
     assert done.returncode == 2
     remedy = next(word for word in done.stderr.split() if word.startswith("resume="))
     assert "step-00000015" in remedy
-    succeed("train.py", *OPTIONS, remedy, folder=finished)
+    succeed("train", *OPTIONS, remedy, cwd=finished)
     assert (finished / RUN / "level" / "mlem.json").exists()
 
 
 def test_the_second_run_in_a_folder_is_refused(tmp_path: Path) -> None:
-    first = start("train.py", *OPTIONS, "training.steps=5000", folder=tmp_path)
+    first = start("train", *OPTIONS, "training.steps=5000", cwd=tmp_path)
     wait_until(lambda: any((tmp_path / RUN / "checkpoints").glob("*.ckpt")), first)
-    second = run("train.py", *OPTIONS, "training.steps=5000", folder=tmp_path)
+    second = execute("train", *OPTIONS, "training.steps=5000", cwd=tmp_path)
     first.kill()
     first.communicate()
     assert second.returncode == 2

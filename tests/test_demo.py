@@ -31,7 +31,7 @@ SMALL = (
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("demo")
-    return folder, succeed("train.py", *SMALL, folder=folder)
+    return folder, succeed("train", *SMALL, cwd=folder)
 
 
 def test_demo_leaves_what_it_promises(demo: tuple[Path, str]) -> None:
@@ -82,6 +82,6 @@ def test_readme_commands_exist(demo: tuple[Path, str]) -> None:
         if "--help" not in options:
             compose(name, options.split())
     folder, _ = demo
-    succeed("sample.py", "sampler=ddpm", "steps=3", "seeds=0-5", folder=folder)
+    succeed("sample", "sampler=ddpm", "steps=3", "seeds=0-5", cwd=folder)
     assert len(list((folder / "runs/digits/samples/ddpm_3").glob("0*.png"))) == 6
     assert os.path.exists(folder / "runs/digits/samples/ddpm_3/ledger.json")

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from tests.commands import TINY, metrics, start, succeed, wait_until
+from tests.commands import PLAIN, metrics, start, succeed, wait_until
 
 # shuffling, dropout, gradient accumulation and two loader workers
 OPTIONS = (
-    *TINY,
+    *PLAIN,
     "model.dropout=0.2",
     "training.steps=60",
     "training.epoch_steps=16",
@@ -61,7 +61,7 @@ def _curves(folder: Path) -> dict[tuple[int, str], float]:
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("undisturbed")
-    succeed("train.py", *OPTIONS, folder=folder)
+    succeed("train", *OPTIONS, cwd=folder)
     return folder
 
 
@@ -90,12 +90,12 @@ def test_killed_at_three_points(tmp_path: Path, undisturbed: Path) -> None:
         return any(line["step"] >= 47 and "val/error" in line for line in lines)
 
     for moment in (being_written, in_mid_epoch, after_validation):
-        process = start("train.py", *OPTIONS, folder=tmp_path)
+        process = start("train", *OPTIONS, cwd=tmp_path)
         wait_until(moment, process)
         process.kill()
         process.communicate()
         assert process.returncode == -signal.SIGKILL
-    out = succeed("train.py", *OPTIONS, folder=tmp_path)
+    out = succeed("train", *OPTIONS, cwd=tmp_path)
     assert "resuming from" in out
     _assert_equal_runs(tmp_path, undisturbed)
 
@@ -103,7 +103,7 @@ def test_killed_at_three_points(tmp_path: Path, undisturbed: Path) -> None:
 @pytest.mark.parametrize("times", [1, 2])
 def test_sigterm_saves_and_exits_143(tmp_path: Path, undisturbed: Path, times: int) -> None:
     """The process saves at the end of the step, exits with 143, and the same command goes on."""
-    process = start("train.py", *OPTIONS, "training.checkpoint_every=1000", folder=tmp_path)
+    process = start("train", *OPTIONS, "training.checkpoint_every=1000", cwd=tmp_path)
     wait_until(lambda: any(line.get("step", 0) >= 19 for line in metrics(tmp_path / RUN / "metrics.jsonl")), process)
     for _ in range(times):
         process.send_signal(signal.SIGTERM)
@@ -111,12 +111,12 @@ def test_sigterm_saves_and_exits_143(tmp_path: Path, undisturbed: Path, times: i
     assert process.returncode == 143, err
     saved = list((tmp_path / RUN / "checkpoints").glob("*.ckpt"))
     assert len(saved) == 1
-    succeed("train.py", *OPTIONS, folder=tmp_path)
+    succeed("train", *OPTIONS, cwd=tmp_path)
     _assert_equal_runs(tmp_path, undisturbed)
 
 
 def test_a_finished_run_is_left_alone(undisturbed: Path) -> None:
     level = undisturbed / RUN / "level" / "mlem.json"
     before = level.stat().st_mtime_ns
-    assert "already trained" in succeed("train.py", *OPTIONS, folder=undisturbed)
+    assert "already trained" in succeed("train", *OPTIONS, cwd=undisturbed)
     assert level.stat().st_mtime_ns == before

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import re
 import sys
 from collections.abc import Callable
@@ -10,6 +11,9 @@ from pathlib import Path
 from typing import NoReturn
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+from mlem.app.config import check
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 USAGE = 2
@@ -45,15 +49,16 @@ def _main(name: str, job: Callable[[DictConfig], None]) -> None:
         return
     debug = "debug=true" in (argument.lower() for argument in arguments)
     try:
-        if any(argument.startswith("-") for argument in arguments):
-            _refuse_callables_for_hydra(arguments)
-            _hand_to_hydra(name, job)
-        else:
-            job(compose(name, arguments))
-    except (ValueError, OSError) as error:
+        configs = [compose(name, overrides) for overrides in sweep(arguments)]
+        # before torch is imported, and all of them before the first is run
+        for config in configs:
+            check(config)
+        for config in configs:
+            job(config)
+    except (ValueError, OSError, FloatingPointError, OmegaConfBaseException) as error:
         if debug:
             raise
-        _stop(name, str(error))
+        _stop(name, str(error).split("\n    full_key")[0])
 
 
 def _stop(name: str, message: str) -> NoReturn:
@@ -62,18 +67,51 @@ def _stop(name: str, message: str) -> NoReturn:
     sys.exit(USAGE)
 
 
+def sweep(arguments: list[str]) -> list[list[str]]:
+    """The overrides of every job: one, or with -m one for each point of the sweep that commas span.
+
+    Raises ValueError for other flags and for settings of Hydra itself (which could name code to run).
+    """
+    flags = {argument for argument in arguments if argument.startswith("-")}
+    if unknown := sorted(flags - {"-m", "--multirun"}):
+        raise ValueError(f"{unknown[0]}: there is no such flag; give options as option=value, and -m for a sweep")
+    overrides = [_INDICES.sub(r"\1='\2'", argument) for argument in arguments if argument not in flags]
+    for override in overrides:
+        if re.match(r"[+~]*hydra\b|[^=]*@", override):
+            raise ValueError(f"{override}: settings of Hydra itself are fixed; leave it out")
+    if not flags:
+        return [overrides]
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        parsed = OverridesParser.create().parse_overrides(overrides)
+    except HydraException as error:
+        raise ValueError(str(error).splitlines()[0]) from error
+    axes = [
+        [f"{one.get_key_element()}={value}" for value in one.sweep_string_iterator()]
+        if one.is_sweep_override()
+        else [text]
+        for one, text in zip(parsed, overrides, strict=True)
+    ]
+    return [list(point) for point in itertools.product(*axes)]
+
+
+_INDICES = re.compile(r"^(seeds|evaluation\.indices)=([-\d, ]*,[-\d, ]*)$")
+"""Lists of indices, whose commas would be a sweep to Hydra."""
+
+
 def compose(name: str, overrides: list[str]) -> DictConfig:
     """The config of `configs/<name>.yaml` with these overrides. Raises ValueError with one line for every mistake."""
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
 
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         try:
             config = hydra_compose(name, overrides)
             OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-        except (HydraException, OmegaConfBaseException) as error:
+        except (HydraException, OmegaConfBaseException, ValueError) as error:
             raise ValueError(_explain(name, overrides, error)) from error
     return config
 
@@ -81,14 +119,12 @@ def compose(name: str, overrides: list[str]) -> DictConfig:
 def _explain(name: str, overrides: list[str], error: Exception) -> str:
     """One line for what Hydra says: the option, the nearest match, the remedy."""
     from hydra.errors import OverrideParseException
-    from omegaconf.errors import MissingMandatoryValue
 
     text = str(error)
-    key = re.search(r"Could not override '([^']+)'|Key '([^']+)' is not in struct", text)
-    if missing := re.search(r"Could not find '([^']+)'", text):
-        group, _, choice = missing[1].rpartition("/")
-        if group:
+    for group, choice in (override.lstrip("+").split("=", 1) for override in overrides if "=" in override):
+        if group in _groups() and choice not in _choices(group) and not choice.startswith("["):
             return f"{group}={choice}: there is no such {group}{_nearest(choice, _choices(group))}"
+    key = re.search(r"Could not override '([^']+)'|Key '([^']+)' is not in struct", text)
     if group := re.search(r"Could not override '([^']+)'\.\s*No match in the defaults list", text):
         return f"{group[1]}=: there is no such option{_nearest(group[1], _options(name))}"
     if key:
@@ -96,6 +132,8 @@ def _explain(name: str, overrides: list[str], error: Exception) -> str:
         return f"{wrong}: there is no such option{_nearest(wrong, _options(name))}"
     if isinstance(error, OverrideParseException):
         return f"{error.override}: cannot be read; write option=value, and quote a value with special characters twice"
+    if ambiguous := re.search(r"Ambiguous value for argument '([^']+)'", text):
+        return f"{ambiguous[1]}: commas are for sweeps, with -m; write a list as [1,2]"
     if isinstance(error, MissingMandatoryValue):
         return f"{error.full_key} must be given: add {error.full_key}=..."
     return f"{text.splitlines()[0]}; see python {name}.py --help"
@@ -149,20 +187,5 @@ def _help(name: str) -> str:
             ]
     body = used.split("\n\n", 1)[1]
     lines += ["", "options (a dot joins the names of inner ones, as in training.steps=500):", body.rstrip(), ""]
-    lines += ["-m, --multirun  sweeps: training.learning_rate=1e-3,2e-3"]
+    lines += ["-m, --multirun  a sweep, one job for each value between commas: -m seed=0,1 'root=runs/seed${seed}'"]
     return "\n".join(lines)
-
-
-def _refuse_callables_for_hydra(arguments: list[str]) -> None:
-    for argument in arguments:
-        if re.match(r"[+~]*hydra", argument) and re.search(r"_target_|\(\)|\.class\b|callable", argument):
-            raise ValueError(f"{argument}: code named in Hydra's own settings is not run; leave it out")
-        if argument.lstrip("-").split("=")[0] in ("config-dir", "config-path", "cp", "cd"):
-            raise ValueError(f"{argument}: configs are read from {CONFIGS} alone; give options on the command line")
-
-
-def _hand_to_hydra(name: str, job: Callable[[DictConfig], None]) -> None:
-    """Sweeps and Hydra's own flags."""
-    import hydra
-
-    hydra.main(config_path=str(CONFIGS), config_name=name, version_base="1.3")(job)()

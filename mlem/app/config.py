@@ -9,7 +9,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.resolvers import oc
 
 ALLOWED = ("mlem", "torch", "lightning", "torchmetrics", "diffusers")
 """Modules from which a `_target_` may come."""
@@ -30,6 +31,11 @@ _ABOVE_0 = ("training.learning_rate",)
 _FROM_0 = ("training.weight_decay", "training.gradient_clip")
 _WITHIN_1 = ("training.average_decay", "model.dropout")
 _YES_NO = ("trainer.compile", "dry_run", "debug")
+_TEXT = ("root", "resume", "data.name", "data.source", "data.folder", "schedule.kind", "sampler.name", "sampler.solver")
+_TEXT_OR_NULL = ("family", "level", "grid", "out")
+_GROUPS = ("data", "data.options", "model", "schedule", "trainer", "logger", "metric", "sampler")
+_GROUPS += ("training", "evaluation", "evaluation.samplers")
+_LISTS = ("callbacks", "allow")
 _ONE_OF = {
     "trainer.precision": ("fp32", "bf16", "fp16"),
     "model.prediction": ("v", "eps", "x0"),
@@ -39,39 +45,61 @@ _ONE_OF = {
 
 def check(config: DictConfig) -> None:
     """Raise ValueError with the option, its value and what is allowed, for the first option that is out of range."""
+    plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
+    _check_shape(plain)
     refuse_targets(config)
 
     def given(names: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
-        for name in names:
-            value = OmegaConf.select(config, name, default=None)
-            if value is not None:
-                yield name, value
+        return _given(plain, names)
 
     for low, names in ((1, _WHOLE_FROM_1), (0, _WHOLE_FROM_0)):
         for name, value in given(names):
             if isinstance(value, bool) or not isinstance(value, int) or value < low:
-                raise ValueError(f"{name} must be a whole number >= {low}, got {value}")
+                raise ValueError(f"{name} must be a whole number >= {low}, got {value!r}")
     for name, value in given(_ABOVE_0):
         if not _is_number(value) or value <= 0:
-            raise ValueError(f"{name} must be a number > 0, got {value}")
+            raise ValueError(f"{name} must be a number > 0, got {value!r}")
     for name, value in given(_FROM_0):
         if not _is_number(value) or value < 0:
-            raise ValueError(f"{name} must be a number >= 0, got {value}")
+            raise ValueError(f"{name} must be a number >= 0, got {value!r}")
     for name, value in given(_WITHIN_1):
         if not _is_number(value) or not 0 <= value < 1:
-            raise ValueError(f"{name} must be in [0, 1), got {value}")
+            raise ValueError(f"{name} must be in [0, 1), got {value!r}")
     for name, value in given(_YES_NO):
         if not isinstance(value, bool):
-            raise ValueError(f"{name} must be true or false, got {value}")
+            raise ValueError(f"{name} must be true or false, got {value!r}")
     for name, allowed in _ONE_OF.items():
         for _, value in given((name,)):
             if value not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value}")
-    batch, accumulate = (
-        OmegaConf.select(config, f"training.{name}", default=1) for name in ("batch_size", "accumulate")
-    )
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+    training = plain.get("training", {"batch_size": 1, "accumulate": 1})
+    batch, accumulate = training["batch_size"], training["accumulate"]
     if batch % accumulate:
         raise ValueError(f"training.batch_size must be a multiple of training.accumulate {accumulate}, got {batch}")
+
+
+def _given(plain: Any, names: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
+    """The options among `names` that this command has, with their values."""
+    for name in names:
+        *outer, last = name.split(".")
+        node = plain
+        for key in outer:
+            node = node.get(key) if isinstance(node, dict) else None
+        if isinstance(node, dict) and last in node:
+            yield name, node[last]
+
+
+def _check_shape(plain: dict[str, Any]) -> None:
+    """Groups must hold options, lists must be lists, names must be text."""
+    for name, value in _given(plain, _GROUPS):
+        if not isinstance(value, dict):
+            raise ValueError(f"{name} holds options: give {name}.OPTION=VALUE, got {value!r}")
+    for name, value in _given(plain, _LISTS):
+        if not isinstance(value, list):
+            raise ValueError(f"{name} must be a list, as in {name}=[...], got {value!r}")
+    for name, value in _given(plain, (*_TEXT, *_TEXT_OR_NULL)):
+        if not (isinstance(value, str) and value) and not (value is None and name in _TEXT_OR_NULL):
+            raise ValueError(f"{name} must be text, got {value!r}")
 
 
 def _is_number(value: Any) -> bool:
@@ -117,13 +145,16 @@ def _targets(node: Any, place: str = "") -> Iterator[tuple[str, Any]]:
 
 def build_callbacks(config: DictConfig) -> list[Any]:
     """The Lightning callbacks that `callbacks` names. Raises ValueError for what is not a Callback class."""
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch import Callback
 
     refuse_targets(config)
     built = []
-    for node in config.callbacks:
-        options: Any = OmegaConf.to_container(node, resolve=True)
-        target = str(options.pop("_target_", None))
+    entries: Any = OmegaConf.to_container(config.callbacks, resolve=True)
+    for options in entries:
+        if not isinstance(options, dict) or "_target_" not in options:
+            raise ValueError(f"callbacks: an entry must be {{_target_: module.Class, option: value}}, got {options}")
+        target = str(options.pop("_target_"))
         module, _, name = target.rpartition(".")
         try:
             found = getattr(importlib.import_module(module), name, None)
@@ -131,26 +162,20 @@ def build_callbacks(config: DictConfig) -> list[Any]:
             raise ValueError(f"callbacks: cannot import {target} ({error}); correct the name") from error
         if not (inspect.isclass(found) and issubclass(found, Callback)):
             raise ValueError(f"callbacks: {target} is not a Lightning Callback class; correct the name")
-        built.append(found(**options))
+        try:
+            built.append(found(**options))
+        except (TypeError, MisconfigurationException) as error:
+            raise ValueError(f"callbacks: {target}: {error}") from error
     return built
 
 
 def without_secrets(config: DictConfig) -> dict[str, Any]:
     """The config resolved to plain data, but with every value that comes from the environment left as its name.
 
-    What refers to such a value shows the name too.
+    What refers to such a value, or holds it inside a string, shows the name too.
     """
-    copy = OmegaConf.create(OmegaConf.to_container(config, resolve=False))
-    _hide(copy)
-    return OmegaConf.to_container(copy, resolve=True)  # type: ignore[return-value]
-
-
-def _hide(node: Any) -> None:
-    keys = range(len(node)) if isinstance(node, ListConfig) else list(node)
-    for key in keys:
-        inner: Any = node._get_node(key)
-        if isinstance(inner, (DictConfig, ListConfig)):
-            if not (inner._is_none() or inner._is_missing() or inner._is_interpolation()):
-                _hide(inner)
-        elif isinstance(inner._value(), str) and "oc.env" in inner._value():
-            node[key] = re.sub(r"\$\{(oc\.env:[^}]*)\}", r"<\1>", inner._value()).replace("${", "<")
+    OmegaConf.register_new_resolver("oc.env", lambda name, default=None: f"oc.env:{name}", replace=True)
+    try:
+        return OmegaConf.to_container(config, resolve=True)  # type: ignore[return-value]
+    finally:
+        OmegaConf.register_new_resolver("oc.env", oc.env, replace=True)

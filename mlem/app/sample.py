@@ -6,27 +6,30 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
-from mlem.app.config import check, parse_indices
+from mlem.app.cli import USAGE
+from mlem.app.config import parse_indices
 from mlem.family import Family, Level
-from mlem.files import read_json, sha256
+from mlem.files import first_process, read_json, sha256
 from mlem.outputs import claim, finish, write_samples
 from mlem.sampling import Ledger, Sampler
 
 
 def run(config: DictConfig) -> None:
-    """Make the samples that `config` asks for, those that are not there yet."""
-    check(config)
+    """Make the samples that `config` asks for, those that are not there yet; it was checked already."""
     indices = parse_indices(config.seeds, "seeds")
     folder, model = find_model(config)
     from lightning.fabric import Fabric
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
 
     for name in ("lightning.fabric", "lightning.pytorch"):
         logging.getLogger(name).setLevel(logging.WARNING)
     devices = {name: config.trainer[name] for name in ("accelerator", "devices", "strategy")}
-    fabric = Fabric(**devices)
-    fabric.launch()
+    try:
+        fabric = Fabric(**devices)
+    except MisconfigurationException as error:
+        raise ValueError(f"trainer: {error}") from error
     level = model.level(config.level) if isinstance(model, Family) else model
     sampler = Sampler(
         level,
@@ -38,8 +41,10 @@ def run(config: DictConfig) -> None:
         precision=config.trainer.precision,
     )
     out = Path(config.out or f"{config.root}/samples/{config.sampler.name}_{config.steps}")
-    if fabric.is_global_zero:
+    # all that may be refused is refused before there are other ranks, which would wait for this one
+    if first_process():
         claim(out, _settings(config, level, folder, sampler))
+    fabric.launch()
     fabric.barrier()
     with _progress(len(indices), fabric.world_size, fabric.is_global_zero) as advance:
         ledger, failure = write_samples(
@@ -51,22 +56,28 @@ def run(config: DictConfig) -> None:
             world_size=fabric.world_size,
             advance=advance,
         )
-    gathered = _gather(fabric, ledger)
+    gathered, failed = _gather(fabric, ledger, failure)
     if fabric.is_global_zero:
         _report(finish(out, indices, gathered), gathered, level, out)
     fabric.barrier()
-    if failure is not None:
-        raise ValueError(str(failure))
+    if failed is not None and fabric.is_global_zero:
+        raise FloatingPointError(failed)
+    if failed is not None:
+        raise SystemExit(USAGE)  # rank 0 says why
 
 
 def find_model(config: DictConfig) -> tuple[Path, Family | Level]:
     """The folder and the family or level that `family=`, `model=` or `data=` names. Raises FileNotFoundError."""
+    model = OmegaConf.select(config, "model.name")
+    for other in ("family", "level") if model is not None else ():
+        if config[other] is not None:
+            raise ValueError(f"model={model} is one level by itself: leave out {other}={config[other]}")
     if config.family is not None:
         return Path(config.family), Family.load(config.family)
-    if config.model is not None:
-        folder = Path(config.root) / config.model / "level"
+    if model is not None:
+        folder = Path(config.root) / model / "level"
         if not folder.is_dir():
-            raise FileNotFoundError(f"{folder} does not exist; make it with: python train.py model={config.model}")
+            raise FileNotFoundError(f"{folder} does not exist; make it with: python train.py model={model}")
         return folder, Level.load(folder)
     found = [path for path in Path(config.root).parent.glob("*/family/family.json") if _about(path) == config.data.name]
     if not found:
@@ -123,17 +134,19 @@ class _progress:
         self._bar.update(self._task, advance=done, speed=f"{(task.completed + done) / seconds:.1f} images/s")
 
 
-def _gather(fabric: Any, ledger: Ledger) -> Ledger:
-    if fabric.world_size == 1:
-        return ledger
-    import torch.distributed as distributed
+def _gather(fabric: Any, ledger: Ledger, failure: Exception | None) -> tuple[Ledger, str | None]:
+    """The cost on all ranks together, and the first failure."""
+    mine = (ledger.to_dict(), None if failure is None else str(failure))
+    everyone: list[Any] = [mine]
+    if fabric.world_size > 1:
+        import torch.distributed as distributed
 
-    everyone: list[Any] = [None] * fabric.world_size
-    distributed.all_gather_object(everyone, ledger.to_dict())
+        everyone = [None] * fabric.world_size
+        distributed.all_gather_object(everyone, mine)
     total = Ledger()
-    for one in everyone:
+    for one, _ in everyone:
         total.add(Ledger.from_dict(one))
-    return total
+    return total, next((text for _, text in everyone if text is not None), None)
 
 
 def _report(total: dict[str, Any], now: Ledger, level: Level, out: Path) -> None:
@@ -142,8 +155,8 @@ def _report(total: dict[str, Any], now: Ledger, level: Level, out: Path) -> None
         return
     milliseconds = 1e3 * now.wall_seconds / now.images
     print(
-        f"{now.images} images, level {level.name}, {now.evaluations:g} network calls each, {milliseconds:.2f} ms/image "
-        f"({100 * now.network_seconds / now.wall_seconds:.1f} percent of it in the network)"
+        f"{now.images} images computed, level {level.name}, {now.evaluations:g} network calls each, "
+        f"{milliseconds:.2f} ms/image ({100 * now.network_seconds / now.wall_seconds:.1f} percent of it in the network)"
     )
     print(f"pictures: {out}, side by side: {out / 'grid.png'}")
-    print(f"cost of the {total['images']} images made so far: {out / 'ledger.json'}")
+    print(f"cost of the {total['images']} images computed so far: {out / 'ledger.json'}")

@@ -12,14 +12,16 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 
-from mlem.app.config import build_callbacks, check, parse_indices, without_secrets
-from mlem.data import BatchSource, Shards, ensure, held_out_batches, train_loader
+from mlem.app.config import build_callbacks, parse_indices, without_secrets
+from mlem.data import BatchSource, Shards, ensure, held_out_batches, make_source, train_loader
 from mlem.family import Family, Level
 from mlem.files import first_process, folder_lock, read_json, write_json, write_text
-from mlem.metrics import FewImagesWarning
+from mlem.metrics import FID, FewImagesWarning
 from mlem.network import seconds_per_image, unet
+from mlem.sampling import Sampler
 from mlem.schedule import NoiseSchedule
 from mlem.training.averaging import averaged_state, make_average
 from mlem.training.checkpoints import AtomicCheckpointIO, Checkpoints, saved
@@ -33,12 +35,12 @@ LIGHTNING_PRECISION = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixe
 
 
 def run(config: DictConfig) -> None:
-    """Train what `config` describes."""
-    check(config)
+    """Train what `config`, already checked, describes."""
     _quiet()
     sizes = list(config.model.levels) if "levels" in config.model else [config.model.size]
     levels = [_new_level(config, size) for size in sizes]
     Family(levels)  # refuses an odd list before anything is trained
+    _check_jobs(config, levels[0])
     if config.dry_run:
         _dry_run(config, levels)
         return
@@ -64,28 +66,41 @@ def _quiet() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 
 
+def _check_jobs(config: DictConfig, level: Level) -> None:
+    """What can only be known with torch, said before anything is written."""
+    _world_size(config)
+    build_callbacks(config)
+    parse_indices(config.evaluation.indices, "evaluation.indices")
+    for choice in _choices(config):
+        for steps in choice.steps:
+            try:
+                Sampler(level, solver=choice.solver, steps=steps)
+            except ValueError as error:
+                raise ValueError(f"evaluation.samplers.{choice.solver}: {error}") from error
+    if config.metric.features:
+        FID(config.metric.features, _image_shape(config), config.metric.weights)
+    count = make_source(config.data.source, **config.data.options).count
+    if not 2 <= config.data.held_out < count:
+        raise ValueError(f"data.held_out must be in [2, {count - 1}], got {config.data.held_out}")
+
+
 def _run_folder(config: DictConfig, level: Level) -> Path:
     return Path(config.root) / f"unet_{level.name}"
 
 
 def _data(config: DictConfig) -> Shards:
-    shards = ensure(config.data.source, config.data.folder, **config.data.options)
-    if config.data.held_out < 2 or config.data.held_out >= len(shards):
-        raise ValueError(f"data.held_out must be in [2, {len(shards) - 1}], got {config.data.held_out}")
-    return shards
+    return ensure(config.data.source, config.data.folder, **config.data.options)
 
 
 def _image_shape(config: DictConfig) -> tuple[int, int, int]:
     """(C, H, W) without preparing the data."""
-    from mlem.data import make_source
-
     source = make_source(config.data.source, **config.data.options)
     height, width, channels = source.images(0, 1).shape[1:]
     return channels, height, width
 
 
 def _schedule(config: DictConfig) -> NoiseSchedule:
-    options = without_secrets(config.schedule)
+    options: dict[str, Any] = OmegaConf.to_container(config.schedule, resolve=True)  # type: ignore[assignment]
     if options["kind"] == "diffusers":
         options = {"kind": "diffusers", "config": read_json(options["file"])}
     try:
@@ -202,7 +217,7 @@ def _prepare(
         limit_train_batches=options.epoch_steps * options.accumulate,
         reload_dataloaders_every_n_epochs=1,  # each epoch reads on from the trainer's step
         use_distributed_sampler=False,  # ranks share out the batches already
-        log_every_n_steps=10,
+        log_every_n_steps=min(10, options.epoch_steps),
         num_sanity_val_steps=0,
         enable_checkpointing=True,
         enable_model_summary=False,
@@ -217,7 +232,10 @@ def _devices(config: DictConfig) -> dict[str, Any]:
 
 def _world_size(config: DictConfig) -> int:
     """How many ranks there will be. Raises ValueError when the batch cannot be shared by them."""
-    world_size = pl.Trainer(**_devices(config), logger=False, enable_checkpointing=False).world_size
+    try:
+        world_size = pl.Trainer(**_devices(config), logger=False, enable_checkpointing=False).world_size
+    except MisconfigurationException as error:
+        raise ValueError(f"trainer: {error}") from error
     share = world_size * config.training.accumulate
     if config.training.batch_size % share:
         raise ValueError(
@@ -232,7 +250,7 @@ def _loggers(config: DictConfig, folder: Path, name: str, step: int) -> list[Any
         folder,
         project=config.logger.project,
         name=f"{config.data.name}/{name}",
-        group=config.root,
+        group=without_secrets(config)["root"],
         mode=config.logger.mode,
     )
     if wandb is not None:
@@ -309,13 +327,8 @@ class _RealImages:
 
 def _evaluation(config: DictConfig, shards: Shards, folder: Path) -> SamplerEvaluation:
     options, reals = config.evaluation, _RealImages(shards)
-    choices = []
-    for solver, steps in options.samplers.items():
-        if not OmegaConf.is_list(steps) or not all(isinstance(n, int) and n >= 1 for n in steps):
-            raise ValueError(f"evaluation.samplers.{solver} must be a list of step counts >= 1, got {steps}")
-        choices.append(SamplerChoice(str(solver), tuple(steps)))
     return SamplerEvaluation(
-        choices,
+        _choices(config),
         parse_indices(options.indices, "evaluation.indices"),
         folder,
         batch_size=options.batch_size,
@@ -334,6 +347,15 @@ def _evaluation(config: DictConfig, shards: Shards, folder: Path) -> SamplerEval
     )
 
 
+def _choices(config: DictConfig) -> list[SamplerChoice]:
+    choices = []
+    for solver, steps in config.evaluation.samplers.items():
+        if not OmegaConf.is_list(steps) or not steps or not all(isinstance(n, int) and n >= 1 for n in steps):
+            raise ValueError(f"evaluation.samplers.{solver} must be a list of step counts >= 1, got {steps}")
+        choices.append(SamplerChoice(str(solver), tuple(steps)))
+    return choices
+
+
 def _evaluate_family(config: DictConfig, family: Family, shards: Shards) -> None:
     """Every sampler on every level; pictures, figures, a table, and where to look."""
     whole = "levels" in config.model
@@ -341,7 +363,7 @@ def _evaluate_family(config: DictConfig, family: Family, shards: Shards) -> None
     evaluation = _evaluation(config, shards, folder)
     trainer = pl.Trainer(
         **_devices(config),
-        logger=_loggers(config, folder, "evaluation", -1),
+        logger=_loggers(config, folder, "evaluation", 0),
         callbacks=[evaluation],
         enable_checkpointing=False,
         enable_progress_bar=False,

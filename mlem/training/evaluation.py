@@ -205,16 +205,19 @@ class SamplerEvaluation(pl.Callback):
             with atomic_write(path) as file:
                 picture.save(file, format="PNG")
         write_json(self.folder / "evaluation.json", {"caption": self._caption(family, trainer), "rows": self.rows})
-        error_vs_time(_drawable(self.rows), self.folder / "error_vs_time.png", self._caption(family, trainer))
+        if drawable := _drawable(self.rows):
+            error_vs_time(drawable, self.folder / "error_vs_time.png", self._caption(family, trainer))
+        step = max(0, trainer.global_step - 1)  # the last one done, counted from 0 as Lightning does
         for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=trainer.global_step)
+            logger.log_metrics(metrics, step=step)
             if isinstance(logger, WandbLogger):
-                self._log_pictures(logger, trainer.global_step)
+                self._log_pictures(logger, step)
 
     def _log_pictures(self, logger: WandbLogger, step: int) -> None:
         grids = sorted((self.folder / "grids").glob("*.png"))
         logger.log_image("eval/grids", [str(path) for path in grids], step, caption=[path.stem for path in grids])
-        logger.log_image("eval/error_vs_time", [str(self.folder / "error_vs_time.png")], step)
+        if _drawable(self.rows):
+            logger.log_image("eval/error_vs_time", [str(self.folder / "error_vs_time.png")], step)
 
     def _caption(self, family: Family, trainer: pl.Trainer) -> str:
         top, device = family.level(), trainer.strategy.root_device.type

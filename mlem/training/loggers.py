@@ -22,19 +22,20 @@ from mlem.files import first_process, read_json, write_json, write_text
 class JSONLinesLogger(Logger):
     """One JSON object a line: `{"step": ..., "time": unix seconds, metric: value, ...}`.
 
-    On a resume, lines past the step that the checkpoint holds are dropped: the run writes them again.
+    Lightning counts steps from 0. On a resume after `resume_step` of them, the lines of later ones are dropped: the
+    run writes them again.
     """
 
     def __init__(self, path: str | os.PathLike[str], resume_step: int = 0) -> None:
         super().__init__()
         self.path = Path(path)
-        self._drop_after(resume_step)
+        self._drop_from(resume_step)
 
     @rank_zero_only
-    def _drop_after(self, step: int) -> None:
+    def _drop_from(self, step: int) -> None:
         if self.path.exists():
             lines = self.path.read_text(encoding="utf-8").splitlines()
-            write_text(self.path, "".join(f"{line}\n" for line in lines if _step_of(line) <= step))
+            write_text(self.path, "".join(f"{line}\n" for line in lines if _step_of(line) < step))
 
     @property
     def name(self) -> str:
@@ -59,8 +60,23 @@ class JSONLinesLogger(Logger):
 def _step_of(line: str) -> float:
     try:
         return json.loads(line)["step"] or 0
-    except (json.JSONDecodeError, KeyError):  # cut short by a kill
+    except (json.JSONDecodeError, KeyError, TypeError):  # cut short by a kill
         return math.inf
+
+
+class ForgivingWandbLogger(WandbLogger):
+    """Lightning's W&B logger, which gives up, with one warning, when W&B stops answering in the middle of a run."""
+
+    _lost = False
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        if self._lost:
+            return
+        try:
+            super().log_metrics(metrics, step)
+        except Exception as error:  # whatever W&B does, training goes on
+            self._lost = True
+            warnings.warn(f"W&B is off, it was lost ({error}); metrics.jsonl has everything", stacklevel=2)
 
 
 def wandb_logger(folder: Path, *, project: str, name: str, group: str, mode: str) -> WandbLogger | None:
@@ -95,7 +111,7 @@ def wandb_logger(folder: Path, *, project: str, name: str, group: str, mode: str
     except Exception as error:  # whatever W&B does, training goes on
         warnings.warn(f"W&B is off, it could not start ({error}); metrics.jsonl has everything", stacklevel=2)
         return None
-    return WandbLogger(experiment=run)
+    return ForgivingWandbLogger(experiment=run)
 
 
 def _has_key() -> bool:

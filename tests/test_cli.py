@@ -1,0 +1,326 @@
+"""The command line: help, every config, and one line for every mistake."""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from mlem.app import cli
+from mlem.app.cli import CONFIGS, sweep
+from mlem.app.config import build_callbacks, check, parse_indices, without_secrets
+from mlem.denoiser import MixtureDenoiser
+from mlem.sampling import Sampler
+from mlem.schedule import NoiseSchedule
+from tests.commands import REPOSITORY, TINY, configure, environment, execute, run_here, succeed
+from tests.conftest import SECRET
+
+CHOICES = sorted((path.parent.name, path.stem) for path in CONFIGS.glob("*/*.yaml"))
+NEEDED = {("schedule", "diffusers"): ["schedule.file=x.json"]}
+COMMANDS = ("train", "sample")
+
+
+def groups(name: str) -> dict[str, str]:
+    """The groups of a command and their defaults."""
+    defaults = OmegaConf.load(CONFIGS / f"{name}.yaml").defaults
+    return {key: value for entry in defaults if entry != "_self_" for key, value in entry.items()}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_lists_every_choice_without_torch(name: str, tmp_path: Path) -> None:
+    code = (
+        f"import sys, runpy, time; sys.argv = ['{name}.py', '--help']; "
+        f"runpy.run_path({str(REPOSITORY / f'{name}.py')!r}, run_name='__main__'); "
+        "assert not {'torch', 'lightning', 'wandb', 'hydra'} & set(sys.modules); assert time.process_time() < 2"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    for group, choice in CHOICES:
+        if group in groups(name):
+            comments = [line[2:] for line in (CONFIGS / group / f"{choice}.yaml").read_text().splitlines()]
+            described = next(line for line in comments if not line.startswith("@package"))
+            assert described, f"configs/{group}/{choice}.yaml says nothing of itself"
+            assert any(line.split() == [choice, *described.split()] for line in done.stdout.splitlines())
+
+
+def test_every_group_belongs_to_a_command() -> None:
+    assert {group for group, _ in CHOICES} == groups("train").keys() | groups("sample").keys()
+
+
+@pytest.mark.parametrize(("group", "choice"), CHOICES)
+def test_every_config_composes(group: str, choice: str) -> None:
+    for name in COMMANDS:
+        if group in groups(name) and not (group == "experiment" and name == "sample"):
+            check(configure(name, f"{group}={choice}", *NEEDED.get((group, choice), [])))
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of diffusers
+@pytest.mark.parametrize("choice", [choice for group, choice in CHOICES if group == "sampler"])
+def test_every_sampler_config_samples(choice: str) -> None:
+    config = configure("sample", f"sampler={choice}")
+    schedule = NoiseSchedule.cosine()
+    data = MixtureDenoiser(schedule, torch.ones(1), torch.zeros(1, 3), torch.ones(1))
+    sampler = Sampler(data, solver=config.sampler.solver, steps=2, grid=config.grid, schedule=schedule, shape=(3,))
+    assert torch.isfinite(sampler.run([0, 1]).x).all()
+
+
+CALLBACK = "{_target_: lightning.pytorch.callbacks.Timer, duration: '00:01:00:00'}"
+
+
+@pytest.mark.parametrize(
+    ("option", "says"),
+    [
+        ("callbacks=[{_target_: os.system}]", "callbacks[0]._target_=os.system is not from mlem"),
+        (f"callbacks=[{CALLBACK[:-1]}, x: {{_target_: os.system}}}}]", "callbacks[0].x._target_=os.system"),
+        (f"callbacks=[{CALLBACK},[{CALLBACK}]]", "only entries of callbacks are built"),
+        ("+_target_=os.system", "_target_=os.system"),
+        ("+model.a.b._target_=os.system", "model.a.b._target_=os.system"),
+        ("+data.options._target_=mlem.files.sha256", "data.options._target_=mlem.files.sha256"),
+        ("callbacks=[{_target_: '${oc.decode:os.system}'}]", "os.system is not from"),
+    ],
+)
+def test_a_target_is_refused(option: str, says: str) -> None:
+    with pytest.raises(ValueError, match="_target_") as error:
+        check(configure("train", option))
+    assert says in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("entry", "says"),
+    [
+        ("{_target_: torch.load, f: x}", "torch.load is not a Lightning Callback class"),
+        ("{_target_: torch.os.system}", "cannot import torch.os.system"),
+        ("{_target_: lightning.pytorch.callbacks.LearningRateMonitors}", "correct the name"),
+        ("{_target_: lightning.pytorch.callbacks.Timer, durations: 1}", "durations"),
+        ("{_target_: lightning.pytorch.callbacks.LearningRateMonitor, logging_interval: x}", "logging_interval"),
+        ("{_target_: lightning}", "correct the name"),
+        ("LearningRateMonitor", "must be {_target_: module.Class"),
+    ],
+)
+def test_what_is_no_callback_is_refused(entry: str, says: str) -> None:
+    with pytest.raises(ValueError, match="callbacks") as error:
+        build_callbacks(configure("train", f"callbacks=[{entry}]"))
+    assert says in str(error.value)
+
+
+def test_a_callback_may_come_from_a_module_that_is_allowed() -> None:
+    entry = "callbacks=[{_target_: tests.test_cli.os.system}]"
+    with pytest.raises(ValueError, match=r"if you trust it, add allow=\[tests\]"):
+        check(configure("train", entry))
+    check(configure("train", entry, "allow=[tests]"))
+    assert [type(one).__name__ for one in build_callbacks(configure("train", f"callbacks=[{CALLBACK}]"))] == ["Timer"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["-m", "hydra.job_logging.handlers.file={class: subprocess.Popen, args: [touch, pwned]}"],
+        ["hydra.job_logging.formatters.simple={'()': os.system}"],
+        ["-m", "+hydra.callbacks.x._target_=os.system"],
+        ["-m", "logger@hydra.job_logging=jsonl"],
+        ["-m", "hydra.searchpath=[file:///tmp]"],
+        ["--experimental-rerun", "job.pickle"],
+        ["--config-dir", "/tmp"],
+        ["-cd=/tmp"],
+    ],
+)
+def test_settings_of_hydra_are_refused(arguments: list[str]) -> None:
+    with pytest.raises(ValueError, match=r"there is no such flag|settings of Hydra itself"):
+        sweep(arguments)
+
+
+# option, and what the line must hold
+MISTAKES = {
+    "train": [
+        ("modle=unet_xs", "modle: there is no such option; did you mean model?"),
+        ("model=unet_xz", "model=unet_xz: there is no such model; did you mean unet_xs?"),
+        ("training.stpes=3", "training.stpes: there is no such option; did you mean training.steps?"),
+        ("evaluation.reference_step=3", "did you mean evaluation.reference_steps?"),
+        ("data=null", "data=null: there is no such data; there are: dead_leaves, digits"),
+        ("training.steps=0", "training.steps must be a whole number >= 1, got 0"),
+        ("training.steps=-1", "training.steps must be a whole number >= 1, got -1"),
+        ("training.steps=2.5", "training.steps must be a whole number >= 1, got 2.5"),
+        ("training.steps=true", "training.steps must be a whole number >= 1, got True"),
+        ("training.steps=null", "training.steps must be a whole number >= 1, got None"),
+        ("training=3", "training holds options: give training.OPTION=VALUE, got 3"),
+        ("training.learning_rate=nan", "training.learning_rate must be a number > 0, got nan"),
+        ("training.learning_rate=inf", "training.learning_rate must be a number > 0, got inf"),
+        ("training.learning_rate=fast", "training.learning_rate must be a number > 0, got 'fast'"),
+        ("training.learning_rate=1,2", "commas are for sweeps, with -m"),
+        ("training.average_decay=1", "training.average_decay must be in [0, 1), got 1"),
+        ("training.accumulate=3", "training.batch_size must be a multiple of training.accumulate 3, got 128"),
+        ("trainer.precision=fp8", "trainer.precision must be one of fp32, bf16, fp16, got 'fp8'"),
+        ("logger.mode=on", "logger.mode must be one of"),
+        ("seed=-1", "seed must be a whole number >= 0, got -1"),
+        ("~seed", "'seed' is not in struct"),
+        ("root=null", "root must be text, got None"),
+        ("callbacks=x", "callbacks must be a list"),
+        ("schedule=diffusers", "schedule.file must be given: add schedule.file=..."),
+        ("seed=${nothing}", "nothing"),
+        ("model=[", "see python train.py --help"),
+        ("-x", "-x: there is no such flag"),
+    ],
+    "sample": [
+        ("sampler=dddim", "sampler=dddim: there is no such sampler; did you mean ddim?"),
+        ("steps=0", "steps must be a whole number >= 1, got 0"),
+        ("steps=2.5", "steps must be a whole number >= 1, got 2.5"),
+        ("grid=3", "grid must be text, got 3"),
+        ("trainer=gpus", "did you mean gpu?"),
+    ],
+}
+
+
+@pytest.mark.parametrize(("name", "option", "says"), [(name, *one) for name in MISTAKES for one in MISTAKES[name]])
+def test_a_mistake_is_one_line(
+    name: str, option: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", option])
+    with pytest.raises(SystemExit) as stop:
+        cli._main(name, lambda config: config.seed)
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2
+    assert not out
+    assert err.startswith(f"{name}.py: ")
+    assert says in err
+    assert err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+# found by what needs torch, before anything is written
+LATE = [
+    ("evaluation.samplers.ddpm=[1001.5]", "evaluation.samplers.ddpm must be a list of step counts >= 1"),
+    ("evaluation.samplers.ddpm=[]", "evaluation.samplers.ddpm must be a list of step counts >= 1"),
+    ("+evaluation.samplers.dpmm=[2]", "solver must be one of"),
+    ("evaluation.indices=3-1", "evaluation.indices must be ranges such as 0-63"),
+    ("data.held_out=1797", "data.held_out must be in [2, 1796], got 1797"),
+    ("data.held_out=1", "data.held_out must be in [2, 1796], got 1"),
+    ("model.size=xxs", "network size must be one of xs, s, m, l, xl, got 'xxs'"),
+    ("schedule.kind=sine", "schedule kind must be one of"),
+    ("schedule.offset=nan", "offset must be positive, got nan"),
+    ("metric=fid_inception", "weights file at"),
+    ("trainer=gpu", "trainer: "),
+    ("callbacks=[{_target_: torch.load}]", "torch.load is not a Lightning Callback class"),
+    ("data.source=digit", "did you mean 'digits'"),
+]
+
+
+@pytest.mark.parametrize(("option", "says"), LATE)
+def test_a_late_mistake_leaves_nothing_behind(
+    option: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if option == "trainer=gpu" and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError) as error:  # noqa: PT011  (the text is looked at below)
+        run_here("train", *TINY, option)
+    assert says in str(error.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_schedule_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"scheduler_config\.json"):
+        run_here("train", *TINY, "schedule=diffusers", "schedule.file=scheduler_config.json")
+    assert not list(tmp_path.iterdir())
+
+
+def test_ranks_must_divide_the_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    ranks = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=3"]
+    with pytest.raises(ValueError, match=r"multiple of ranks x accumulate = 3 x 1, got 8"):
+        run_here("train", *TINY, *ranks)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("text", "numbers"), [("0-3", [0, 1, 2, 3]), ("0-1,5", [0, 1, 5]), (7, [7]), (" 3 - 3 , 1", [3, 1])]
+)
+def test_indices(text: str | int, numbers: list[int]) -> None:
+    assert parse_indices(text, "seeds") == numbers
+
+
+@pytest.mark.parametrize("text", ["3-1", "a", "", "1,,2", "-1", "1-", "0-3,2", "1.5", None])
+def test_indices_that_are_none(text: str | None) -> None:
+    with pytest.raises(ValueError, match=r"^seeds .*" + str(text)):
+        parse_indices(text, "seeds")
+
+
+def test_indices_with_commas_come_through_the_command_line() -> None:
+    assert configure("sample", *sweep(["seeds=0-3,7"])[0]).seeds == "0-3,7"
+    assert configure("train", *sweep(["evaluation.indices=0,2"])[0]).evaluation.indices == "0,2"
+
+
+def test_a_process_ends_with_status_2_and_one_line_or_a_traceback(tmp_path: Path) -> None:
+    done = execute("train", "trainig.steps=3", cwd=tmp_path)
+    line = "train.py: trainig.steps: there is no such option; did you mean training.steps?\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", line)
+    done = execute("train", "training.steps=0", "debug=true", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+    assert done.stderr.endswith("ValueError: training.steps must be a whole number >= 1, got 0\n")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_sweep_runs_every_point(tmp_path: Path) -> None:
+    printed = succeed("train", "-m", "model=unet_xs,unet_s", "seed=3", "dry_run=true", cwd=tmp_path)
+    assert [printed.count(f"\n{size}: ") for size in ("xs", "s")] == [1, 1]
+    assert not list(tmp_path.iterdir())
+    done = execute("train", "-m", "training.steps=1,0", "dry_run=true", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")  # nothing was run
+
+
+def test_a_sweep_spans_all_its_commas() -> None:
+    jobs = sweep(["--multirun", "seed=0,1", "model=unet_xs", "training.learning_rate=1e-3,2e-3", "allow=[a,b]"])
+    assert len(jobs) == 4
+    pairs = [(job[0], float(job[2].split("=")[1])) for job in jobs]
+    assert pairs == list(itertools.product(("seed=0", "seed=1"), (1e-3, 2e-3)))
+    assert all(job[1] == "model=unet_xs" and job[3] == "allow=[a,b]" for job in jobs)
+
+
+def test_secrets_are_named_but_not_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLEM_SECRET", SECRET)
+    config = OmegaConf.create(
+        {
+            "plain": "${oc.env:MLEM_SECRET}",
+            "inside": "s3://${oc.env:MLEM_SECRET}@${name}",
+            "indirect": ["${plain}", {"deep": "${inside}"}],
+            "default": "${oc.env:MLEM_NONE,${plain}}",
+            "decoded": "${oc.decode:${oc.env:MLEM_SECRET}}",
+            "spelt": "${oc.${env}:MLEM_SECRET}",
+            "env": "env",
+            "name": "digits",
+        }
+    )
+    told = without_secrets(config)
+    assert SECRET not in str(told)
+    assert told["inside"] == "s3://oc.env:MLEM_SECRET@digits"
+    assert told["indirect"] == [told["plain"], {"deep": told["inside"]}]
+    assert config.plain == SECRET  # the job itself gets it
+
+
+def test_secrets_are_in_no_file_of_a_run(trained: Path) -> None:
+    files = [path for path in trained.rglob("*") if path.is_file()]
+    assert {"config.yaml", "settings.json"} <= {path.name for path in files}
+    assert any(path.suffix == ".wandb" for path in files)
+    assert not [path for path in files if SECRET.encode() in path.read_bytes()]
+    assert "oc.env:MLEM_SECRET" in (trained / "runs/tiny/unet_xs/config.yaml").read_text()
+
+
+def test_a_callback_named_on_the_command_line_is_used(trained: Path) -> None:
+    assert '"lr-AdamW"' in (trained / "runs/tiny/unet_xs/metrics.jsonl").read_text()
+
+
+def test_sampling_without_a_family_says_how_to_make_one(tmp_path: Path) -> None:
+    done = execute("sample", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "make one with: python train.py model=family data=digits" in done.stderr
+    assert not list(tmp_path.iterdir())
