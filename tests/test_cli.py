@@ -164,7 +164,7 @@ MISTAKES = {
         ("callbacks=x", "callbacks must be a list"),
         ("schedule=diffusers", "schedule.file must be given: add schedule.file=..."),
         ("seed=${nothing}", "nothing"),
-        ("model=[", "see python train.py --help"),
+        ("model=[", "model=[: cannot be read"),
         ("-x", "-x: there is no such flag"),
     ],
     "sample": [

@@ -84,11 +84,11 @@ def test_a_resumed_run_logs_nothing_twice(trained: Path, tmp_path: Path) -> None
     run = tmp_path / "unet_xs"
     whole = lines_of(run / "metrics.jsonl")
     assert [line["step"] for line in whole if "train/loss" in line] == [0, 1, 2, 3]
-    for path in [*run.glob("checkpoints/step=00000004.*"), run / "level/mlem.json"]:
+    for path in [*run.glob("checkpoints/step-00000004.*"), run / "level/mlem.json"]:
         path.unlink()
     with open(run / "metrics.jsonl", "a") as file:
         file.write('{"step": 4, "train')
-    assert "resuming from unet_xs/checkpoints/step=00000002.ckpt" in succeed("train", *options, cwd=tmp_path)
+    assert "resuming from unet_xs/checkpoints/step-00000002.ckpt" in succeed("train", *options, cwd=tmp_path)
     again = lines_of(run / "metrics.jsonl")
 
     def timeless(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -1,0 +1,162 @@
+"""From a checked config to the parts of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from omegaconf import DictConfig, OmegaConf
+
+from mlem.app.config import parse_indices, without_secrets
+from mlem.data import BatchSource, Shards, held_out_batches, make_source, train_loader
+from mlem.family import Level
+from mlem.files import read_json
+from mlem.network import unet
+from mlem.schedule import NoiseSchedule
+from mlem.training.evaluation import SamplerChoice, SamplerEvaluation
+from mlem.training.loggers import JSONLinesLogger, wandb_logger
+
+
+def image_shape(config: DictConfig) -> tuple[int, int, int]:
+    """(C, H, W) without preparing the data."""
+    source = make_source(config.data.source, **config.data.options)
+    height, width, channels = source.images(0, 1).shape[1:]
+    return channels, height, width
+
+
+def schedule(config: DictConfig) -> NoiseSchedule:
+    """The schedule that `schedule` describes."""
+    options: dict[str, Any] = OmegaConf.to_container(config.schedule, resolve=True)  # type: ignore[assignment]
+    if options["kind"] == "diffusers":
+        options = {"kind": "diffusers", "config": read_json(options["file"])}
+    try:
+        return NoiseSchedule.from_config(options)
+    except TypeError as error:
+        raise ValueError(f"schedule: {error}; see configs/schedule/{options['kind']}.yaml") from error
+
+
+def new_level(config: DictConfig, size: str) -> Level:
+    """A level with fresh weights, drawn from the seed."""
+    shape = image_shape(config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        network = unet(size, shape, config.model.dropout)
+    return Level(size, network, schedule(config), shape, prediction=config.model.prediction, data=config.data.name)
+
+
+def devices(config: DictConfig) -> dict[str, Any]:
+    """What Lightning's Trainer and Fabric want to know of the machine."""
+    return {name: config.trainer[name] for name in ("accelerator", "devices", "strategy")}
+
+
+def world_size_of(config: DictConfig) -> int:
+    """How many ranks there will be. Raises ValueError when the batch cannot be shared by them."""
+    try:
+        world_size = pl.Trainer(**devices(config), logger=False, enable_checkpointing=False).world_size
+    except MisconfigurationException as error:
+        raise ValueError(f"trainer: {error}") from error
+    share = world_size * config.training.accumulate
+    if config.training.batch_size % share:
+        raise ValueError(
+            f"training.batch_size must be a multiple of ranks x accumulate = {world_size} x "
+            f"{config.training.accumulate}, got {config.training.batch_size}"
+        )
+    return world_size
+
+
+def loggers(config: DictConfig, folder: Path, name: str, step: int) -> list[Any]:
+    """JSON lines and W&B. step: the one that is resumed from."""
+    wandb = wandb_logger(
+        folder,
+        project=config.logger.project,
+        name=f"{config.data.name}/{name}",
+        group=without_secrets(config)["root"],
+        mode=config.logger.mode,
+    )
+    if wandb is not None:
+        wandb.log_hyperparams(without_secrets(config))
+    return [JSONLinesLogger(folder / "metrics.jsonl", step), *([wandb] if wandb else [])]
+
+
+class LoaderFromStep(pl.LightningDataModule):
+    """Loads the batches that follow the trainer's step: order is a function of the step, so a resume is exact."""
+
+    def __init__(self, shards: Shards, config: DictConfig) -> None:
+        super().__init__()
+        self._shards, self._training, self._seed = shards, config.training, config.seed
+        self._train, self._held_out = shards.split(config.data.held_out)
+
+    def train_dataloader(self) -> Any:
+        trainer, options = self.trainer, self._training
+        assert trainer is not None
+        source = BatchSource(
+            self._shards,
+            self._train,
+            batch_size=options.batch_size // options.accumulate,
+            seed=self._seed,
+            rank=trainer.global_rank,
+            world_size=trainer.world_size,
+            start=trainer.global_step * options.accumulate,
+        )
+        return train_loader(source, options.workers)
+
+    def val_dataloader(self) -> Any:
+        trainer = self.trainer
+        assert trainer is not None
+        return held_out_batches(self._shards, self._held_out, 256, trainer.global_rank, trainer.world_size)
+
+    test_dataloader = val_dataloader
+
+
+class _RealImages:
+    """Batches of real images for FID, this rank's share, read anew at every iteration."""
+
+    limit = 10_000
+
+    def __init__(self, shards: Shards) -> None:
+        self._shards, self.count = shards, min(len(shards), self.limit)
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        rank, world_size = 0, 1
+        if torch.distributed.is_initialized():
+            rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        mine = range(rank, self.count, world_size)
+        for start in range(0, len(mine), 256):
+            yield self._shards.images(mine[start : start + 256])
+
+
+def sampler_choices(config: DictConfig) -> list[SamplerChoice]:
+    """The samplers that `evaluation.samplers` lists."""
+    choices = []
+    for solver, steps in config.evaluation.samplers.items():
+        if not OmegaConf.is_list(steps) or not steps or not all(isinstance(n, int) and n >= 1 for n in steps):
+            raise ValueError(f"evaluation.samplers.{solver} must be a list of step counts >= 1, got {steps}")
+        choices.append(SamplerChoice(str(solver), tuple(steps)))
+    return choices
+
+
+def evaluation(config: DictConfig, shards: Shards, folder: Path) -> SamplerEvaluation:
+    """The sampler evaluation that `evaluation` and `metric` describe, writing into `folder`."""
+    options, reals = config.evaluation, _RealImages(shards)
+    return SamplerEvaluation(
+        sampler_choices(config),
+        parse_indices(options.indices, "evaluation.indices"),
+        folder,
+        batch_size=options.batch_size,
+        seed=config.seed,
+        reference_steps=options.reference_steps,
+        every_n_epochs=max(1, options.every_n_epochs),
+        features=config.metric.features,
+        weights=config.metric.weights,
+        reals=reals,
+        reals_key={
+            "data": config.data.name,
+            "count": reals.count,
+            "options": without_secrets(config)["data"]["options"],
+        },
+        image_shape=shards.shape,
+    )

@@ -1,0 +1,69 @@
+"""After training: every sampler on every level, figures, a table, and where to look."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from omegaconf import DictConfig
+
+from mlem.app.build import LoaderFromStep, devices, evaluation, loggers
+from mlem.data import Shards
+from mlem.family import Family
+from mlem.training.denoising import FamilyModule
+from mlem.training.evaluation import noise_level_figure
+
+
+def evaluate_family(config: DictConfig, family: Family, shards: Shards) -> None:
+    """Every sampler on every level; pictures, figures, a table, and where to look."""
+    whole = "levels" in config.model
+    folder = Path(config.root) if whole else Path(config.root) / config.model.name / "evaluation"
+    samplers = evaluation(config, shards, folder)
+    trainer = pl.Trainer(
+        **devices(config),
+        logger=loggers(config, folder, "evaluation", 0),
+        callbacks=[samplers],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        default_root_dir=folder,
+    )
+    metrics = trainer.test(FamilyModule(family, config.seed), datamodule=LoaderFromStep(shards, config), verbose=False)[
+        0
+    ]
+    if trainer.is_global_zero:
+        noise_level_figure(family, dict(metrics), folder / "error_by_noise_level.png")
+        _report(samplers.rows, family, folder, Path(config.root) / "family" if whole else folder.parent / "level")
+
+
+def _report(rows: list[dict[str, Any]], family: Family, folder: Path, artefact: Path) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    fid = next((name for name in rows[0] if name.startswith("fid_")), None)
+    console = Console(width=None if os.isatty(1) else 110)
+    levels = Table("level", "parameters", "MFLOPs", "held-out error", "ms/image", title="levels")
+    for level in family.levels:
+        error, cost = level.measured["error"], 1e3 * level.measured["seconds"]
+        levels.add_row(level.name, f"{level.parameters:,}", f"{level.flops / 1e6:.1f}", f"{error:.4f}", f"{cost:.3f}")
+    samplers = Table("level", "sampler", "steps", "calls", "ms/image", "MSE to reference", fid or "", title="samplers")
+    for row in rows:
+        error = f"{row['mse']:.2e} ± {row['mse_stderr']:.1e}"
+        time_, calls = f"{1e3 * row['seconds_per_image']:.2f}", f"{row['evaluations']:g}"
+        samplers.add_row(
+            row["level"], row["sampler"], str(row["steps"]), calls, time_, error, f"{row[fid]:.3f}" if fid else ""
+        )
+    console.print(levels, samplers)
+    for what, path in (
+        ("trained", artefact),
+        ("sample grids", folder / "grids"),
+        ("error against time", folder / "error_vs_time.png"),
+        ("error by noise level", folder / "error_by_noise_level.png"),
+        ("metrics", folder / "metrics.jsonl"),
+        ("W&B (offline runs: wandb sync PATH)", folder / "wandb"),
+    ):
+        if path.exists():
+            print(f"{what:38s}{path}", flush=True)
