@@ -7,6 +7,7 @@ own package) a weighted sum of levels are all denoisers, and every solver takes 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -65,12 +66,18 @@ class NetworkDenoiser:
 
     def __init__(self, network: nn.Module | Callable[..., Any], schedule: NoiseSchedule, prediction: str = "v") -> None:
         self.network, self.schedule, self.prediction = network, schedule, check_prediction(prediction)
+        parameter = next(network.parameters(), None) if isinstance(network, nn.Module) else None
+        self.dtype = torch.get_default_dtype() if parameter is None else parameter.dtype
+
+    def through(self, network: Callable[..., Any]) -> NetworkDenoiser:
+        """The same denoiser calling `network` instead: something that stands before its own, such as a meter."""
+        other = copy.copy(self)
+        other.network = network
+        return other
 
     def predict(self, x: Tensor, t: Tensor) -> Tensor:
         """The network's raw output at t: like x. The timestep `N t - 1` stays in full precision under autocast."""
-        parameter = next(self.network.parameters(), None) if isinstance(self.network, nn.Module) else None
-        own = torch.get_default_dtype() if parameter is None else parameter.dtype
-        output = self.network(x.to(own), t.float() * NUM_TIMESTEPS - 1)
+        output = self.network(x.to(self.dtype), t.float() * NUM_TIMESTEPS - 1)
         return getattr(output, "sample", output).to(x.dtype)
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:

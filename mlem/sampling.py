@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mlem.denoiser import Denoiser
+from mlem.denoiser import Denoiser, NetworkDenoiser
 from mlem.family import Family, Level
 from mlem.network import evaluating
 from mlem.noise import BrownianPath, NoiseStream
@@ -94,26 +94,29 @@ class NonFiniteError(FloatingPointError):
 
 
 class _Meter:
-    """A denoiser that counts its calls and the seconds spent in it, without making the host wait for a device."""
+    """Stands before a network (or a whole denoiser that is none): counts its calls and the seconds spent in it.
 
-    def __init__(self, name: str, denoiser: Denoiser, flops: float) -> None:
-        self.name, self._denoiser, self._flops = name, denoiser, flops
+    The host never waits for a device.
+    """
+
+    def __init__(self, name: str, network: Callable[..., Any], flops: float) -> None:
+        self.name, self._network, self._flops = name, network, flops
         self._images, self._seconds = 0, 0.0
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
-    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, t: Tensor) -> Any:
         self._images += len(x)
         if x.device.type == "cuda":
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()
-            eps = self._denoiser(x, t)
+            output = self._network(x, t)
             end.record()
             self._events.append((start, end))
-            return eps
+            return output
         begin = time.perf_counter()
-        eps = self._denoiser(x, t)
+        output = self._network(x, t)
         self._seconds += time.perf_counter() - begin
-        return eps
+        return output
 
     def collect(self) -> LevelLedger:
         """The cost since the last time; on a GPU this waits for it."""
@@ -179,7 +182,11 @@ class Sampler:
         self.seed, self.precision = seed, precision
         self._points = Point.of(schedule, self.grid)
         self._input_dtype = torch.float64 if getattr(denoiser, "any_dtype", False) else torch.get_default_dtype()
-        self._meter = _Meter(name, denoiser, cost)  # type: ignore[arg-type]
+        if isinstance(denoiser, NetworkDenoiser):
+            self._meter = _Meter(name, denoiser.network, cost)
+            self._denoiser: Denoiser = denoiser.through(self._meter)
+        else:
+            self._meter = self._denoiser = _Meter(name, denoiser, cost)  # type: ignore[arg-type]
 
     def start(self, indices: Tensor) -> Tensor:
         """The starting noise x_T ~ N(0, I) of these samples: indices (B,) int64 -> (B, *shape)."""
@@ -220,7 +227,7 @@ class Sampler:
     def _estimate(self, y: Tensor, point: Point) -> Tensor:
         t = torch.full((len(y),), point.t, dtype=self._input_dtype, device=y.device)
         with self._autocast():
-            return self._meter((y * point.alpha).to(self._input_dtype), t)
+            return self._denoiser((y * point.alpha).to(self._input_dtype), t)
 
     def _autocast(self) -> AbstractContextManager[Any]:
         dtype = PRECISIONS[self.precision]

@@ -30,9 +30,7 @@ TINY = [
     "evaluation.indices=0-4",
     "evaluation.batch_size=2",
     "evaluation.reference_steps=3",
-    "evaluation.samplers.ddpm=[2,3]",
-    "evaluation.samplers.dpm_solver_pp=[2]",
-    "~evaluation.samplers.ddim",
+    "evaluation.samplers=[{solver:ddpm,steps:[2,3]},{solver:dpm_solver_pp,steps:[2],grid:karras}]",
 ]
 """A training that is over in seconds."""
 

@@ -196,9 +196,15 @@ def test_a_mistake_is_one_line(
 
 # found by what needs torch, before anything is written
 LATE = [
-    ("evaluation.samplers.ddpm=[1001.5]", "evaluation.samplers.ddpm must be a list of step counts >= 1"),
-    ("evaluation.samplers.ddpm=[]", "evaluation.samplers.ddpm must be a list of step counts >= 1"),
-    ("+evaluation.samplers.dpmm=[2]", "solver must be one of"),
+    (
+        "evaluation.samplers=[{solver:ddim,steps:[2]},{solver:ddpm,steps:[1.5]}]",
+        "evaluation.samplers[1].steps must be a list of step counts >= 1",
+    ),
+    ("evaluation.samplers=[{solver:ddpm,steps:[]}]", "evaluation.samplers[0].steps must be a list of step counts >= 1"),
+    ("evaluation.samplers=[{solver:ddpm,stepz:[2]}]", "evaluation.samplers[0] must be {solver: name, steps: [n, ..]"),
+    ("evaluation.samplers=[{solver:dpmm,steps:[2]}]", "did you mean ddpm?"),
+    ("evaluation.samplers=[{solver:ddpm,steps:[2],grid:log}]", "grid must be one of"),
+    ("evaluation.samplers=[{solver:'diffusers:Nothing',steps:[2]}]", "diffusers has no scheduler 'Nothing'"),
     ("evaluation.indices=3-1", "evaluation.indices must be ranges such as 0-63"),
     ("data.held_out=1797", "data.held_out must be in [2, 1796], got 1797"),
     ("data.held_out=1", "data.held_out must be in [2, 1796], got 1"),

@@ -22,9 +22,7 @@ SMALL = (
     "training.batch_size=32",
     "evaluation.indices=0-7",
     "evaluation.reference_steps=10",
-    "evaluation.samplers.ddpm=[10,20]",
-    "evaluation.samplers.ddim=[5]",
-    "evaluation.samplers.dpm_solver_pp=[5]",
+    "evaluation.samplers=[{solver:ddpm,steps:[10,20]},{solver:ddim,steps:[5]},{solver:dpm_solver_pp,steps:[5]}]",
 )
 
 

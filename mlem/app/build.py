@@ -130,12 +130,16 @@ class _RealImages:
 
 
 def sampler_choices(config: DictConfig) -> list[SamplerChoice]:
-    """The samplers that `evaluation.samplers` lists."""
+    """The samplers that `evaluation.samplers` lists. Raises ValueError that names the entry."""
     choices = []
-    for solver, steps in config.evaluation.samplers.items():
+    for number, entry in enumerate(config.evaluation.samplers):
+        name = f"evaluation.samplers[{number}]"
+        if not OmegaConf.is_dict(entry) or not {"solver", "steps"} <= set(entry) <= {"solver", "steps", "grid"}:
+            raise ValueError(f"{name} must be {{solver: name, steps: [n, ..], grid: name or left out}}, got {entry}")
+        steps = entry.steps
         if not OmegaConf.is_list(steps) or not steps or not all(isinstance(n, int) and n >= 1 for n in steps):
-            raise ValueError(f"evaluation.samplers.{solver} must be a list of step counts >= 1, got {steps}")
-        choices.append(SamplerChoice(str(solver), tuple(steps)))
+            raise ValueError(f"{name}.steps must be a list of step counts >= 1, got {steps}")
+        choices.append(SamplerChoice(str(entry.solver), tuple(steps), entry.get("grid")))
     return choices
 
 

@@ -6,7 +6,7 @@ import importlib
 import inspect
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -15,27 +15,52 @@ from omegaconf.resolvers import oc
 ALLOWED = ("mlem", "torch", "lightning", "torchmetrics", "diffusers")
 """Modules from which a `_target_` may come."""
 
-_WHOLE_FROM_1 = (
-    "training.steps",
-    "training.batch_size",
-    "training.accumulate",
-    "training.epoch_steps",
-    "training.checkpoint_every",
-    "evaluation.batch_size",
-    "evaluation.reference_steps",
-    "steps",
-    "batch_size",
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+_FROM_1 = ("steps", "batch_size", "accumulate", "epoch_steps", "checkpoint_every")
+_VALUES: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
+    (
+        "a whole number >= 1",
+        lambda value: _whole(value) and value >= 1,
+        (
+            *(f"training.{name}" for name in _FROM_1),
+            "evaluation.batch_size",
+            "evaluation.reference_steps",
+            "steps",
+            "batch_size",
+        ),
+    ),
+    (
+        "a whole number >= 0",
+        lambda value: _whole(value) and value >= 0,
+        ("seed", "training.warmup_steps", "training.workers", "evaluation.every_n_epochs", "data.held_out"),
+    ),
+    ("a number > 0", lambda value: _number(value) and value > 0, ("training.learning_rate",)),
+    (
+        "a number >= 0",
+        lambda value: _number(value) and value >= 0,
+        ("training.weight_decay", "training.gradient_clip"),
+    ),
+    (
+        "in [0, 1)",
+        lambda value: _number(value) and 0 <= value < 1,
+        ("training.average_decay", "model.dropout"),
+    ),
+    ("true or false", lambda value: isinstance(value, bool), ("trainer.compile", "dry_run", "debug")),
 )
-_WHOLE_FROM_0 = ("seed", "training.warmup_steps", "training.workers", "evaluation.every_n_epochs", "data.held_out")
-_ABOVE_0 = ("training.learning_rate",)
-_FROM_0 = ("training.weight_decay", "training.gradient_clip")
-_WITHIN_1 = ("training.average_decay", "model.dropout")
-_YES_NO = ("trainer.compile", "dry_run", "debug")
+"""What a value must be, how to tell, and the options that this holds for."""
 _TEXT = ("root", "resume", "data.name", "data.source", "data.folder", "schedule.kind", "sampler.name", "sampler.solver")
 _TEXT_OR_NULL = ("family", "level", "grid", "out")
 _GROUPS = ("data", "data.options", "model", "schedule", "trainer", "logger", "metric", "sampler")
-_GROUPS += ("training", "evaluation", "evaluation.samplers")
-_LISTS = ("callbacks", "allow")
+_GROUPS += ("training", "evaluation")
+_LISTS = ("callbacks", "allow", "evaluation.samplers")
 _ONE_OF = {
     "trainer.precision": ("fp32", "bf16", "fp16"),
     "model.prediction": ("v", "eps", "x0"),
@@ -49,27 +74,12 @@ def check(config: DictConfig) -> None:
     _check_shape(plain)
     refuse_targets(config)
 
-    def given(names: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
-        return _given(plain, names)
-
-    for low, names in ((1, _WHOLE_FROM_1), (0, _WHOLE_FROM_0)):
-        for name, value in given(names):
-            if isinstance(value, bool) or not isinstance(value, int) or value < low:
-                raise ValueError(f"{name} must be a whole number >= {low}, got {value!r}")
-    for name, value in given(_ABOVE_0):
-        if not _is_number(value) or value <= 0:
-            raise ValueError(f"{name} must be a number > 0, got {value!r}")
-    for name, value in given(_FROM_0):
-        if not _is_number(value) or value < 0:
-            raise ValueError(f"{name} must be a number >= 0, got {value!r}")
-    for name, value in given(_WITHIN_1):
-        if not _is_number(value) or not 0 <= value < 1:
-            raise ValueError(f"{name} must be in [0, 1), got {value!r}")
-    for name, value in given(_YES_NO):
-        if not isinstance(value, bool):
-            raise ValueError(f"{name} must be true or false, got {value!r}")
+    for words, holds, names in _VALUES:
+        for name, value in _given(plain, names):
+            if not holds(value):
+                raise ValueError(f"{name} must be {words}, got {value!r}")
     for name, allowed in _ONE_OF.items():
-        for _, value in given((name,)):
+        for _, value in _given(plain, (name,)):
             if value not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
     training = plain.get("training", {"batch_size": 1, "accumulate": 1})
@@ -100,10 +110,6 @@ def _check_shape(plain: dict[str, Any]) -> None:
     for name, value in _given(plain, (*_TEXT, *_TEXT_OR_NULL)):
         if not (isinstance(value, str) and value) and not (value is None and name in _TEXT_OR_NULL):
             raise ValueError(f"{name} must be text, got {value!r}")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def parse_indices(text: Any, option: str) -> list[int]:

@@ -75,12 +75,12 @@ def _check_jobs(config: DictConfig, level: Level) -> None:
     world_size_of(config)
     build_callbacks(config)
     parse_indices(config.evaluation.indices, "evaluation.indices")
-    for choice in sampler_choices(config):
+    for number, choice in enumerate(sampler_choices(config)):
         for steps in choice.steps:
             try:
-                Sampler(level, solver=choice.solver, steps=steps)
+                Sampler(level, solver=choice.solver, steps=steps, grid=choice.grid)
             except ValueError as error:
-                raise ValueError(f"evaluation.samplers.{choice.solver}: {error}") from error
+                raise ValueError(f"evaluation.samplers[{number}]: {error}") from error
     if config.metric.features:
         FID(config.metric.features, image_shape(config), config.metric.weights)
     count = make_source(config.data.source, **config.data.options).count

@@ -6,6 +6,7 @@ asks the LightningModule for `family()` and reads held-out images from the loade
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,7 @@ from mlem.files import atomic_write, write_json
 from mlem.metrics import FID, PathwiseError, reference_statistics
 from mlem.plots import error_by_noise_level, error_vs_time, image_grid
 from mlem.sampling import Ledger, Sampler, blocks
+from mlem.training.progress import announced
 
 GRID_IMAGES = 64
 """How many samples a picture shows."""
@@ -100,8 +102,7 @@ class SamplerEvaluation(pl.Callback):
         self.seed, self.reference_steps = seed, reference_steps
         self._reals, self._reals_key = reals, reals_key or {}
         # made here, so that missing Inception weights are found out at the start
-        self._make_fid = (lambda: FID(features, image_shape, weights)) if features else None
-        self._real_statistics = self._make_fid() if self._make_fid else None
+        self._fid = FID(features, image_shape, weights) if features else None
         self.rows: list[dict[str, Any]] = []
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -114,6 +115,8 @@ class SamplerEvaluation(pl.Callback):
 
     def evaluate(self, trainer: pl.Trainer, family: Family, device: torch.device) -> None:
         """Run everything on `family`; every rank must call it."""
+        if self._fid is not None:
+            self._fid.to(device)
         tallies = [
             self._tally(level, choice, steps, device)
             for level in family.levels
@@ -123,18 +126,16 @@ class SamplerEvaluation(pl.Callback):
         references = self._references(family, tallies, device)
         self._warm_up(family, device)
         mine = self.blocks[trainer.global_rank :: trainer.world_size]
-        for done, block in enumerate(mine):
+        for block in announced(mine, f"evaluation, {len(tallies)} samplers", trainer.is_global_zero):
             truths = {name: sampler.run(block).x for name, sampler in references.items()}
             for tally in tallies:
                 self._run(tally, block, truths[tally.sampler.solver.reference], first=self.blocks[0])
-            if trainer.is_global_zero:
-                print(f"evaluation: {done + 1} of {len(mine)} batches, {len(tallies)} samplers each", flush=True)
         self.rows = [self._row(trainer, tally) for tally in tallies]
         self._publish(trainer, family, tallies)
 
     def _tally(self, level: Level, choice: SamplerChoice, steps: int, device: torch.device) -> _Tally:
         sampler = Sampler(level, solver=choice.solver, steps=steps, grid=choice.grid, seed=self.seed, device=device)
-        return _Tally(level, choice.label, sampler, self._new_fid(device), device)
+        return _Tally(level, choice.label, sampler, self._new_fid(), device)
 
     def _references(self, family: Family, tallies: list[_Tally], device: torch.device) -> dict[str, Sampler]:
         names = {tally.sampler.solver.reference for tally in tallies}
@@ -178,18 +179,16 @@ class SamplerEvaluation(pl.Callback):
             row[fid.name] = fid.value
         return row
 
-    def _new_fid(self, device: torch.device) -> FID | None:
-        """An FID that holds the reference statistics, read once."""
-        if self._make_fid is None or self._real_statistics is None:
+    def _new_fid(self) -> FID | None:
+        """An FID that holds the reference statistics, read once; all share one feature network."""
+        if self._fid is None:
             return None
-        own = self._real_statistics.metric
-        if own.real_features_num_samples == 0:  # type: ignore[operator]
-            cache = self.folder / f"{self._real_statistics.name}_reference.safetensors"
-            reference_statistics(self._reals, self._real_statistics, cache, self._reals_key)
-        fid = self._make_fid().to(device)
-        for name in ("real_features_sum", "real_features_cov_sum", "real_features_num_samples"):
-            setattr(fid.metric, name, getattr(own, name).clone().to(device))
-        return fid
+        if self._fid.metric.real_features_num_samples == 0:  # type: ignore[operator]
+            reference_statistics(
+                self._reals, self._fid, self.folder / f"{self._fid.name}_reference.safetensors", self._reals_key
+            )
+        network = self._fid.metric.inception
+        return copy.deepcopy(self._fid, {id(network): network})
 
     def _publish(self, trainer: pl.Trainer, family: Family, tallies: list[_Tally]) -> None:
         """Rank 0 (which has the first batch) writes pictures and tells the loggers."""

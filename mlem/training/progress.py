@@ -4,17 +4,30 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.callbacks.progress.progress_bar import ProgressBar
+
+Item = TypeVar("Item")
 
 
 def _clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def announced(items: Sequence[Item], what: str, shown: bool) -> Iterator[Item]:
+    """The items, with a line after each that says how many are done and how long the rest will take."""
+    begin = time.perf_counter()
+    for done, item in enumerate(items, 1):
+        yield item
+        if shown:
+            left = (time.perf_counter() - begin) / done * (len(items) - done)
+            print(f"{what}: {done} of {len(items)} batches, {_clock(left)} left", flush=True)
 
 
 class _Speed:

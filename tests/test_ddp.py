@@ -1,0 +1,62 @@
+"""Training on two gloo ranks: the run of one rank, and no rank left behind when another dies."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from tests.commands import PLAIN, metrics, start, succeed, wait_until
+
+RUN = Path("runs/digits/unet_xs")
+OPTIONS = (*PLAIN, "training.steps=20", "training.epoch_steps=10", "training.checkpoint_every=10")
+RANKS = ("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2")
+
+
+def test_two_ranks_train_what_one_does(tmp_path: Path) -> None:
+    """The global batch, its noise and its times are the same; only the order of sums differs."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.mkdir(), two.mkdir()  # type: ignore[func-returns-value]
+    succeed("train", *OPTIONS, cwd=one)
+    succeed("train", *OPTIONS, *RANKS, cwd=two)
+    weights = [load_file(folder / RUN / "level" / "diffusion_pytorch_model.safetensors") for folder in (one, two)]
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(weights[1][name], tensor, rtol=0, atol=2e-4, msg=name)
+    errors = [
+        [line["val/error"] for line in metrics(folder / RUN / "metrics.jsonl") if "val/error" in line]
+        for folder in (one, two)
+    ]
+    assert len(errors[0]) == 3  # two epochs, and the export
+    torch.testing.assert_close(errors[1], errors[0], rtol=1e-4, atol=0)
+
+
+def _children(parent: int) -> list[int]:
+    tasks = Path(f"/proc/{parent}/task/{parent}/children")
+    return [int(number) for number in tasks.read_text().split()]
+
+
+def test_a_killed_rank_ends_the_run(tmp_path: Path) -> None:
+    """Rank 1 is killed: rank 0 ends non-zero within 30 s, and the same command resumes."""
+    options = (*OPTIONS, *RANKS, "training.steps=3000")
+    process = start("train", *options, cwd=tmp_path)
+    checkpoints = tmp_path / RUN / "checkpoints"
+    wait_until(lambda: any(checkpoints.glob("*.sha256")), process)
+    ranks = [child for child in _children(process.pid) if "train.py" in Path(f"/proc/{child}/cmdline").read_text()]
+    assert len(ranks) == 1
+    os.kill(ranks[0], signal.SIGKILL)
+    begin = time.monotonic()
+    process.communicate(timeout=60)
+    assert time.monotonic() - begin < 30
+    assert process.returncode != 0
+    again = start("train", *options, cwd=tmp_path)
+    before = max(path.name for path in checkpoints.glob("*.ckpt"))
+    wait_until(lambda: max(path.name for path in checkpoints.glob("*.ckpt")) > before, again)
+    for child in _children(again.pid):
+        os.kill(child, signal.SIGKILL)
+    again.kill()
+    out, _ = again.communicate()
+    assert "resuming from" in out
