@@ -42,12 +42,13 @@ SHAPE, BATCH, STEPS = (3, 32, 32), 32, 50
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5, help="how often each pair is measured (default 5)")
-    parser.add_argument("--train-steps", type=int, default=30, help="optimizer steps in a round (default 30)")
+    parser.add_argument("--rounds", type=int, default=7, help="how often each pair is measured (default 7)")
+    parser.add_argument("--train-steps", type=int, default=15, help="optimizer steps in a round (default 15)")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("overhead.json"))
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     level = Level("m", unet("m", SHAPE).eval(), NoiseSchedule.linear(), SHAPE)
     level.network.to(device)

@@ -50,7 +50,8 @@ class NoiseStream:
         """64 random bits for each slot, sample and element: (S, B, count) int64."""
         device = indices.device
         samples = mix(indices * GOLDEN + self._key)
-        keys = mix(samples + torch.tensor(slots, device=device).mul_(GOLDEN)[:, None])
+        # slots as plain numbers: a tensor of them would make the host wait for a device
+        keys = mix(torch.stack([samples + _signed(slot * GOLDEN % (1 << 64)) for slot in slots]))
         return mix(keys[..., None] + torch.arange(1, count + 1, device=device).mul_(GOLDEN))
 
     def normal(self, indices: Tensor, slots: Sequence[int], shape: Sequence[int], dtype: torch.dtype) -> Tensor:

@@ -132,8 +132,8 @@ class Sampler:
     """A solver bound to a model, a grid and a seed. `run(indices)` gives the samples with these indices.
 
     model: a Family (its largest level, or `level`), a Level, or any denoiser together with `schedule` and `shape`.
-    solver: a name or a Solver. grid: name of a time grid; by default the solver's own choice. device: where to
-    run; by default where the network is. precision: "fp32", "bf16" or "fp16" (autocast of the network).
+    solver: a name or a Solver. grid: name of a time grid, or a TimeGrid (which says the steps itself); by default the
+    solver's own choice. device: where to run; by default where the network is. precision: "fp32", "bf16" or "fp16" (autocast of the network).
     The dtype of samples is float32, or float64 when that is the default dtype.
     Raises ValueError for options out of range.
     """
@@ -145,7 +145,7 @@ class Sampler:
         solver: str | Solver = "ddim",
         steps: int = 50,
         seed: int = 0,
-        grid: str | None = None,
+        grid: str | TimeGrid | None = None,
         level: str | None = None,
         schedule: NoiseSchedule | None = None,
         shape: Sequence[int] | None = None,
@@ -178,7 +178,7 @@ class Sampler:
             self._network.to(self.device)
         # a copy: a solver may remember the grid that it made
         self.solver, self.schedule, self.shape = copy.copy(_make_solver(solver)), schedule, tuple(shape)
-        self.grid: TimeGrid = self.solver.grid(schedule, steps, grid)
+        self.grid = self.solver.grid(schedule, steps, grid)
         self.seed, self.precision = seed, precision
         self._points = Point.of(schedule, self.grid)
         self._input_dtype = torch.float64 if getattr(denoiser, "any_dtype", False) else torch.get_default_dtype()

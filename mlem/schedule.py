@@ -216,16 +216,23 @@ class TabulatedSchedule(NoiseSchedule):
         knots = torch.cat([torch.zeros(1, dtype=torch.float64), ou_times.double()])
         if not bool((knots.diff() > 0).all()):
             raise ValueError("the noise must grow with every timestep; this scheduler config has betas <= 0")
-        self._knots, self._config = knots, config
+        self._config = config
+        self._knots = {knots.device: knots}
+
+    def _knots_on(self, device: torch.device) -> Tensor:
+        """The knots, copied to a device once: a copy at every call would make the host wait."""
+        if device not in self._knots:
+            self._knots[device] = self._knots[torch.device("cpu")].to(device)
+        return self._knots[device]
 
     def _ou_time(self, t: Tensor) -> Tensor:
-        knots = self._knots.to(t.device)
+        knots = self._knots_on(t.device)
         position = t * (len(knots) - 1)
         cell = position.floor().long().clamp(0, len(knots) - 2)
         return torch.lerp(knots[cell], knots[cell + 1], position - cell)
 
     def _time(self, s: Tensor) -> Tensor:
-        knots = self._knots.to(s.device)
+        knots = self._knots_on(s.device)
         cell = (torch.searchsorted(knots, s.contiguous(), right=True) - 1).clamp(0, len(knots) - 2)
         return (cell + (s - knots[cell]) / (knots[cell + 1] - knots[cell])) / (len(knots) - 1)
 

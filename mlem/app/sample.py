@@ -31,6 +31,8 @@ def run(config: DictConfig) -> None:
     except MisconfigurationException as error:
         raise ValueError(f"trainer: {error}") from error
     level = model.level(config.level) if isinstance(model, Family) else model
+    if config.trainer.compile:
+        level.network.compile()
     sampler = Sampler(
         level,
         solver=config.sampler.solver,

@@ -52,9 +52,9 @@ class DiffusersSolver(Solver):
         scheduler.set_timesteps(steps)
         return scheduler
 
-    def grid(self, schedule: NoiseSchedule, steps: int, name: str | None = None) -> TimeGrid:
-        if name is not None:
-            raise ValueError(f"a diffusers scheduler brings its own grid; leave grid out (got {name!r})")
+    def grid(self, schedule: NoiseSchedule, steps: int, grid: str | TimeGrid | None = None) -> TimeGrid:
+        if grid is not None:
+            raise ValueError(f"a diffusers scheduler brings its own grid; leave grid out (got {grid!r})")
         TimeGrid.make("trailing", schedule, steps)  # refuses what no scheduler can do
         self._schedule, self._steps = schedule, steps
         timesteps = self._scheduler(schedule, steps).timesteps.double()

@@ -55,9 +55,9 @@ class Solver(ABC):
         if "name" in vars(cls):
             SOLVERS[cls.name] = cls
 
-    def grid(self, schedule: NoiseSchedule, steps: int, name: str | None = None) -> TimeGrid:
-        """The time grid called `name`, or the solver's own choice."""
-        return TimeGrid.make(name or self.default_grid, schedule, steps)
+    def grid(self, schedule: NoiseSchedule, steps: int, grid: str | TimeGrid | None = None) -> TimeGrid:
+        """The time grid called `grid`, or `grid` itself, or the solver's own choice."""
+        return grid if isinstance(grid, TimeGrid) else TimeGrid.make(grid or self.default_grid, schedule, steps)
 
     def evaluations(self, grid: TimeGrid) -> int:
         """How often `step` calls the denoiser for each sample over the whole grid."""

@@ -46,7 +46,7 @@ class _Speed:
         if steps < 1:
             return None
         left = (trainer.max_steps - trainer.global_step) * seconds / steps
-        return steps * trainer.accumulate_grad_batches * batch_size / seconds, _clock(left)
+        return steps * batch_size / seconds, _clock(left)
 
 
 class BarProgress(RichProgressBar):
