@@ -133,7 +133,8 @@ class Sampler:
 
     model: a Family (its largest level, or `level`), a Level, or any denoiser together with `schedule` and `shape`.
     solver: a name or a Solver. grid: name of a time grid, or a TimeGrid (which says the steps itself); by default the
-    solver's own choice. device: where to run; by default where the network is. precision: "fp32", "bf16" or "fp16" (autocast of the network).
+    solver's own choice. device: where to run; by default where the network is. precision: "fp32", "bf16" or "fp16"
+    (autocast of the network).
     The dtype of samples is float32, or float64 when that is the default dtype.
     Raises ValueError for options out of range.
     """

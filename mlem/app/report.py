@@ -49,7 +49,8 @@ def _report(rows: list[dict[str, Any]], family: Family, folder: Path, artefact: 
     for level in family.levels:
         error, cost = level.measured["error"], 1e3 * level.measured["seconds"]
         levels.add_row(level.name, f"{level.parameters:,}", f"{level.flops / 1e6:.1f}", f"{error:.4f}", f"{cost:.3f}")
-    samplers = Table("level", "sampler", "steps", "calls", "ms/image", "MSE to reference", fid or "", title="samplers")
+    title = "samplers: mean squared error to the many-step reference ± standard error" + (f"; {fid}" if fid else "")
+    samplers = Table("level", "sampler", "steps", "calls", "ms/image", "MSE", "FID" if fid else "", title=title)
     for row in rows:
         error = f"{row['mse']:.2e} ± {row['mse_stderr']:.1e}"
         time_, calls = f"{1e3 * row['seconds_per_image']:.2f}", f"{row['evaluations']:g}"

@@ -116,12 +116,14 @@ class DenoisingModule(pl.LightningModule):
         self.log("val/error", torch.stack(list(errors.values())).mean(), prog_bar=True, **options)
 
     def configure_optimizers(self) -> Any:
+        # a fused optimizer unscales gradients itself, and then Lightning cannot clip them in mixed precision
+        fused = str(self.trainer.precision).startswith("32")
         optimizer = torch.optim.AdamW(
             self.network.parameters(),
             lr=self.learning_rate,
             betas=(0.9, 0.99),
             weight_decay=self.weight_decay,
-            fused=True,
+            fused=fused,
         )
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._learning_rate_factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
