@@ -108,37 +108,21 @@ def error_vs_time(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str
     _save(figure, path)
 
 
-def loss_curve(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
-    """Training loss against step, a line for each level, loss axis logarithmic.
-
-    rows: mappings with level, step, loss. Raises ValueError for no rows, missing columns, losses not above 0.
-    """
-    _need(rows, ("level", "step", "loss"), "loss_curve")
-    for row in rows:
-        if not _positive(row["loss"]):
-            raise ValueError(f"loss_curve needs finite losses above 0, got {dict(row)}")
-    figure, axes = _figure("training step", "training loss", "")
-    axes.set(yscale="log")
-    for level, colour in zip(_distinct(rows, "level"), cycle(_COLOURS), strict=False):
-        points = sorted((row["step"], row["loss"]) for row in rows if row["level"] == level)
-        axes.plot(*zip(*points, strict=True), color=colour, label=str(level))
-    figure.legend(title="level", loc="outside right upper", frameon=False)
-    _save(figure, path)
-
-
-def error_by_noise_level(curves: Mapping[Any, tuple[ArrayLike, ArrayLike]], path: str | os.PathLike[str]) -> None:
+def error_by_noise_level(
+    curves: Mapping[Any, tuple[ArrayLike, ArrayLike]], path: str | os.PathLike[str], caption: str
+) -> None:
     """Denoising error against the log signal-to-noise ratio, a line for each level, error axis logarithmic.
 
     curves: level -> (log_snr, error), each (K,): log(alpha^2/sigma^2), natural, and the mean squared error of the noise
-    estimate. Raises ValueError for no curves, lengths that differ, errors not above 0.
+    estimate. caption: data set, number of images, training steps. Raises ValueError for no curves, lengths that
+    differ, errors not above 0.
     """
     import numpy as np
 
     if not curves:
         raise ValueError("error_by_noise_level has nothing to draw: no curves")
-    figure, axes = _figure(
-        r"log signal-to-noise ratio, $\log(\alpha^2/\sigma^2)$", "mean squared error of the noise", ""
-    )
+    xlabel = r"log signal-to-noise ratio, $\log(\alpha^2/\sigma^2)$"
+    figure, axes = _figure(xlabel, "mean squared error of the noise estimate", caption)
     axes.set(yscale="log")
     for (level, curve), colour in zip(curves.items(), cycle(_COLOURS), strict=False):
         log_snr, error = (np.asarray(values, dtype=float) for values in curve)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mlem.plots import GUTTER, error_by_noise_level, error_vs_time, image_grid, loss_curve
+from mlem.plots import GUTTER, error_by_noise_level, error_vs_time, image_grid
 
 ROWS = [
     {
@@ -74,10 +74,9 @@ def curves():
     "draw",
     [
         lambda path: error_vs_time(ROWS, path, "digits, 64 samples, reference of 2000 steps, seed 0, CPU"),
-        lambda path: loss_curve([{"level": "xs", "step": s, "loss": 1 / (s + 1)} for s in range(5)], path),
-        lambda path: error_by_noise_level(curves(), path),
+        lambda path: error_by_noise_level(curves(), path, "digits"),
     ],
-    ids=["error_vs_time", "loss_curve", "error_by_noise_level"],
+    ids=["error_vs_time", "error_by_noise_level"],
 )
 def test_figures_are_whole_pngs_and_nothing_else(draw, tmp_path):
     draw(tmp_path / "new" / "figure.png")
@@ -113,21 +112,12 @@ def test_error_vs_time_shows_the_numbers_with_units(monkeypatch):
     assert len({line.get_color() for line in lines}) == 2
 
 
-def test_loss_curve_sorts_each_level(monkeypatch):
-    rows = [{"level": level, "step": s, "loss": 1.0 + s} for s in (3, 1) for level in ("s", "xs")]
-    axes = figure_of(monkeypatch, lambda: loss_curve(rows, "x.png")).axes[0]
-    assert [line.get_label() for line in axes.lines] == ["s", "xs"]
-    assert [list(line.get_xdata()) for line in axes.lines] == [[1, 3], [1, 3]]
-
-
 def test_nothing_to_draw_is_refused(tmp_path):
     path = tmp_path / "figure.png"
     with pytest.raises(ValueError, match="error_vs_time has nothing to draw"):
         error_vs_time([], path, "")
-    with pytest.raises(ValueError, match="loss_curve has nothing to draw"):
-        loss_curve([], path)
     with pytest.raises(ValueError, match="error_by_noise_level has nothing to draw"):
-        error_by_noise_level({}, path)
+        error_by_noise_level({}, path, "")
     assert not list(tmp_path.iterdir())
 
 
@@ -137,10 +127,8 @@ def test_bad_numbers_are_refused(tmp_path):
         error_vs_time([{k: v for k, v in ROWS[0].items() if k != "mse"}], path, "")
     with pytest.raises(ValueError, match="above 0 and a standard error"):
         error_vs_time([{**ROWS[0], "mse": 0.0}], path, "")
-    with pytest.raises(ValueError, match="finite losses above 0"):
-        loss_curve([{"level": "xs", "step": 0, "loss": float("nan")}], path)
     with pytest.raises(ValueError, match=r"curve 'xs' .* log_snr \(3,\), error \(2,\)"):
-        error_by_noise_level({"xs": ([0, 1, 2], [1, 1])}, path)
+        error_by_noise_level({"xs": ([0, 1, 2], [1, 1])}, path, "")
     with pytest.raises(ValueError, match="figures are PNG files"):
-        error_by_noise_level(curves(), tmp_path / "figure.txt")
+        error_by_noise_level(curves(), tmp_path / "figure.txt", "")
     assert not list(tmp_path.iterdir())

@@ -35,7 +35,7 @@ def evaluate_family(config: DictConfig, family: Family, shards: Shards) -> None:
         0
     ]
     if trainer.is_global_zero:
-        noise_level_figure(family, dict(metrics), folder / "error_by_noise_level.png")
+        noise_level_figure(family, dict(metrics), config.data.held_out, folder / "error_by_noise_level.png")
         _report(samplers.rows, family, folder, Path(config.root) / "family" if whole else folder.parent / "level")
 
 

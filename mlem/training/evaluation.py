@@ -232,12 +232,14 @@ def _drawable(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [row for row in rows if row["mse"] > 0]
 
 
-def noise_level_figure(family: Family, metrics: dict[str, float], path: Path) -> None:
-    """Draw `test/<level>/error_t...` of FamilyModule as denoising error against log-SNR."""
+def noise_level_figure(family: Family, metrics: dict[str, float], images: int, path: Path) -> None:
+    """Draw `test/<level>/error_t...` of FamilyModule as denoising error against log-SNR; images: how many held out."""
     curves = {}
     for name in family.names:
         prefix = f"test/{name}/error_t"
         times = {float(key.removeprefix(prefix)): value for key, value in metrics.items() if key.startswith(prefix)}
         log_snr = family.schedule.log_snr(torch.tensor(sorted(times), dtype=torch.float64))
         curves[name] = (log_snr.tolist(), [float(times[time]) for time in sorted(times)])
-    error_by_noise_level(curves, path)
+    steps = ", ".join(f"{level.name} {level.measured.get('steps', '?')}" for level in family.levels)
+    caption = f"{family.data}, {images} held-out images; averaged weights, training steps: {steps}"
+    error_by_noise_level(curves, path, caption)
