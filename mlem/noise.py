@@ -70,10 +70,10 @@ class NoiseStream:
         flat[..., half:] = angle.sin_().mul_(radius)
         return flat[..., :size].reshape(len(slots), len(indices), *shape)
 
-    def uniform(self, indices: Tensor, slot: int, dtype: torch.dtype) -> Tensor:
-        """One uniform number in (0, 1) for each sample: (B,)."""
+    def uniform(self, indices: Tensor, slots: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Uniform numbers in (0, 1) for each slot and sample: (len(slots), B)."""
         # 23 bits and a half: exact in float32, and never 0 or 1
-        bits = (self._words(indices, [slot], 1)[0, :, 0] >> 41).bitwise_and_((1 << 23) - 1)
+        bits = (self._words(indices, slots, 1)[..., 0] >> 41).bitwise_and_((1 << 23) - 1)
         return bits.double().add_(0.5).mul_(2.0**-23).to(dtype)
 
 

@@ -74,8 +74,8 @@ def test_noise_of_an_index_does_not_know_its_batch(shape: tuple[int, ...], dtype
 
 def test_uniform_does_not_know_its_batch() -> None:
     stream = NoiseStream(7, "midpoint")
-    alone = torch.cat([stream.uniform(indices(1, i), 5, torch.float32) for i in range(32)])
-    assert torch.equal(stream.uniform(indices(32), 5, torch.float32), alone)
+    alone = torch.cat([stream.uniform(indices(1, i), [5], torch.float32)[0] for i in range(32)])
+    assert torch.equal(stream.uniform(indices(32), [5], torch.float32)[0], alone)
 
 
 @pytest.mark.parametrize("seed", [0, 1, -1, -(2**63), 2**64 + 5, 10**30])
@@ -117,7 +117,7 @@ def test_keys_differ() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_uniform_is_strictly_inside_and_even(dtype: torch.dtype) -> None:
-    u = NoiseStream(0, "midpoint").uniform(indices(200_000), 0, dtype)
+    u = NoiseStream(0, "midpoint").uniform(indices(200_000), [0], dtype)[0]
     assert u.dtype == dtype
     assert u.min() > 0
     assert u.max() < 1

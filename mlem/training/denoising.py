@@ -86,7 +86,7 @@ class DenoisingModule(pl.LightningModule):
         Stratified over the global batch (Kingma et al., arXiv:2107.00630): `(u + i / batch) mod 1`, u for the batch.
         """
         batch = position // self.batch_size
-        shift = self._stream.uniform(batch, 1, torch.float64)
+        shift = self._stream.uniform(batch, [1], torch.float64)[0]
         return ((shift + (position % self.batch_size) / self.batch_size) % 1.0).float()
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
