@@ -7,20 +7,24 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from mlem.family import Family as Family
     from mlem.family import Level as Level
+    from mlem.multilevel.coefficients import Coefficients as Coefficients
+    from mlem.multilevel.plan import Plan as Plan
     from mlem.sampling import Result as Result
     from mlem.sampling import sample as sample
     from mlem.schedule import NoiseSchedule as NoiseSchedule
     from mlem.schedule import TimeGrid as TimeGrid
 
 _HOMES = {
+    "Coefficients": "multilevel.coefficients",
     "Family": "family",
     "Level": "family",
     "NoiseSchedule": "schedule",
+    "Plan": "multilevel.plan",
     "Result": "sampling",
     "TimeGrid": "schedule",
     "sample": "sampling",
 }
-__all__ = ["Family", "Level", "NoiseSchedule", "Result", "TimeGrid", "sample"]
+__all__ = ["Coefficients", "Family", "Level", "NoiseSchedule", "Plan", "Result", "TimeGrid", "sample"]
 
 
 def __getattr__(name: str) -> object:

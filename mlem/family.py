@@ -4,6 +4,9 @@
     family/level_xs/mlem.json           schedule, prediction, image shape, data set, what was measured
     family/level_xs/config.json         the two files of a diffusers model
     family/level_xs/diffusion_pytorch_model.safetensors
+    family/calibration.json             what `mlem.multilevel` measured of the levels, if it has
+    family/coefficients.json            learned coefficients
+    family/plans/best.json              memorised plans
 
 A level's folder stands by itself: `Level.load` reads one. There are no pickles, and nothing is built by a name
 that a file gives.
@@ -11,6 +14,7 @@ that a file gives.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shutil
@@ -18,7 +22,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +32,12 @@ from mlem.files import atomic_write, read_json, sha256, write_json
 from mlem.network import flops, parameters
 from mlem.schedule import NoiseSchedule
 
+if TYPE_CHECKING:
+    from mlem.multilevel.recipe import Recipe
+
 FORMAT = 1
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+FITTED = ("calibration", "coefficients")
 
 
 @dataclass
@@ -126,10 +134,14 @@ class Family:
     share a name, or when they are out of order of cost.
     """
 
-    def __init__(self, levels: Sequence[Level]) -> None:
+    def __init__(self, levels: Sequence[Level], fitted: Mapping[str, Any] | None = None) -> None:
+        """fitted: what `mlem.multilevel` found out about these levels, plain data: "calibration", "coefficients" and
+        "plans" (by name).
+        """
         if not levels:
             raise ValueError("a family needs at least one level")
         self.levels = tuple(levels)
+        self.fitted: dict[str, Any] = dict(fitted or {})
         first = self.levels[0]
         for name in self.names:
             if self.names.count(name) > 1:
@@ -153,6 +165,16 @@ class Family:
     data = property(lambda self: self.levels[0].data, doc="Name of the data set.")
     names = property(lambda self: [level.name for level in self.levels], doc="Names of the levels, cheapest first.")
 
+    @cached_property
+    def weights_hash(self) -> str:
+        """Hash of all weights: what was fitted to one family is refused on another."""
+        digest = hashlib.sha256()
+        for level in self.levels:
+            for name, tensor in level.network.state_dict().items():
+                digest.update(f"{level.name}/{name}".encode())
+                digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
     def level(self, name: str | None = None) -> Level:
         """The level called `name`, or the largest. Raises ValueError with the names there are."""
         if name is None:
@@ -161,14 +183,40 @@ class Family:
             raise ValueError(f"level must be one of {', '.join(self.names)}, got {name!r}")
         return self.levels[self.names.index(name)]
 
+    def plan(self, **options: Any) -> Recipe:
+        """How to share evaluations among the levels: `sample(family, ..., plan=family.plan(budget=0.25))`.
+
+        One dial: budget, the share of what the largest level would cost at every evaluation, in (0, 1]; mse, the mean
+        squared error to the many-step run; or delta, added to learned coefficients.
+        probabilities: "calibrated", "learned", "theory" (with gamma) or numbers, one for each level.
+        estimator: "hindsight", "held" or "jump"; order: 0 or 1, of a held correction. coins: "systematic",
+        "bernoulli", "nested" or "poisson"; by default systematic, but held corrections with calibrated probabilities
+        are measured where the predicted error is least. levels: names, cheapest first; by default the best subset.
+        cost: "seconds" or "flops", what budget counts, and batch_size, at which seconds were measured. seed: of the
+        coins. per_sample: every sample tosses its own (jump only).
+        Raises ValueError for options out of range; `sample` does where the family was not calibrated or fitted.
+        """
+        from mlem.multilevel.recipe import Recipe
+
+        return Recipe(**options)
+
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the family; `family.json` last, so that a family is there whole or not at all."""
         folder = Path(folder)
         for level in self.levels:
             level.save(folder / f"level_{level.name}")
+        self.save_fitted(folder)
         write_json(folder / "family.json", {"format": FORMAT, "levels": self.names, **self.levels[0]._common()})
         for stale in set(folder.glob("level_*")) - {folder / f"level_{name}" for name in self.names}:
             shutil.rmtree(stale)
+
+    def save_fitted(self, folder: str | os.PathLike[str]) -> None:
+        """Write what was fitted: `calibration.json`, `coefficients.json`, `plans/NAME.json`."""
+        for name in FITTED:
+            if name in self.fitted:
+                write_json(Path(folder) / f"{name}.json", self.fitted[name])
+        for name, plan in self.fitted.get("plans", {}).items():
+            write_json(Path(folder) / "plans" / f"{name}.json", plan)
 
     @staticmethod
     def load(folder: str | os.PathLike[str]) -> Family:
@@ -181,7 +229,11 @@ class Family:
         about = read_json(folder / "family.json")
         if about.get("format") != FORMAT:
             raise ValueError(f"{folder}/family.json has format {about.get('format')!r}, this version reads {FORMAT}")
-        return Family([Level.load(folder / f"level_{name}") for name in about["levels"]])
+        fitted: dict[str, Any] = {
+            name: read_json(folder / f"{name}.json") for name in FITTED if (folder / f"{name}.json").is_file()
+        }
+        fitted["plans"] = {path.stem: read_json(path) for path in sorted((folder / "plans").glob("*.json"))}
+        return Family([Level.load(folder / f"level_{name}") for name in about["levels"]], fitted)
 
 
 def write_weights(path: str | os.PathLike[str], weights: Mapping[str, Tensor]) -> None:

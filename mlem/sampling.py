@@ -18,10 +18,13 @@ from torch import Tensor, nn
 
 from mlem.denoiser import Denoiser, NetworkDenoiser
 from mlem.family import Family, Level
+from mlem.multilevel.denoiser import MultilevelDenoiser
+from mlem.multilevel.plan import Plan
+from mlem.multilevel.recipe import Recipe
 from mlem.network import evaluating
 from mlem.noise import BrownianPath, NoiseStream
 from mlem.schedule import NoiseSchedule, TimeGrid
-from mlem.solvers import Point, Solver, make_solver
+from mlem.solvers import SOLVERS, Point, Solver, integrate, make_solver, response
 
 PRECISIONS: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Names of what the network may be computed in (autocast); times, noise and the sum over steps stay full."""
@@ -99,8 +102,8 @@ class _Meter:
     The host never waits for a device.
     """
 
-    def __init__(self, name: str, network: Callable[..., Any], flops: float) -> None:
-        self.name, self._network, self._flops = name, network, flops
+    def __init__(self, network: Callable[..., Any], flops: float) -> None:
+        self.network, self._flops = network, flops
         self._images, self._seconds = 0, 0.0
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
@@ -109,12 +112,12 @@ class _Meter:
         if x.device.type == "cuda":
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()
-            output = self._network(x, t)
+            output = self.network(x, t)
             end.record()
             self._events.append((start, end))
             return output
         begin = time.perf_counter()
-        output = self._network(x, t)
+        output = self.network(x, t)
         self._seconds += time.perf_counter() - begin
         return output
 
@@ -131,10 +134,11 @@ class _Meter:
 class Sampler:
     """A solver bound to a model, a grid and a seed. `run(indices)` gives the samples with these indices.
 
-    model: a Family (its largest level, or `level`), a Level, or any denoiser together with `schedule` and `shape`.
-    solver: a name or a Solver. grid: name of a time grid, or a TimeGrid (which says the steps itself); by default the
-    solver's own choice. device: where to run; by default where the network is. precision: "fp32", "bf16" or "fp16"
-    (autocast of the network).
+    model: a Family (its largest level, or `level`, or several under `plan`), a Level, or any denoiser together with
+    `schedule` and `shape`. solver: a name or a Solver. grid: name of a time grid, or a TimeGrid (which says the steps
+    itself); by default the solver's own choice. plan: which levels run when: a Plan with a row for each evaluation, or
+    a Recipe (`family.plan(...)`), from which one is made. device: where to run; by default where the network is.
+    precision: "fp32", "bf16" or "fp16" (autocast of the network).
     The dtype of samples is float32, or float64 when that is the default dtype.
     Raises ValueError for options out of range.
     """
@@ -148,6 +152,7 @@ class Sampler:
         seed: int = 0,
         grid: str | TimeGrid | None = None,
         level: str | None = None,
+        plan: Plan | Recipe | None = None,
         schedule: NoiseSchedule | None = None,
         shape: Sequence[int] | None = None,
         device: str | torch.device | None = None,
@@ -157,37 +162,85 @@ class Sampler:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
         if not isinstance(seed, int):
             raise ValueError(f"seed must be a whole number, got {seed!r}")
+        if plan is not None and not isinstance(model, Family):
+            raise ValueError(
+                "plan= chooses between the levels of a family, but the model is not a Family; leave it out"
+            )
+        self.solver = copy.copy(_make_solver(solver))  # a copy: a solver may remember the grid that it made
         if isinstance(model, Family):
-            model = model.level(level)
+            schedule, shape = schedule or model.schedule, shape or model.shape
+            if plan is None:
+                model = model.level(level)
+            elif level is not None:
+                raise ValueError(f"level={level!r} runs one level, plan= several; give one of them")
         elif level is not None:
             raise ValueError(f"level={level!r} chooses within a family, but the model is not a Family; leave level out")
-        name, denoiser, cost = "model", model, 0.0
-        if isinstance(model, Level):
-            name, denoiser, cost = model.name, model.denoiser, model.flops
+        elif isinstance(model, Level):
             schedule, shape = schedule or model.schedule, shape or model.shape
         if schedule is None or shape is None:
             raise ValueError("a bare denoiser says nothing of its schedule and sample shape; pass schedule= and shape=")
-        own = getattr(denoiser, "schedule", None)
-        if isinstance(own, NoiseSchedule) and own.fingerprint != schedule.fingerprint:
-            raise ValueError(
-                f"schedule= is {schedule.to_config()}, but the model has {own.to_config()}; leave schedule out"
-            )
-        network = denoiser if isinstance(denoiser, nn.Module) else getattr(denoiser, "network", None)
-        self._network = network if isinstance(network, nn.Module) else None
-        self.device = torch.device(device) if device is not None else _device_of(self._network)
-        if self._network is not None:
-            self._network.to(self.device)
-        # a copy: a solver may remember the grid that it made
-        self.solver, self.schedule, self.shape = copy.copy(_make_solver(solver)), schedule, tuple(shape)
+        self.schedule, self.shape = schedule, tuple(shape)
         self.grid = self.solver.grid(schedule, steps, grid)
+        self.plan = self._check_plan(model, plan)
+        self._meters: dict[str, _Meter] = {}
+        self._denoiser = self._metered(model)
+        self._refuse_other_schedule()
+        inside = [getattr(part.network, "network", part.network) for part in self._meters.values()]
+        self._networks = nn.ModuleList(part for part in inside if isinstance(part, nn.Module))
+        self.device = torch.device(device) if device is not None else _device_of(self._networks)
+        self._networks.to(self.device)
         self.seed, self.precision = seed, precision
         self._points = Point.of(schedule, self.grid)
-        self._input_dtype = torch.float64 if getattr(denoiser, "any_dtype", False) else torch.get_default_dtype()
-        if isinstance(denoiser, NetworkDenoiser):
-            self._meter = _Meter(name, denoiser.network, cost)
-            self._denoiser: Denoiser = denoiser.through(self._meter)
-        else:
-            self._meter = self._denoiser = _Meter(name, denoiser, cost)  # type: ignore[arg-type]
+        self._response: list[float] | None = None
+        if self.plan is not None and self.plan.estimator == "hindsight":
+            self._response = response(self.solver, self._points)[0].tolist()
+        self._input_dtype = torch.float64 if getattr(self._denoiser, "any_dtype", False) else torch.get_default_dtype()
+
+    def _check_plan(self, model: Family | Level | Denoiser, plan: Plan | Recipe | None) -> Plan | None:
+        if plan is None:
+            return None
+        assert isinstance(model, Family)
+        if isinstance(plan, Recipe):
+            plan = plan.plan(model, self.solver, self.grid)
+        evaluations = self.solver.evaluations(self.grid)
+        if plan.evaluations != evaluations:
+            raise ValueError(
+                f"the plan has {plan.evaluations} rows, but {self.solver.name} in {self.grid.steps} steps evaluates "
+                f"{evaluations} times; draw it for these steps, or pass family.plan(...), which fits any"
+            )
+        if plan.estimator == "hindsight" and self.solver.name not in SOLVERS:
+            raise ValueError(f"hindsight needs a solver of mlem's own, got {self.solver.name}; use estimator=held")
+        return plan
+
+    def _metered(self, model: Family | Level | Denoiser) -> Any:
+        """The model as a denoiser, with a meter before each of its networks."""
+
+        def meter(name: str, network: Any) -> _Meter:
+            self._meters[name] = _Meter(network, costs.get(name, 0.0))
+            return self._meters[name]
+
+        costs: dict[str, float] = {}
+        if isinstance(model, Family):
+            assert self.plan is not None
+            denoiser = MultilevelDenoiser(model, self.plan)
+            costs = {name: model.level(name).flops for name in denoiser.names}
+            return denoiser.metered(meter)
+        name, whole = "model", model
+        if isinstance(model, Level):
+            name, whole, costs = model.name, model.denoiser, {model.name: model.flops}
+        if isinstance(whole, NetworkDenoiser):
+            return whole.through(meter(name, whole.network))
+        own = getattr(whole, "schedule", None)
+        metered: Any = meter(name, whole)
+        metered.schedule, metered.any_dtype = own, getattr(whole, "any_dtype", False)
+        return metered
+
+    def _refuse_other_schedule(self) -> None:
+        own = getattr(self._denoiser, "schedule", None)
+        if isinstance(own, NoiseSchedule) and own.fingerprint != self.schedule.fingerprint:
+            raise ValueError(
+                f"schedule= is {self.schedule.to_config()}, but the model has {own.to_config()}; leave schedule out"
+            )
 
     def start(self, indices: Tensor) -> Tensor:
         """The starting noise x_T ~ N(0, I) of these samples: indices (B,) int64 -> (B, *shape)."""
@@ -200,35 +253,46 @@ class Sampler:
         Raises NonFiniteError that names sample, step, time and level.
         """
         begin = time.perf_counter()
-        with torch.inference_mode(), evaluating(self._network):
+        with torch.inference_mode(), evaluating(self._networks):
             index = torch.as_tensor(list(indices), dtype=torch.int64, device=self.device)
             x_T = self.start(index)
             x = self._solve(x_T, index, None)
             # the one place where the host waits for the device
             finite = torch.isfinite(x.flatten(1)).all(1).tolist()
-            ledger = Ledger({self._meter.name: self._meter.collect()}, time.perf_counter() - begin, len(index))
+            ledger = Ledger(self._collect(len(index)), time.perf_counter() - begin, len(index))
             if not all(finite):
                 self._report_non_finite(x, x_T, index, finite, ledger)
         return Result(x, ledger, x_T)
 
+    def _collect(self, images: int) -> dict[str, LevelLedger]:
+        """What each level cost since the last time, beside what it should cost on average over the coins."""
+        levels = {name: meter.collect() for name, meter in self._meters.items()}
+        if self.plan is not None:
+            for cost, expected in zip(levels.values(), self.plan.expected_calls.tolist(), strict=True):
+                cost.expected_calls = expected * images
+        return levels
+
     def _solve(self, x_T: Tensor, index: Tensor, watch: Callable[[int, Tensor], None] | None) -> Tensor:
-        """The loop. watch: sees the number of each step and y after it."""
         path = BrownianPath(self.schedule, self.seed, index, self.shape, x_T.dtype)
         # the state is float64: at large kappa, y and kappa eps are both large and nearly cancel
         y = x_T.double() / self._points[0].alpha
         if y.dim() == 4:
             y = y.contiguous(memory_format=torch.channels_last)
-        state = self.solver.init(self._points, index, self.seed)
-        for i, (here, there) in enumerate(zip(self._points, self._points[1:], strict=False)):
-            y, state = self.solver.step(self._estimate, y, state, here, there, path)
-            if watch is not None:
-                watch(i, y)
+        revise = None
+        if self.plan is not None:
+            self._denoiser.start(index, self._response)
+            revise = self._revise if self._response is not None else None
+        y = integrate(self.solver, self._estimate, y, self._points, path, index, self.seed, revise=revise, watch=watch)
         return (y * self._points[-1].alpha).to(x_T.dtype)
 
     def _estimate(self, y: Tensor, point: Point) -> Tensor:
         t = torch.full((len(y),), point.t, dtype=self._input_dtype, device=y.device)
         with self._autocast():
             return self._denoiser((y * point.alpha).to(self._input_dtype), t)
+
+    def _revise(self, y: Tensor, point: Point) -> Tensor:
+        with self._autocast():
+            return self._denoiser.revise(y, point)
 
     def _autocast(self) -> AbstractContextManager[Any]:
         dtype = PRECISIONS[self.precision]
@@ -244,12 +308,12 @@ class Sampler:
                 found.extend((step, int(index[row])) for row in bad.nonzero().flatten().tolist())
 
         self._solve(x_T, index, watch)
-        self._meter.collect()  # the second run is no part of what the samples cost
+        self._collect(0)  # the second run is no part of what the samples cost
         step, sample = found[0] if found else (self.grid.steps - 1, int(index[finite.index(False)]))
         error = NonFiniteError(
             f"sample {sample} became NaN or infinite at step {step + 1} of {self.grid.steps} "
-            f"(t = {self.grid.times[step]:.4g}), level {self._meter.name}; {finite.count(False)} of {len(finite)} "
-            "samples of this batch are lost; try precision=fp32 or another solver"
+            f"(t = {self.grid.times[step]:.4g}), level {'+'.join(self._meters)}; {finite.count(False)} of "
+            f"{len(finite)} samples of this batch are lost; try precision=fp32 or another solver"
         )
         keep = [row for row, good in enumerate(finite) if good]
         error.result = Result(x[keep], ledger, x_T[keep])
@@ -257,8 +321,8 @@ class Sampler:
         raise error
 
 
-def _device_of(network: nn.Module | None) -> torch.device:
-    parameter = None if network is None else next(network.parameters(), None)
+def _device_of(network: nn.Module) -> torch.device:
+    parameter = next(network.parameters(), None)
     return torch.device("cpu") if parameter is None else parameter.device
 
 
@@ -294,7 +358,7 @@ def sample(
 ) -> Result:
     """Sample the images with these indices: index i and the seed fix an image, whatever the batch size.
 
-    model and **options: see `Sampler`: solver, steps, seed, grid, level, schedule, shape, device, precision.
+    model and **options: see `Sampler`: solver, steps, seed, grid, level, plan, schedule, shape, device, precision.
     return_noise: also give `x_T`. progress: show a bar.
     Raises ValueError for options out of range, NonFiniteError for samples that became NaN or infinite (after all
     others are done; they are in the error's `result`).

@@ -84,6 +84,8 @@ def falls(coins: str, p: Tensor, uniforms: Tensor) -> Tensor:
         passed = torch.floor(running + uniforms[:, None, :])
     else:
         arrivals = -torch.log(uniforms.view(len(uniforms), -1, levels)).cumsum(1)
-        passed = torch.searchsorted(arrivals.transpose(1, 2).contiguous(), running.T.expand(len(uniforms), -1, -1).contiguous())
+        passed = torch.searchsorted(
+            arrivals.transpose(1, 2).contiguous(), running.T.expand(len(uniforms), -1, -1).contiguous()
+        )
         passed = passed.transpose(1, 2)
     return passed.diff(dim=1, prepend=torch.zeros_like(passed[:, :1])).long() + certain

@@ -8,10 +8,12 @@ A file in this folder that subclasses `Solver` is found by its name.
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor
 
 from mlem.noise import BrownianPath
@@ -72,3 +74,53 @@ class Solver(ABC):
         self, eps: Estimate, y: Tensor, state: Any, here: Point, there: Point, path: BrownianPath
     ) -> tuple[Tensor, Any]:
         """y at `there`, given y (B, ...) at `here`, and the new state."""
+
+
+def integrate(
+    solver: Solver,
+    eps: Estimate,
+    y: Tensor,
+    points: list[Point],
+    path: BrownianPath,
+    indices: Tensor,
+    seed: int,
+    *,
+    revise: Callable[[Tensor, Point], Tensor] | None = None,
+    watch: Callable[[int, Tensor], None] | None = None,
+) -> Tensor:
+    """The loop: y (B, ...) at points[0] -> y at points[-1].
+
+    revise: may change y before each step, knowing better by then. watch: sees the number of each step and y after it.
+    """
+    state = solver.init(points, indices, seed)
+    for i, (here, there) in enumerate(itertools.pairwise(points)):
+        if revise is not None:
+            y = revise(y, here)
+        y, state = solver.step(eps, y, state, here, there, path)
+        if watch is not None:
+            watch(i, y)
+    return y
+
+
+class _NoNoise:
+    """A Brownian path that stands still."""
+
+    def at(self, t: float) -> float:
+        return 0.0
+
+
+def response(solver: Solver, points: list[Point]) -> tuple[Tensor, list[Point]]:
+    """What each noise estimate adds to the last y, all others held fixed, (R,) float64, and the points asked for.
+
+    Every solver is linear in y and in its noise estimates, so the coefficients are read off by feeding it unit vectors;
+    DDIM's are `kappa' - kappa`, those of Euler-Maruyama twice as much. At most two evaluations a step.
+    """
+    size, asked = 2 * len(points), []
+
+    def unit(y: Tensor, point: Point) -> Tensor:
+        asked.append(point)
+        return torch.zeros(size, dtype=torch.float64).index_fill_(0, torch.tensor([len(asked) - 1]), 1.0)
+
+    still: Any = _NoNoise()
+    nothing, index = torch.zeros(size, dtype=torch.float64), torch.zeros(1, dtype=torch.int64)
+    return integrate(solver, unit, nothing, points, still, index, 0)[: len(asked)], asked

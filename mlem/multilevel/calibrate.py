@@ -1,0 +1,301 @@
+"""Calibration: what each level costs, how far the levels are apart, and what that does to a sample.
+
+Along trajectories of the largest level (DDIM for the ODE, DDPM for the SDE) every level is evaluated at a few times.
+The correction `g^k = f^k - f^(k-1)` is added to the state there, and the trajectory run on to its end: the change
+`u_k(t)` of the sample, for a unit of `-ln kappa`, is how that correction counts. To first order the error of any plan is
+linear in these vectors, so that their inner products predict the mean squared error of every plan there is, without
+another evaluation of a network (`mlem.multilevel.predict`). Discretisation is measured, not predicted.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mlem.denoiser import Denoiser
+from mlem.family import Family
+from mlem.network import evaluating, seconds_per_image
+from mlem.noise import BrownianPath, NoiseStream
+from mlem.schedule import NoiseSchedule, TimeGrid
+from mlem.solvers import Point, integrate, make_solver
+
+FORMAT = 1
+DISCRETISATIONS = (
+    ("ddpm", "uniform"),
+    ("ddpm", "log_snr"),
+    ("dpm_solver_pp_sde", "log_snr"),
+    ("ddim", "uniform"),
+    ("ddim", "log_snr"),
+    ("dpm_solver_pp", "log_snr"),
+)
+"""Solvers and grids whose error on the largest level is measured."""
+STEPS = (8, 16, 32, 64, 128)
+
+
+@dataclass(frozen=True)
+class Response:
+    """How corrections count, for the ODE or the SDE; T times, C corrections (`f^2 - f^1` first).
+
+    inner: (C, T, C, T), mean over images and pixels of `q_k(t) q_l(t')`, where `q = u / gain`. gain: (C, T), root mean
+    square of u over that of the correction in v. roughness: (C,), from 0 (smooth in time) to 1 (a Brownian path): what
+    the corrections do between two of the times.
+    """
+
+    inner: Tensor
+    gain: Tensor
+    roughness: Tensor
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What was measured of a family.
+
+    names, flops: of the levels. seconds: batch size -> seconds per image of each level. log_snr: (T,), rising.
+    differences: (T, K, K), E|f^j - f^k|^2 per pixel. responses: "ode" and "sde". discretisation: "solver/grid" ->
+    {steps: mean squared error}. about: number of images, seed, device, reference steps, hash of the weights.
+    """
+
+    names: tuple[str, ...]
+    flops: tuple[float, ...]
+    seconds: dict[int, tuple[float, ...]]
+    log_snr: Tensor
+    differences: Tensor
+    responses: dict[str, Response]
+    discretisation: dict[str, dict[int, float]]
+    about: dict[str, Any]
+
+    def costs(self, unit: str = "seconds", batch_size: int = 64) -> Tensor:
+        """Cost of one evaluation of each level, the largest being 1: (K,). unit: "seconds" or "flops".
+
+        Seconds are those at the measured batch size nearest to `batch_size`.
+        """
+        if unit not in ("seconds", "flops"):
+            raise ValueError(f"cost must be seconds or flops, got {unit!r}")
+        near = min(self.seconds, key=lambda size: abs(math.log(size / batch_size)))
+        costs = torch.tensor(self.flops if unit == "flops" else self.seconds[near], dtype=torch.float64)
+        return costs / costs[-1]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        plain = asdict(self) | {"format": FORMAT}
+        plain["seconds"] = {str(size): list(values) for size, values in self.seconds.items()}
+        return _plain(plain)
+
+    @staticmethod
+    def from_dict(plain: dict[str, Any]) -> Calibration:
+        """The calibration that `to_dict` described. Raises ValueError for another format."""
+        if plain.get("format") != FORMAT:
+            raise ValueError(
+                f"a calibration of format {plain.get('format')!r}, this version reads {FORMAT}; calibrate again"
+            )
+
+        def tensor(values: Any) -> Tensor:
+            return torch.tensor(values, dtype=torch.float64)
+
+        return Calibration(
+            tuple(plain["names"]),
+            tuple(plain["flops"]),
+            {int(size): tuple(values) for size, values in plain["seconds"].items()},
+            tensor(plain["log_snr"]),
+            tensor(plain["differences"]),
+            {kind: Response(**{key: tensor(v) for key, v in one.items()}) for kind, one in plain["responses"].items()},
+            {name: {int(n): mse for n, mse in errors.items()} for name, errors in plain["discretisation"].items()},
+            plain["about"],
+        )
+
+    @staticmethod
+    def of(family: Family) -> Calibration:
+        """The calibration stored with a family. Raises ValueError with the remedy when there is none that fits."""
+        if "calibration" not in family.fitted:
+            raise ValueError(
+                f"this family of {family.data} is not calibrated: python -m mlem.multilevel calibrate FAMILY"
+            )
+        found = Calibration.from_dict(family.fitted["calibration"])
+        if found.about["weights"] != family.weights_hash:
+            raise ValueError("the calibration is of other weights: python -m mlem.multilevel calibrate FAMILY")
+        return found
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.tolist()
+    if isinstance(value, dict):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    return value
+
+
+def calibrate(
+    family: Family,
+    *,
+    images: int = 16,
+    times: int = 16,
+    seed: int = 0,
+    batch_sizes: Sequence[int] = (64,),
+    reference_steps: int = 1000,
+    steps: Sequence[int] = STEPS,
+    device: str | torch.device = "cpu",
+    progress: Callable[[str], None] = lambda text: None,
+) -> Calibration:
+    """Measure a family.
+
+    images: trajectories, with indices from 10^9 on, so that no sample shares its noise. times: T. batch_sizes: at which
+    levels are timed. reference_steps: of the run that discretisation is measured against. steps: counts at which it is.
+    progress: told what is being done. Raises ValueError for a family of one level.
+    """
+    if len(family.levels) < 2:
+        raise ValueError("calibration compares levels, and this family has one; train another: model.levels=[xs,s]")
+    networks = torch.nn.ModuleList(level.network for level in family.levels).to(device)
+    index = torch.arange(10**9, 10**9 + images, device=device)
+    seconds = {}
+    with torch.inference_mode(), evaluating(networks):
+        for size in batch_sizes:
+            progress(f"time of each level, batches of {size}")
+            seconds[size] = tuple(seconds_per_image(level.network, family.shape, size) for level in family.levels)
+        denoisers: list[Denoiser] = [level.denoiser for level in family.levels]
+        measured = measure(denoisers, family.schedule, family.shape, index, times=times, seed=seed, progress=progress)
+        top = denoisers[-1]
+        errors = discretisation(
+            top,
+            family.schedule,
+            family.shape,
+            index,
+            steps=steps,
+            reference_steps=reference_steps,
+            seed=seed,
+            progress=progress,
+        )
+    about = {"images": images, "seed": seed, "device": str(device), "reference_steps": reference_steps}
+    about["weights"] = family.weights_hash
+    flops = tuple(float(level.flops) for level in family.levels)
+    return Calibration(tuple(family.names), flops, seconds, *measured, errors, about)
+
+
+def measure(
+    denoisers: Sequence[Denoiser],
+    schedule: NoiseSchedule,
+    shape: Sequence[int],
+    index: Tensor,
+    *,
+    times: int = 16,
+    seed: int = 0,
+    progress: Callable[[str], None] = lambda text: None,
+) -> tuple[Tensor, Tensor, dict[str, Response]]:
+    """log_snr (T,), differences (T, K, K) and responses, as in `Calibration`; index: (B,) of the trajectories."""
+    responses, differences = {}, []
+    # twice as many steps as times
+    grid = TimeGrid.make("log_snr", schedule, 2 * times)
+    for kind, solver in (("ode", "ddim"), ("sde", "ddpm")):
+        progress(f"how corrections reach a sample, {kind}")
+        outputs, changes = _perturbed(denoisers, schedule, shape, index, solver, grid, seed)
+        differences.append((outputs[:, :, None] - outputs[:, None]).square().flatten(3).mean(3))
+        responses[kind] = _response(outputs, changes, grid, schedule)
+    log_snr = schedule.log_snr(torch.tensor(grid.times[:-1:2], dtype=torch.float64))
+    return log_snr, torch.stack(differences).mean(0).cpu(), responses
+
+
+class _Repeated:
+    """A Brownian path for copies of its samples."""
+
+    def __init__(self, path: BrownianPath) -> None:
+        self._path, self.copies = path, 1
+
+    def at(self, t: float) -> Tensor:
+        value = self._path.at(t)
+        return value.repeat(self.copies, *[1] * (value.dim() - 1))
+
+
+def _perturbed(
+    denoisers: Sequence[Denoiser],
+    schedule: NoiseSchedule,
+    shape: Sequence[int],
+    index: Tensor,
+    solver_name: str,
+    grid: TimeGrid,
+    seed: int,
+) -> tuple[Tensor, Tensor]:
+    """The levels along the trajectory, (T, K, B, ...), and the changes u of the sample, (T, K-1, B, ...).
+
+    Copies of the trajectory, one for each time and correction, join the batch when their time has come.
+    """
+    solver, points = make_solver(solver_name), Point.of(schedule, grid)
+    path = _Repeated(BrownianPath(schedule, seed, index, shape, torch.float32))
+    y = NoiseStream(seed, "start").normal(index, [0], shape, torch.float32)[0].double() / points[0].alpha
+    count, outputs = len(index), []
+
+    def eps(y: Tensor, point: Point, level: int = -1) -> Tensor:
+        t = torch.full((len(y),), point.t, dtype=torch.float64, device=y.device)
+        return denoisers[level](y * point.alpha, t).double()
+
+    for i, (here, there) in enumerate(itertools.pairwise(points)):
+        if i % 2 == 0:
+            outputs.append(torch.stack([eps(y[:count], here, level) for level in range(len(denoisers))]))
+            # as much as the correction does in a step between two of the times
+            width = here.kappa - points[min(i + 2, len(points) - 1)].kappa
+            y = torch.cat([y, *(y[:count] - width * g for g in outputs[-1].diff(dim=0))])
+            path.copies = len(y) // count
+        y, _ = solver.step(eps, y, None, here, there, path)  # type: ignore[arg-type]
+    changes = y.view(-1, count, *shape)
+    changes = (changes[1:] - changes[0]).view(len(outputs), len(denoisers) - 1, count, *shape)
+    widths = [
+        points[i].kappa / (points[i].kappa - points[min(i + 2, len(points) - 1)].kappa)
+        for i in range(0, len(points) - 1, 2)
+    ]
+    scale = -torch.tensor(widths, dtype=torch.float64, device=y.device)
+    return torch.stack(outputs), changes * scale.view(-1, 1, 1, *[1] * len(shape))
+
+
+def _response(outputs: Tensor, changes: Tensor, grid: TimeGrid, schedule: NoiseSchedule) -> Response:
+    """The inner products: outputs (T, K, B, ...), changes (T, K-1, B, ...)."""
+    alpha = schedule.alpha(torch.tensor(grid.times[:-1:2], dtype=torch.float64, device=outputs.device))
+    corrections = outputs.diff(dim=1).flatten(2) / alpha[:, None, None]
+    u = changes.flatten(2)
+    gain = (u.square().mean(2) / corrections.square().mean(2)).sqrt()
+    q = (u / gain[..., None]).transpose(0, 1)  # (C, T, B pixels)
+    inner = torch.einsum("ktn,lsn->ktls", q, q) / q.shape[2]
+    # structure function: a smooth path gives 4, a Brownian one 2
+    one, two = q.diff(dim=1).square().mean((1, 2)), (q[:, 2:] - q[:, :-2]).square().mean((1, 2))
+    roughness = (4 * one / two - 1).clamp(0, 1)
+    return Response(inner.cpu(), gain.T.cpu(), roughness.cpu())
+
+
+def discretisation(
+    denoiser: Denoiser,
+    schedule: NoiseSchedule,
+    shape: Sequence[int],
+    index: Tensor,
+    *,
+    steps: Sequence[int] = STEPS,
+    reference_steps: int = 1000,
+    seed: int = 0,
+    progress: Callable[[str], None] = lambda text: None,
+) -> dict[str, dict[int, float]]:
+    """Mean squared error of each of DISCRETISATIONS at each step count against the many-step run."""
+
+    def run(name: str, grid: str | None, count: int) -> Tensor:
+        solver = make_solver(name)
+        points = Point.of(schedule, solver.grid(schedule, count, grid))
+        path = BrownianPath(schedule, seed, index, shape, torch.float32)
+        y = NoiseStream(seed, "start").normal(index, [0], shape, torch.float32)[0].double() / points[0].alpha
+
+        def eps(y: Tensor, point: Point) -> Tensor:
+            t = torch.full((len(y),), point.t, dtype=torch.float64, device=y.device)
+            return denoiser(y * point.alpha, t)
+
+        return integrate(solver, eps, y, points, path, index, seed) * points[-1].alpha
+
+    references: dict[str, Tensor] = {}
+    errors: dict[str, dict[int, float]] = {}
+    for name, grid in DISCRETISATIONS:
+        progress(f"discretisation error of {name} on the {grid} grid")
+        reference = make_solver(name).reference
+        if reference not in references:
+            references[reference] = run(reference, None, reference_steps)
+        found = {count: (run(name, grid, count) - references[reference]).square().mean().item() for count in steps}
+        errors[f"{name}/{grid}"] = found
+    return errors

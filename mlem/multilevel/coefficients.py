@@ -1,0 +1,94 @@
+"""Learnable probabilities: `p_k(t) = sigmoid(alpha_k u(t) + beta_k)` ([J], arXiv:2603.24594, names alpha_k and beta_k).
+
+The feature is ours: u(t) is the log signal-to-noise ratio, less its mean and over its standard deviation between t = 1/N
+and t = 1 (a uniform law in log-SNR), so that coefficients mean the same on every grid.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mlem.family import Family
+from mlem.schedule import NUM_TIMESTEPS, NoiseSchedule
+
+CERTAIN = 40.0
+"""A beta so large that p = 1 in float64."""
+
+
+def feature(schedule: NoiseSchedule, times: Sequence[float] | Tensor) -> Tensor:
+    """u(t): times (R,) in (0, 1] -> (R,) float64."""
+    high, low = schedule.log_snr(1 / NUM_TIMESTEPS).item(), schedule.log_snr(1.0).item()
+    log_snr = schedule.log_snr(torch.as_tensor(times, dtype=torch.float64))
+    return (log_snr - (high + low) / 2) / ((high - low) / math.sqrt(12))
+
+
+@dataclass(frozen=True, eq=False)
+class Coefficients:
+    """alpha, beta: (K,), one pair for each level; the first level usually has p = 1 (`beta = CERTAIN`).
+
+    levels: their names; empty means all of a family's. about: for which solver, steps and grid they were fitted, from
+    which log-SNR to which, and what it brought; plain data.
+    """
+
+    alpha: Tensor
+    beta: Tensor
+    levels: tuple[str, ...] = ()
+    about: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("alpha", "beta"):
+            object.__setattr__(self, name, torch.as_tensor(getattr(self, name), dtype=torch.float64))
+        if self.alpha.dim() != 1 or self.alpha.shape != self.beta.shape:
+            raise ValueError(
+                f"alpha and beta must be (levels,), got {tuple(self.alpha.shape)} and {tuple(self.beta.shape)}"
+            )
+        if not bool(torch.isfinite(self.alpha).all() and torch.isfinite(self.beta).all()):
+            raise ValueError("alpha and beta must be finite; fit them again: python train.py model=coefficients")
+
+    def probabilities(self, schedule: NoiseSchedule, times: Sequence[float] | Tensor, delta: float = 0.0) -> Tensor:
+        """p_k at these times: (R, K) float64. delta is added to every beta but the first, as in Fig. 1 of [J]."""
+        shift = torch.full_like(self.beta, delta).index_fill_(0, torch.tensor(0), 0.0)
+        logits = self.alpha * feature(schedule, times)[:, None] + self.beta + shift
+        # never 0: a level that could not run would have no weight to be paid with
+        return torch.sigmoid(logits).clamp(min=1e-9)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        plain = {"alpha": self.alpha.tolist(), "beta": self.beta.tolist()}
+        return plain | {"levels": list(self.levels), "about": self.about}
+
+    @staticmethod
+    def from_dict(plain: dict[str, Any]) -> Coefficients:
+        """The coefficients that `to_dict` described."""
+        return Coefficients(plain["alpha"], plain["beta"], tuple(plain["levels"]), plain["about"])
+
+    @staticmethod
+    def of(family: Family) -> Coefficients:
+        """Those stored with a family. Raises ValueError with the remedy when there are none that fit."""
+        if "coefficients" not in family.fitted:
+            raise ValueError(
+                f"this family of {family.data} has no learned coefficients: python train.py model=coefficients, "
+                "or take probabilities=calibrated"
+            )
+        found = Coefficients.from_dict(family.fitted["coefficients"])
+        if found.about.get("weights") not in (None, family.weights_hash):
+            raise ValueError(
+                "the coefficients are of other weights; fit them again: python train.py model=coefficients"
+            )
+        return found
+
+    @staticmethod
+    def fit(probabilities: Tensor, schedule: NoiseSchedule, times: Sequence[float]) -> tuple[Tensor, Tensor]:
+        """alpha and beta, (K,) each, nearest (least squares in the logit) to a table of probabilities (R, K)."""
+        u = feature(schedule, times)
+        design = torch.stack([u, torch.ones_like(u)], 1)
+        logits = torch.logit(probabilities.double().clamp(1e-6, 1 - 1e-3))
+        alpha, beta = torch.linalg.lstsq(design, logits).solution
+        certain = (probabilities >= 1).all(0)
+        return torch.where(certain, 0.0, alpha), torch.where(certain, CERTAIN, beta)

@@ -1,0 +1,250 @@
+"""The mean squared error of a plan, predicted from a calibration, and the best held plan by that prediction.
+
+To first order a plan's error is linear in what the corrections add to a sample: for correction k, the sum over rows of
+`d_k(i) q_k(i)`, with `q_k` the calibrated vectors and d what the plan says in the place of the correction, less the
+correction itself, times the weight `s_i` of row i. The mean square is a quadratic form in d. Between calibrated times q
+is a straight line plus, as far as it was found to be rough, a Brownian bridge.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mlem.multilevel.calibrate import Calibration
+from mlem.multilevel.plan import Plan
+from mlem.schedule import NoiseSchedule, TimeGrid
+from mlem.solvers import Point, Solver, response
+
+
+class Predictor:
+    """What a calibration says of plans for one solver on one grid; R rows, C corrections of the whole family."""
+
+    def __init__(self, calibration: Calibration, schedule: NoiseSchedule, solver: Solver, grid: TimeGrid) -> None:
+        self.calibration, self.solver, self.grid = calibration, solver, grid
+        coefficients, points = response(solver, Point.of(schedule, grid))
+        kappa = torch.tensor([point.kappa for point in points], dtype=torch.float64)
+        self.times = -kappa.log()
+        """-ln kappa at each row: (R,)."""
+        found = calibration.responses["sde" if solver.stochastic else "ode"]
+        place = _Place(self.times, calibration.log_snr / 2)
+        gain = torch.exp(found.gain.log() @ place.matrix.T)  # (C, R)
+        self.scale = coefficients / kappa * gain
+        """How a unit of error in q at each row reaches the sample: (C, R)."""
+        self.covariance = place.covariance(found)
+        """Mean of `q_k(i) q_l(j)` per pixel: (C, R, C, R)."""
+
+    @property
+    def discretisation(self) -> float | None:
+        """Mean squared error of the largest level at every row, by a power law between the measured step counts."""
+        found = self.calibration.discretisation.get(f"{self.solver.name}/{self.grid.name}")
+        return None if found is None else _power_law(found, self.grid.steps)
+
+    def error(self, plan: Plan) -> float:
+        """Mean squared error per pixel that the plan adds to that of the solver."""
+        return max(0.0, self.energy(self._deviations(plan)).item())
+
+    def total(self, plan: Plan) -> float:
+        """`error` plus `discretisation`. Raises ValueError where that was not measured."""
+        discretisation = self.discretisation
+        if discretisation is None:
+            measured = ", ".join(self.calibration.discretisation)
+            raise ValueError(f"the error of {self.solver.name}/{self.grid.name} was not measured; choose of {measured}")
+        return self.error(plan) + discretisation
+
+    def variance(self, plan: Plan) -> float:
+        """What `error` is on average over independent coins, `sum (1/p - 1) s^2 V`, plus what missing levels cost."""
+        *groups, missing = self.groups(plan.levels)
+        total = self.energy(self._missing(missing)).item()
+        for number, corrections in enumerate(groups, 1):
+            total += ((1 / plan.probabilities[:, number] - 1) * self._squares(corrections)).sum().item()
+        return total
+
+    def allocation(self, levels: Sequence[str], costs: Tensor) -> Tensor:
+        """`s sqrt(V_k / c_k)`, to be scaled: (R, K), the first column 1. costs: (K,) of all levels of the family."""
+        names = self.calibration.names
+        own = costs[[names.index(name) for name in levels]]
+        paid = own[1:] + own[:-1]  # a coin makes both ends of its correction run
+        columns = [self._squares(corrections).sqrt() for corrections in self.groups(levels)[:-1]]
+        table = torch.stack([torch.ones(self.scale.shape[1], dtype=torch.float64), *columns], 1)
+        table[:, 1:] /= paid.sqrt()
+        return table
+
+    def _squares(self, corrections: Sequence[int]) -> Tensor:
+        """What missing these corrections at one row alone would cost: (R,)."""
+        rows = torch.arange(self.scale.shape[1])
+        index = torch.tensor(corrections)
+        scale = self.scale[index]
+        inner = self.covariance[index[:, None, None], rows, index[None, :, None], rows]  # (c, c, R)
+        return torch.einsum("cr,cdr,dr->r", scale, inner, scale)
+
+    def _missing(self, corrections: Sequence[int]) -> Tensor:
+        deviations = torch.zeros_like(self.scale)
+        deviations[list(corrections)] = -self.scale[list(corrections)]
+        return deviations
+
+    def energy(self, deviations: Tensor) -> Tensor:
+        """The quadratic form: (.., C, R) -> (..)."""
+        flat = deviations.flatten(-2)
+        size = flat.shape[-1]
+        return ((flat @ self.covariance.reshape(size, size)) * flat).sum(-1)
+
+    def groups(self, levels: Sequence[str]) -> list[list[int]]:
+        """Which corrections of the family each correction of a plan on `levels` stands for, and the missing ones last."""
+        places = [self.calibration.names.index(name) for name in levels or self.calibration.names]
+        between = [list(range(low, high)) for low, high in itertools.pairwise(places)]
+        return [*between, list(range(places[-1], len(self.calibration.names) - 1))]
+
+    def _deviations(self, plan: Plan) -> Tensor:
+        """d: (C, R)."""
+        if plan.counts is None or bool((plan.probabilities[:, 0] < 1).any()):
+            raise ValueError("only a shared plan whose first level always runs can be predicted")
+        *held, missing = self.groups(plan.levels)
+        deviations = self._missing(missing)
+        for number, corrections in enumerate(held, 1):
+            counts = plan.counts[:, number]
+            for correction in corrections:
+                scale = self.scale[correction]
+                if plan.holds:
+                    said = held_deviation(counts.bool()[None], scale, self.times, plan.order, plan.estimator)[0]
+                else:
+                    said = scale * (counts / plan.probabilities[:, number] - 1)
+                deviations[correction] = said
+        return deviations
+
+
+class _Place:
+    """Where rows lie among the calibrated times."""
+
+    def __init__(self, times: Tensor, knots: Tensor) -> None:
+        inside = times.clamp(knots[0], knots[-1])
+        self._cell = (torch.searchsorted(knots, inside, right=True) - 1).clamp(0, len(knots) - 2)
+        self._share = (inside - knots[self._cell]) / (knots[self._cell + 1] - knots[self._cell])
+        rows = torch.arange(len(times))
+        self.matrix = torch.zeros(len(times), len(knots), dtype=torch.float64)
+        self.matrix[rows, self._cell] = 1 - self._share
+        self.matrix[rows, self._cell + 1] = self._share
+
+    def covariance(self, found: object) -> Tensor:
+        """Straight lines between the calibrated times, and bridges: (C, R, C, R)."""
+        inner, roughness = found.inner, found.roughness  # type: ignore[attr-defined]
+        straight = torch.einsum("it,ktls,js->kilj", self.matrix, inner, self.matrix)
+        change = inner.diff(dim=1).diff(dim=3).diagonal(dim1=1, dim2=3)  # (C, C, T-1)
+        change = change * (roughness[:, None] * roughness).sqrt()[..., None]
+        same = self._cell[:, None] == self._cell
+        bridge = (torch.minimum(self._share[:, None], self._share) - self._share[:, None] * self._share) * same
+        return straight + (change[:, :, self._cell][..., None] * bridge).permute(0, 2, 1, 3)
+
+
+def held_deviation(measured: Tensor, scale: Tensor, times: Tensor, order: int, estimator: str) -> Tensor:
+    """d of corrections measured where `measured` (N, R) is true, in N plans at once: (N, R). scale, times: (R,)."""
+    rows = measured.shape[1]
+    number = torch.arange(rows).expand_as(measured)
+    last = torch.where(measured, number, 0).cummax(1).values
+    before = torch.cat([torch.zeros_like(last[:, :1]), last[:, :-1]], 1).gather(1, last)  # the one before the last
+    later = torch.where(measured, number, rows).flip(1).cummin(1).values.flip(1)
+    second = before
+    if estimator == "hindsight":
+        second = torch.where(later < rows, later, before)
+    elif order == 0:
+        second = last
+    if order == 0:
+        second = torch.where(later < rows, second, last)
+    span = times[second] - times[last]
+    slope = torch.where((span != 0) & ~measured, (times - times[last]) / torch.where(span != 0, span, 1.0), 0.0)
+    said = torch.zeros(measured.shape, dtype=torch.float64)
+    said.scatter_add_(1, last, scale * (1 - slope))
+    said.scatter_add_(1, second, scale * slope)
+    return said - scale
+
+
+def _power_law(points: dict[int, float], steps: int) -> float:
+    """Between two measured step counts, and beyond them, a straight line in the logarithms."""
+    counts = sorted(points)
+    high = min(max(1, sum(count < steps for count in counts)), len(counts) - 1)
+    a, b = counts[high - 1], counts[high]
+    slope = math.log(points[b] / points[a]) / math.log(b / a)
+    return points[a] * (steps / a) ** slope
+
+
+class Search:
+    """The best rows to measure the corrections of `levels` at, by predicted error."""
+
+    def __init__(self, predictor: Predictor, levels: Sequence[str], costs: Tensor, order: int, estimator: str) -> None:
+        """costs: (K,) of all levels of the family."""
+        self._predictor, self._order, self._estimator = predictor, order, estimator
+        *self._groups, self._missing = predictor.groups(levels)
+        names = predictor.calibration.names
+        self.levels = tuple(levels)
+        self._costs = costs[[names.index(name) for name in levels]]
+        self._rows = predictor.scale.shape[1]
+
+    def plan(self, budget: float) -> Plan | None:
+        """The plan found for a cost of at most `budget` (in evaluations of the largest level), or None.
+
+        Greedy: the measurement that lowers the error most for its cost, until the budget is spent; then each is moved
+        by a row or two as long as that helps.
+        """
+        measured = torch.zeros(self._rows, len(self.levels), dtype=torch.bool)
+        measured[0] = measured[:, 0] = True
+        if self._plan(measured).cost(self._costs) > budget:
+            return None
+        while (better := self._best_addition(measured, budget)) is not None:
+            measured = better
+        for _ in range(3):
+            measured, moved = self._moved(measured)
+            if not moved:
+                break
+        return self._plan(measured)
+
+    def _plan(self, measured: Tensor) -> Plan:
+        return Plan.given(measured, order=self._order, estimator=self._estimator, levels=self.levels)
+
+    def _energies(self, tables: Tensor) -> Tensor:
+        """Predicted errors of many tables: (N, R, K) bool -> (N,)."""
+        predictor = self._predictor
+        deviations = torch.zeros(len(tables), *predictor.scale.shape, dtype=torch.float64)
+        for number, corrections in enumerate(self._groups, 1):
+            for one in corrections:
+                scale = predictor.scale[one]
+                arguments = (scale, predictor.times, self._order, self._estimator)
+                deviations[:, one] = held_deviation(tables[:, :, number], *arguments)
+        for one in self._missing:
+            deviations[:, one] = -predictor.scale[one]
+        return predictor.energy(deviations)
+
+    def _best_addition(self, measured: Tensor, budget: float) -> Tensor | None:
+        free = (~measured).nonzero()
+        now = self._plan(measured).cost(self._costs)
+        again = self._costs[0] if self._estimator == "hindsight" else 0.0
+        below = torch.where(measured[free[:, 0], free[:, 1] - 1], 0.0, self._costs[free[:, 1] - 1])
+        extra = self._costs[free[:, 1]] + below + again
+        free, extra = free[now + extra <= budget], extra[now + extra <= budget]
+        if not len(free):
+            return None
+        tables = measured.repeat(len(free), 1, 1)
+        tables[torch.arange(len(free)), free[:, 0], free[:, 1]] = True
+        gains = (self._energies(measured[None]) - self._energies(tables)) / extra
+        best = int(gains.argmax())
+        return tables[best] if gains[best] > 0 else None
+
+    def _moved(self, measured: Tensor) -> tuple[Tensor, bool]:
+        moved, energy = False, self._energies(measured[None]).item()
+        for row, level in measured.nonzero().tolist():
+            if row == 0 or level == 0:
+                continue
+            places = [row + shift for shift in (-2, -1, 1, 2) if 0 < row + shift < self._rows]
+            places = [place for place in places if not measured[place, level]]
+            if not places:
+                continue
+            tables = measured.repeat(len(places), 1, 1)
+            tables[:, row, level] = False
+            tables[torch.arange(len(places)), places, level] = True
+            energies = self._energies(tables)
+            if energies.min() < energy * (1 - 1e-9):
+                measured, energy, moved = tables[int(energies.argmin())], energies.min().item(), True
+        return measured, moved

@@ -1,0 +1,223 @@
+"""A recipe: how to make a plan for whatever solver and steps come. `family.plan(budget=0.25)` gives one.
+
+Probabilities are calibrated (`p_k = min(1, C s sqrt(V_k / c_k))`, Giles' allocation, with the measured weight s of
+an error at that time), learned (`Coefficients`), fixed numbers, or the theorem's law in the cost (`p_k ~ c_k^-(1/2 +
+1/gamma)`). One dial sets how much is spent: budget, mse or delta. Held corrections with calibrated probabilities toss no
+coins: the rows at which they are measured are searched for.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from mlem.family import Family
+from mlem.multilevel.calibrate import Calibration
+from mlem.multilevel.coefficients import Coefficients
+from mlem.multilevel.coins import COINS, check_coins
+from mlem.multilevel.plan import ESTIMATORS, Plan
+from mlem.multilevel.predict import Predictor, Search
+from mlem.schedule import TimeGrid
+from mlem.solvers import Point, Solver, response
+
+PROBABILITIES = ("calibrated", "learned", "theory")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """See the module docstring; `Family.plan` says what the fields mean."""
+
+    budget: float | None = None
+    mse: float | None = None
+    delta: float | None = None
+    probabilities: str | tuple[float, ...] = "calibrated"
+    coins: str | None = None
+    estimator: str = "hindsight"
+    order: int = 1
+    levels: tuple[str, ...] | None = None
+    gamma: float = 2.5
+    cost: str = "seconds"
+    batch_size: int = 64
+    seed: int = 0
+    per_sample: bool = False
+
+    def __post_init__(self) -> None:
+        dials = [name for name in ("budget", "mse", "delta") if getattr(self, name) is not None]
+        if len(dials) > 1:
+            raise ValueError(f"give one of budget, mse and delta, got {' and '.join(dials)}")
+        if self.budget is not None and not 0 < self.budget <= 1:
+            raise ValueError(f"budget must be in (0, 1], a share of the largest level's cost, got {self.budget}")
+        if self.mse is not None and not self.mse > 0:
+            raise ValueError(f"mse must be positive, got {self.mse}")
+        if isinstance(self.probabilities, str) and self.probabilities not in PROBABILITIES:
+            choices = ", ".join(PROBABILITIES)
+            raise ValueError(f"probabilities must be {choices} or numbers, got {self.probabilities!r}")
+        if self.coins is not None:
+            check_coins(self.coins)
+        if self.estimator not in ESTIMATORS:
+            raise ValueError(f"estimator must be one of {', '.join(ESTIMATORS)}, got {self.estimator!r}")
+        if self.probabilities in ("calibrated", "theory") and not dials:
+            raise ValueError(f"{self.probabilities} probabilities need budget= or mse=, such as budget=0.25")
+        if self.delta is not None and self.probabilities != "learned":
+            raise ValueError("delta shifts learned coefficients; say probabilities=learned, or give budget=")
+
+    def plan(self, family: Family, solver: Solver, grid: TimeGrid) -> Plan:
+        """The plan for this family, solver and grid. Raises ValueError where the family was not fitted for it."""
+        return _Kitchen(self, family, solver, grid).plan()
+
+
+class _Kitchen:
+    """A recipe with all that it needs."""
+
+    def __init__(self, recipe: Recipe, family: Family, solver: Solver, grid: TimeGrid) -> None:
+        self.recipe, self.family, self.solver, self.grid = recipe, family, solver, grid
+        coefficients, self.points = response(solver, Point.of(family.schedule, grid))
+        self.rows = len(coefficients)
+        for name in recipe.levels or ():
+            family.level(name)
+        calibrated = "calibration" in family.fitted
+        if calibrated or recipe.probabilities == "calibrated" or recipe.mse is not None:
+            calibration = Calibration.of(family)
+            self.predictor = Predictor(calibration, family.schedule, solver, grid)
+            self.costs = calibration.costs(recipe.cost, recipe.batch_size)
+        else:
+            self.predictor = None
+            flops = torch.tensor([level.flops for level in family.levels], dtype=torch.float64)
+            self.costs = flops / flops[-1]
+
+    def plan(self) -> Plan:
+        """The plan, with what is predicted of it in `about`."""
+        if self.recipe.mse is not None:
+            plan = self._for_error(self.recipe.mse)
+        elif self.recipe.budget is not None:
+            plan = self._for_budget(self.recipe.budget * self.rows)
+        else:
+            plan = self._draw(self._levels()[-1], 1.0)
+        return replace(plan, about=self._about(plan))
+
+    def _about(self, plan: Plan) -> dict[str, object]:
+        costs = self._costs_of(plan.levels)
+        about: dict[str, object] = {"solver": self.solver.name, "steps": self.grid.steps, "grid": self.grid.name}
+        about |= {"cost": plan.cost(costs), "expected_cost": plan.expected_cost(costs), "cost_unit": self.recipe.cost}
+        if self.predictor is not None and not plan.per_sample and bool((plan.probabilities[:, 0] == 1).all()):
+            about["predicted_mse_of_plan"] = self.predictor.error(plan)
+            if self.predictor.discretisation is not None:
+                about["predicted_mse"] = self.predictor.total(plan)
+        return about
+
+    def _costs_of(self, levels: Sequence[str]) -> Tensor:
+        return self.costs[[self.family.names.index(name) for name in levels]]
+
+    def _levels(self) -> list[tuple[str, ...]]:
+        """Subsets of the levels that come into question, the given one alone or all with the largest."""
+        if self.recipe.levels is not None:
+            return [self.recipe.levels]
+        names = tuple(self.family.names)
+        if self.recipe.probabilities == "learned":
+            return [Coefficients.of(self.family).levels or names]
+        if self.predictor is None or not isinstance(self.recipe.probabilities, str):
+            return [names]
+        below = [part for size in range(len(names)) for part in itertools.combinations(names[:-1], size)]
+        return [(*part, names[-1]) for part in below]
+
+    def _for_budget(self, budget: float) -> Plan:
+        plans = [plan for levels in self._levels() if (plan := self._best(levels, budget)) is not None]
+        if not plans:
+            raise ValueError(
+                f"budget={self.recipe.budget} of {self.rows} evaluations is {budget:.3g} evaluations of the largest "
+                "level: no plan costs so little; raise it, or take fewer steps"
+            )
+        if self.predictor is None or len(plans) == 1:
+            return plans[-1]
+        predictor = self.predictor
+        if self.recipe.per_sample:
+            return min(plans, key=lambda plan: predictor.variance(plan))
+        return min(plans, key=lambda plan: predictor.error(plan) if plan.holds else predictor.variance(plan))
+
+    def _best(self, levels: tuple[str, ...], budget: float) -> Plan | None:
+        """The plan on these levels that spends at most `budget`, in evaluations of the largest level."""
+        recipe = self.recipe
+        searched = recipe.estimator != "jump" and recipe.probabilities == "calibrated" and recipe.coins is None
+        if searched:
+            assert self.predictor is not None
+            return Search(self.predictor, levels, self.costs, recipe.order, recipe.estimator).plan(budget)
+        costs = self._costs_of(levels)
+
+        def spent(dial: float) -> float:
+            return self._draw(levels, dial).expected_cost(costs)
+
+        low, high = 1e-9, 1e9
+        if spent(low) > budget:
+            return None
+        for _ in range(60):
+            middle = math.sqrt(low * high)
+            low, high = (middle, high) if spent(middle) <= budget else (low, middle)
+        return self._draw(levels, low)
+
+    def _draw(self, levels: tuple[str, ...], dial: float) -> Plan:
+        recipe = self.recipe
+        p = self._probabilities(levels, dial)
+        coins = recipe.coins or COINS[0]
+        options = {"estimator": recipe.estimator, "order": recipe.order, "per_sample": recipe.per_sample}
+        return Plan.draw(p, coins, recipe.seed, levels=levels, **options)  # type: ignore[arg-type]
+
+    def _probabilities(self, levels: tuple[str, ...], dial: float) -> Tensor:
+        """(R, K): p_k, the dial scaling all but the first level's; for learned coefficients it is e^delta."""
+        recipe = self.recipe
+        if recipe.probabilities == "learned":
+            delta = recipe.delta if recipe.delta is not None else math.log(dial)
+            times = [point.t for point in self.points]
+            return Coefficients.of(self.family).probabilities(self.family.schedule, times, delta)
+        if recipe.probabilities == "calibrated":
+            assert self.predictor is not None
+            table = self.predictor.allocation(levels, self.costs)
+        elif recipe.probabilities == "theory":
+            costs = self._costs_of(levels)
+            table = ((costs / costs[0]) ** -(0.5 + 1 / recipe.gamma)).expand(self.rows, -1)
+        else:
+            table = torch.tensor(recipe.probabilities, dtype=torch.float64).expand(self.rows, -1)
+        if table.shape[1] != len(levels):
+            raise ValueError(
+                f"probabilities= must be {len(levels)} numbers, for {', '.join(levels)}, got {table.shape[1]}"
+            )
+        p = (table * dial).clamp(1e-9, 1.0)
+        p[:, 0] = table[:, 0].clamp(max=1.0) if not isinstance(recipe.probabilities, str) else 1.0
+        return p
+
+    def _for_error(self, mse: float) -> Plan:
+        predictor = self.predictor
+        assert predictor is not None
+        discretisation = predictor.discretisation
+        if discretisation is None or discretisation >= mse:
+            found = "was not measured" if discretisation is None else f"is {discretisation:.2g}"
+            raise ValueError(
+                f"mse={mse:g}: the error of {self.solver.name} in {self.grid.steps} steps on the {self.grid.name} grid "
+                f"alone {found}; take more steps, or another solver"
+            )
+
+        def error(share: float) -> float:
+            try:
+                plan = self._for_budget(share * self.rows)
+            except ValueError:
+                return math.inf
+            return predictor.total(plan) if plan.holds else discretisation + predictor.variance(plan)
+
+        low, high = 1.0 / self.rows * self.costs[0].item(), 1.0
+        for _ in range(12):
+            middle = math.sqrt(low * high)
+            low, high = (low, middle) if error(middle) <= mse else (middle, high)
+        return self._for_budget(high * self.rows)
+
+
+def stored_plan(family: Family, name: str) -> Plan:
+    """The plan kept with the family under this name. Raises ValueError with the names there are."""
+    plans = family.fitted.get("plans", {})
+    if name not in plans:
+        kept = f"there are {', '.join(plans)}" if plans else "there are none"
+        raise ValueError(f"plan={name}: {kept}; memorise one with: python -m mlem.multilevel memorise FAMILY")
+    return Plan.from_dict(plans[name])
