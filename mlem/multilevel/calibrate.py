@@ -2,8 +2,8 @@
 
 Along trajectories of the largest level (DDIM for the ODE, DDPM for the SDE) every level is evaluated at a few times.
 The correction `g^k = f^k - f^(k-1)` is added to the state there, and the trajectory run on to its end: the change
-`u_k(t)` of the sample, for a unit of `-ln kappa`, is how that correction counts. To first order the error of any plan is
-linear in these vectors, so that their inner products predict the mean squared error of every plan there is, without
+`u_k(t)` of the sample, for a unit of `-ln kappa`, is how that correction counts. To first order the error of a plan is
+linear in these vectors, so that their inner products predict the mean squared error of every plan, without
 another evaluation of a network (`mlem.multilevel.predict`). Discretisation is measured, not predicted.
 """
 

@@ -1,7 +1,7 @@
 """Learnable probabilities: `p_k(t) = sigmoid(alpha_k u(t) + beta_k)` ([J], arXiv:2603.24594, names alpha_k and beta_k).
 
-The feature is ours: u(t) is the log signal-to-noise ratio, less its mean and over its standard deviation between t = 1/N
-and t = 1 (a uniform law in log-SNR), so that coefficients mean the same on every grid.
+The feature is ours: u(t) is the log signal-to-noise ratio, less its mean, over its standard deviation, both of a uniform
+law in log-SNR between t = 1/N and t = 1: so coefficients mean the same on every grid.
 """
 
 from __future__ import annotations

@@ -166,7 +166,7 @@ class Plan:
 
     @property
     def calls(self) -> Tensor:
-        """Evaluations of each level for one sample: (K,) float64. Those expected, where samples toss their own coins."""
+        """Evaluations of each level for one sample: (K,) float64; the expected ones, where samples toss their own."""
         return self.expected_calls if self.counts is None else self.runs.sum(0).double()
 
     @property

@@ -94,7 +94,7 @@ class Predictor:
         return ((flat @ self.covariance.reshape(size, size)) * flat).sum(-1)
 
     def groups(self, levels: Sequence[str]) -> list[list[int]]:
-        """Which corrections of the family each correction of a plan on `levels` stands for, and the missing ones last."""
+        """Which corrections of the family each one of a plan on `levels` stands for; those it lacks come last."""
         places = [self.calibration.names.index(name) for name in levels or self.calibration.names]
         between = [list(range(low, high)) for low, high in itertools.pairwise(places)]
         return [*between, list(range(places[-1], len(self.calibration.names) - 1))]

@@ -2,8 +2,8 @@
 
 Probabilities are calibrated (`p_k = min(1, C s sqrt(V_k / c_k))`, Giles' allocation, with the measured weight s of
 an error at that time), learned (`Coefficients`), fixed numbers, or the theorem's law in the cost (`p_k ~ c_k^-(1/2 +
-1/gamma)`). One dial sets how much is spent: budget, mse or delta. Held corrections with calibrated probabilities toss no
-coins: the rows at which they are measured are searched for.
+1/gamma)`). One dial sets how much is spent: budget, mse or delta. Held corrections with calibrated probabilities toss
+no coins: the rows at which they are measured are searched for.
 """
 
 from __future__ import annotations
