@@ -141,7 +141,7 @@ class Plan:
         """Rows at which hindsight moves the state, and the cheapest level is evaluated once more: (R,) bool."""
         revised = torch.zeros(self.evaluations, dtype=torch.bool)
         for _, measured in self._measurements() if self.estimator == "hindsight" else ():
-            for row, later in itertools.pairwise(measured):
+            for row, later in itertools.pairwise(measured[:-1]):
                 revised[later] |= later - row > 1
         return revised
 
