@@ -1,13 +1,13 @@
 """The scaling law of a family: how fast the error of its levels falls with their cost ([J, Fig. 2], arXiv:2603.24594).
 
 **Which gamma.** [J, Thm 1] supposes `|f^k - f| <= 2^-k` at a cost of `2^(gamma k)`: the root-mean-square error falls
-as cost^(-1/gamma), the mean squared error as cost^(-2/gamma). What is measured, the mean squared error of the denoiser's
-noise estimate, has a floor, since the noise cannot be known from x_t: `E|f^k - z|^2 = floor + E|f^k - f*|^2` with f*
-the conditional mean. So the law fitted here is
+as cost^(-1/gamma), the mean squared error as cost^(-2/gamma). What is measured, the mean squared error of the noise
+estimate, has a floor, since the noise cannot be known from x_t: `E|f^k - z|^2 = floor + E|f^k - f*|^2` with f* the
+conditional mean. So the law fitted here is
 
     error_k = floor + A cost_k^(-2/gamma),
 
-and `gamma` is the theorem's: multilevel pays by theory when it is above 2. [J, Fig. 2] plots `eps_k - eps_inf ~
+and `gamma` is the theorem's: above 2, multilevel pays by theory. [J, Fig. 2] plots `eps_k - eps_inf ~
 cost_k^(-1/gamma)`, with eps_inf set by hand. If its eps_k is a mean squared error (or a root of one: near the floor,
 sqrt(floor + m) - sqrt(floor) ~ m), then its exponent is `gamma_plotted = gamma / 2` of ours, and only half as large a
 number means the same family. Compare like with like.
@@ -77,10 +77,10 @@ class ScalingFit:
             return "the error does not fall with cost: no gamma, and nothing to gain from the larger levels"
         found = f"gamma = {self.gamma:.2f} ({low:.2f} to {high:.2f})"
         if high <= 2:
-            return f"{found} <= 2: multilevel does not pay by theory, [J, Thm 1] needs gamma > 2"
+            return f"{found} <= 2: [J, Thm 1] promises no gain from multilevel sampling, it needs gamma > 2"
         if low <= 2:
-            return f"{found}: not decided whether multilevel pays by theory, the interval contains 2"
-        return f"{found} > 2: multilevel pays by theory"
+            return f"{found}: not decided whether [J, Thm 1] applies, the interval contains gamma = 2"
+        return f"{found} > 2: multilevel pays by theory ([J, Thm 1])"
 
     def curve(self) -> dict[str, Any]:
         """What `mlem.plots.scaling_law` draws: plain numbers and arrays, the floor subtracted."""
@@ -172,11 +172,11 @@ def _fit_with_floor(means: np.ndarray, log_cost: np.ndarray) -> np.ndarray:
     floor, as a fraction of that mean, in (1e-9, 1], on a grid of its logarithm that closes in.
     """
     lowest = means.min(1, keepdims=True)
+    rows, centre = np.arange(len(means)), np.zeros(len(means))
     offsets = np.linspace(math.log(1e-9), 0, 400)[None].repeat(len(means), 0)
     for _ in range(9):
         excess = means[:, None, :] - lowest[..., None] * -np.expm1(offsets)[..., None]
         best = _lines(np.log(excess), log_cost)[2].argmin(1)
-        rows = np.arange(len(means))
         centre, spacing = offsets[rows, best], offsets[:, 1] - offsets[:, 0]
         spread = np.linspace(-1, 1, 21) * spacing[:, None]
         offsets = np.minimum(centre[:, None] + spread, 0)
