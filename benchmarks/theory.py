@@ -69,8 +69,8 @@ def main() -> None:
 class Paths:
     """Solutions of `dx = f dt + sqrt(2) dW` on [0, 1], and what other runs share with them.
 
-    start, psi: (B,). increments: (steps, B), sqrt(2) dW over the steps of the finest run. reference: (B,), x(1) with f in
-    `FINER` times as many steps. Everything is float64.
+    start, psi: (B,). increments: (steps, B), sqrt(2) dW over the steps of the finest run. reference: (B,), x(1) with
+    f in `FINER` times as many steps. Everything is float64.
     """
 
     def __init__(self, count: int, steps: int) -> None:

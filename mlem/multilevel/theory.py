@@ -51,11 +51,11 @@ class Theory:
 
     **Cost.** p_k is proportional to eta while below 1, so the cost of those levels does not depend on the step. For
     gamma > 2 with eta ~ eps it is O(eps^-gamma), that of a few evaluations of the top level; Euler-Maruyama with that
-    level alone costs O(eps^-(gamma + 1)). For gamma <= 2 the theorem promises nothing. By
-    the same bounds, with eta ~ eps and gamma < 2: the levels with p = 1, a deterministic prefix, carry the cost,
-    eps^-(1 + gamma/2), and the randomized tail adds no more than a constant factor. That exceeds one evaluation of the
-    top level; it is still below Euler-Maruyama, since the prefix ends at an accuracy of about sqrt(eps), not eps.
-    At gamma = 2 a factor log^2(1/eps) enters.
+    level alone costs O(eps^-(gamma + 1)). For gamma <= 2 the theorem promises nothing. By the same bounds, with
+    eta ~ eps and gamma < 2: the levels with p = 1, a deterministic prefix, carry the cost, eps^-(1 + gamma/2), and the
+    randomized tail adds no more than a constant factor. That exceeds one evaluation of the top level; it is still below
+    Euler-Maruyama, since the prefix ends at an accuracy of about sqrt(eps), not eps. At gamma = 2 a factor log^2(1/eps)
+    enters.
     """
 
     gamma: float
