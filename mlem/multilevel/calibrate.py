@@ -1,7 +1,7 @@
 """Calibration: what each level costs, how far the levels are apart, and what that does to a sample.
 
 Along trajectories of the largest level (DDIM for the ODE, DDPM for the SDE) every level is evaluated at a few times.
-The correction `g^k = f^k - f^(k-1)` is added to the state there, and the trajectory run on to its end: the change
+The correction `g^k = f^k - f^(k-1)` is added to the state there, and a smaller level runs on to the end: the change
 `u_k(t)` of the sample, for a unit of `-ln kappa`, is how that correction counts. To first order the error of a plan is
 linear in these vectors, so that their inner products predict the mean squared error of every plan, without
 another evaluation of a network (`mlem.multilevel.predict`). Discretisation is measured, not predicted.
@@ -23,7 +23,7 @@ from mlem.family import Family
 from mlem.network import evaluating, seconds_per_image
 from mlem.noise import BrownianPath, NoiseStream
 from mlem.schedule import NoiseSchedule, TimeGrid
-from mlem.solvers import Point, integrate, make_solver
+from mlem.solvers import Estimate, Point, Solver, integrate, make_solver
 
 FORMAT = 1
 DISCRETISATIONS = (
@@ -134,7 +134,7 @@ def calibrate(
     family: Family,
     *,
     images: int = 16,
-    times: int = 16,
+    times: int = 24,
     seed: int = 0,
     batch_sizes: Sequence[int] = (64,),
     reference_steps: int = 1000,
@@ -158,7 +158,18 @@ def calibrate(
             progress(f"time of each level, batches of {size}")
             seconds[size] = tuple(seconds_per_image(level.network, family.shape, size) for level in family.levels)
         denoisers: list[Denoiser] = [level.denoiser for level in family.levels]
-        measured = measure(denoisers, family.schedule, family.shape, index, times=times, seed=seed, progress=progress)
+        # perturbations are carried by the largest level that is ten times cheaper than the top, or the cheapest
+        cheap = [level for level in family.levels if 10 * level.flops <= family.level().flops] or [family.levels[0]]
+        measured = measure(
+            denoisers,
+            family.schedule,
+            family.shape,
+            index,
+            carrier=cheap[-1].denoiser,
+            times=times,
+            seed=seed,
+            progress=progress,
+        )
         top = denoisers[-1]
         errors = discretisation(
             top,
@@ -182,72 +193,83 @@ def measure(
     shape: Sequence[int],
     index: Tensor,
     *,
-    times: int = 16,
+    carrier: Denoiser | None = None,
+    times: int = 24,
     seed: int = 0,
     progress: Callable[[str], None] = lambda text: None,
 ) -> tuple[Tensor, Tensor, dict[str, Response]]:
-    """log_snr (T,), differences (T, K, K) and responses, as in `Calibration`; index: (B,) of the trajectories."""
+    """log_snr (T,), differences (T, K, K) and responses, as in `Calibration`; index: (B,) of the trajectories.
+
+    carrier: what runs perturbed trajectories to their end; the largest level where none is given.
+    """
+    carrier = denoisers[-1] if carrier is None else carrier
     responses, differences = {}, []
     # twice as many steps as times
     grid = TimeGrid.make("log_snr", schedule, 2 * times)
     for kind, solver in (("ode", "ddim"), ("sde", "ddpm")):
         progress(f"how corrections reach a sample, {kind}")
-        outputs, changes = _perturbed(denoisers, schedule, shape, index, solver, grid, seed)
+        outputs, changes = _perturbed(denoisers, carrier, schedule, index, shape, make_solver(solver), grid, seed)
         differences.append((outputs[:, :, None] - outputs[:, None]).square().flatten(3).mean(3))
         responses[kind] = _response(outputs, changes, grid, schedule)
     log_snr = schedule.log_snr(torch.tensor(grid.times[:-1:2], dtype=torch.float64))
     return log_snr, torch.stack(differences).mean(0).cpu(), responses
 
 
-class _Repeated:
-    """A Brownian path for copies of its samples."""
+class _Noise:
+    """A Brownian path that may be asked for the last two times again, and for copies of its samples."""
 
     def __init__(self, path: BrownianPath) -> None:
         self._path, self.copies = path, 1
+        self._known: dict[float, Tensor] = {}
 
     def at(self, t: float) -> Tensor:
-        value = self._path.at(t)
+        if t not in self._known:
+            self._known = dict([*self._known.items()][-1:]) | {t: self._path.at(t)}
+        value = self._known[t]
         return value.repeat(self.copies, *[1] * (value.dim() - 1))
 
 
 def _perturbed(
     denoisers: Sequence[Denoiser],
+    carrier: Denoiser,
     schedule: NoiseSchedule,
-    shape: Sequence[int],
     index: Tensor,
-    solver_name: str,
+    shape: Sequence[int],
+    solver: Solver,
     grid: TimeGrid,
     seed: int,
 ) -> tuple[Tensor, Tensor]:
     """The levels along the trajectory, (T, K, B, ...), and the changes u of the sample, (T, K-1, B, ...).
 
-    Copies of the trajectory, one for each time and correction, join the batch when their time has come.
+    At every other point of the grid a copy of the state, and one for each correction with that added, join a batch that
+    the carrier runs to the end.
     """
-    solver, points = make_solver(solver_name), Point.of(schedule, grid)
-    path = _Repeated(BrownianPath(schedule, seed, index, shape, torch.float32))
+    points = Point.of(schedule, grid)
+    path = _Noise(BrownianPath(schedule, seed, index, shape, torch.float32))
     y = NoiseStream(seed, "start").normal(index, [0], shape, torch.float32)[0].double() / points[0].alpha
-    count, outputs = len(index), []
-
-    def eps(y: Tensor, point: Point, level: int = -1) -> Tensor:
-        t = torch.full((len(y),), point.t, dtype=torch.float64, device=y.device)
-        return denoisers[level](y * point.alpha, t).double()
-
+    outputs, scales, copies = [], [], y[:0]
     for i, (here, there) in enumerate(itertools.pairwise(points)):
         if i % 2 == 0:
-            outputs.append(torch.stack([eps(y[:count], here, level) for level in range(len(denoisers))]))
-            # as much as the correction does in a step between two of the times
+            outputs.append(torch.stack([_eps(denoiser)(y, here) for denoiser in denoisers]))
+            # as much as a correction does from this time to the next
             width = here.kappa - points[min(i + 2, len(points) - 1)].kappa
-            y = torch.cat([y, *(y[:count] - width * g for g in outputs[-1].diff(dim=0))])
-            path.copies = len(y) // count
-        y, _ = solver.step(eps, y, None, here, there, path)  # type: ignore[arg-type]
-    changes = y.view(-1, count, *shape)
-    changes = (changes[1:] - changes[0]).view(len(outputs), len(denoisers) - 1, count, *shape)
-    widths = [
-        points[i].kappa / (points[i].kappa - points[min(i + 2, len(points) - 1)].kappa)
-        for i in range(0, len(points) - 1, 2)
-    ]
-    scale = -torch.tensor(widths, dtype=torch.float64, device=y.device)
-    return torch.stack(outputs), changes * scale.view(-1, 1, 1, *[1] * len(shape))
+            scales.append(-here.kappa / width)
+            copies = torch.cat([copies, y, *(y - width * g for g in outputs[-1].diff(dim=0))])
+        path.copies = 1
+        y, _ = solver.step(_eps(denoisers[-1]), y, None, here, there, path)  # type: ignore[arg-type]
+        path.copies = len(copies) // len(index)
+        copies, _ = solver.step(_eps(carrier), copies, None, here, there, path)  # type: ignore[arg-type]
+    ends = copies.view(len(outputs), len(denoisers), *y.shape)
+    scale = torch.tensor(scales, dtype=torch.float64, device=y.device).view(-1, *[1] * (y.dim() + 1))
+    return torch.stack(outputs), (ends[:, 1:] - ends[:, :1]) * scale
+
+
+def _eps(denoiser: Denoiser) -> Estimate:
+    def eps(y: Tensor, point: Point) -> Tensor:
+        t = torch.full((len(y),), point.t, dtype=torch.float64, device=y.device)
+        return denoiser(y * point.alpha, t).double()
+
+    return eps
 
 
 def _response(outputs: Tensor, changes: Tensor, grid: TimeGrid, schedule: NoiseSchedule) -> Response:
@@ -282,12 +304,7 @@ def discretisation(
         points = Point.of(schedule, solver.grid(schedule, count, grid))
         path = BrownianPath(schedule, seed, index, shape, torch.float32)
         y = NoiseStream(seed, "start").normal(index, [0], shape, torch.float32)[0].double() / points[0].alpha
-
-        def eps(y: Tensor, point: Point) -> Tensor:
-            t = torch.full((len(y),), point.t, dtype=torch.float64, device=y.device)
-            return denoiser(y * point.alpha, t)
-
-        return integrate(solver, eps, y, points, path, index, seed) * points[-1].alpha
+        return integrate(solver, _eps(denoiser), y, points, path, index, seed) * points[-1].alpha
 
     references: dict[str, Tensor] = {}
     errors: dict[str, dict[int, float]] = {}
