@@ -41,8 +41,12 @@ class Predictor:
     @property
     def discretisation(self) -> float | None:
         """Mean squared error of the largest level at every row, by a power law between the measured step counts."""
+        return self.discretisation_at(self.grid.steps)
+
+    def discretisation_at(self, steps: int) -> float | None:
+        """The same for another number of steps on this kind of grid."""
         found = self.calibration.discretisation.get(f"{self.solver.name}/{self.grid.name}")
-        return None if found is None else _power_law(found, self.grid.steps)
+        return None if found is None else _power_law(found, steps)
 
     def error(self, plan: Plan) -> float:
         """Mean squared error per pixel that the plan adds to that of the solver."""
