@@ -188,7 +188,7 @@ def _report_plan(now: Ledger, family: Family, sampler: Sampler) -> None:
     for name, cost in now.levels.items():
         print(
             f"  level {name}: {cost.calls / now.images:g} calls an image "
-            f"(expected {cost.expected_calls / now.images:.4g}), {1e3 * cost.seconds / now.images:.2f} ms/image in the network"
+            f"(expected {cost.expected_calls / now.images:.4g}), {1e3 * cost.seconds / now.images:.2f} ms/image in it"
         )
     flops = sum(cost.flops for cost in now.levels.values()) / now.images / top.flops
     print(

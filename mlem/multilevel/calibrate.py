@@ -20,10 +20,11 @@ from torch import Tensor
 
 from mlem.denoiser import Denoiser
 from mlem.family import Family
+from mlem.multilevel.trial import CALIBRATION, estimate, start, trial, trial_indices
 from mlem.network import evaluating, seconds_per_image
-from mlem.noise import BrownianPath, NoiseStream
+from mlem.noise import BrownianPath
 from mlem.schedule import NoiseSchedule, TimeGrid
-from mlem.solvers import Estimate, Point, Solver, integrate, make_solver
+from mlem.solvers import Point, Solver, make_solver
 
 FORMAT = 1
 DISCRETISATIONS = (
@@ -57,7 +58,8 @@ class Calibration:
     """What was measured of a family.
 
     names, flops: of the levels. seconds: batch size -> seconds per image of each level. log_snr: (T,), rising.
-    differences: (T, K, K), E|f^j - f^k|^2 per pixel. responses: "ode" and "sde". discretisation: "solver/grid" ->
+    differences: (T, K, K), E|f^j - f^k|^2 per pixel. image_differences: (K-1, B), of neighbours, the mean over times
+    for each trajectory. responses: "ode" and "sde". discretisation: "solver/grid" ->
     {steps: mean squared error}. about: number of images, seed, device, reference steps, hash of the weights.
     """
 
@@ -66,6 +68,7 @@ class Calibration:
     seconds: dict[int, tuple[float, ...]]
     log_snr: Tensor
     differences: Tensor
+    image_differences: Tensor
     responses: dict[str, Response]
     discretisation: dict[str, dict[int, float]]
     about: dict[str, Any]
@@ -104,6 +107,7 @@ class Calibration:
             {int(size): tuple(values) for size, values in plain["seconds"].items()},
             tensor(plain["log_snr"]),
             tensor(plain["differences"]),
+            tensor(plain["image_differences"]),
             {kind: Response(**{key: tensor(v) for key, v in one.items()}) for kind, one in plain["responses"].items()},
             {name: {int(n): mse for n, mse in errors.items()} for name, errors in plain["discretisation"].items()},
             plain["about"],
@@ -144,14 +148,14 @@ def calibrate(
 ) -> Calibration:
     """Measure a family.
 
-    images: trajectories, with indices from 10^9 on, so that no sample shares its noise. times: T. batch_sizes: at which
-    levels are timed. reference_steps: of the run that discretisation is measured against. steps: counts at which it is.
+    images: trajectories, with indices of their own, so that no sample shares their noise. times: T. batch_sizes: at
+    which levels are timed. reference_steps: of the run that discretisation is measured against. steps: counts at which it is.
     progress: told what is being done. Raises ValueError for a family of one level.
     """
     if len(family.levels) < 2:
         raise ValueError("calibration compares levels, and this family has one; train another: model.levels=[xs,s]")
     networks = torch.nn.ModuleList(level.network for level in family.levels).to(device)
-    index = torch.arange(10**9, 10**9 + images, device=device)
+    index = trial_indices(CALIBRATION, images, device)
     seconds = {}
     with torch.inference_mode(), evaluating(networks):
         for size in batch_sizes:
@@ -197,22 +201,24 @@ def measure(
     times: int = 24,
     seed: int = 0,
     progress: Callable[[str], None] = lambda text: None,
-) -> tuple[Tensor, Tensor, dict[str, Response]]:
-    """log_snr (T,), differences (T, K, K) and responses, as in `Calibration`; index: (B,) of the trajectories.
+) -> tuple[Tensor, Tensor, Tensor, dict[str, Response]]:
+    """log_snr, differences, image_differences and responses, as in `Calibration`; index: (B,) of the trajectories.
 
     carrier: what runs perturbed trajectories to their end; the largest level where none is given.
     """
     carrier = denoisers[-1] if carrier is None else carrier
-    responses, differences = {}, []
+    responses, differences, by_image = {}, [], []
     # twice as many steps as times
     grid = TimeGrid.make("log_snr", schedule, 2 * times)
     for kind, solver in (("ode", "ddim"), ("sde", "ddpm")):
         progress(f"how corrections reach a sample, {kind}")
         outputs, changes = _perturbed(denoisers, carrier, schedule, index, shape, make_solver(solver), grid, seed)
         differences.append((outputs[:, :, None] - outputs[:, None]).square().flatten(3).mean(3))
+        by_image.append(outputs.diff(dim=1).square().flatten(3).mean((0, 3)))
         responses[kind] = _response(outputs, changes, grid, schedule)
     log_snr = schedule.log_snr(torch.tensor(grid.times[:-1:2], dtype=torch.float64))
-    return log_snr, torch.stack(differences).mean(0).cpu(), responses
+    mean, by_image = torch.stack(differences).mean(0).cpu(), torch.cat(by_image, 1).cpu()
+    return log_snr, mean, by_image, responses
 
 
 class _Noise:
@@ -246,30 +252,22 @@ def _perturbed(
     """
     points = Point.of(schedule, grid)
     path = _Noise(BrownianPath(schedule, seed, index, shape, torch.float32))
-    y = NoiseStream(seed, "start").normal(index, [0], shape, torch.float32)[0].double() / points[0].alpha
+    y = start(schedule, shape, index, seed)
     outputs, scales, copies = [], [], y[:0]
     for i, (here, there) in enumerate(itertools.pairwise(points)):
         if i % 2 == 0:
-            outputs.append(torch.stack([_eps(denoiser)(y, here) for denoiser in denoisers]))
+            outputs.append(torch.stack([estimate(denoiser)(y, here) for denoiser in denoisers]))
             # as much as a correction does from this time to the next
             width = here.kappa - points[min(i + 2, len(points) - 1)].kappa
             scales.append(-here.kappa / width)
             copies = torch.cat([copies, y, *(y - width * g for g in outputs[-1].diff(dim=0))])
         path.copies = 1
-        y, _ = solver.step(_eps(denoisers[-1]), y, None, here, there, path)  # type: ignore[arg-type]
+        y, _ = solver.step(estimate(denoisers[-1]), y, None, here, there, path)  # type: ignore[arg-type]
         path.copies = len(copies) // len(index)
-        copies, _ = solver.step(_eps(carrier), copies, None, here, there, path)  # type: ignore[arg-type]
+        copies, _ = solver.step(estimate(carrier), copies, None, here, there, path)  # type: ignore[arg-type]
     ends = copies.view(len(outputs), len(denoisers), *y.shape)
     scale = torch.tensor(scales, dtype=torch.float64, device=y.device).view(-1, *[1] * (y.dim() + 1))
     return torch.stack(outputs), (ends[:, 1:] - ends[:, :1]) * scale
-
-
-def _eps(denoiser: Denoiser) -> Estimate:
-    def eps(y: Tensor, point: Point) -> Tensor:
-        t = torch.full((len(y),), point.t, dtype=torch.float64, device=y.device)
-        return denoiser(y * point.alpha, t).double()
-
-    return eps
 
 
 def _response(outputs: Tensor, changes: Tensor, grid: TimeGrid, schedule: NoiseSchedule) -> Response:
@@ -301,10 +299,7 @@ def discretisation(
 
     def run(name: str, grid: str | None, count: int) -> Tensor:
         solver = make_solver(name)
-        points = Point.of(schedule, solver.grid(schedule, count, grid))
-        path = BrownianPath(schedule, seed, index, shape, torch.float32)
-        y = NoiseStream(seed, "start").normal(index, [0], shape, torch.float32)[0].double() / points[0].alpha
-        return integrate(solver, _eps(denoiser), y, points, path, index, seed) * points[-1].alpha
+        return trial(denoiser, schedule, shape, solver, solver.grid(schedule, count, grid), index, seed)
 
     references: dict[str, Tensor] = {}
     errors: dict[str, dict[int, float]] = {}
