@@ -4,22 +4,35 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from mlem.family import Family
 from mlem.multilevel.calibrate import Calibration, calibrate
 from mlem.multilevel.memorise import memorise
+from mlem.multilevel.pilot import pilot
 from mlem.multilevel.report import report
 
 
-def calibrate_folder(family: Family, folder: Path, **options: Any) -> Calibration:
-    """Calibrate the family in `folder`, keep the result there, print the report. options: see `calibrate`."""
+def calibrate_folder(
+    family: Family, folder: Path, *, times: int, batch_sizes: Sequence[int], **options: Any
+) -> Calibration:
+    """Calibrate the family in `folder`, run pilots, keep the result there, print the report.
+
+    times, batch_sizes: see `calibrate`; options: see `pilot`, and images, seed and device are for both.
+    """
     from rich.console import Console
 
     console = Console()
     with console.status("calibrating") as status:
-        found = calibrate(family, progress=lambda text: status.update(f"calibrating: {text}"), **options)
+
+        def progress(text: str) -> None:
+            status.update(f"calibrating: {text}")
+
+        own = {name: value for name, value in options.items() if name != "reference_steps"}
+        found = calibrate(family, times=times, batch_sizes=batch_sizes, progress=progress, **own)
+        found = pilot(family, found, progress=progress, **options)
     family.fitted["calibration"] = found.to_dict()
     family.save_fitted(folder)
     report(found, console)
@@ -92,8 +105,8 @@ def _memorise(family: Family, options: argparse.Namespace) -> None:
     family.save_fitted(options.family)
     found = plan.about
     print(
-        f"best of {found['draws']} draws: mean squared error {found['chosen_mse']:.3g} on the {found['images']} images it "
-        f"was chosen by; on {found['images']} others {found['judged_mse']:.3g}, where all draws have "
+        f"best of {found['draws']} draws: mean squared error {found['chosen_mse']:.3g} on the {found['images']} images "
+        f"it was chosen by; on {found['images']} others {found['judged_mse']:.3g}, where all draws have "
         f"{found['others_mse']:.3g} ± {found['others_spread']:.2g}"
     )
     print(f"kept as {options.family}/plans/{options.name}.json: python sample.py plan={options.name} ...")

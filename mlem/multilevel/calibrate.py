@@ -2,9 +2,9 @@
 
 Along trajectories of the largest level (DDIM for the ODE, DDPM for the SDE) every level is evaluated at a few times.
 The correction `g^k = f^k - f^(k-1)` is added to the state there, and a smaller level runs on to the end: the change
-`u_k(t)` of the sample, for a unit of `-ln kappa`, is how that correction counts. To first order the error of a plan is
-linear in these vectors, so that their inner products predict the mean squared error of every plan, without
-another evaluation of a network (`mlem.multilevel.predict`). Discretisation is measured, not predicted.
+`u_k(t)` of the sample, for a unit of `-ln kappa`, is how that correction counts. To first order a plan's error is linear
+in these vectors, so that their inner products predict the mean squared error of every plan without another evaluation
+(`mlem.multilevel.predict`). What that leaves out is measured by `mlem.multilevel.pilot`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -20,23 +20,13 @@ from torch import Tensor
 
 from mlem.denoiser import Denoiser
 from mlem.family import Family
-from mlem.multilevel.trial import CALIBRATION, estimate, start, trial, trial_indices
+from mlem.multilevel.trial import CALIBRATION, estimate, start, trial_indices
 from mlem.network import evaluating, seconds_per_image
 from mlem.noise import BrownianPath
 from mlem.schedule import NoiseSchedule, TimeGrid
 from mlem.solvers import Point, Solver, make_solver
 
 FORMAT = 1
-DISCRETISATIONS = (
-    ("ddpm", "uniform"),
-    ("ddpm", "log_snr"),
-    ("dpm_solver_pp_sde", "log_snr"),
-    ("ddim", "uniform"),
-    ("ddim", "log_snr"),
-    ("dpm_solver_pp", "log_snr"),
-)
-"""Solvers and grids whose error on the largest level is measured."""
-STEPS = (8, 16, 32, 64, 128)
 
 
 @dataclass(frozen=True)
@@ -60,7 +50,8 @@ class Calibration:
     names, flops: of the levels. seconds: batch size -> seconds per image of each level. log_snr: (T,), rising.
     differences: (T, K, K), E|f^j - f^k|^2 per pixel. image_differences: (K-1, B), of neighbours, the mean over times
     for each trajectory. responses: "ode" and "sde". discretisation: "solver/grid" ->
-    {steps: mean squared error}. about: number of images, seed, device, reference steps, hash of the weights.
+    {steps: mean squared error}. pilots: "sde/hindsight" and so on -> [predicted, measured] errors of plans.
+    about: number of images, seed, device, hash of the weights.
     """
 
     names: tuple[str, ...]
@@ -70,8 +61,9 @@ class Calibration:
     differences: Tensor
     image_differences: Tensor
     responses: dict[str, Response]
-    discretisation: dict[str, dict[int, float]]
     about: dict[str, Any]
+    discretisation: dict[str, dict[int, float]] = field(default_factory=dict)
+    pilots: dict[str, list[list[float]]] = field(default_factory=dict)
 
     def costs(self, unit: str = "seconds", batch_size: int = 64) -> Tensor:
         """Cost of one evaluation of each level, the largest being 1: (K,). unit: "seconds" or "flops".
@@ -109,8 +101,9 @@ class Calibration:
             tensor(plain["differences"]),
             tensor(plain["image_differences"]),
             {kind: Response(**{key: tensor(v) for key, v in one.items()}) for kind, one in plain["responses"].items()},
-            {name: {int(n): mse for n, mse in errors.items()} for name, errors in plain["discretisation"].items()},
             plain["about"],
+            {name: {int(n): mse for n, mse in errors.items()} for name, errors in plain["discretisation"].items()},
+            plain["pilots"],
         )
 
     @staticmethod
@@ -141,16 +134,13 @@ def calibrate(
     times: int = 24,
     seed: int = 0,
     batch_sizes: Sequence[int] = (64,),
-    reference_steps: int = 1000,
-    steps: Sequence[int] = STEPS,
     device: str | torch.device = "cpu",
     progress: Callable[[str], None] = lambda text: None,
 ) -> Calibration:
     """Measure a family.
 
     images: trajectories, with indices of their own, so that no sample shares their noise. times: T. batch_sizes: at
-    which levels are timed. reference_steps: of the run that discretisation is measured against. steps: counts at which it is.
-    progress: told what is being done. Raises ValueError for a family of one level.
+    which levels are timed. progress: told what is being done. Raises ValueError for a family of one level.
     """
     if len(family.levels) < 2:
         raise ValueError("calibration compares levels, and this family has one; train another: model.levels=[xs,s]")
@@ -164,31 +154,12 @@ def calibrate(
         denoisers: list[Denoiser] = [level.denoiser for level in family.levels]
         # perturbations are carried by the largest level that is ten times cheaper than the top, or the cheapest
         cheap = [level for level in family.levels if 10 * level.flops <= family.level().flops] or [family.levels[0]]
-        measured = measure(
-            denoisers,
-            family.schedule,
-            family.shape,
-            index,
-            carrier=cheap[-1].denoiser,
-            times=times,
-            seed=seed,
-            progress=progress,
-        )
-        top = denoisers[-1]
-        errors = discretisation(
-            top,
-            family.schedule,
-            family.shape,
-            index,
-            steps=steps,
-            reference_steps=reference_steps,
-            seed=seed,
-            progress=progress,
-        )
-    about = {"images": images, "seed": seed, "device": str(device), "reference_steps": reference_steps}
-    about["weights"] = family.weights_hash
+        carrier = cheap[-1].denoiser
+        options: dict[str, Any] = {"carrier": carrier, "times": times, "seed": seed, "progress": progress}
+        measured = measure(denoisers, family.schedule, family.shape, index, **options)
+    about = {"images": images, "seed": seed, "device": str(device), "weights": family.weights_hash}
     flops = tuple(float(level.flops) for level in family.levels)
-    return Calibration(tuple(family.names), flops, seconds, *measured, errors, about)
+    return Calibration(tuple(family.names), flops, seconds, *measured, about)
 
 
 def measure(
@@ -282,32 +253,3 @@ def _response(outputs: Tensor, changes: Tensor, grid: TimeGrid, schedule: NoiseS
     one, two = q.diff(dim=1).square().mean((1, 2)), (q[:, 2:] - q[:, :-2]).square().mean((1, 2))
     roughness = (4 * one / two - 1).clamp(0, 1)
     return Response(inner.cpu(), gain.T.cpu(), roughness.cpu())
-
-
-def discretisation(
-    denoiser: Denoiser,
-    schedule: NoiseSchedule,
-    shape: Sequence[int],
-    index: Tensor,
-    *,
-    steps: Sequence[int] = STEPS,
-    reference_steps: int = 1000,
-    seed: int = 0,
-    progress: Callable[[str], None] = lambda text: None,
-) -> dict[str, dict[int, float]]:
-    """Mean squared error of each of DISCRETISATIONS at each step count against the many-step run."""
-
-    def run(name: str, grid: str | None, count: int) -> Tensor:
-        solver = make_solver(name)
-        return trial(denoiser, schedule, shape, solver, solver.grid(schedule, count, grid), index, seed)
-
-    references: dict[str, Tensor] = {}
-    errors: dict[str, dict[int, float]] = {}
-    for name, grid in DISCRETISATIONS:
-        progress(f"discretisation error of {name} on the {grid} grid")
-        reference = make_solver(name).reference
-        if reference not in references:
-            references[reference] = run(reference, None, reference_steps)
-        found = {count: (run(name, grid, count) - references[reference]).square().mean().item() for count in steps}
-        errors[f"{name}/{grid}"] = found
-    return errors

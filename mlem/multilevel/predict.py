@@ -12,6 +12,7 @@ import itertools
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -49,8 +50,29 @@ class Predictor:
         return None if found is None else _power_law(found, steps)
 
     def error(self, plan: Plan) -> float:
-        """Mean squared error per pixel that the plan adds to that of the solver."""
+        """Mean squared error per pixel that the plan adds to the solver's: linear response, corrected by pilots."""
+        return self._corrected(self.response_error(plan), plan)
+
+    def response_error(self, plan: Plan) -> float:
+        """`error` by linear response alone. Independent coins: on average over them; others: of this plan."""
+        if plan.per_sample or (plan.estimator == "jump" and plan.coins in ("bernoulli", "poisson", "nested")):
+            return self.variance(plan)
         return max(0.0, self.energy(self._deviations(plan)).item())
+
+    def choice(self, plan: Plan) -> float:
+        """What to compare plans on different levels by: coins by their variance, so that no lucky draw wins."""
+        return self.response_error(plan) if plan.holds else self.variance(plan)
+
+    def _corrected(self, error: float, plan: Plan) -> float:
+        """Times measured over predicted, of the pilots nearest to that error on either side."""
+        kind = "sde" if self.solver.stochastic else "ode"
+        coins = [plan.coins if plan.coins == "systematic" else "bernoulli"] if plan.estimator == "jump" else []
+        pilots = self.calibration.pilots.get("/".join([kind, plan.estimator, *coins]))
+        if not pilots or error <= 0:
+            return error
+        predicted, measured = torch.tensor(pilots, dtype=torch.float64).log().T
+        ratio = np.interp(math.log(error), predicted, measured - predicted)
+        return error * math.exp(ratio)
 
     def total(self, plan: Plan) -> float:
         """`error` plus `discretisation`. Raises ValueError where that was not measured."""
@@ -61,7 +83,7 @@ class Predictor:
         return self.error(plan) + discretisation
 
     def variance(self, plan: Plan) -> float:
-        """What `error` is on average over independent coins, `sum (1/p - 1) s^2 V`, plus what missing levels cost."""
+        """`response_error` on average over independent coins, `sum (1/p - 1) s^2 V`, plus what missing levels cost."""
         *groups, missing = self.groups(plan.levels)
         total = self.energy(self._missing(missing)).item()
         for number, corrections in enumerate(groups, 1):
