@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--images", type=int, default=16, help="trajectories")
     one.add_argument("--times", type=int, default=24, help="noise levels along them")
     one.add_argument("--batch-sizes", type=int, nargs="+", default=[64], help="at which levels are timed")
-    one.add_argument("--reference-steps", type=int, default=1000, help="of the run discretisation is measured against")
+    one.add_argument("--reference-steps", type=int, default=500, help="of the run discretisation is measured against")
     one.add_argument("--seed", type=int, default=0)
     one.add_argument("--device", default="cpu")
     verb("report", "show what calibration found")

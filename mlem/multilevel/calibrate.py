@@ -2,7 +2,7 @@
 
 Along trajectories of the largest level (DDIM for the ODE, DDPM for the SDE) every level is evaluated at a few times.
 The correction `g^k = f^k - f^(k-1)` is added to the state there, and a smaller level runs on to the end: the change
-`u_k(t)` of the sample, for a unit of `-ln kappa`, is how that correction counts. To first order a plan's error is linear
+`u_k(t)` of the sample, for a unit of `-ln kappa`, is how that correction counts. To first order a plan errs linearly
 in these vectors, so that their inner products predict the mean squared error of every plan without another evaluation
 (`mlem.multilevel.predict`). What that leaves out is measured by `mlem.multilevel.pilot`.
 """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -44,7 +44,7 @@ def pilot(
     calibration: Calibration,
     *,
     images: int = 16,
-    reference_steps: int = 1000,
+    reference_steps: int = 500,
     seed: int = 0,
     device: str | torch.device = "cpu",
     progress: Callable[[str], None] = lambda text: None,
