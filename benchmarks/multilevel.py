@@ -166,7 +166,7 @@ def envelope(rows: list[dict[str, Any]], weights: np.ndarray | None = None) -> t
     for row in rows:
         errors = np.asarray(row["image_mse"])
         mean = errors.mean() if weights is None else np.average(errors, weights=weights)
-        kind, name, level, solver, grid, steps, dial = row["key"]
+        _, name, level, solver, grid, steps, dial = row["key"]
         points.setdefault((name, level, solver, grid, steps, dial and (dial[0], dial[2])), []).append(
             (row["cost"], mean)
         )
@@ -238,9 +238,8 @@ def summary(bench: Bench) -> list[dict[str, Any]]:
         found = np.array([ratio for ratio, of in predicted if of == kind])
         if len(found):
             low, middle, high = np.percentile(found, (10, 50, 90))
-            print(
-                f"{kind}: predicted over measured MSE of hindsight plans: {middle:.2f} [10 to 90 percent: {low:.2f}, {high:.2f}]"
-            )
+            spread = f"[10 to 90 percent: {low:.2f}, {high:.2f}]"
+            print(f"{kind}: predicted over measured MSE of hindsight plans: {middle:.2f} {spread}")
     return table
 
 
@@ -286,8 +285,8 @@ def draw(bench: Bench, path: Path) -> None:
         axes.legend(fontsize=6, frameon=False)
     ratios_ = " : ".join(f"{level.flops / bench.family.levels[0].flops:.0f}" for level in bench.family.levels)
     figure.suptitle(
-        f"{bench.family.data}, levels {', '.join(bench.family.names)} (FLOPs {ratios_}), {bench.about['images']} images, "
-        f"seed 0, same noise; {bench.about['device']}",
+        f"{bench.family.data}, levels {', '.join(bench.family.names)} (FLOPs {ratios_}), "
+        f"{bench.about['images']} images, seed 0, same noise; {bench.about['device']}",
         fontsize=9,
     )
     figure.savefig(path)
