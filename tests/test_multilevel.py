@@ -401,7 +401,9 @@ def test_own_coins_are_those_of_a_shared_plan_sample_by_sample(float64: None, co
 
 @pytest.mark.parametrize("options", ALL[:3], ids=str)
 def test_plain_calls_begin_anew_after_the_last_row(options: dict[str, Any]) -> None:
-    plan = Plan.draw(torch.tensor([[1.0, 0.4, 0.3]] * 5), seed=2, **options)
+    plan = Plan.draw(torch.tensor([[1.0, 0.4, 0.3]] * 5), seed=2)
+    if options["estimator"] == "held":  # a gap after the first row: nothing of the last trajectory may be in it
+        plan = measured(5, [0, 3], [0, 2], **options)
     multilevel = MultilevelDenoiser(denoisers(), plan, schedule=COSINE)
     first, second = (call(multilevel, noise(4), TIMES) for _ in range(2))
     assert torch.equal(first, second)
