@@ -30,6 +30,7 @@ TINY = [
     "evaluation.indices=0-4",
     "evaluation.batch_size=2",
     "evaluation.reference_steps=3",
+    "calibration.images=0",
     "evaluation.samplers=[{solver:ddpm,steps:[2,3]},{solver:dpm_solver_pp,steps:[2],grid:karras}]",
 ]
 """A training that is over in seconds."""
@@ -43,6 +44,7 @@ PLAIN = (
     "evaluation.every_n_epochs=0",
     "evaluation.indices=0-1",
     "evaluation.reference_steps=2",
+    "calibration.images=0",
 )
 """A training in which next to nothing is evaluated: add training.steps."""
 

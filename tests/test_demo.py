@@ -22,7 +22,11 @@ SMALL = (
     "training.batch_size=32",
     "evaluation.indices=0-7",
     "evaluation.reference_steps=10",
-    "evaluation.samplers=[{solver:ddpm,steps:[10,20]},{solver:ddim,steps:[5]},{solver:dpm_solver_pp,steps:[5]}]",
+    "evaluation.samplers=[{solver:ddpm,steps:[10,20]},{solver:ddim,steps:[5]},{solver:dpm_solver_pp,steps:[5]},"
+    "{solver:ddpm,steps:[20],plan:{budget:0.4,cost:flops}}]",
+    "calibration.images=2",
+    "calibration.times=4",
+    "calibration.reference_steps=20",
 )
 
 
@@ -38,12 +42,16 @@ def test_demo_leaves_what_it_promises(demo: tuple[Path, str]) -> None:
     family = Family.load(root / "family")
     assert family.names == ["xs", "s", "m"]
     rows = read_json(root / "evaluation.json")["rows"]
-    assert {(row["level"], row["sampler"], row["steps"]) for row in rows} == {
+    *alone, shared = rows
+    assert {(row["level"], row["sampler"], row["steps"]) for row in alone} == {
         (level, sampler, steps)
         for level in family.names
         for sampler, steps in (("ddpm", 10), ("ddpm", 20), ("ddim", 5), ("dpm_solver_pp", 5))
     }
-    for row in rows:
+    assert (shared["level"], shared["sampler"], shared["steps"]) == ("mlem", "mlem_ddpm_hindsight", 20)
+    assert 0 < shared["flops_per_image"] <= 0.4 * 20 * family.level().flops * (1 + 1e-9)
+    assert read_json(root / "family" / "calibration.json")["about"]["weights"] == family.weights_hash
+    for row in alone:
         assert row["evaluations"] == row["steps"]
         assert 0 < row["network_seconds_per_image"] <= row["seconds_per_image"]
         # the reference from itself

@@ -33,7 +33,6 @@ _VALUES: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
             *(f"training.{name}" for name in _FROM_1),
             "evaluation.batch_size",
             "evaluation.reference_steps",
-            "calibration.images",
             "calibration.reference_steps",
             "steps",
             "batch_size",
@@ -42,7 +41,14 @@ _VALUES: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
     (
         "a whole number >= 0",
         lambda value: _whole(value) and value >= 0,
-        ("seed", "training.warmup_steps", "training.workers", "evaluation.every_n_epochs", "data.held_out"),
+        (
+            "seed",
+            "training.warmup_steps",
+            "training.workers",
+            "evaluation.every_n_epochs",
+            "data.held_out",
+            "calibration.images",
+        ),
     ),
     ("a number > 0", lambda value: _number(value) and value > 0, ("training.learning_rate",)),
     (

@@ -7,11 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from omegaconf import DictConfig
 
 from mlem.app.build import LoaderFromStep, devices, evaluation, loggers
 from mlem.data import Shards
 from mlem.family import Family
+from mlem.multilevel.calibrate import Calibration
+from mlem.multilevel.scaling import fit_differences, fit_errors
+from mlem.plots import scaling_law
 from mlem.training.denoising import FamilyModule
 from mlem.training.evaluation import noise_level_figure
 
@@ -31,12 +35,28 @@ def evaluate_family(config: DictConfig, family: Family, shards: Shards) -> None:
         use_distributed_sampler=False,
         default_root_dir=folder,
     )
-    metrics = trainer.test(FamilyModule(family, config.seed), datamodule=LoaderFromStep(shards, config), verbose=False)[
-        0
-    ]
+    module = FamilyModule(family, config.seed)
+    metrics = trainer.test(module, datamodule=LoaderFromStep(shards, config), verbose=False)[0]
     if trainer.is_global_zero:
+        if len(family.levels) > 2:
+            _scaling_law(family, module, folder / "scaling_law.png")
         noise_level_figure(family, dict(metrics), config.data.held_out, folder / "error_by_noise_level.png")
         _report(samplers.rows, family, folder, Path(config.root) / "family" if whole else folder.parent / "level")
+
+
+def _scaling_law(family: Family, module: FamilyModule, path: Path) -> None:
+    """Draw and say how error falls with cost, in FLOPs: denoising error above its floor, and differences of levels."""
+    errors = torch.stack([torch.cat(module.image_errors[name]) for name in family.names]).double().numpy()
+    costs = [float(level.flops) for level in family.levels]
+    fits = {"denoising error - floor": fit_errors(errors, costs)}
+    if "calibration" in family.fitted:
+        differences = Calibration.of(family).image_differences.numpy()
+        fits["level differences"] = fit_differences(differences, costs)
+    for name, fit in fits.items():
+        print(f"scaling law, {name}: {fit.verdict}")
+    steps = ", ".join(f"{level.name} {level.measured.get('steps', '?')}" for level in family.levels)
+    caption = f"{family.data}, {errors.shape[1]} held-out images; training steps: {steps}; 95 percent bootstrap bands"
+    scaling_law({name: fit.curve() for name, fit in fits.items()}, path, caption, "FLOPs per image")
 
 
 def _report(rows: list[dict[str, Any]], family: Family, folder: Path, artefact: Path) -> None:
@@ -67,6 +87,7 @@ def _report(rows: list[dict[str, Any]], family: Family, folder: Path, artefact: 
         ("sample grids", folder / "grids"),
         ("error against time", folder / "error_vs_time.png"),
         ("error by noise level", folder / "error_by_noise_level.png"),
+        ("scaling law", folder / "scaling_law.png"),
         ("metrics", folder / "metrics.jsonl"),
         ("W&B (offline runs: wandb sync PATH)", folder / "wandb"),
     ):

@@ -68,7 +68,7 @@ def _save_family(config: DictConfig, family: Family) -> None:
     if known.exists() and read_json(known)["about"]["weights"] == family.weights_hash:
         family.fitted["calibration"] = read_json(known)
     family.save(folder)
-    if len(family.levels) > 1 and "calibration" not in family.fitted:
+    if len(family.levels) > 1 and config.calibration.images and "calibration" not in family.fitted:
         device = "cuda" if torch.cuda.is_available() and config.trainer.accelerator != "cpu" else "cpu"
         options: dict[str, Any] = OmegaConf.to_container(config.calibration)  # type: ignore[assignment]
         print("calibrating the family", flush=True)
@@ -91,6 +91,8 @@ def _check_jobs(config: DictConfig, level: Level) -> None:
     build_callbacks(config)
     parse_indices(config.evaluation.indices, "evaluation.indices")
     for number, choice in enumerate(sampler_choices(config)):
+        if choice.recipe is not None and "levels" in config.model and not config.calibration.images:
+            raise ValueError(f"evaluation.samplers[{number}] has a plan, which needs calibration.images >= 1, got 0")
         for steps in choice.steps:
             try:
                 Sampler(level, solver=choice.solver, steps=steps, grid=choice.grid)

@@ -33,8 +33,8 @@ def report(found: Calibration, console: Console) -> None:
     console.print(levels)
     console.print("The last two: mean squared error of a sample when this level runs alone, by linear response.")
     _discretisation(found, console)
-    if len(found.names) > 3:
-        fit = fit_differences(found.image_differences.numpy(), list(found.flops[1:]))
+    if len(found.names) > 2:
+        fit = fit_differences(found.image_differences.numpy(), found.flops)
         console.print(f"scaling law from differences of levels, cost in FLOPs: {fit.verdict}")
 
 

@@ -26,7 +26,7 @@ NOISE_LEVELS = tuple((i + 0.5) / 10 for i in range(10))
 def denoising_errors(
     denoiser: Denoiser, schedule: NoiseSchedule, images: Tensor, index: Tensor, seed: int
 ) -> dict[float, Tensor]:
-    """Mean squared error of the noise estimate at each of NOISE_LEVELS, averaged over images and pixels.
+    """Mean squared error of the noise estimate at each of NOISE_LEVELS, (B,), averaged over the pixels of each image.
 
     images: (B, C, H, W) in [-1, 1]; index: (B,), which keys the noise, so that every network sees the same.
     """
@@ -35,7 +35,7 @@ def denoising_errors(
         t = torch.full((len(images),), time, device=images.device)
         z = stream.normal(index, [slot], images.shape[1:], images.dtype)[0]
         x_t = expand_like(schedule.alpha(t), images) * images + expand_like(schedule.sigma(t), images) * z
-        errors[time] = (denoiser(x_t.contiguous(memory_format=torch.channels_last), t) - z).square().mean()
+        errors[time] = (denoiser(x_t.contiguous(memory_format=torch.channels_last), t) - z).square().flatten(1).mean(1)
     return errors
 
 
@@ -112,7 +112,7 @@ class DenoisingModule(pl.LightningModule):
         errors = denoising_errors(self.denoiser, self.schedule, images, batch["index"], self.seed)
         options: dict[str, Any] = {"sync_dist": True, "batch_size": len(images), "on_epoch": True}
         for time, error in errors.items():
-            self.log(f"val/error_t{time:.2f}", error, **options)
+            self.log(f"val/error_t{time:.2f}", error.mean(), **options)
         self.log("val/error", torch.stack(list(errors.values())).mean(), prog_bar=True, **options)
 
     def configure_optimizers(self) -> Any:
@@ -136,12 +136,16 @@ class DenoisingModule(pl.LightningModule):
 
 
 class FamilyModule(pl.LightningModule):
-    """A trained family under `trainer.test`: the denoising error of every level on held-out images."""
+    """A trained family under `trainer.test`: the denoising error of every level on held-out images.
+
+    `image_errors`: for each level that of every image of this rank, averaged over noise levels.
+    """
 
     def __init__(self, family: Family, seed: int) -> None:
         super().__init__()
         self.networks = nn.ModuleList(level.network for level in family.levels)
         self._family, self.seed = family, seed
+        self.image_errors: dict[str, list[Tensor]] = {name: [] for name in family.names}
 
     def family(self) -> Family:
         """The family, for the sampler evaluation."""
@@ -153,5 +157,7 @@ class FamilyModule(pl.LightningModule):
             errors = denoising_errors(level.denoiser, level.schedule, images, batch["index"], self.seed)
             options: dict[str, Any] = {"sync_dist": True, "batch_size": len(images), "on_epoch": True}
             for time, error in errors.items():
-                self.log(f"test/{level.name}/error_t{time:.2f}", error, **options)
-            self.log(f"test/{level.name}/error", torch.stack(list(errors.values())).mean(), **options)
+                self.log(f"test/{level.name}/error_t{time:.2f}", error.mean(), **options)
+            by_image = torch.stack(list(errors.values())).mean(0)
+            self.image_errors[level.name].append(by_image.cpu())
+            self.log(f"test/{level.name}/error", by_image.mean(), **options)
