@@ -93,7 +93,8 @@ class Objective:
     def coefficients(self, theta: Tensor) -> Coefficients:
         """theta with the first level, which is certain."""
         first = torch.tensor([[0.0], [CERTAIN]], dtype=torch.float64)
-        return Coefficients(*torch.cat([first, theta.detach().double().cpu()], 1))
+        alpha, beta = torch.cat([first, theta.detach().double().cpu()], 1)
+        return Coefficients(alpha, beta)
 
     def probabilities(self, theta: Tensor) -> Tensor:
         """p: (R, K), differentiable in theta."""
@@ -257,7 +258,7 @@ class Objective:
                 mse, slope = along(tangents[0])
                 return mse.cpu(), slope[None].cpu()
             # the trajectory itself has no batch of directions: it is run once
-            mse, slopes = torch.func.vmap(along, out_dims=(None, 0))(tangents)
+            mse, slopes = torch.func.vmap(along, out_dims=(None, 0))(tangents)  # type: ignore[arg-type]
             return mse.cpu(), slopes.cpu()
 
     def weight_for(self, theta: Tensor, indices: Tensor, counts: Tensor) -> float:
