@@ -147,13 +147,17 @@ def log_snr(steps: int) -> TimeGrid:
 
 def peak(steps: int, reverse: bool) -> int:
     """Most bytes alive at once, as the allocator of the CPU counts them."""
-    problem, indices = objective(2, steps), torch.arange(1000)
+    problem, indices = objective(2, steps), torch.arange(300)
     wide = torch.ones(3, 64, dtype=torch.float64) / 64  # most of the memory is in the network, as usual
     problem.denoisers = tuple(lambda x, t, k=k: torch.tanh(x @ wide + k) @ wide.T * t[:, None] for k in range(2))
-    truth, counts = torch.zeros(1000, 3, dtype=torch.float64), problem.toss(THETA, 0, 2)
-    arguments = (THETA, counts, indices, truth)
+    truth, counts = torch.zeros(300, 3, dtype=torch.float64), problem.toss(THETA, 0, 2)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        reversed_gradients(problem, *arguments) if reverse else problem.differentiate(*arguments, None)
+        if reverse:
+            theta = THETA.clone().requires_grad_()
+            weights = problem.weights(counts, problem.probabilities(theta))
+            problem.errors(weights, counts, indices.expand(2, -1), truth.expand(2, *truth.shape)).sum().backward()
+        else:
+            problem.differentiate(THETA, counts, indices, truth, None)
     kineto = profiler.profiler.kineto_results  # type: ignore[union-attr]
     changes = [(event.start_ns(), event.nbytes()) for event in kineto.events() if event.name() == "[memory]"]
     return max(itertools.accumulate(size for _, size in sorted(changes)))

@@ -7,6 +7,7 @@ the samples, so that their mean gradient is that of one rank.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,6 +55,25 @@ class Fit:
             raise ValueError(f"images must be a multiple of batch_size {self.batch_size}, got {self.images}")
 
 
+class _Steps:
+    """A loader of nothing, that Lightning may leave and take up anywhere: it has no state, and says so."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self._count))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
+
+
 class CoefficientsModule(pl.LightningModule):
     """alpha and beta of levels 2 .. K as parameters (float64), and the weight of the cost.
 
@@ -79,7 +99,7 @@ class CoefficientsModule(pl.LightningModule):
 
     def train_dataloader(self) -> Any:
         """As many entries as there are steps; what a step does depends on its number alone."""
-        return range(self.fit_options.updates)
+        return _Steps(self.fit_options.updates)
 
     def on_fit_start(self) -> None:
         self._home = self.trainer.strategy.root_device
@@ -123,22 +143,23 @@ class CoefficientsModule(pl.LightningModule):
         counts = objective.toss(theta, step, options.draws)
         directions = objective.directions(step, options.draws) if options.tangents == "random" else None
         estimate = objective.estimate(theta, counts, indices, truth, self.weight.item(), directions)
-        self._record(estimate.mse.mean(), estimate.cost, len(indices))
+        self._record(self._mean(estimate.mse.mean().item()), estimate.cost)
         # linear in the parameters: its gradient is the estimate, and averaged over ranks as any other
         gradient = estimate.gradient.to(self.alpha)
         return (self.alpha * gradient[0] + self.beta * gradient[1]).sum()
 
-    def _record(self, mse: Tensor, cost: float, size: int) -> None:
-        theta, values = self.theta, {"mse": float(mse), "cost": cost}
+    def _record(self, mse: float, cost: float) -> None:
+        theta, values = self.theta, {"mse": mse, "cost": cost}
         values["objective"] = values["mse"] + self.weight.item() * cost
         for k, name in enumerate(self.names[1:]):
             values |= {f"alpha/{name}": theta[0, k].item(), f"beta/{name}": theta[1, k].item()}
         p = self.objective.coefficients(theta).probabilities(self.objective.schedule, TIMES)
         for k, name in enumerate(self.names[1:], 1):
             values |= {f"p/{name}/t{time:g}": p[row, k].item() for row, time in enumerate(TIMES)}
-        for name, value in values.items():
-            scalar = torch.tensor(value, dtype=torch.float64, device=self.device)
-            self.log(name, scalar, sync_dist=name in ("mse", "objective"), batch_size=size)
+        # at once: Lightning writes after the checkpoint of a step, and a kill in between would lose the line
+        for logger in self.loggers:
+            logger.log_metrics(values, self.global_step)
+        self.log_dict({key: values[key] for key in ("objective", "mse", "cost")}, logger=False, prog_bar=True)
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.Adam([self.alpha, self.beta], lr=self.fit_options.learning_rate, betas=(0.9, 0.99))
