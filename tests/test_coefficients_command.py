@@ -8,6 +8,7 @@ import math
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +21,9 @@ from mlem.multilevel.recipe import Recipe
 from mlem.network import unet
 from mlem.sampling import Sampler
 from mlem.schedule import NoiseSchedule
+from mlem.training.coefficients import CoefficientsModule, Fit
 from tests.commands import configure, execute, metrics, run_here, start, succeed, wait_until
+from tests.test_learn import objective
 
 OPTIONS = (
     "model=coefficients",
@@ -182,6 +185,26 @@ def test_two_ranks_learn_what_one_does(family: Path, learned: tuple[Path, str], 
     assert mine == pytest.approx(other, rel=1e-2)
 
 
+def test_ranks_take_different_samples_and_share_their_coins() -> None:
+    """Shares of a batch are disjoint and make up the batch of one rank; none is an index that users draw."""
+    fit = Fit(8, 4, 2, 1, 0.1, "exact", 2, 2)
+    problem = objective(2, 4)
+
+    def shares(ranks: int) -> list[torch.Tensor]:
+        found = []
+        for rank in range(ranks):
+            module = CoefficientsModule(problem, torch.zeros(2, 1, dtype=torch.float64), fit, ["1", "2"])
+            module._home = torch.device("cpu")
+            trainer = SimpleNamespace(world_size=ranks, global_rank=rank)
+            module.trainer = trainer  # type: ignore[assignment]
+            found.append(torch.cat([module._share(batch) for batch in range(2)]))
+        return found
+
+    assert shares(1)[0].tolist() == list(range(2 * 10**9, 2 * 10**9 + 8))
+    one, two = shares(2)
+    assert sorted([*one.tolist(), *two.tolist()]) == shares(1)[0].tolist()
+
+
 @pytest.mark.parametrize("tangents", ["exact", "random"])
 def test_other_solvers_and_directions(family: Path, tangents: str, tmp_path: Path) -> None:
     options = ["model.solver=dpm_solver_pp", "model.grid=null", "model.updates=1", f"model.tangents={tangents}"]
@@ -259,9 +282,6 @@ def test_sampling_with_the_name_of_no_level(tmp_path: Path) -> None:
 
 def test_the_gradient_lowers_the_objective() -> None:
     """On closed-form levels, from a poor beginning: what learning is for."""
-    from mlem.training.coefficients import Fit
-    from tests.test_learn import objective
-
     with pytest.raises(ValueError, match="images must be a multiple of batch_size 3, got 4"):
         Fit(4, 3, 2, 1, 0.1, "exact", 2, 2)
     problem, indices = objective(3, 6), torch.arange(8)
