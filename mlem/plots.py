@@ -1,4 +1,4 @@
-"""The figures: sample grids, error against time, error by noise level, probabilities. Rows of numbers in, PNG out.
+"""The figures: sample grids, error against time, error by noise level, scaling laws, p_k. Rows of numbers in, PNG out.
 
 Drawn with Figure objects, never pyplot: no global state, no display. Files appear whole or not at all.
 """
@@ -35,6 +35,7 @@ _STYLES = (
     ("X", (0, (1, 1))),
 )
 _ERROR_COLUMNS = ("level", "sampler", "steps", "seconds_per_image", "mse", "mse_stderr")
+_SCALING_COLUMNS = ("cost", "value", "line_cost", "line", "low", "high", "gamma", "interval")
 
 
 def image_grid(images: Tensor, columns: int | None = None, scale: int | None = None) -> Image:
@@ -163,6 +164,39 @@ def probabilities(
     figure.legend(levels, names, title="level", loc="outside right upper", frameon=False)
     handles = [_key("before", "0.3", "", "--"), _key("after", "0.3", "", "-")]
     figure.legend(handles=handles, loc="outside right lower", frameon=False)
+    _save(figure, path)
+
+
+def scaling_law(
+    curves: Mapping[str, Mapping[str, Any]],
+    path: str | os.PathLike[str],
+    caption: str,
+    unit: str = "seconds per image",
+) -> None:
+    """Error against cost of the levels, log-log, with fitted power laws and their bootstrap bands.
+
+    curves: name, such as "error - floor" or "level difference" -> a mapping with cost and value (K,), the mean squared
+    points; line_cost, line, low, high (M,), the fit and its band; gamma and interval (low, high), for the legend. unit:
+    of cost. caption: data set, number of images, training steps. Raises ValueError for no curves, missing entries,
+    lengths that differ, and values that a logarithm cannot show.
+    """
+    import numpy as np
+
+    _need(list(curves.values()), _SCALING_COLUMNS, "scaling_law")
+    figure, axes = _figure(f"cost [{unit}]", "mean squared error", caption)
+    axes.set(xscale="log", yscale="log")
+    for (name, curve), colour, (marker, line) in zip(curves.items(), cycle(_COLOURS), cycle(_STYLES), strict=False):
+        arrays = {column: np.asarray(curve[column], dtype=float) for column in _SCALING_COLUMNS[:6]}
+        for columns in (_SCALING_COLUMNS[:2], _SCALING_COLUMNS[2:6]):
+            shapes = {arrays[column].shape for column in columns}
+            if len(shapes) > 1 or not all(_positive(value) for column in columns for value in arrays[column]):
+                raise ValueError(f"curve {name!r} needs {', '.join(columns)} of one length and above 0")
+        low, high = curve["interval"]
+        label = rf"{name}: $\gamma$ = {curve['gamma']:.2f} ({low:.2f} to {high:.2f})"
+        axes.fill_between(arrays["line_cost"], arrays["low"], arrays["high"], color=colour, alpha=0.2, linewidth=0)
+        axes.plot(arrays["line_cost"], arrays["line"], color=colour, linestyle=line)
+        axes.plot(arrays["cost"], arrays["value"], color=colour, marker=marker, linestyle="", label=label)
+    figure.legend(loc="outside lower center", frameon=False)
     _save(figure, path)
 
 

@@ -208,8 +208,11 @@ class Sampler:
                 f"the plan has {plan.evaluations} rows, but {self.solver.name} in {self.grid.steps} steps evaluates "
                 f"{evaluations} times; draw it for these steps, or pass family.plan(...), which fits any"
             )
-        if plan.estimator == "hindsight" and self.solver.name not in SOLVERS:
-            raise ValueError(f"hindsight needs a solver of mlem's own, got {self.solver.name}; use estimator=held")
+        if plan.estimator == "hindsight" and (self.solver.name not in SOLVERS or evaluations != self.grid.steps):
+            name = self.solver.name
+            raise ValueError(
+                f"hindsight needs a solver of mlem's that evaluates once a step, not {name}; use estimator=held"
+            )
         return plan
 
     def _metered(self, model: Family | Level | Denoiser) -> Any:
@@ -241,6 +244,11 @@ class Sampler:
             raise ValueError(
                 f"schedule= is {self.schedule.to_config()}, but the model has {own.to_config()}; leave schedule out"
             )
+
+    @property
+    def levels(self) -> list[str]:
+        """Names of the levels that may run."""
+        return list(self._meters)
 
     def start(self, indices: Tensor) -> Tensor:
         """The starting noise x_T ~ N(0, I) of these samples: indices (B,) int64 -> (B, *shape)."""

@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mlem.denoiser import MixtureDenoiser, gaussian_denoiser
-from mlem.family import Level
+from mlem.family import Family, Level
+from mlem.multilevel.coins import falls
 from mlem.network import unet
 from mlem.noise import BrownianPath
 from mlem.schedule import NoiseSchedule, TimeGrid
@@ -108,4 +109,48 @@ def level(size: str = "xs", shape: Sequence[int] = (1, 8, 8), *, seed: int = 0, 
         network = unet(size, shape, dropout)
     return Level(
         options.pop("name", size), network, options.pop("schedule", NoiseSchedule.cosine()), tuple(shape), **options
+    )
+
+
+def outcomes(coins: str, p: Tensor) -> tuple[Tensor, Tensor]:
+    """All tables of counts (N, R, K) that these coins can give, and their probabilities (N,).
+
+    The counts are constant between the breakpoints of each uniform number; cells of no width are left out.
+    """
+    running = torch.where(p >= 1, 0.0, p).cumsum(0)
+    breaks = {"bernoulli": p.reshape(-1, 1), "nested": p, "systematic": (-running % 1).T}[coins]
+    cells = []
+    for inside in breaks:
+        ends = torch.cat([torch.zeros(1, dtype=p.dtype), inside.sort().values, torch.ones(1, dtype=p.dtype)])
+        pairs = [(low, high) for low, high in itertools.pairwise(ends.tolist()) if high > low + 1e-12]
+        cells.append([((low + high) / 2, high - low) for low, high in pairs])
+    whole = torch.tensor(list(itertools.product(*cells)), dtype=torch.float64)
+    return falls(coins, p, whole[..., 0]), whole[..., 1].prod(1)
+
+
+class ClosedForm(nn.Module):
+    """A network that is a formula in float64: the noise estimate of `gaussian` plus an error, nonlinear in x.
+
+    size: makes the FLOPs rise. The weights are fixed by the seed.
+    """
+
+    def __init__(self, size: int, error: float, schedule: NoiseSchedule) -> None:
+        super().__init__()
+        values = torch.randn(3, size, generator=torch.Generator().manual_seed(size), dtype=torch.float64)
+        self.weight = nn.Parameter(values)
+        self.error, self.exact = error, gaussian(schedule)
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        t = (timestep.double() + 1) / 1000
+        return self.exact(x, t) + self.error * torch.cos(x @ self.weight + t[:, None]).mean(1, keepdim=True)
+
+
+def closed_family(errors: Sequence[float] = (0.5, 0.2, 0.05)) -> Family:
+    """Levels "1", "2", .. in closed form and float64, with these errors; use it where the default dtype is float64."""
+    schedule = NoiseSchedule.cosine()
+    return Family(
+        [
+            Level(str(number), ClosedForm(4**number, error, schedule), schedule, (3,), "eps", "points")
+            for number, error in enumerate(errors, 1)
+        ]
     )

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mlem.plots import GUTTER, error_by_noise_level, error_vs_time, image_grid
+from mlem.plots import GUTTER, error_by_noise_level, error_vs_time, image_grid, probabilities, scaling_law
 
 ROWS = [
     {
@@ -70,13 +70,21 @@ def curves():
     return {"xs": (log_snr, np.exp(-log_snr)), "m": (log_snr, np.exp(-log_snr) / 2)}
 
 
+def laws():
+    cost, line = np.array([1.0, 4.0, 16.0]), np.geomspace(1, 16, 9)
+    fitted = {"line_cost": line, "line": 1 / line, "low": 0.9 / line, "high": 1.1 / line}
+    error = {"cost": cost, "value": 1 / cost, **fitted, "gamma": 2.0, "interval": (1.8, 2.25)}
+    return {"error - floor": error, "level difference": {**error, "value": 2 / cost, "gamma": 3.0}}
+
+
 @pytest.mark.parametrize(
     "draw",
     [
         lambda path: error_vs_time(ROWS, path, "digits, 64 samples, reference of 2000 steps, seed 0, CPU"),
         lambda path: error_by_noise_level(curves(), path, "digits"),
+        lambda path: scaling_law(laws(), path, "digits"),
     ],
-    ids=["error_vs_time", "error_by_noise_level"],
+    ids=["error_vs_time", "error_by_noise_level", "scaling_law"],
 )
 def test_figures_are_whole_pngs_and_nothing_else(draw, tmp_path):
     draw(tmp_path / "new" / "figure.png")
@@ -112,12 +120,31 @@ def test_error_vs_time_shows_the_numbers_with_units(monkeypatch):
     assert len({line.get_color() for line in lines}) == 2
 
 
+def test_scaling_law_shows_points_lines_bands_and_gamma(monkeypatch):
+    figure = figure_of(monkeypatch, lambda: scaling_law(laws(), "x.png", "digits", unit="FLOPs per image"))
+    axes = figure.axes[0]
+    assert axes.get_xlabel() == "cost [FLOPs per image]"
+    assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
+    fit, points = axes.lines[:2]
+    np.testing.assert_allclose(fit.get_ydata(), 1 / np.geomspace(1, 16, 9))
+    np.testing.assert_allclose(points.get_xydata(), [(1, 1), (4, 1 / 4), (16, 1 / 16)])
+    band = axes.collections[0].get_paths()[0].vertices
+    assert (band[:, 1].min(), band[:, 1].max()) == pytest.approx((0.9 / 16, 1.1))
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert labels == [
+        r"error - floor: $\gamma$ = 2.00 (1.80 to 2.25)",
+        r"level difference: $\gamma$ = 3.00 (1.80 to 2.25)",
+    ]
+
+
 def test_nothing_to_draw_is_refused(tmp_path):
     path = tmp_path / "figure.png"
     with pytest.raises(ValueError, match="error_vs_time has nothing to draw"):
         error_vs_time([], path, "")
     with pytest.raises(ValueError, match="error_by_noise_level has nothing to draw"):
         error_by_noise_level({}, path, "")
+    with pytest.raises(ValueError, match="scaling_law has nothing to draw"):
+        scaling_law({}, path, "")
     assert not list(tmp_path.iterdir())
 
 
@@ -129,6 +156,30 @@ def test_bad_numbers_are_refused(tmp_path):
         error_vs_time([{**ROWS[0], "mse": 0.0}], path, "")
     with pytest.raises(ValueError, match=r"curve 'xs' .* log_snr \(3,\), error \(2,\)"):
         error_by_noise_level({"xs": ([0, 1, 2], [1, 1])}, path, "")
+    law = laws()["error - floor"]
+    with pytest.raises(ValueError, match="gamma is missing"):
+        scaling_law({"a": {key: value for key, value in law.items() if key != "gamma"}}, path, "")
+    for bad in ({"value": [1.0, 2.0, 0.0]}, {"cost": [1.0, 2.0]}):
+        with pytest.raises(ValueError, match="curve 'a' needs cost, value of one length and above 0"):
+            scaling_law({"a": {**law, **bad}}, path, "")
+    with pytest.raises(ValueError, match="curve 'a' needs line_cost, line, low, high of one length"):
+        scaling_law({"a": {**law, "low": -law["low"]}}, path, "")
     with pytest.raises(ValueError, match="figures are PNG files"):
         error_by_noise_level(curves(), tmp_path / "figure.txt", "")
     assert not list(tmp_path.iterdir())
+
+
+def test_probabilities_before_and_after(monkeypatch, tmp_path):
+    log_snr, curves = [3, -1, 1], {"s": ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6]), "m": ([1, 0, 1], [0, 1, 0])}
+    lines = figure_of(monkeypatch, lambda: probabilities(log_snr, curves, "x.png", "digits")).axes[0].lines
+    assert [line.get_linestyle() for line in lines] == ["--", "-", "--", "-"]
+    assert len({line.get_color() for line in lines}) == 2
+    np.testing.assert_allclose(lines[1].get_xdata(), [-1, 1, 3])
+    np.testing.assert_allclose(lines[1].get_ydata(), [0.5, 0.6, 0.4])
+    monkeypatch.undo()
+    probabilities(log_snr, curves, tmp_path / "p.png", "digits")
+    with Image.open(tmp_path / "p.png") as picture:
+        picture.load()
+    for bad in ({}, {"s": ([0.1], [0.4])}, {"s": ([0.1, 0.2, 0.3], [0.4, 0.5, 1.1])}):
+        with pytest.raises(ValueError, match="nothing to draw" if not bad else "curve 's' needs values in"):
+            probabilities(log_snr, bad, tmp_path / "q.png", "")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from mlem.app.config import parse_indices, without_secrets
 from mlem.data import BatchSource, Shards, held_out_batches, make_source, train_loader
-from mlem.family import Level
+from mlem.family import Family, Level
 from mlem.files import read_json
+from mlem.multilevel.plan import Plan
+from mlem.multilevel.recipe import Recipe, stored_plan
 from mlem.network import unet
 from mlem.schedule import NoiseSchedule
 from mlem.training.evaluation import SamplerChoice, SamplerEvaluation
@@ -129,17 +131,64 @@ class _RealImages:
             yield self._shards.images(mine[start : start + 256])
 
 
+DIALS = ("budget", "mse", "delta")
+_RECIPE = (*DIALS, "probabilities", "coins", "estimator", "order", "levels", "cost", "batch_size", "seed", "per_sample")
+
+
+def recipe_of(options: Mapping[str, Any], name: str) -> Recipe:
+    """The recipe with these options (null ones left out). Raises ValueError that begins with `name`."""
+    given = {key: value for key, value in options.items() if value is not None}
+    if unknown := sorted(given.keys() - set(_RECIPE)):
+        raise ValueError(f"{name}{unknown[0]}: there is no such option; there are {', '.join(_RECIPE)}")
+    for key in ("levels", "probabilities"):
+        if isinstance(given.get(key), list):
+            given[key] = tuple(given[key])
+    try:
+        return Recipe(**given)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{name}{error}") from error
+
+
+def plan_of(config: DictConfig, model: Family | Level) -> Plan | Recipe | None:
+    """What `plan=`, `budget=` and their like ask for; None for one level. Raises ValueError for what does not fit."""
+    plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
+    options = {key: plain[key] for key in _RECIPE if key in plain and key not in ("batch_size", "seed")}
+    dials = [key for key in (*DIALS, "plan") if plain[key] is not None]
+    if not dials and plain["probabilities"] != "learned":
+        for key in ("levels", "coins", "probabilities", "estimator", "order"):
+            if plain[key] is not None:
+                raise ValueError(f"{key}={plain[key]} shapes a multilevel plan: add budget=, such as budget=0.25")
+        return None
+    if not isinstance(model, Family):
+        raise ValueError(
+            f"{(dials or ['probabilities'])[0]}= shares work among levels, and model= is one; leave it out"
+        )
+    if config.level is not None:
+        raise ValueError(f"level={config.level} runs one level, {(dials or ['probabilities'])[0]}= several; give one")
+    if plain["plan"] is None:
+        return recipe_of(options | {"batch_size": plain["batch_size"], "seed": plain["seed"]}, "")
+    if len(dials) > 1:
+        raise ValueError(f"plan={plain['plan']} is made already: leave out {dials[0]}=")
+    path = str(plain["plan"])
+    return Plan.load(path) if path.endswith(".json") else stored_plan(model, path)
+
+
 def sampler_choices(config: DictConfig) -> list[SamplerChoice]:
     """The samplers that `evaluation.samplers` lists. Raises ValueError that names the entry."""
     choices = []
     for number, entry in enumerate(config.evaluation.samplers):
         name = f"evaluation.samplers[{number}]"
-        if not OmegaConf.is_dict(entry) or not {"solver", "steps"} <= set(entry) <= {"solver", "steps", "grid"}:
-            raise ValueError(f"{name} must be {{solver: name, steps: [n, ..], grid: name or left out}}, got {entry}")
+        known = {"solver", "steps", "grid", "plan"}
+        if not OmegaConf.is_dict(entry) or not {"solver", "steps"} <= set(entry) <= known:
+            raise ValueError(
+                f"{name} must be {{solver: name, steps: [n, ..], and, where wanted, grid: name, "
+                f"plan: options}}, got {entry}"
+            )
         steps = entry.steps
         if not OmegaConf.is_list(steps) or not steps or not all(isinstance(n, int) and n >= 1 for n in steps):
             raise ValueError(f"{name}.steps must be a list of step counts >= 1, got {steps}")
-        choices.append(SamplerChoice(str(entry.solver), tuple(steps), entry.get("grid")))
+        recipe = recipe_of(dict(entry.plan), f"{name}.plan: ") if entry.get("plan") else None
+        choices.append(SamplerChoice(str(entry.solver), tuple(steps), entry.get("grid"), recipe))
     return choices
 
 

@@ -33,6 +33,8 @@ _VALUES: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
             *(f"training.{name}" for name in _FROM_1),
             "evaluation.batch_size",
             "evaluation.reference_steps",
+            "calibration.images",
+            "calibration.reference_steps",
             "steps",
             "batch_size",
             *(f"model.{name}" for name in ("steps", "updates", "batch_size", "images", "checkpoint_every")),
@@ -66,9 +68,9 @@ _VALUES: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
 """What a value must be, how to tell, and the options that this holds for."""
 _TEXT = ("root", "resume", "data.name", "data.source", "data.folder", "schedule.kind", "sampler.name", "sampler.solver")
 _TEXT += ("model.name", "model.solver")
-_TEXT_OR_NULL = ("family", "level", "grid", "out", "model.grid")
+_TEXT_OR_NULL = ("family", "level", "grid", "out", "plan", "model.grid")
 _GROUPS = ("data", "data.options", "model", "schedule", "trainer", "logger", "metric", "sampler")
-_GROUPS += ("training", "evaluation")
+_GROUPS += ("training", "evaluation", "calibration")
 _LISTS = ("callbacks", "allow", "evaluation.samplers")
 _ONE_OF = {
     "trainer.precision": ("fp32", "bf16", "fp16"),

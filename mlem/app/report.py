@@ -53,7 +53,11 @@ def _report(rows: list[dict[str, Any]], family: Family, folder: Path, artefact: 
     samplers = Table("level", "sampler", "steps", "calls", "ms/image", "MSE", "FID" if fid else "", title=title)
     for row in rows:
         error = f"{row['mse']:.2e} ± {row['mse_stderr']:.1e}"
-        time_, calls = f"{1e3 * row['seconds_per_image']:.2f}", f"{row['evaluations']:g}"
+        time_ = f"{1e3 * row['seconds_per_image']:.2f}"
+        calls = " + ".join(
+            f"{count:g} {name}" for name, count in row["calls"].items() if len(row["calls"]) > 1 and count
+        )
+        calls = calls or f"{row['evaluations']:g}"
         samplers.add_row(
             row["level"], row["sampler"], str(row["steps"]), calls, time_, error, f"{row[fid]:.3f}" if fid else ""
         )

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from mlem.app.build import plan_of
 from mlem.app.cli import USAGE
 from mlem.app.config import parse_indices
 from mlem.app.find import family_folder
 from mlem.family import Family, Level
 from mlem.files import first_process, sha256
+from mlem.multilevel.calibrate import Calibration
+from mlem.multilevel.predict import Predictor
 from mlem.outputs import claim, finish, write_samples
 from mlem.sampling import Ledger, Sampler
 
@@ -31,22 +36,27 @@ def run(config: DictConfig) -> None:
         fabric = Fabric(**devices)
     except MisconfigurationException as error:
         raise ValueError(f"trainer: {error}") from error
-    level = model.level(config.level) if isinstance(model, Family) else model
+    plan = plan_of(config, model)
+    if isinstance(model, Family) and plan is None:
+        model = model.level(config.level)
     if config.trainer.compile:
-        level.network.compile()
+        for level in model.levels if isinstance(model, Family) else [model]:
+            level.network.compile()
     sampler = Sampler(
-        level,
+        model,
         solver=config.sampler.solver,
         steps=config.steps,
         grid=config.grid,
         seed=config.seed,
+        level=config.level if isinstance(model, Family) else None,
+        plan=plan,
         device=fabric.device,
         precision=config.trainer.precision,
     )
     out = Path(config.out or f"{config.root}/samples/{config.sampler.name}_{config.steps}")
     # all that may be refused is refused before there are other ranks, which would wait for this one
     if first_process():
-        claim(out, _settings(config, level, folder, sampler))
+        claim(out, _settings(config, model, folder, sampler))
     fabric.launch()
     fabric.barrier()
     with _progress(len(indices), fabric.world_size, fabric.is_global_zero) as advance:
@@ -61,7 +71,7 @@ def run(config: DictConfig) -> None:
         )
     gathered, failed = _gather(fabric, ledger, failure)
     if fabric.is_global_zero:
-        _report(finish(out, indices, gathered), gathered, level, out)
+        _report(finish(out, indices, gathered), gathered, model, sampler, out)
     fabric.barrier()
     if failed is not None and fabric.is_global_zero:
         raise FloatingPointError(failed)
@@ -86,18 +96,22 @@ def find_model(config: DictConfig) -> tuple[Path, Family | Level]:
     return folder, Family.load(folder)
 
 
-def _settings(config: DictConfig, level: Level, folder: Path, sampler: Sampler) -> dict[str, Any]:
+def _settings(config: DictConfig, model: Family | Level, folder: Path, sampler: Sampler) -> dict[str, Any]:
     """What decides the bytes of an image."""
-    weights = next(path for path in (folder / f"level_{level.name}", folder) if (path / "mlem.json").exists())
-    return {
+    if isinstance(model, Family):
+        assert sampler.plan is not None
+        table = json.dumps(sampler.plan.to_dict() | {"about": {}}, sort_keys=True)
+        own = {"plan": hashlib.sha256(table.encode()).hexdigest()[:16], "weights": model.weights_hash}
+    else:
+        weights = next(path for path in (folder / f"level_{model.name}", folder) if (path / "mlem.json").exists())
+        own = {"level": model.name, "weights": sha256(weights / "diffusion_pytorch_model.safetensors")}
+    return own | {
         "solver": config.sampler.solver,
         "steps": config.steps,
         "grid": sampler.grid.name,
         "seed": config.seed,
         "batch_size": config.batch_size,
         "precision": config.trainer.precision,
-        "level": level.name,
-        "weights": sha256(weights / "diffusion_pytorch_model.safetensors"),
     }
 
 
@@ -142,14 +156,40 @@ def _gather(fabric: Any, ledger: Ledger, failure: Exception | None) -> tuple[Led
     return total, next((text for _, text in everyone if text is not None), None)
 
 
-def _report(total: dict[str, Any], now: Ledger, level: Level, out: Path) -> None:
+def _report(total: dict[str, Any], now: Ledger, model: Family | Level, sampler: Sampler, out: Path) -> None:
     if not now.images:
         print(f"nothing to do: every sample is in {out}")
         return
     milliseconds = 1e3 * now.wall_seconds / now.images
+    levels = "+".join(now.levels)
     print(
-        f"{now.images} images computed, level {level.name}, {now.evaluations:g} network calls each, "
+        f"{now.images} images computed, level {levels}, {now.evaluations:g} network calls each, "
         f"{milliseconds:.2f} ms/image ({100 * now.network_seconds / now.wall_seconds:.1f} percent of it in the network)"
     )
+    if isinstance(model, Family):
+        _report_plan(now, model, sampler)
     print(f"pictures: {out}, side by side: {out / 'grid.png'}")
     print(f"cost of the {total['images']} images computed so far: {out / 'ledger.json'}")
+
+
+def _report_plan(now: Ledger, family: Family, sampler: Sampler) -> None:
+    """Calls of each level, and what the largest level alone could do for that cost."""
+    plan, top = sampler.plan, family.level()
+    assert plan is not None
+    for name, cost in now.levels.items():
+        print(
+            f"  level {name}: {cost.calls / now.images:g} calls an image "
+            f"(expected {cost.expected_calls / now.images:.4g}), {1e3 * cost.seconds / now.images:.2f} ms/image in it"
+        )
+    flops = sum(cost.flops for cost in now.levels.values()) / now.images / top.flops
+    print(
+        f"  in all {flops:.4g} evaluations of level {top.name} by FLOPs, where it alone would make {plan.evaluations}"
+    )
+    predicted = plan.about.get("predicted_mse")
+    if predicted is not None:
+        predictor = Predictor(Calibration.of(family), family.schedule, sampler.solver, sampler.grid)
+        alone = predictor.discretisation_at(max(1, round(flops)))
+        print(
+            f"  predicted mean squared error {predicted:.2g}; {sampler.solver.name} with level {top.name} alone in "
+            f"{max(1, round(flops))} steps, at the same cost: {alone:.2g}"
+        )

@@ -30,6 +30,7 @@ from mlem.data import Shards, ensure, make_source
 from mlem.family import Family, Level
 from mlem.files import first_process, folder_lock, read_json, write_json, write_text
 from mlem.metrics import FID, FewImagesWarning
+from mlem.multilevel.__main__ import calibrate_folder
 from mlem.network import seconds_per_image
 from mlem.sampling import Sampler
 from mlem.training.averaging import averaged_state, make_average
@@ -61,8 +62,22 @@ def run(config: DictConfig) -> None:
         train_level(config, level, shards)
     family = Family([Level.load(_run_folder(config, level) / "level") for level in levels])
     if "levels" in config.model and first_process():
-        family.save(Path(config.root) / "family")
+        _save_family(config, family)
     evaluate_family(config, family, shards)
+
+
+def _save_family(config: DictConfig, family: Family) -> None:
+    """Write the family; calibrate it where that was not done for these weights, by the process that came first."""
+    folder = Path(config.root) / "family"
+    known = folder / "calibration.json"
+    if known.exists() and read_json(known)["about"]["weights"] == family.weights_hash:
+        family.fitted["calibration"] = read_json(known)
+    family.save(folder)
+    if len(family.levels) > 1 and "calibration" not in family.fitted:
+        device = "cuda" if torch.cuda.is_available() and config.trainer.accelerator != "cpu" else "cpu"
+        options: dict[str, Any] = OmegaConf.to_container(config.calibration)  # type: ignore[assignment]
+        print("calibrating the family", flush=True)
+        calibrate_folder(family, folder, device=device, **options)
 
 
 def _quiet() -> None:

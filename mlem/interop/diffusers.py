@@ -40,6 +40,7 @@ class DiffusersSolver(Solver):
         accepted = inspect.signature(found.__init__).parameters
         if "trained_betas" not in accepted:
             raise ValueError(f"{class_name} takes no betas: only variance-preserving schedulers can be compared")
+        self.name = PREFIX + class_name  # pyright: ignore[reportAttributeAccessIssue]
         self._class: Any = found
         self._options = options
         self._accepted = accepted

@@ -1,10 +1,10 @@
 """Calibration: what each level costs, how far the levels are apart, and what that does to a sample.
 
 Along trajectories of the largest level (DDIM for the ODE, DDPM for the SDE) every level is evaluated at a few times.
-The correction `g^k = f^k - f^(k-1)` is added to the state there, and the trajectory run on to its end: the change
-`u_k(t)` of the sample, for a unit of `-ln kappa`, is how that correction counts. To first order the error of a plan is
-linear in these vectors, so that their inner products predict the mean squared error of every plan, without
-another evaluation of a network (`mlem.multilevel.predict`). Discretisation is measured, not predicted.
+The correction `g^k = f^k - f^(k-1)` is added to the state there, and a smaller level runs on to the end: the change
+`u_k(t)` of the sample, for a unit of `-ln kappa`, is how that correction counts. To first order a plan errs linearly
+in these vectors, so that their inner products predict the mean squared error of every plan without another evaluation
+(`mlem.multilevel.predict`). What that leaves out is measured by `mlem.multilevel.pilot`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -20,22 +20,13 @@ from torch import Tensor
 
 from mlem.denoiser import Denoiser
 from mlem.family import Family
+from mlem.multilevel.trial import CALIBRATION, estimate, start, trial_indices
 from mlem.network import evaluating, seconds_per_image
-from mlem.noise import BrownianPath, NoiseStream
+from mlem.noise import BrownianPath
 from mlem.schedule import NoiseSchedule, TimeGrid
-from mlem.solvers import Point, integrate, make_solver
+from mlem.solvers import Point, Solver, make_solver
 
 FORMAT = 1
-DISCRETISATIONS = (
-    ("ddpm", "uniform"),
-    ("ddpm", "log_snr"),
-    ("dpm_solver_pp_sde", "log_snr"),
-    ("ddim", "uniform"),
-    ("ddim", "log_snr"),
-    ("dpm_solver_pp", "log_snr"),
-)
-"""Solvers and grids whose error on the largest level is measured."""
-STEPS = (8, 16, 32, 64, 128)
 
 
 @dataclass(frozen=True)
@@ -57,8 +48,10 @@ class Calibration:
     """What was measured of a family.
 
     names, flops: of the levels. seconds: batch size -> seconds per image of each level. log_snr: (T,), rising.
-    differences: (T, K, K), E|f^j - f^k|^2 per pixel. responses: "ode" and "sde". discretisation: "solver/grid" ->
-    {steps: mean squared error}. about: number of images, seed, device, reference steps, hash of the weights.
+    differences: (T, K, K), E|f^j - f^k|^2 per pixel. image_differences: (K-1, B), of neighbours, the mean over times
+    for each trajectory. responses: "ode" and "sde". discretisation: "solver/grid" ->
+    {steps: mean squared error}. pilots: "sde/hindsight" and so on -> [predicted, measured] errors of plans.
+    about: number of images, seed, device, hash of the weights.
     """
 
     names: tuple[str, ...]
@@ -66,9 +59,11 @@ class Calibration:
     seconds: dict[int, tuple[float, ...]]
     log_snr: Tensor
     differences: Tensor
+    image_differences: Tensor
     responses: dict[str, Response]
-    discretisation: dict[str, dict[int, float]]
     about: dict[str, Any]
+    discretisation: dict[str, dict[int, float]] = field(default_factory=dict)
+    pilots: dict[str, list[list[float]]] = field(default_factory=dict)
 
     def costs(self, unit: str = "seconds", batch_size: int = 64) -> Tensor:
         """Cost of one evaluation of each level, the largest being 1: (K,). unit: "seconds" or "flops".
@@ -104,9 +99,11 @@ class Calibration:
             {int(size): tuple(values) for size, values in plain["seconds"].items()},
             tensor(plain["log_snr"]),
             tensor(plain["differences"]),
+            tensor(plain["image_differences"]),
             {kind: Response(**{key: tensor(v) for key, v in one.items()}) for kind, one in plain["responses"].items()},
-            {name: {int(n): mse for n, mse in errors.items()} for name, errors in plain["discretisation"].items()},
             plain["about"],
+            {name: {int(n): mse for n, mse in errors.items()} for name, errors in plain["discretisation"].items()},
+            plain["pilots"],
         )
 
     @staticmethod
@@ -134,46 +131,35 @@ def calibrate(
     family: Family,
     *,
     images: int = 16,
-    times: int = 16,
+    times: int = 24,
     seed: int = 0,
     batch_sizes: Sequence[int] = (64,),
-    reference_steps: int = 1000,
-    steps: Sequence[int] = STEPS,
     device: str | torch.device = "cpu",
     progress: Callable[[str], None] = lambda text: None,
 ) -> Calibration:
     """Measure a family.
 
-    images: trajectories, with indices from 10^9 on, so that no sample shares its noise. times: T. batch_sizes: at which
-    levels are timed. reference_steps: of the run that discretisation is measured against. steps: counts at which it is.
-    progress: told what is being done. Raises ValueError for a family of one level.
+    images: trajectories, with indices of their own, so that no sample shares their noise. times: T. batch_sizes: at
+    which levels are timed. progress: told what is being done. Raises ValueError for a family of one level.
     """
     if len(family.levels) < 2:
         raise ValueError("calibration compares levels, and this family has one; train another: model.levels=[xs,s]")
     networks = torch.nn.ModuleList(level.network for level in family.levels).to(device)
-    index = torch.arange(10**9, 10**9 + images, device=device)
+    index = trial_indices(CALIBRATION, images, device)
     seconds = {}
     with torch.inference_mode(), evaluating(networks):
         for size in batch_sizes:
             progress(f"time of each level, batches of {size}")
             seconds[size] = tuple(seconds_per_image(level.network, family.shape, size) for level in family.levels)
         denoisers: list[Denoiser] = [level.denoiser for level in family.levels]
-        measured = measure(denoisers, family.schedule, family.shape, index, times=times, seed=seed, progress=progress)
-        top = denoisers[-1]
-        errors = discretisation(
-            top,
-            family.schedule,
-            family.shape,
-            index,
-            steps=steps,
-            reference_steps=reference_steps,
-            seed=seed,
-            progress=progress,
-        )
-    about = {"images": images, "seed": seed, "device": str(device), "reference_steps": reference_steps}
-    about["weights"] = family.weights_hash
+        # perturbations are carried by the largest level that is ten times cheaper than the top, or the cheapest
+        cheap = [level for level in family.levels if 10 * level.flops <= family.level().flops] or [family.levels[0]]
+        carrier = cheap[-1].denoiser
+        options: dict[str, Any] = {"carrier": carrier, "times": times, "seed": seed, "progress": progress}
+        measured = measure(denoisers, family.schedule, family.shape, index, **options)
+    about = {"images": images, "seed": seed, "device": str(device), "weights": family.weights_hash}
     flops = tuple(float(level.flops) for level in family.levels)
-    return Calibration(tuple(family.names), flops, seconds, *measured, errors, about)
+    return Calibration(tuple(family.names), flops, seconds, *measured, about)
 
 
 def measure(
@@ -182,72 +168,77 @@ def measure(
     shape: Sequence[int],
     index: Tensor,
     *,
-    times: int = 16,
+    carrier: Denoiser | None = None,
+    times: int = 24,
     seed: int = 0,
     progress: Callable[[str], None] = lambda text: None,
-) -> tuple[Tensor, Tensor, dict[str, Response]]:
-    """log_snr (T,), differences (T, K, K) and responses, as in `Calibration`; index: (B,) of the trajectories."""
-    responses, differences = {}, []
+) -> tuple[Tensor, Tensor, Tensor, dict[str, Response]]:
+    """log_snr, differences, image_differences and responses, as in `Calibration`; index: (B,) of the trajectories.
+
+    carrier: what runs perturbed trajectories to their end; the largest level where none is given.
+    """
+    carrier = denoisers[-1] if carrier is None else carrier
+    responses, differences, by_image = {}, [], []
     # twice as many steps as times
     grid = TimeGrid.make("log_snr", schedule, 2 * times)
     for kind, solver in (("ode", "ddim"), ("sde", "ddpm")):
         progress(f"how corrections reach a sample, {kind}")
-        outputs, changes = _perturbed(denoisers, schedule, shape, index, solver, grid, seed)
+        outputs, changes = _perturbed(denoisers, carrier, schedule, index, shape, make_solver(solver), grid, seed)
         differences.append((outputs[:, :, None] - outputs[:, None]).square().flatten(3).mean(3))
+        by_image.append(outputs.diff(dim=1).square().flatten(3).mean((0, 3)))
         responses[kind] = _response(outputs, changes, grid, schedule)
     log_snr = schedule.log_snr(torch.tensor(grid.times[:-1:2], dtype=torch.float64))
-    return log_snr, torch.stack(differences).mean(0).cpu(), responses
+    mean, by_image = torch.stack(differences).mean(0).cpu(), torch.cat(by_image, 1).cpu()
+    return log_snr, mean, by_image, responses
 
 
-class _Repeated:
-    """A Brownian path for copies of its samples."""
+class _Noise:
+    """A Brownian path that may be asked for the last two times again, and for copies of its samples."""
 
     def __init__(self, path: BrownianPath) -> None:
         self._path, self.copies = path, 1
+        self._known: dict[float, Tensor] = {}
 
     def at(self, t: float) -> Tensor:
-        value = self._path.at(t)
+        if t not in self._known:
+            self._known = dict([*self._known.items()][-1:]) | {t: self._path.at(t)}
+        value = self._known[t]
         return value.repeat(self.copies, *[1] * (value.dim() - 1))
 
 
 def _perturbed(
     denoisers: Sequence[Denoiser],
+    carrier: Denoiser,
     schedule: NoiseSchedule,
-    shape: Sequence[int],
     index: Tensor,
-    solver_name: str,
+    shape: Sequence[int],
+    solver: Solver,
     grid: TimeGrid,
     seed: int,
 ) -> tuple[Tensor, Tensor]:
     """The levels along the trajectory, (T, K, B, ...), and the changes u of the sample, (T, K-1, B, ...).
 
-    Copies of the trajectory, one for each time and correction, join the batch when their time has come.
+    At every other point of the grid a copy of the state, and one for each correction with that added, join a batch that
+    the carrier runs to the end.
     """
-    solver, points = make_solver(solver_name), Point.of(schedule, grid)
-    path = _Repeated(BrownianPath(schedule, seed, index, shape, torch.float32))
-    y = NoiseStream(seed, "start").normal(index, [0], shape, torch.float32)[0].double() / points[0].alpha
-    count, outputs = len(index), []
-
-    def eps(y: Tensor, point: Point, level: int = -1) -> Tensor:
-        t = torch.full((len(y),), point.t, dtype=torch.float64, device=y.device)
-        return denoisers[level](y * point.alpha, t).double()
-
+    points = Point.of(schedule, grid)
+    path = _Noise(BrownianPath(schedule, seed, index, shape, torch.float32))
+    y = start(schedule, shape, index, seed)
+    outputs, scales, copies = [], [], y[:0]
     for i, (here, there) in enumerate(itertools.pairwise(points)):
         if i % 2 == 0:
-            outputs.append(torch.stack([eps(y[:count], here, level) for level in range(len(denoisers))]))
-            # as much as the correction does in a step between two of the times
+            outputs.append(torch.stack([estimate(denoiser)(y, here) for denoiser in denoisers]))
+            # as much as a correction does from this time to the next
             width = here.kappa - points[min(i + 2, len(points) - 1)].kappa
-            y = torch.cat([y, *(y[:count] - width * g for g in outputs[-1].diff(dim=0))])
-            path.copies = len(y) // count
-        y, _ = solver.step(eps, y, None, here, there, path)  # type: ignore[arg-type]
-    changes = y.view(-1, count, *shape)
-    changes = (changes[1:] - changes[0]).view(len(outputs), len(denoisers) - 1, count, *shape)
-    widths = [
-        points[i].kappa / (points[i].kappa - points[min(i + 2, len(points) - 1)].kappa)
-        for i in range(0, len(points) - 1, 2)
-    ]
-    scale = -torch.tensor(widths, dtype=torch.float64, device=y.device)
-    return torch.stack(outputs), changes * scale.view(-1, 1, 1, *[1] * len(shape))
+            scales.append(-here.kappa / width)
+            copies = torch.cat([copies, y, *(y - width * g for g in outputs[-1].diff(dim=0))])
+        path.copies = 1
+        y, _ = solver.step(estimate(denoisers[-1]), y, None, here, there, path)  # type: ignore[arg-type]
+        path.copies = len(copies) // len(index)
+        copies, _ = solver.step(estimate(carrier), copies, None, here, there, path)  # type: ignore[arg-type]
+    ends = copies.view(len(outputs), len(denoisers), *y.shape)
+    scale = torch.tensor(scales, dtype=torch.float64, device=y.device).view(-1, *[1] * (y.dim() + 1))
+    return torch.stack(outputs), (ends[:, 1:] - ends[:, :1]) * scale
 
 
 def _response(outputs: Tensor, changes: Tensor, grid: TimeGrid, schedule: NoiseSchedule) -> Response:
@@ -262,40 +253,3 @@ def _response(outputs: Tensor, changes: Tensor, grid: TimeGrid, schedule: NoiseS
     one, two = q.diff(dim=1).square().mean((1, 2)), (q[:, 2:] - q[:, :-2]).square().mean((1, 2))
     roughness = (4 * one / two - 1).clamp(0, 1)
     return Response(inner.cpu(), gain.T.cpu(), roughness.cpu())
-
-
-def discretisation(
-    denoiser: Denoiser,
-    schedule: NoiseSchedule,
-    shape: Sequence[int],
-    index: Tensor,
-    *,
-    steps: Sequence[int] = STEPS,
-    reference_steps: int = 1000,
-    seed: int = 0,
-    progress: Callable[[str], None] = lambda text: None,
-) -> dict[str, dict[int, float]]:
-    """Mean squared error of each of DISCRETISATIONS at each step count against the many-step run."""
-
-    def run(name: str, grid: str | None, count: int) -> Tensor:
-        solver = make_solver(name)
-        points = Point.of(schedule, solver.grid(schedule, count, grid))
-        path = BrownianPath(schedule, seed, index, shape, torch.float32)
-        y = NoiseStream(seed, "start").normal(index, [0], shape, torch.float32)[0].double() / points[0].alpha
-
-        def eps(y: Tensor, point: Point) -> Tensor:
-            t = torch.full((len(y),), point.t, dtype=torch.float64, device=y.device)
-            return denoiser(y * point.alpha, t)
-
-        return integrate(solver, eps, y, points, path, index, seed) * points[-1].alpha
-
-    references: dict[str, Tensor] = {}
-    errors: dict[str, dict[int, float]] = {}
-    for name, grid in DISCRETISATIONS:
-        progress(f"discretisation error of {name} on the {grid} grid")
-        reference = make_solver(name).reference
-        if reference not in references:
-            references[reference] = run(reference, None, reference_steps)
-        found = {count: (run(name, grid, count) - references[reference]).square().mean().item() for count in steps}
-        errors[f"{name}/{grid}"] = found
-    return errors

@@ -1,6 +1,6 @@
-"""Learnable probabilities: `p_k(t) = sigmoid(alpha_k u(t) + beta_k)` ([J], arXiv:2603.24594, names alpha_k and beta_k).
+"""Learnable probabilities, `p_k(t) = sigmoid(alpha_k u(t) + beta_k)`; alpha_k and beta_k as in [J], arXiv:2603.24594.
 
-The feature is ours: u(t) is the log signal-to-noise ratio, less its mean, over its standard deviation, both of a uniform
+The feature is ours: u(t) is the log signal-to-noise ratio less its mean, over its standard deviation, both of a uniform
 law in log-SNR between t = 1/N and t = 1: so coefficients mean the same on every grid.
 """
 

@@ -89,6 +89,8 @@ class MultilevelDenoiser:
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         if self._row == self.plan.evaluations:
             self.start()
+        if self.plan.estimator == "hindsight" and not self._held.revises:
+            raise ValueError("hindsight moves the state between calls, which only sample() can do; use estimator=held")
         row, self._row = self._row, self._row + 1
         if self.plan.per_sample:
             return self._own_coins(row, x, t)
@@ -183,6 +185,11 @@ class _Held:
         self._said: list[list[tuple[int, _Moment, Tensor]]] = [[] for _ in range(levels)]
         self._due = plan.counts.bool().tolist() if plan.holds and plan.counts is not None else []
         self._keep = (plan.stored | plan.revised[:, None]).tolist() if plan.holds else []
+
+    @property
+    def revises(self) -> bool:
+        """Whether hindsight has what it needs."""
+        return self._response is not None
 
     def measure(self, row: int, outputs: Sequence[Tensor | None], moment: _Moment) -> Tensor | float:
         """Remember the corrections due at this row. Returns what hindsight moves the state y by."""

@@ -59,6 +59,8 @@ class Plan:
             raise ValueError(
                 f"probabilities have {self.probabilities.shape[1]} columns, but levels are {', '.join(self.levels)}"
             )
+        if not self.holds:
+            check_probabilities(self.probabilities)
         if self.holds and self.counts is None:
             raise ValueError("held corrections need one plan for all samples; leave per_sample out, or estimator=jump")
 
@@ -119,7 +121,8 @@ class Plan:
         """The collected weights w_k: (R, K) float64. For held corrections, those of what is measured at that row."""
         if self.counts is None:
             raise ValueError("every sample has its own coins: ask sample_weights(indices)")
-        paid = self.counts if self.holds else self.counts / self.probabilities
+        # a held correction is measured or not, however often its coin fell
+        paid = self.counts.bool() if self.holds else self.counts / self.probabilities
         return collect(paid.double())
 
     def sample_weights(self, indices: Tensor) -> Tensor:
@@ -141,7 +144,7 @@ class Plan:
         """Rows at which hindsight moves the state, and the cheapest level is evaluated once more: (R,) bool."""
         revised = torch.zeros(self.evaluations, dtype=torch.bool)
         for _, measured in self._measurements() if self.estimator == "hindsight" else ():
-            for row, later in itertools.pairwise(measured):
+            for row, later in itertools.pairwise(measured[:-1]):
                 revised[later] |= later - row > 1
         return revised
 
@@ -235,9 +238,15 @@ def _paid(coins: str, p: Tensor, q: Tensor) -> Tensor:
 
 def _cancels(coins: str, p: Tensor, q: Tensor) -> Tensor:
     """Probability that both fall and their weights cancel."""
-    both = p if coins == "nested" else p * q
-    if coins == "poisson":  # equal counts, summed until they no longer matter
+    if coins == "poisson":
+        # counts m and n with m / p = n / q, even where p and q differ; summed until they no longer matter
         fallen = torch.arange(1.0, 30.0, dtype=p.dtype)[:, None, None]
-        log_pmf = fallen * p.log() - p - torch.lgamma(fallen + 1)
-        both = torch.where(p < 1, log_pmf.mul(2).exp().sum(0), 1.0)
-    return torch.where(p == q, both, 0.0)
+        other = (fallen * q / p).round()
+        cancel = (other > 0) & (fallen / p == other / q)
+        both = torch.where(cancel, (_log_poisson(fallen, p) + _log_poisson(other, q)).exp(), 0.0).sum(0)
+        return torch.where((p < 1) & (q < 1), both, ((p == 1) & (q == 1)).to(p.dtype))
+    return torch.where(p == q, p if coins == "nested" else p * q, 0.0)
+
+
+def _log_poisson(count: Tensor, mean: Tensor) -> Tensor:
+    return count * mean.log() - mean - torch.lgamma(count + 1)

@@ -12,6 +12,7 @@ import itertools
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -41,12 +42,37 @@ class Predictor:
     @property
     def discretisation(self) -> float | None:
         """Mean squared error of the largest level at every row, by a power law between the measured step counts."""
+        return self.discretisation_at(self.grid.steps)
+
+    def discretisation_at(self, steps: int) -> float | None:
+        """The same for another number of steps on this kind of grid."""
         found = self.calibration.discretisation.get(f"{self.solver.name}/{self.grid.name}")
-        return None if found is None else _power_law(found, self.grid.steps)
+        return None if found is None else _power_law(found, steps)
 
     def error(self, plan: Plan) -> float:
-        """Mean squared error per pixel that the plan adds to that of the solver."""
+        """Mean squared error per pixel that the plan adds to the solver's: linear response, corrected by pilots."""
+        return self._corrected(self.response_error(plan), plan)
+
+    def response_error(self, plan: Plan) -> float:
+        """`error` by linear response alone. Independent coins: on average over them; others: of this plan."""
+        if plan.per_sample or (plan.estimator == "jump" and plan.coins in ("bernoulli", "poisson", "nested")):
+            return self.variance(plan)
         return max(0.0, self.energy(self._deviations(plan)).item())
+
+    def choice(self, plan: Plan) -> float:
+        """What to compare plans on different levels by: coins by their variance, so that no lucky draw wins."""
+        return self.response_error(plan) if plan.holds else self.variance(plan)
+
+    def _corrected(self, error: float, plan: Plan) -> float:
+        """Times measured over predicted, of the pilots nearest to that error on either side."""
+        kind = "sde" if self.solver.stochastic else "ode"
+        coins = [plan.coins if plan.coins == "systematic" else "bernoulli"] if plan.estimator == "jump" else []
+        pilots = self.calibration.pilots.get("/".join([kind, plan.estimator, *coins]))
+        if not pilots or error <= 0:
+            return error
+        predicted, measured = torch.tensor(pilots, dtype=torch.float64).log().T
+        ratio = np.interp(math.log(error), predicted, measured - predicted)
+        return error * math.exp(ratio)
 
     def total(self, plan: Plan) -> float:
         """`error` plus `discretisation`. Raises ValueError where that was not measured."""
@@ -57,7 +83,7 @@ class Predictor:
         return self.error(plan) + discretisation
 
     def variance(self, plan: Plan) -> float:
-        """What `error` is on average over independent coins, `sum (1/p - 1) s^2 V`, plus what missing levels cost."""
+        """`response_error` on average over independent coins, `sum (1/p - 1) s^2 V`, plus what missing levels cost."""
         *groups, missing = self.groups(plan.levels)
         total = self.energy(self._missing(missing)).item()
         for number, corrections in enumerate(groups, 1):
@@ -73,6 +99,10 @@ class Predictor:
         table = torch.stack([torch.ones(self.scale.shape[1], dtype=torch.float64), *columns], 1)
         table[:, 1:] /= paid.sqrt()
         return table
+
+    def worth(self, corrections: Sequence[int]) -> Tensor:
+        """Root of what missing these corrections at one row alone would cost: (R,)."""
+        return self._squares(corrections).sqrt()
 
     def _squares(self, corrections: Sequence[int]) -> Tensor:
         """What missing these corrections at one row alone would cost: (R,)."""
@@ -172,7 +202,17 @@ def _power_law(points: dict[int, float], steps: int) -> float:
 
 
 class Search:
-    """The best rows to measure the corrections of `levels` at, by predicted error."""
+    """The best rows to measure the corrections of `levels` at, by predicted error.
+
+    Candidates are spread over the rows with a density that is a power of what a correction is worth there, every level
+    a whole number of times as often as the one above, at rows shared with it; the best is then refined row by row.
+    """
+
+    powers = (0.0, 1 / 3, 2 / 3, 1.0)
+    """0 is even; 2/3 is best for corrections as rough as a Brownian path."""
+    multiples = (1, 2, 4)
+    refined = 2
+    """How many of the candidates are refined."""
 
     def __init__(self, predictor: Predictor, levels: Sequence[str], costs: Tensor, order: int, estimator: str) -> None:
         """costs: (K,) of all levels of the family."""
@@ -184,22 +224,49 @@ class Search:
         self._rows = predictor.scale.shape[1]
 
     def plan(self, budget: float) -> Plan | None:
-        """The plan found for a cost of at most `budget` (in evaluations of the largest level), or None.
-
-        Greedy: the measurement that lowers the error most for its cost, until the budget is spent; then each is moved
-        by a row or two as long as that helps.
-        """
-        measured = torch.zeros(self._rows, len(self.levels), dtype=torch.bool)
-        measured[0] = measured[:, 0] = True
-        if self._plan(measured).cost(self._costs) > budget:
+        """The plan found for a cost of at most `budget` (in evaluations of the largest level), or None."""
+        tables = [table for table in self._candidates(budget) if table is not None]
+        if not tables:
             return None
-        while (better := self._best_addition(measured, budget)) is not None:
-            measured = better
-        for _ in range(3):
-            measured, moved = self._moved(measured)
-            if not moved:
-                break
-        return self._plan(measured)
+        energies = self._energies(torch.stack(tables))
+        best = [tables[int(i)] for i in energies.argsort()[: self.refined]]
+        refined = [self._refine(table) for table in best]
+        table, _ = min(refined, key=lambda found: found[1])
+        return self._plan(table)
+
+    def _candidates(self, budget: float) -> list[Tensor | None]:
+        if len(self.levels) == 1:
+            alone = torch.ones(self._rows, 1, dtype=torch.bool)
+            return [alone if self._plan(alone).cost(self._costs) <= budget else None]
+        choices = itertools.product(self.powers, *[self.multiples] * (len(self.levels) - 2))
+        return [self._largest(budget, power, multiples) for power, *multiples in choices]
+
+    def _largest(self, budget: float, power: float, multiples: Sequence[int]) -> Tensor | None:
+        """The table with as many measurements as the budget allows."""
+        low, high = 0, self._rows
+        while low < high:
+            middle = (low + high + 1) // 2
+            fits = self._plan(self._spread(middle, power, multiples)).cost(self._costs) <= budget
+            low, high = (middle, high) if fits else (low, middle - 1)
+        return self._spread(low, power, multiples) if low else None
+
+    def _spread(self, count: int, power: float, multiples: Sequence[int]) -> Tensor:
+        """`count` measurements of the largest level: (R, K) bool."""
+        table = torch.zeros(self._rows, len(self.levels), dtype=torch.bool)
+        table[0] = table[:, 0] = True
+        often = count * math.prod(multiples)
+        worth = self._predictor.worth(self._groups[0])
+        density = worth.clamp(min=worth.max() * 1e-6) ** power
+        density = density / density.sum() * often
+        for _ in range(20):  # no row is measured more than once: what exceeds it goes to the others
+            free = density < 1
+            density = torch.where(free, density * (often - (~free).sum()).clamp(min=0) / density[free].sum(), 1.0)
+        rows = torch.floor(density.cumsum(0) - density[0] + 1 - 1e-9).diff(prepend=torch.zeros(1)).nonzero().flatten()
+        stride = 1
+        for level in range(1, len(self.levels)):
+            table[rows[::stride], level] = True
+            stride *= multiples[level - 1] if level - 1 < len(multiples) else 1
+        return table
 
     def _plan(self, measured: Tensor) -> Plan:
         return Plan.given(measured, order=self._order, estimator=self._estimator, levels=self.levels)
@@ -217,34 +284,22 @@ class Search:
             deviations[:, one] = -predictor.scale[one]
         return predictor.energy(deviations)
 
-    def _best_addition(self, measured: Tensor, budget: float) -> Tensor | None:
-        free = (~measured).nonzero()
-        now = self._plan(measured).cost(self._costs)
-        again = self._costs[0] if self._estimator == "hindsight" else 0.0
-        below = torch.where(measured[free[:, 0], free[:, 1] - 1], 0.0, self._costs[free[:, 1] - 1])
-        extra = self._costs[free[:, 1]] + below + again
-        free, extra = free[now + extra <= budget], extra[now + extra <= budget]
-        if not len(free):
-            return None
-        tables = measured.repeat(len(free), 1, 1)
-        tables[torch.arange(len(free)), free[:, 0], free[:, 1]] = True
-        gains = (self._energies(measured[None]) - self._energies(tables)) / extra
-        best = int(gains.argmax())
-        return tables[best] if gains[best] > 0 else None
-
-    def _moved(self, measured: Tensor) -> tuple[Tensor, bool]:
-        moved, energy = False, self._energies(measured[None]).item()
-        for row, level in measured.nonzero().tolist():
-            if row == 0 or level == 0:
-                continue
-            places = [row + shift for shift in (-2, -1, 1, 2) if 0 < row + shift < self._rows]
-            places = [place for place in places if not measured[place, level]]
-            if not places:
-                continue
-            tables = measured.repeat(len(places), 1, 1)
-            tables[:, row, level] = False
-            tables[torch.arange(len(places)), places, level] = True
-            energies = self._energies(tables)
-            if energies.min() < energy * (1 - 1e-9):
-                measured, energy, moved = tables[int(energies.argmin())], energies.min().item(), True
-        return measured, moved
+    def _refine(self, measured: Tensor) -> tuple[Tensor, float]:
+        """Move each row's measurements to a neighbouring row, as long as that helps; the table and its error."""
+        energy = self._energies(measured[None]).item()
+        for _ in range(4):
+            before = energy
+            for row in measured[:, 1:].any(1).nonzero().flatten().tolist()[1:]:
+                shifts = [row + shift for shift in (-4, -2, -1, 1, 2, 4) if 0 < row + shift < self._rows]
+                places = torch.tensor([place for place in shifts if not measured[place, 1:].any()], dtype=torch.int64)
+                if not len(places):
+                    continue
+                tables = measured.repeat(len(places), 1, 1)
+                tables[torch.arange(len(places)), places, 1:] = measured[row, 1:]
+                tables[:, row, 1:] = False
+                energies = self._energies(tables)
+                if energies.min() < energy:
+                    measured, energy = tables[int(energies.argmin())], energies.min().item()
+            if energy > 0.99 * before:
+                break
+        return measured, energy

@@ -104,7 +104,7 @@ class _Kitchen:
         costs = self._costs_of(plan.levels)
         about: dict[str, object] = {"solver": self.solver.name, "steps": self.grid.steps, "grid": self.grid.name}
         about |= {"cost": plan.cost(costs), "expected_cost": plan.expected_cost(costs), "cost_unit": self.recipe.cost}
-        if self.predictor is not None and not plan.per_sample and bool((plan.probabilities[:, 0] == 1).all()):
+        if self.predictor is not None and bool((plan.probabilities[:, 0] == 1).all()):
             about["predicted_mse_of_plan"] = self.predictor.error(plan)
             if self.predictor.discretisation is not None:
                 about["predicted_mse"] = self.predictor.total(plan)
@@ -134,10 +134,7 @@ class _Kitchen:
             )
         if self.predictor is None or len(plans) == 1:
             return plans[-1]
-        predictor = self.predictor
-        if self.recipe.per_sample:
-            return min(plans, key=lambda plan: predictor.variance(plan))
-        return min(plans, key=lambda plan: predictor.error(plan) if plan.holds else predictor.variance(plan))
+        return min(plans, key=self.predictor.choice)
 
     def _best(self, levels: tuple[str, ...], budget: float) -> Plan | None:
         """The plan on these levels that spends at most `budget`, in evaluations of the largest level."""
@@ -205,7 +202,7 @@ class _Kitchen:
                 plan = self._for_budget(share * self.rows)
             except ValueError:
                 return math.inf
-            return predictor.total(plan) if plan.holds else discretisation + predictor.variance(plan)
+            return predictor.total(plan)
 
         low, high = 1.0 / self.rows * self.costs[0].item(), 1.0
         for _ in range(12):

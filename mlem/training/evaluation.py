@@ -20,21 +20,28 @@ from torch import Tensor
 from mlem.family import Family, Level
 from mlem.files import atomic_write, write_json
 from mlem.metrics import FID, PathwiseError, reference_statistics
+from mlem.multilevel.recipe import Recipe
 from mlem.plots import error_by_noise_level, error_vs_time, image_grid
-from mlem.sampling import Ledger, Sampler, blocks
+from mlem.sampling import Ledger, LevelLedger, Sampler, blocks
 from mlem.training.progress import announced
 
 GRID_IMAGES = 64
 """How many samples a picture shows."""
+MULTILEVEL = "mlem"
+"""What stands in the place of a level's name where several share the work."""
 
 
 @dataclass(frozen=True)
 class SamplerChoice:
-    """One sampler at several step counts: a line in the figure. grid: None for the solver's own choice."""
+    """One sampler at several step counts: a line in the figure. grid: None for the solver's own choice.
+
+    recipe: how the levels of the family share the work; None for every level by itself.
+    """
 
     solver: str
     steps: tuple[int, ...]
     grid: str | None = None
+    recipe: Recipe | None = None
 
     def __post_init__(self) -> None:
         if not self.steps:
@@ -43,15 +50,20 @@ class SamplerChoice:
     @property
     def label(self) -> str:
         """Name in figures and metrics."""
-        return self.solver.replace(":", "_") + (f"_{self.grid}" if self.grid else "")
+        name = self.solver.replace(":", "_") + (f"_{self.grid}" if self.grid else "")
+        if self.recipe is None:
+            return name
+        coins = f"_{self.recipe.coins}" if self.recipe.coins else ""
+        return f"mlem_{name}_{self.recipe.estimator}{coins}"
 
 
 @dataclass
 class _Tally:
-    """What one sampler on one level came to so far, on this rank."""
+    """What one sampler came to so far, on this rank. name: of its level, or MULTILEVEL."""
 
-    level: Level
+    name: str
     label: str
+    dial: str
     sampler: Sampler
     fid: FID | None
     device: torch.device
@@ -117,12 +129,7 @@ class SamplerEvaluation(pl.Callback):
         """Run everything on `family`; every rank must call it."""
         if self._fid is not None:
             self._fid.to(device)
-        tallies = [
-            self._tally(level, choice, steps, device)
-            for level in family.levels
-            for choice in self.samplers
-            for steps in choice.steps
-        ]
+        tallies = self._tallies(family, device)
         references = self._references(family, tallies, device)
         self._warm_up(family, device)
         mine = self.blocks[trainer.global_rank :: trainer.world_size]
@@ -133,9 +140,22 @@ class SamplerEvaluation(pl.Callback):
         self.rows = [self._row(trainer, tally) for tally in tallies]
         self._publish(trainer, family, tallies)
 
-    def _tally(self, level: Level, choice: SamplerChoice, steps: int, device: torch.device) -> _Tally:
-        sampler = Sampler(level, solver=choice.solver, steps=steps, grid=choice.grid, seed=self.seed, device=device)
-        return _Tally(level, choice.label, sampler, self._new_fid(), device)
+    def _tallies(self, family: Family, device: torch.device) -> list[_Tally]:
+        """Every sampler on every level, then those that share the work among levels, where there are several."""
+        alone = [choice for choice in self.samplers if choice.recipe is None]
+        shared = [choice for choice in self.samplers if choice.recipe is not None and len(family.levels) > 1]
+        one = [(level, choice, steps) for level in family.levels for choice in alone for steps in choice.steps]
+        several = [(family, choice, steps) for choice in shared for steps in choice.steps]
+        return [self._tally(model, choice, steps, device) for model, choice, steps in (*one, *several)]
+
+    def _tally(self, model: Family | Level, choice: SamplerChoice, steps: int, device: torch.device) -> _Tally:
+        options: dict[str, Any] = {"solver": choice.solver, "steps": steps, "grid": choice.grid}
+        sampler = Sampler(model, **options, seed=self.seed, plan=choice.recipe, device=device)
+        name = model.name if isinstance(model, Level) else MULTILEVEL
+        dials = ("budget", "mse", "delta")
+        recipe = choice.recipe
+        dial = "" if recipe is None else "".join(f"{d}{v:g}" for d in dials if (v := getattr(recipe, d)) is not None)
+        return _Tally(name, choice.label, dial, sampler, self._new_fid(), device)
 
     def _references(self, family: Family, tallies: list[_Tally], device: torch.device) -> dict[str, Sampler]:
         names = {tally.sampler.solver.reference for tally in tallies}
@@ -159,16 +179,20 @@ class SamplerEvaluation(pl.Callback):
 
     def _row(self, trainer: pl.Trainer, tally: _Tally) -> dict[str, Any]:
         mse, stderr = tally.error.compute()
-        cost = tally.ledger.levels.get(tally.level.name)
-        mine = [tally.ledger.wall_seconds, tally.ledger.network_seconds, cost.calls if cost else 0, tally.ledger.images]
+        names = list(tally.sampler.levels)
+        costs = [tally.ledger.levels.get(name, LevelLedger()) for name in names]
+        mine = [tally.ledger.wall_seconds, tally.ledger.network_seconds, tally.ledger.images]
+        mine += [sum(cost.flops for cost in costs), *(cost.calls for cost in costs)]
         sums = torch.tensor(mine, dtype=torch.float64, device=tally.device)
-        wall, network, calls, images = trainer.strategy.reduce(sums, reduce_op="sum").tolist()  # type: ignore[union-attr]
+        wall, network, images, flops, *calls = trainer.strategy.reduce(sums, reduce_op="sum").tolist()  # type: ignore[union-attr]
         row = {
-            "level": tally.level.name,
+            "level": tally.name,
             "sampler": tally.label,
             "steps": tally.steps,
-            "evaluations": calls / images,
-            "flops_per_image": calls / images * tally.level.flops,
+            "dial": tally.dial,
+            "calls": {name: count / images for name, count in zip(names, calls, strict=True)},
+            "evaluations": sum(calls) / images,
+            "flops_per_image": flops / images,
             "seconds_per_image": wall / images,
             "network_seconds_per_image": network / images,
             "mse": mse,
@@ -196,11 +220,13 @@ class SamplerEvaluation(pl.Callback):
             return
         metrics = {}
         for row, tally in zip(self.rows, tallies, strict=True):
-            prefix = f"eval/{row['level']}/{row['sampler']}@{row['steps']}"
+            point = f"{row['steps']}" + (f"_{row['dial']}" if row["dial"] else "")
+            prefix = f"eval/{row['level']}/{row['sampler']}@{point}"
+            metrics |= {f"{prefix}/calls_{name}": calls for name, calls in row["calls"].items()}
             names = ("mse", "seconds_per_image", "evaluations", *(name for name in row if name.startswith("fid_")))
             metrics |= {f"{prefix}/{name}": row[name] for name in names}
             picture = image_grid(torch.stack(list(tally.pictures.values())))
-            path = self.folder / "grids" / f"{row['level']}_{row['sampler']}_{row['steps']}.png"
+            path = self.folder / "grids" / f"{row['level']}_{row['sampler']}_{point}.png"
             with atomic_write(path) as file:
                 picture.save(file, format="PNG")
         write_json(self.folder / "evaluation.json", {"caption": self._caption(family, trainer), "rows": self.rows})

@@ -1,0 +1,318 @@
+"""Error against cost on a trained family: every level alone, and plans that share the work. Writes a figure and JSON.
+
+    python train.py experiment=dead_leaves16
+    python benchmarks/multilevel.py runs/dead_leaves16/family
+
+Every sampler starts from the same noise and reads the same Brownian path as a many-step reference of the largest level.
+Cost is counted in FLOPs, in evaluations of the largest level; wall time stands beside it. Rows are kept as they come
+(`benchmarks/multilevel.json`): a run that was cut off goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mlem import Family
+from mlem.files import write_json
+from mlem.multilevel.recipe import Recipe
+from mlem.sampling import Sampler, blocks
+
+KINDS = {"sde": ("ddpm", 1000, (2e-2, 1e-2, 5e-3, 2e-3)), "ode": ("dpm_solver_pp", 300, (1e-3, 1e-4, 1e-5))}
+"""Reference solver, its steps, and the errors at which costs are compared."""
+PLAIN = {
+    "sde": [(s, g) for s in ("ddpm", "dpm_solver_pp_sde") for g in ("uniform", "log_snr", "karras")],
+    "ode": [
+        *[("dpm_solver_pp", g) for g in ("uniform", "log_snr", "karras")],
+        *[("ddim", g) for g in ("uniform", "log_snr")],
+        *[("heun", g) for g in ("uniform", "log_snr", "karras")],
+    ],
+}
+PLAIN_STEPS = {"sde": (8, 12, 16, 24, 32, 48, 64, 96), "ode": (6, 8, 10, 12, 16, 20, 24, 32, 40, 48)}
+SPENT = {"sde": (5, 6, 8, 11, 15, 20, 28, 40), "ode": (4.5, 6, 8, 10, 12, 16, 20, 24)}
+"""Costs of plans, in evaluations of the largest level."""
+HELD = {
+    "sde": [("ddpm", "uniform", steps, 0) for steps in (48, 64, 128)],
+    "ode": [
+        ("dpm_solver_pp", "log_snr", 32, 1),
+        ("dpm_solver_pp", "log_snr", 48, 1),
+        ("dpm_solver_pp", "uniform", 48, 1),
+    ],
+}
+"""Solver, grid, steps and order of held corrections."""
+
+
+class Bench:
+    """Runs samplers on fixed images and keeps a row for each."""
+
+    def __init__(self, folder: Path, images: int, batch_size: int, out: Path, device: str) -> None:
+        self.family, self.out, self._device = Family.load(folder), out, device
+        self._blocks, self._images = blocks(range(images), batch_size), images
+        kept = json.loads(out.read_text()) if out.exists() else {"rows": []}
+        self.about = {
+            "family": self.family.data,
+            "weights": self.family.weights_hash,
+            "images": images,
+            "device": device,
+        }
+        if kept["rows"] and kept["about"] != self.about:
+            raise SystemExit(f"{out} holds other measurements ({kept['about']}); move it away, or choose another --out")
+        self.rows: list[dict[str, Any]] = kept["rows"]
+        self._truths: dict[str, torch.Tensor] = {}
+
+    def truth(self, kind: str) -> torch.Tensor:
+        """The reference samples, run once."""
+        if kind not in self._truths:
+            solver, steps, _ = KINDS[kind]
+            path = self.out.with_name(f"{self.out.stem}_{kind}_reference_{self.about['weights']}_{self._images}.pt")
+            if not path.exists():
+                print(f"reference: {solver}, {steps} steps", flush=True)
+                torch.save(self._run(self.family.level(), solver, steps, None, None)[0], path)
+            self._truths[kind] = torch.load(path, weights_only=True)
+        return self._truths[kind]
+
+    def _run(
+        self, model: Any, solver: str, steps: int, grid: str | None, plan: Any
+    ) -> tuple[torch.Tensor, Sampler, Any]:
+        sampler = Sampler(model, solver=solver, steps=steps, grid=grid, plan=plan, device=self._device)
+        results = [sampler.run(block) for block in self._blocks]
+        ledger = results[0].ledger
+        for result in results[1:]:
+            ledger.add(result.ledger)
+        return torch.cat([result.x for result in results]).cpu(), sampler, ledger
+
+    def measure(
+        self, kind: str, name: str, level: str, solver: str, grid: str, steps: int, recipe: Recipe | None
+    ) -> None:
+        """Add the row of this sampler, unless it is there."""
+        key = [kind, name, level, solver, grid, steps, None if recipe is None else [recipe.budget, recipe.seed]]
+        key[-1] = key[-1] if recipe is None else [*key[-1], recipe.delta]
+        if any(row["key"] == key for row in self.rows):
+            return
+        model = self.family.level(level) if recipe is None else self.family
+        try:
+            x, sampler, ledger = self._run(model, solver, steps, grid, recipe)
+        except ValueError as error:
+            print(f"left out: {name} {solver} {steps}: {error}", flush=True)
+            return
+        errors = (x - self.truth(kind)).square().flatten(1).mean(1)
+        flops = sum(cost.flops for cost in ledger.levels.values()) / ledger.images / self.family.level().flops
+        about = {} if sampler.plan is None else dict(sampler.plan.about)
+        calls = {one: cost.calls / ledger.images for one, cost in ledger.levels.items()}
+        self.rows.append(
+            {
+                "key": key,
+                "cost": flops,
+                "calls": calls,
+                "seconds": ledger.wall_seconds / ledger.images,
+                "network_seconds": ledger.network_seconds / ledger.images,
+                "mse": errors.mean().item(),
+                "image_mse": errors.tolist(),
+                "predicted_mse": about.get("predicted_mse"),
+                "predicted_cost": about.get("expected_cost"),
+            }
+        )
+        write_json(self.out, {"about": self.about, "rows": self.rows})
+        words = f"{name:22s} {level or '+'.join(calls):10s} {solver} {grid} {steps}"
+        print(
+            f"{words:60s} cost {flops:6.2f}  MSE {errors.mean():.2e}  predicted {about.get('predicted_mse') or 0:.2e}",
+            flush=True,
+        )
+
+
+def jobs(bench: Bench, plans: int) -> Iterator[tuple[str, str, str, str, str, int, Recipe | None]]:
+    """What is measured: the most telling first."""
+    top = bench.family.level().name
+    for kind in KINDS:
+        for (solver, grid, steps, order), spent in itertools.product(HELD[kind], SPENT[kind]):
+            recipe = Recipe(budget=min(1.0, spent / steps), order=order, cost="flops")
+            yield kind, "hindsight", "", solver, grid, steps, recipe
+        for solver, grid in PLAIN[kind]:
+            for steps in PLAIN_STEPS[kind]:
+                if solver != "heun" or steps <= 24:
+                    yield kind, "plain", top, solver, grid, steps, None
+        for level in bench.family.names[:-1]:
+            for steps in (8, 16, 32, 64):
+                yield kind, "plain", level, *PLAIN[kind][0], steps, None
+    for coins, spent, seed in itertools.product(("systematic", "bernoulli"), (8, 16, 32, 64), range(plans)):
+        options: dict[str, Any] = {"budget": spent / 128, "cost": "flops", "estimator": "jump", "coins": coins}
+        yield "sde", f"jump, {coins}", "", "ddpm", "uniform", 128, Recipe(**options, seed=seed)
+    for kind, (solver, grid, steps, order) in (("sde", HELD["sde"][-1]), ("ode", HELD["ode"][1])):
+        for spent in SPENT[kind][2::2]:
+            recipe = Recipe(budget=spent / steps, order=order, cost="flops", estimator="held")
+            yield kind, "held", "", solver, grid, steps, recipe
+
+
+def delta_jobs(trials: int) -> Iterator[tuple[str, str, str, str, str, int, Recipe | None]]:
+    """Learned coefficients under shifts Delta, `trials` draws each, as in Fig. 1 of [J]."""
+    for delta, seed in itertools.product((-3.0, -2.0, -1.0, 0.0, 1.0), range(trials)):
+        recipe = Recipe(
+            delta=delta, probabilities="learned", estimator="jump", coins="systematic", cost="flops", seed=seed
+        )
+        yield "sde", "learned, systematic", "", "ddpm", "uniform", 64, recipe
+
+
+def envelope(rows: list[dict[str, Any]], weights: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """log cost and log error of the best of `rows`: the lower hull of the points that no other beats in both."""
+    points: dict[tuple[Any, ...], list[tuple[float, float]]] = {}
+    for row in rows:
+        errors = np.asarray(row["image_mse"])
+        mean = errors.mean() if weights is None else np.average(errors, weights=weights)
+        _, name, level, solver, grid, steps, dial = row["key"]
+        points.setdefault((name, level, solver, grid, steps, dial and (dial[0], dial[2])), []).append(
+            (row["cost"], mean)
+        )
+    means = sorted(tuple(np.log(np.mean(several, axis=0))) for several in points.values())
+    best: list[tuple[float, float]] = []
+    for cost, error in means:
+        if not best or error < best[-1][1]:
+            best.append((cost, error))
+    costs, errors = np.asarray(best).T
+    return costs, errors
+
+
+def cost_at(rows: list[dict[str, Any]], error: float, weights: np.ndarray | None = None) -> float:
+    """Cost at which the best of `rows` has this error, by straight lines in the logarithms; NaN outside."""
+    costs, errors = envelope(rows, weights)
+    if not errors.min() <= math.log(error) <= errors.max():
+        return math.nan
+    return float(np.exp(np.interp(-math.log(error), -errors, costs)))
+
+
+def ratios(bench: Bench, kind: str, ours: str, theirs: Any, draws: int = 400) -> list[dict[str, float]]:
+    """Cost of theirs over cost of ours at equal error, with a 95 percent interval over images."""
+    mine = [row for row in bench.rows if row["key"][0] == kind and row["key"][1] == ours]
+    others = [row for row in bench.rows if row["key"][0] == kind and theirs(row["key"])]
+    count = len(mine[0]["image_mse"])
+    random = np.random.default_rng(0)
+    found = []
+    for error in KINDS[kind][2]:
+        ratio = cost_at(others, error) / cost_at(mine, error)
+        again = []
+        for _ in range(draws):
+            weights = np.bincount(random.integers(0, count, count), minlength=count)
+            again.append(cost_at(others, error, weights) / cost_at(mine, error, weights))
+        low, high = np.nanpercentile(again, (2.5, 97.5)) if np.isfinite(again).any() else (math.nan, math.nan)
+        found.append({"mse": error, "cost": cost_at(mine, error), "ratio": ratio, "low": low, "high": high})
+    return found
+
+
+RIVALS = (
+    ("sde", "hindsight", "plain DDPM", lambda key: key[1] == "plain" and key[3] == "ddpm"),
+    ("sde", "hindsight", "plain SDE, any", lambda key: key[1] == "plain"),
+    ("sde", "hindsight", "Bernoulli coins", lambda key: key[1] == "jump, bernoulli"),
+    ("sde", "held", "plain DDPM", lambda key: key[1] == "plain" and key[3] == "ddpm"),
+    ("sde", "jump, systematic", "plain DDPM", lambda key: key[1] == "plain" and key[3] == "ddpm"),
+    ("sde", "jump, systematic", "Bernoulli coins", lambda key: key[1] == "jump, bernoulli"),
+    ("ode", "hindsight", "plain ODE, any", lambda key: key[1] == "plain"),
+    ("ode", "held", "plain ODE, any", lambda key: key[1] == "plain"),
+)
+
+
+def summary(bench: Bench) -> list[dict[str, Any]]:
+    """Print and return the cost ratios at equal error."""
+    table = []
+    for kind, ours, rival, theirs in RIVALS:
+        if not any(row["key"][:2] == [kind, ours] for row in bench.rows):
+            continue
+        for found in ratios(bench, kind, ours, theirs):
+            table.append({"kind": kind, "ours": ours, "rival": rival} | found)
+            print(
+                f"{kind} {ours:18s} against {rival:18s} at MSE {found['mse']:.0e}: cost {found['cost']:6.2f}, ratio "
+                f"{found['ratio']:.2f} [{found['low']:.2f}, {found['high']:.2f}]"
+            )
+    predicted = [
+        (row["predicted_mse"] / row["mse"], row["key"][0])
+        for row in bench.rows
+        if row["predicted_mse"] and row["key"][1] == "hindsight"
+    ]
+    for kind in KINDS:
+        found = np.array([ratio for ratio, of in predicted if of == kind])
+        if len(found):
+            low, middle, high = np.percentile(found, (10, 50, 90))
+            spread = f"[10 to 90 percent: {low:.2f}, {high:.2f}]"
+            print(f"{kind}: predicted over measured MSE of hindsight plans: {middle:.2f} {spread}")
+    return table
+
+
+def draw(bench: Bench, path: Path) -> None:
+    """The error-against-cost figure: one panel each for the SDE and the ODE."""
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4.8), layout="constrained", dpi=150)
+    styles = {"hindsight": ("#D55E00", "o"), "held": ("#E69F00", "s"), "jump, systematic": ("#009E73", "^")}
+    styles |= {"jump, bernoulli": ("#CC79A7", "v"), "learned, systematic": ("#56B4E9", "D")}
+    top = bench.family.level().name
+    for axes, kind in zip(panels, KINDS, strict=True):
+        rows = [row for row in bench.rows if row["key"][0] == kind]
+        plain: dict[tuple[str, ...], list[tuple[float, float]]] = {}
+        for row in rows:
+            if row["key"][1] == "plain":
+                plain.setdefault(tuple(row["key"][2:5]), []).append((row["cost"], row["mse"]))
+        for (level, solver, grid), points in plain.items():
+            shade = "0.2" if level == top else "0.75"
+            style = {"ddpm": "-", "ddim": "-.", "dpm_solver_pp": "-", "dpm_solver_pp_sde": "--", "heun": ":"}[solver]
+            if grid != "karras":
+                axes.plot(
+                    *zip(*sorted(points), strict=True),
+                    style,
+                    color=shade,
+                    linewidth=1,
+                    label=f"{level}: {solver}, {grid}",
+                )
+        for name, (colour, marker) in styles.items():
+            points = [(row["cost"], row["mse"]) for row in rows if row["key"][1] == name]
+            if points:
+                axes.plot(
+                    *zip(*sorted(points), strict=True),
+                    marker,
+                    color=colour,
+                    markersize=4,
+                    label=f"levels together: {name}",
+                )
+        axes.set(xscale="log", yscale="log", xlabel=f"cost of a sample [evaluations of level {top}, by FLOPs]")
+        axes.set_ylabel("mean squared error to the many-step reference")
+        axes.set_title({"sde": "SDE (DDPM)", "ode": "ODE"}[kind])
+        axes.grid(which="major", color="0.9")
+        axes.legend(fontsize=6, frameon=False)
+    ratios_ = " : ".join(f"{level.flops / bench.family.levels[0].flops:.0f}" for level in bench.family.levels)
+    figure.suptitle(
+        f"{bench.family.data}, levels {', '.join(bench.family.names)} (FLOPs {ratios_}), "
+        f"{bench.about['images']} images, seed 0, same noise; {bench.about['device']}",
+        fontsize=9,
+    )
+    figure.savefig(path)
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("family", type=Path)
+    parser.add_argument("--images", type=int, default=64)
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--plans", type=int, default=10, help="draws of every plan with coins")
+    parser.add_argument("--trials", type=int, default=0, help="draws at each Delta of learned coefficients")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/multilevel.json"))
+    parser.add_argument("--figure", type=Path, default=Path("docs/multilevel.png"))
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--only", default="", help="sde or ode")
+    options = parser.parse_args()
+    bench = Bench(options.family, options.images, options.batch_size, options.out, options.device)
+    for job in (*jobs(bench, options.plans), *delta_jobs(options.trials)):
+        if not options.only or job[0] == options.only:
+            bench.measure(*job)
+    table = summary(bench)
+    write_json(options.out, {"about": bench.about, "summary": table, "rows": bench.rows})
+    draw(bench, options.figure)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""`python -m mlem.multilevel`: calibrate a family, show what is known of it, memorise a plan."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mlem.family import Family
+from mlem.multilevel.calibrate import Calibration, calibrate
+from mlem.multilevel.memorise import memorise
+from mlem.multilevel.pilot import pilot
+from mlem.multilevel.report import report
+
+
+def calibrate_folder(
+    family: Family, folder: Path, *, times: int, batch_sizes: Sequence[int], **options: Any
+) -> Calibration:
+    """Calibrate the family in `folder`, run pilots, keep the result there, print the report.
+
+    times, batch_sizes: see `calibrate`; options: see `pilot`, and images, seed and device are for both.
+    """
+    from rich.console import Console
+
+    console = Console()
+    with console.status("calibrating") as status:
+
+        def progress(text: str) -> None:
+            status.update(f"calibrating: {text}")
+
+        own = {name: value for name, value in options.items() if name != "reference_steps"}
+        found = calibrate(family, times=times, batch_sizes=batch_sizes, progress=progress, **own)
+        found = pilot(family, found, progress=progress, **options)
+    family.fitted["calibration"] = found.to_dict()
+    family.save_fitted(folder)
+    report(found, console)
+    return found
+
+
+def main() -> None:
+    """Run the command line. Exits with 2 and one line for bad input."""
+    options = _parser().parse_args()
+    try:
+        family = Family.load(options.family)
+        {"calibrate": _calibrate, "report": _report, "memorise": _memorise}[options.verb](family, options)
+    except (ValueError, OSError) as error:
+        print(f"mlem.multilevel: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _parser() -> argparse.ArgumentParser:
+    show = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser("python -m mlem.multilevel", description=__doc__, formatter_class=show)
+    verbs = parser.add_subparsers(dest="verb", required=True)
+
+    def verb(name: str, words: str) -> argparse.ArgumentParser:
+        one = verbs.add_parser(name, help=words, description=words, formatter_class=show)
+        one.add_argument("family", type=Path, help="folder of a family, such as runs/demo/family")
+        return one
+
+    one = verb("calibrate", "measure what the levels cost and how far apart they are: FAMILY/calibration.json")
+    one.add_argument("--images", type=int, default=16, help="trajectories")
+    one.add_argument("--times", type=int, default=24, help="noise levels along them")
+    one.add_argument("--batch-sizes", type=int, nargs="+", default=[64], help="at which levels are timed")
+    one.add_argument("--reference-steps", type=int, default=500, help="of the run discretisation is measured against")
+    one.add_argument("--seed", type=int, default=0)
+    one.add_argument("--device", default="cpu")
+    verb("report", "show what calibration found")
+    one = verb("memorise", "draw plans, keep the best on a training set of indices: FAMILY/plans/NAME.json")
+    one.add_argument("--name", default="best", help="sample.py finds it as plan=NAME")
+    one.add_argument("--solver", default="ddpm")
+    one.add_argument("--steps", type=int, default=128)
+    one.add_argument("--grid", default=None, help="the solver's own choice where none is given")
+    one.add_argument("--budget", type=float, default=0.125, help="share of the cost of the largest level at every step")
+    one.add_argument("--estimator", default="jump", help="hindsight, held or jump")
+    one.add_argument("--coins", default="systematic", help="systematic, bernoulli, nested or poisson")
+    one.add_argument("--levels", nargs="+", default=None, help="the best subset where none are given")
+    one.add_argument("--cost", default="seconds", help="what budget counts: seconds or flops")
+    one.add_argument("--draws", type=int, default=15)
+    one.add_argument("--images", type=int, default=16, help="to choose by, and as many others to judge by")
+    one.add_argument("--reference-steps", type=int, default=1000)
+    one.add_argument("--device", default="cpu")
+    return parser
+
+
+def _calibrate(family: Family, options: argparse.Namespace) -> None:
+    names = ("images", "times", "batch_sizes", "reference_steps", "seed", "device")
+    calibrate_folder(family, options.family, **{name: getattr(options, name) for name in names})
+
+
+def _report(family: Family, options: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    report(Calibration.of(family), Console())
+
+
+def _memorise(family: Family, options: argparse.Namespace) -> None:
+    names = ("solver", "steps", "grid", "budget", "estimator", "coins", "cost", "draws", "images", "reference_steps")
+    levels = None if options.levels is None else tuple(options.levels)
+    chosen = {name: getattr(options, name) for name in names}
+    plan = memorise(family, **chosen, levels=levels, device=options.device)
+    family.fitted.setdefault("plans", {})[options.name] = plan.to_dict()
+    family.save_fitted(options.family)
+    found = plan.about
+    print(
+        f"best of {found['draws']} draws: mean squared error {found['chosen_mse']:.3g} on the {found['images']} images "
+        f"it was chosen by; on {found['images']} others {found['judged_mse']:.3g}, where all draws have "
+        f"{found['others_mse']:.3g} ± {found['others_spread']:.2g}"
+    )
+    print(f"kept as {options.family}/plans/{options.name}.json: python sample.py plan={options.name} ...")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""Pilot runs: what linear response leaves out of a calibration is measured on a few plans, and so is discretisation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from mlem.family import Family
+from mlem.multilevel.calibrate import Calibration
+from mlem.multilevel.denoiser import MultilevelDenoiser
+from mlem.multilevel.plan import Plan
+from mlem.multilevel.predict import Predictor
+from mlem.multilevel.recipe import Recipe
+from mlem.multilevel.trial import PILOT, trial, trial_indices
+from mlem.network import evaluating
+from mlem.solvers import Solver, make_solver
+
+DISCRETISATIONS = (
+    ("ddpm", "uniform"),
+    ("ddpm", "log_snr"),
+    ("dpm_solver_pp_sde", "uniform"),
+    ("dpm_solver_pp_sde", "log_snr"),
+    ("ddim", "uniform"),
+    ("ddim", "log_snr"),
+    ("dpm_solver_pp", "uniform"),
+    ("dpm_solver_pp", "log_snr"),
+)
+"""Solvers and grids whose error on the largest level is measured."""
+STEPS = (8, 16, 32, 64, 128)
+"""At these step counts."""
+PILOTS = (("ddpm", "uniform", 128, 0), ("dpm_solver_pp", "log_snr", 48, 1))
+"""Solver, grid, steps and order of held corrections of the pilot plans."""
+SPENT = (6.0, 12.0, 24.0)
+"""Their costs, in evaluations of the largest level by FLOPs."""
+ESTIMATORS = (("hindsight", None, 1), ("held", None, 1), ("jump", "systematic", 3), ("jump", "bernoulli", 3))
+"""Estimator, coins and number of draws of the pilot plans."""
+
+
+def pilot(
+    family: Family,
+    calibration: Calibration,
+    *,
+    images: int = 16,
+    reference_steps: int = 500,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    progress: Callable[[str], None] = lambda text: None,
+) -> Calibration:
+    """The calibration with `discretisation` and `pilots`.
+
+    images: samples, none of which calibration or a user has seen. reference_steps: of the run they are compared with.
+    """
+    networks = torch.nn.ModuleList(level.network for level in family.levels).to(device)
+    family = Family(family.levels, {"calibration": calibration.to_dict()})
+    with torch.inference_mode(), evaluating(networks):
+        runs = _Runs(family, trial_indices(PILOT, images, device), reference_steps, seed)
+        errors = {}
+        for name, grid in DISCRETISATIONS:
+            progress(f"discretisation error of {name} on the {grid} grid")
+            errors[f"{name}/{grid}"] = {steps: runs.error(make_solver(name), grid, steps) for steps in STEPS}
+        calibration = replace(calibration, discretisation=errors)
+        family.fitted["calibration"] = calibration.to_dict()
+        pilots = {}
+        for name, grid, steps, order in PILOTS:
+            for estimator, coins, draws in ESTIMATORS:
+                progress(f"pilot plans: {name}, {estimator} {coins or ''}")
+                recipe = Recipe(budget=1.0, estimator=estimator, coins=coins, order=order, cost="flops")
+                found = _pilots(runs, recipe, make_solver(name), grid, steps, draws)
+                pilots[pilot_key(make_solver(name), estimator, coins)] = found
+    about = calibration.about | {"pilot_images": images, "reference_steps": reference_steps}
+    return replace(calibration, pilots=pilots, about=about)
+
+
+def pilot_key(solver: Solver, estimator: str, coins: str | None) -> str:
+    """Under which name pilots of this kind of plan are kept."""
+    return "/".join(
+        ["sde" if solver.stochastic else "ode", estimator, *([coins] if coins and estimator == "jump" else [])]
+    )
+
+
+class _Runs:
+    """Trial runs on fixed samples, against references that are run once."""
+
+    def __init__(self, family: Family, index: Tensor, reference_steps: int, seed: int) -> None:
+        self.family, self._index, self._reference_steps, self._seed = family, index, reference_steps, seed
+        self._references: dict[str, Tensor] = {}
+
+    def error(self, solver: Solver, grid: str | None, steps: int, plan: Plan | None = None) -> float:
+        """Mean squared error of the largest level, or of a plan."""
+        denoiser = self.family.level().denoiser if plan is None else MultilevelDenoiser(self.family, plan)
+        truth = self._reference(solver.reference)
+        return (self._run(denoiser, solver, grid, steps) - truth).square().mean().item()
+
+    def _reference(self, name: str) -> Tensor:
+        if name not in self._references:
+            top = self.family.level().denoiser
+            self._references[name] = self._run(top, make_solver(name), None, self._reference_steps)
+        return self._references[name]
+
+    def _run(self, denoiser: object, solver: Solver, grid: str | None, steps: int) -> Tensor:
+        family = self.family
+        times = solver.grid(family.schedule, steps, grid)
+        return trial(denoiser, family.schedule, family.shape, solver, times, self._index, self._seed)  # type: ignore[arg-type]
+
+
+def _pilots(runs: _Runs, recipe: Recipe, solver: Solver, grid: str, steps: int, draws: int) -> list[list[float]]:
+    """[predicted by linear response, measured less discretisation] at each cost that a plan can have, rising."""
+    family = runs.family
+    times = solver.grid(family.schedule, steps, grid)
+    predictor = Predictor(Calibration.of(family), family.schedule, solver, times)
+    found = []
+    for spent in SPENT:
+        predicted, measured = 0.0, 0.0
+        try:
+            for seed in range(draws):
+                plan = replace(recipe, budget=spent / steps, seed=seed).plan(family, solver, times)
+                predicted += predictor.response_error(plan) / draws
+                measured += runs.error(solver, grid, steps, plan) / draws
+        except ValueError:  # a family whose cheapest level costs more than that
+            continue
+        alone = predictor.discretisation or 0.0
+        found.append([predicted, max(measured - alone, 0.1 * measured)])
+    return sorted(found)

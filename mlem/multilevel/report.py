@@ -1,0 +1,59 @@
+"""The calibration report: per level its cost, its distance to the level below, and what rates follow."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from mlem.multilevel.calibrate import Calibration
+from mlem.multilevel.scaling import fit_differences
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def report(found: Calibration, console: Console) -> None:
+    """Print what was measured, in the manner of a multilevel Monte Carlo report."""
+    from rich.table import Table
+
+    levels = Table(title=f"levels ({found.about['images']} trajectories, {found.about['device']})")
+    batches = sorted(found.seconds)
+    columns = ["level", "MFLOPs", *(f"ms/image, batch {size}" for size in batches)]
+    columns += ["E|f^k - f^(k-1)|²", "E|f^K - f^k|²", "reaches ODE samples by", "SDE samples by"]
+    for column in columns:
+        levels.add_column(column, justify="left" if column == "level" else "right")
+    for k, name in enumerate(found.names):
+        row = [name, f"{found.flops[k] / 1e6:.1f}", *(f"{1e3 * found.seconds[size][k]:.3f}" for size in batches)]
+        step = f"{found.differences[:, k, k - 1].mean():.2e}" if k else ""
+        row += [step, f"{found.differences[:, k, -1].mean():.2e}"]
+        for kind in ("ode", "sde"):
+            row.append(f"{missing(found, kind, k):.2e}" if k + 1 < len(found.names) else "0")
+        levels.add_row(*row)
+    console.print(levels)
+    console.print("The last two: mean squared error of a sample when this level runs alone, by linear response.")
+    _discretisation(found, console)
+    if len(found.names) > 3:
+        fit = fit_differences(found.image_differences.numpy(), list(found.flops[1:]))
+        console.print(f"scaling law from differences of levels, cost in FLOPs: {fit.verdict}")
+
+
+def missing(found: Calibration, kind: str, level: int) -> float:
+    """Mean squared error of a sample when `level` (its number, from 0) stands for the largest all the way."""
+    response = found.responses[kind]
+    kappa_log = -found.log_snr / 2
+    width = torch.gradient(-kappa_log)[0]
+    factor = (1.0 if kind == "ode" else 2.0) * response.gain[level:] * width
+    return torch.einsum("kt,ktls,ls->", factor, response.inner[level:, :, level:], factor).item()
+
+
+def _discretisation(found: Calibration, console: Console) -> None:
+    from rich.table import Table
+
+    steps = sorted({count for errors in found.discretisation.values() for count in errors})
+    table = Table(title=f"mean squared error of level {found.names[-1]} alone, by steps")
+    for column in ("solver/grid", *map(str, steps)):
+        table.add_column(column, justify="left" if column == "solver/grid" else "right")
+    for name, errors in found.discretisation.items():
+        table.add_row(name, *(f"{errors[count]:.1e}" if count in errors else "" for count in steps))
+    console.print(table)

@@ -1,0 +1,58 @@
+"""Trial runs: samples for calibration and for choosing plans, from indices that no user draws; no meters, no ledger."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mlem.denoiser import Denoiser
+from mlem.multilevel.denoiser import MultilevelDenoiser
+from mlem.noise import BrownianPath, NoiseStream
+from mlem.schedule import NoiseSchedule, TimeGrid
+from mlem.solvers import Estimate, Point, Solver, integrate, response
+
+CALIBRATION, PILOT, MEMORY = 10**9, 11 * 10**8, 12 * 10**8
+"""Where the sample indices of each use begin."""
+
+
+def trial_indices(first: int, count: int, device: str | torch.device = "cpu") -> Tensor:
+    """(count,) int64 sample indices."""
+    return torch.arange(first, first + count, device=device)
+
+
+def estimate(denoiser: Denoiser) -> Estimate:
+    """The denoiser as a solver calls it, in float64."""
+
+    def eps(y: Tensor, point: Point) -> Tensor:
+        t = torch.full((len(y),), point.t, dtype=torch.float64, device=y.device)
+        return denoiser(y * point.alpha, t).double()
+
+    return eps
+
+
+def trial(
+    denoiser: Denoiser,
+    schedule: NoiseSchedule,
+    shape: Sequence[int],
+    solver: Solver,
+    grid: TimeGrid,
+    index: Tensor,
+    seed: int,
+) -> Tensor:
+    """Samples with these indices: (B, *shape) float64. A MultilevelDenoiser begins anew and may revise."""
+    points = Point.of(schedule, grid)
+    path = BrownianPath(schedule, seed, index, shape, torch.float32)
+    y = start(schedule, shape, index, seed)
+    revise = None
+    if isinstance(denoiser, MultilevelDenoiser):
+        denoiser.start(index, response(solver, points)[0].tolist())
+        revise = denoiser.revise
+    return integrate(solver, estimate(denoiser), y, points, path, index, seed, revise=revise) * points[-1].alpha
+
+
+def start(schedule: NoiseSchedule, shape: Sequence[int], index: Tensor, seed: int) -> Tensor:
+    """The starting noise in EDM coordinates, at t = 1."""
+    noise = NoiseStream(seed, "start").normal(index, [0], shape, torch.float32)[0].double()
+    return noise / schedule.alpha(1.0).item()
