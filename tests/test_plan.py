@@ -362,7 +362,10 @@ def calibration(family: Family) -> Calibration:
     errors = {"ddim/uniform": {4: 0.1, 8: 0.025}}
     about = {"weights": family.weights_hash, "images": 1}
     times = {64: (0.1, 0.4), 1: (0.3, 0.5)}
-    return Calibration(("xs", "s"), (1.0, 4.0), times, log_snr, differences, {"ode": one, "sde": one}, errors, about)
+    by_image, responses = torch.ones(1, 3, dtype=torch.float64), {"ode": one, "sde": one}
+    pilots = {"ode/held": [[0.1, 0.2]]}
+    measured = (times, log_snr, differences, by_image, responses)
+    return Calibration(("xs", "s"), (1.0, 4.0), *measured, about, errors, pilots)
 
 
 def test_what_was_fitted_is_stored_with_the_family(tmp_path: Path) -> None:

@@ -213,6 +213,7 @@ class _Held:
         for row, then, said in self._said[level]:
             assert self._response is not None
             error = _line(self._measured[level][-2:], -then.kappa.log()) - said
+            # what entered there has shrunk since, about as it would with frozen data
             move = move + error * then.alpha * (now.kappa / then.kappa) * self._response[row]
         self._said[level] = []
         return move

@@ -24,12 +24,11 @@ DISCRETISATIONS = (
     ("dpm_solver_pp_sde", "uniform"),
     ("dpm_solver_pp_sde", "log_snr"),
     ("ddim", "uniform"),
-    ("ddim", "log_snr"),
     ("dpm_solver_pp", "uniform"),
     ("dpm_solver_pp", "log_snr"),
 )
 """Solvers and grids whose error on the largest level is measured."""
-STEPS = (8, 16, 32, 64, 128)
+STEPS = (8, 16, 32, 64)
 """At these step counts."""
 PILOTS = (("ddpm", "uniform", 128, 0), ("dpm_solver_pp", "log_snr", 48, 1))
 """Solver, grid, steps and order of held corrections of the pilot plans."""

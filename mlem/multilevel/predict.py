@@ -261,7 +261,8 @@ class Search:
         for _ in range(20):  # no row is measured more than once: what exceeds it goes to the others
             free = density < 1
             density = torch.where(free, density * (often - (~free).sum()).clamp(min=0) / density[free].sum(), 1.0)
-        rows = torch.floor(density.cumsum(0) - density[0] + 1 - 1e-9).diff(prepend=torch.zeros(1)).nonzero().flatten()
+        passed = torch.floor(density.cumsum(0) - density + 1e-9)  # whole numbers passed before each row
+        rows = passed.diff(prepend=torch.full((1,), -1.0)).nonzero().flatten()
         stride = 1
         for level in range(1, len(self.levels)):
             table[rows[::stride], level] = True
