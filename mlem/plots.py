@@ -1,4 +1,4 @@
-"""The figures: sample grids, error against time, error by noise level, scaling laws. Rows of numbers in, PNG out.
+"""The figures: sample grids, error against time, error by noise level, scaling laws, p_k. Rows of numbers in, PNG out.
 
 Drawn with Figure objects, never pyplot: no global state, no display. Files appear whole or not at all.
 """
@@ -133,6 +133,37 @@ def error_by_noise_level(
         order = log_snr.argsort()
         axes.plot(log_snr[order], error[order], color=colour, marker="o", markersize=3, label=str(level))
     figure.legend(title="level", loc="outside right upper", frameon=False)
+    _save(figure, path)
+
+
+def probabilities(
+    log_snr: ArrayLike,
+    curves: Mapping[Any, tuple[ArrayLike, ArrayLike]],
+    path: str | os.PathLike[str],
+    caption: str,
+) -> None:
+    """Probabilities p_k of running each level against the log signal-to-noise ratio, before (dashed) and after.
+
+    log_snr: (R,), natural. curves: level -> (before, after), each (R,), in [0, 1]. caption: data set, solver, steps.
+    Raises ValueError for no curves, lengths that differ, values outside [0, 1].
+    """
+    import numpy as np
+
+    if not curves:
+        raise ValueError("probabilities has nothing to draw: no curves")
+    at = np.asarray(log_snr, dtype=float)
+    order = at.argsort()
+    figure, axes = _figure(r"log signal-to-noise ratio, $\log(\alpha^2/\sigma^2)$", "probability $p_k$", caption)
+    axes.set(ylim=(-0.02, 1.02))
+    for (level, curve), colour in zip(curves.items(), cycle(_COLOURS), strict=False):
+        for p, line in zip((np.asarray(values, dtype=float) for values in curve), ("--", "-"), strict=True):
+            if p.shape != at.shape or not bool(((p >= 0) & (p <= 1)).all()):
+                raise ValueError(f"curve {level!r} needs values in [0, 1] of shape {at.shape}, got shape {p.shape}")
+            axes.plot(at[order], p[order], color=colour, linestyle=line, label=str(level) if line == "-" else None)
+    levels, names = axes.get_legend_handles_labels()
+    figure.legend(levels, names, title="level", loc="outside right upper", frameon=False)
+    handles = [_key("before", "0.3", "", "--"), _key("after", "0.3", "", "-")]
+    figure.legend(handles=handles, loc="outside right lower", frameon=False)
     _save(figure, path)
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mlem.plots import GUTTER, error_by_noise_level, error_vs_time, image_grid, scaling_law
+from mlem.plots import GUTTER, error_by_noise_level, error_vs_time, image_grid, probabilities, scaling_law
 
 ROWS = [
     {
@@ -167,3 +167,19 @@ def test_bad_numbers_are_refused(tmp_path):
     with pytest.raises(ValueError, match="figures are PNG files"):
         error_by_noise_level(curves(), tmp_path / "figure.txt", "")
     assert not list(tmp_path.iterdir())
+
+
+def test_probabilities_before_and_after(monkeypatch, tmp_path):
+    log_snr, curves = [3, -1, 1], {"s": ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6]), "m": ([1, 0, 1], [0, 1, 0])}
+    lines = figure_of(monkeypatch, lambda: probabilities(log_snr, curves, "x.png", "digits")).axes[0].lines
+    assert [line.get_linestyle() for line in lines] == ["--", "-", "--", "-"]
+    assert len({line.get_color() for line in lines}) == 2
+    np.testing.assert_allclose(lines[1].get_xdata(), [-1, 1, 3])
+    np.testing.assert_allclose(lines[1].get_ydata(), [0.5, 0.6, 0.4])
+    monkeypatch.undo()
+    probabilities(log_snr, curves, tmp_path / "p.png", "digits")
+    with Image.open(tmp_path / "p.png") as picture:
+        picture.load()
+    for bad in ({}, {"s": ([0.1], [0.4])}, {"s": ([0.1, 0.2, 0.3], [0.4, 0.5, 1.1])}):
+        with pytest.raises(ValueError, match="nothing to draw" if not bad else "curve 's' needs values in"):
+            probabilities(log_snr, bad, tmp_path / "q.png", "")

@@ -36,6 +36,7 @@ _VALUES: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
             "calibration.reference_steps",
             "steps",
             "batch_size",
+            *(f"model.{name}" for name in ("steps", "updates", "batch_size", "images", "checkpoint_every")),
         ),
     ),
     (
@@ -50,7 +51,14 @@ _VALUES: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
             "calibration.images",
         ),
     ),
-    ("a number > 0", lambda value: _number(value) and value > 0, ("training.learning_rate",)),
+    ("a whole number >= 2", lambda value: _whole(value) and value >= 2, ("model.draws", "model.held_out")),
+    (
+        "a number > 0",
+        lambda value: _number(value) and value > 0,
+        ("training.learning_rate", "model.learning_rate"),
+    ),
+    ("a number > 0, or null", lambda value: value is None or (_number(value) and value > 0), ("model.lambda",)),
+    ("in (0, 1]", lambda value: _number(value) and 0 < value <= 1, ("model.budget",)),
     (
         "a number >= 0",
         lambda value: _number(value) and value >= 0,
@@ -65,13 +73,15 @@ _VALUES: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
 )
 """What a value must be, how to tell, and the options that this holds for."""
 _TEXT = ("root", "resume", "data.name", "data.source", "data.folder", "schedule.kind", "sampler.name", "sampler.solver")
-_TEXT_OR_NULL = ("family", "level", "grid", "out", "plan")
+_TEXT += ("model.name", "model.solver")
+_TEXT_OR_NULL = ("family", "level", "grid", "out", "plan", "model.grid")
 _GROUPS = ("data", "data.options", "model", "schedule", "trainer", "logger", "metric", "sampler")
 _GROUPS += ("training", "evaluation", "calibration")
 _LISTS = ("callbacks", "allow", "evaluation.samplers")
 _ONE_OF = {
     "trainer.precision": ("fp32", "bf16", "fp16"),
     "model.prediction": ("v", "eps", "x0"),
+    "model.tangents": ("exact", "random"),
     "logger.mode": ("auto", "online", "offline", "disabled"),
 }
 
@@ -94,6 +104,20 @@ def check(config: DictConfig) -> None:
     batch, accumulate = training["batch_size"], training["accumulate"]
     if batch % accumulate:
         raise ValueError(f"training.batch_size must be a multiple of training.accumulate {accumulate}, got {batch}")
+    model = plain.get("model")
+    if isinstance(model, dict) and model.get("name") == "coefficients":
+        _check_coefficients(model, plain["trainer"])
+
+
+def _check_coefficients(model: dict[str, Any], trainer: dict[str, Any]) -> None:
+    if model["images"] % model["batch_size"]:
+        raise ValueError(
+            f"model.images must be a multiple of model.batch_size {model['batch_size']}, got {model['images']}"
+        )
+    if trainer["precision"] != "fp32":
+        raise ValueError(f"trainer.precision must be fp32 for model=coefficients, got {trainer['precision']!r}")
+    if trainer["compile"]:
+        raise ValueError("trainer.compile must be false for model=coefficients, got True")
 
 
 def _given(plain: Any, names: tuple[str, ...]) -> Iterator[tuple[str, Any]]:

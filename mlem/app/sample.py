@@ -13,8 +13,9 @@ from omegaconf import DictConfig, OmegaConf
 from mlem.app.build import plan_of
 from mlem.app.cli import USAGE
 from mlem.app.config import parse_indices
+from mlem.app.find import family_folder
 from mlem.family import Family, Level
-from mlem.files import first_process, read_json, sha256
+from mlem.files import first_process, sha256
 from mlem.multilevel.calibrate import Calibration
 from mlem.multilevel.predict import Predictor
 from mlem.outputs import claim, finish, write_samples
@@ -84,25 +85,15 @@ def find_model(config: DictConfig) -> tuple[Path, Family | Level]:
     for other in ("family", "level") if model is not None else ():
         if config[other] is not None:
             raise ValueError(f"model={model} is one level by itself: leave out {other}={config[other]}")
-    if config.family is not None:
-        return Path(config.family), Family.load(config.family)
     if model is not None:
+        if "size" not in config.model:
+            raise ValueError(f"model={model} is no level by itself: leave it out, and family= or data= name a family")
         folder = Path(config.root) / model / "level"
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder} does not exist; make it with: python train.py model={model}")
         return folder, Level.load(folder)
-    found = [path for path in Path(config.root).parent.glob("*/family/family.json") if _about(path) == config.data.name]
-    if not found:
-        raise FileNotFoundError(
-            f"there is no trained family of {config.data.name} under {Path(config.root).parent}; make one with: "
-            f"python train.py model=family data={config.data.source}"
-        )
-    folder = max(found, key=lambda path: path.stat().st_mtime).parent
+    folder = family_folder(config)
     return folder, Family.load(folder)
-
-
-def _about(path: Path) -> str:
-    return read_json(path).get("data", "")
 
 
 def _settings(config: DictConfig, model: Family | Level, folder: Path, sampler: Sampler) -> dict[str, Any]:

@@ -44,7 +44,12 @@ LIGHTNING_PRECISION = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixe
 
 def run(config: DictConfig) -> None:
     """Train what `config`, already checked, describes."""
+    from mlem.app.coefficients import learn_coefficients  # which needs this module
+
     _quiet()
+    if config.model.name == "coefficients":
+        learn_coefficients(config)
+        return
     sizes = list(config.model.levels) if "levels" in config.model else [config.model.size]
     levels = [new_level(config, size) for size in sizes]
     Family(levels)  # refuses an odd list before anything is trained

@@ -1,0 +1,219 @@
+"""`python train.py model=coefficients`: learn how a trained family shares out its evaluations."""
+
+from __future__ import annotations
+
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+
+from mlem.app.build import devices, loggers, world_size_of
+from mlem.app.config import build_callbacks, without_secrets
+from mlem.app.find import family_folder
+from mlem.app.train import _agree, _checkpoint
+from mlem.family import Family
+from mlem.files import first_process, folder_lock, read_json, write_json
+from mlem.multilevel.coefficients import Coefficients
+from mlem.multilevel.learn import Objective, first_coefficients, frozen
+from mlem.plots import probabilities as probabilities_figure
+from mlem.solvers import Solver, make_solver
+from mlem.training.checkpoints import AtomicCheckpointIO, Checkpoints
+from mlem.training.coefficients import CoefficientsModule, Fit, learning_progress
+
+
+def learn_coefficients(config: DictConfig) -> None:
+    """Learn what `config`, already checked, describes, resuming what is there."""
+    options = config.model
+    fit = Fit(
+        images=options.images,
+        batch_size=options.batch_size,
+        draws=options.draws,
+        updates=options.updates,
+        learning_rate=options.learning_rate,
+        tangents=options.tangents,
+        held_out=options.held_out,
+        reference_steps=config.evaluation.reference_steps,
+        weight=options["lambda"],
+        log_every=options.checkpoint_every,
+    )
+    world_size = _ranks(config)
+    build_callbacks(config)
+    where = family_folder(config)
+    family = Family.load(where)
+    objective = _objective(config, family)
+    start = first_coefficients(family, objective.solver, objective.grid, options.budget)
+    module = CoefficientsModule(objective, start, fit, family.names)
+    if config.dry_run:
+        _dry_run(config, where, module)
+        return
+    folder = Path(config.root) / "coefficients"
+    with folder_lock(folder) if first_process() else nullcontext():
+        _agree(config, folder, _settings(config, family, start, world_size))
+        if not (folder / "coefficients.json").exists():
+            _learn(config, folder, family, module)
+        elif first_process():
+            print(f"coefficients: already learned, in {folder}", flush=True)
+        if first_process():
+            _hand_over(config, folder, family, where, objective, start)
+
+
+def _ranks(config: DictConfig) -> int:
+    world_size = world_size_of(config)
+    for name in ("batch_size", "held_out"):
+        if config.model[name] % world_size:
+            raise ValueError(f"model.{name} must be a multiple of the ranks, {world_size}, got {config.model[name]}")
+    return world_size
+
+
+def _solver(name: str) -> Solver:
+    try:
+        return make_solver(name)
+    except ValueError as error:
+        raise ValueError(f"model.{error}") from error
+
+
+def _objective(config: DictConfig, family: Family) -> Objective:
+    solver = _solver(config.model.solver)
+    try:
+        grid = solver.grid(family.schedule, config.model.steps, config.model.grid)
+    except ValueError as error:
+        raise ValueError(f"model.{error}") from error
+    flops = torch.tensor([level.flops for level in family.levels], dtype=torch.float64)
+    return Objective(frozen(family), family.schedule, family.shape, solver, grid, flops / flops[-1], seed=config.seed)
+
+
+def _settings(config: DictConfig, family: Family, start: Tensor, world_size: int) -> dict[str, Any]:
+    """What decides the coefficients that come out: a resumed run must agree on all of it."""
+    model = {key: value for key, value in without_secrets(config)["model"].items() if key != "checkpoint_every"}
+    return {
+        "model": model,
+        "reference_steps": config.evaluation.reference_steps,
+        "seed": config.seed,
+        "weights": family.weights_hash,
+        "start": start.tolist(),
+        "world_size": world_size,
+    }
+
+
+def _learn(config: DictConfig, folder: Path, family: Family, module: CoefficientsModule) -> None:
+    """Fit, judge, and write `coefficients.json` into the run's folder."""
+    fit = module.fit_options
+    checkpoint = _checkpoint(config, folder)
+    step = 0 if checkpoint is None else int(checkpoint.stem.removeprefix("step-"))
+    callbacks = [Checkpoints(folder / "checkpoints", config.model.checkpoint_every), *build_callbacks(config)]
+    callbacks.append(learning_progress(fit, sys.stdout.isatty()))
+    trainer = pl.Trainer(
+        **devices(config),
+        precision="32-true",
+        logger=loggers(config, folder, "coefficients", step),
+        callbacks=callbacks,
+        plugins=[AtomicCheckpointIO()],
+        max_steps=fit.updates,
+        max_epochs=-1,
+        use_distributed_sampler=False,
+        log_every_n_steps=1,
+        enable_model_summary=False,
+        default_root_dir=folder,
+    )
+    if checkpoint is not None and trainer.is_global_zero:
+        print(f"coefficients: resuming from {checkpoint}", flush=True)
+    begin = time.perf_counter()
+    trainer.fit(module, ckpt_path=checkpoint, weights_only=True)
+    seconds = time.perf_counter() - begin
+    judged = module.judge()
+    if trainer.is_global_zero:
+        _log(trainer, judged)
+        learned = module.objective.coefficients(module.theta)
+        about = _about(module, family) | {"held_out": judged, "seconds": seconds}
+        plain = Coefficients(learned.alpha, learned.beta, tuple(family.names), about).to_dict()
+        write_json(folder / "coefficients.json", plain)
+    trainer.strategy.barrier("coefficients written")
+
+
+def _log(trainer: pl.Trainer, judged: dict[str, Any]) -> None:
+    """The outcome, for W&B and metrics.jsonl."""
+    found = judged["systematic"]
+    values = {f"held_out/{key}_{when}": found[when][key] for when in ("before", "after") for key in found[when]}
+    values |= {f"held_out/change_{key}": value for key, value in found["change"].items()}
+    for logger in trainer.loggers:
+        logger.log_metrics(values, trainer.global_step)
+        logger.save()
+
+
+def _about(module: CoefficientsModule, family: Family) -> dict[str, Any]:
+    objective, fit = module.objective, module.fit_options
+    log_snr = objective.schedule.log_snr(torch.tensor(objective.times, dtype=torch.float64))
+    return {
+        "weights": family.weights_hash,
+        "solver": objective.solver.name,
+        "steps": objective.grid.steps,
+        "grid": objective.grid.name,
+        "log_snr": [log_snr.min().item(), log_snr.max().item()],
+        "lambda": module.weight.item(),
+        "cost_unit": "flops",
+        "updates": fit.updates,
+        "images": fit.images,
+        "reference_steps": fit.reference_steps,
+        "seed": objective.seed,
+    }
+
+
+def _hand_over(
+    config: DictConfig, folder: Path, family: Family, where: Path, objective: Objective, start: Tensor
+) -> None:
+    """Put the coefficients beside the family, draw them, and say what came of it."""
+    plain = read_json(folder / "coefficients.json")
+    # nothing else: a calibration may have been written since this family was read
+    family.fitted = {"coefficients": plain}
+    family.save_fitted(where)
+    learned = Coefficients.from_dict(plain)
+    before, after = (
+        one.probabilities(family.schedule, objective.times).T.tolist()
+        for one in (objective.coefficients(start), learned)
+    )
+    log_snr = family.schedule.log_snr(torch.tensor(objective.times, dtype=torch.float64)).tolist()
+    curves = {name: (before[k], after[k]) for k, name in enumerate(family.names) if k}
+    solver = f"{objective.solver.name}, {objective.grid.steps} steps, {objective.grid.name} grid"
+    caption = f"{family.data}: learned for {solver}, {learned.about['updates']} updates, seed {config.seed}"
+    probabilities_figure(log_snr, curves, folder / "probabilities.png", caption)
+    print(_outcome(learned.about["held_out"]), flush=True)
+    print(
+        f"{'coefficients':38s}{where / 'coefficients.json'}\n{'p_k(t)':38s}{folder / 'probabilities.png'}", flush=True
+    )
+
+
+def _outcome(judged: dict[str, Any]) -> str:
+    found = judged["systematic"]
+    before, after, change = found["before"], found["after"], found["change"]
+    return (
+        f"coefficients: objective {before['objective']:.4g} -> {after['objective']:.4g} (change "
+        f"{change['objective']:.2g} ± {change['half_width']:.1g}, 95 percent, systematic coins, {judged['samples']} "
+        f"held-out samples), cost {before['cost']:.4f} -> {after['cost']:.4f}, mse {before['mse']:.4g} -> "
+        f"{after['mse']:.4g}"
+    )
+
+
+def _dry_run(config: DictConfig, where: Path, module: CoefficientsModule) -> None:
+    """Print what would be done and how long it would take here, on the CPU."""
+    print(OmegaConf.to_yaml(OmegaConf.create(without_secrets(config))))
+    fit, objective = module.fit_options, module.objective
+    indices = torch.arange(fit.batch_size)
+    begin = time.perf_counter()
+    truth = objective.reference(indices)
+    reference = (time.perf_counter() - begin) / objective.grid.steps * fit.reference_steps
+    counts = objective.toss(module.first, 0, fit.draws)
+    directions = objective.directions(0, fit.draws) if fit.tangents == "random" else None
+    begin = time.perf_counter()
+    objective.estimate(module.first, counts, indices, truth, 1.0, directions)
+    seconds = time.perf_counter() - begin
+    minutes = (fit.updates * seconds + (fit.images + fit.held_out) / fit.batch_size * reference) / 60
+    print(
+        f"coefficients of {where}: {module.first.numel()} numbers, {seconds:.2f} s for a step, about {minutes:.1f} "
+        f"minutes for {fit.updates} steps and the references on one CPU"
+    )

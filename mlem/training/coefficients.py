@@ -1,0 +1,233 @@
+"""Learning the coefficients of a family: the Lightning side of `mlem.multilevel.learn`.
+
+The module holds alpha and beta and nothing else, so a checkpoint is tiny. Samples, coins and directions of a step are
+functions of (seed, step): a resumed run repeats an uninterrupted one, and ranks share the coins and take their parts of
+the samples, so that their mean gradient is that of one rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+
+from mlem.denoiser import NetworkDenoiser
+from mlem.multilevel.learn import TANGENTS, Objective, interval
+from mlem.training.progress import BarProgress, LineProgress
+
+TRAINING, HELD_OUT = 2 * 10**9, 3 * 10**9
+"""First indices of the samples that are learned from, and of those that are held out: no sample shares their noise."""
+TIMES = (0.05, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95)
+"""Times at which p_k is logged."""
+PLANS = 4
+"""Plans for each held-out sample."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How to learn. images: samples, whose references are kept. batch_size: of them in a step, all ranks together.
+    draws: of the coins in a step. updates: optimizer steps. tangents: "exact" or "random". held_out: samples to judge
+    by. reference_steps: of the many-step run. weight: of the cost, or None to keep about the spending that one begins
+    with. log_every: steps from one line of progress to the next.
+    """
+
+    images: int
+    batch_size: int
+    draws: int
+    updates: int
+    learning_rate: float
+    tangents: str
+    held_out: int
+    reference_steps: int
+    weight: float | None = None
+    log_every: int = 20
+
+    def __post_init__(self) -> None:
+        if self.tangents not in TANGENTS:
+            raise ValueError(f"tangents must be one of {', '.join(TANGENTS)}, got {self.tangents!r}")
+        if self.draws < 2:
+            raise ValueError(f"draws must be >= 2, since each is a baseline for the others, got {self.draws}")
+        if self.images % self.batch_size:
+            raise ValueError(f"images must be a multiple of batch_size {self.batch_size}, got {self.images}")
+
+
+class _Steps:
+    """A loader of nothing, that Lightning may leave and take up anywhere: it has no state, and says so."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self._count))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
+
+
+class CoefficientsModule(pl.LightningModule):
+    """alpha and beta of levels 2 .. K as parameters (float64), and the weight of the cost.
+
+    start: (2, K - 1), where learning begins. objective: its networks are no part of the module. names: of the levels.
+    """
+
+    alpha: nn.Parameter
+    beta: nn.Parameter
+    weight: Tensor
+
+    def __init__(self, objective: Objective, start: Tensor, fit: Fit, names: list[str]) -> None:
+        super().__init__()
+        self.alpha, self.beta = nn.Parameter(start[0].clone()), nn.Parameter(start[1].clone())
+        # nan: to be measured; kept in the checkpoint, so that a resumed run goes on with the same
+        self.register_buffer("weight", torch.tensor(fit.weight or torch.nan, dtype=torch.float64))
+        self.objective, self.first, self.fit_options, self.names = objective, start.clone(), fit, names
+        self._truths: dict[int, Tensor] = {}
+
+    @property
+    def theta(self) -> Tensor:
+        """(2, K - 1), detached, on the CPU."""
+        return torch.stack([self.alpha, self.beta]).detach().cpu()
+
+    def train_dataloader(self) -> Any:
+        """As many entries as there are steps; what a step does depends on its number alone."""
+        return _Steps(self.fit_options.updates)
+
+    def on_fit_start(self) -> None:
+        self._home = self.trainer.strategy.root_device
+        for denoiser in self.objective.denoisers:
+            if isinstance(denoiser, NetworkDenoiser) and isinstance(denoiser.network, nn.Module):
+                denoiser.network.to(self._home)
+        if bool(torch.isnan(self.weight)):
+            self.weight.fill_(self._mean(self._measured_weight()))
+
+    def _measured_weight(self) -> float:
+        options, found = self.fit_options, []
+        for batch in range(options.images // options.batch_size):
+            counts = self.objective.toss(self.first, -1 - batch, options.draws)  # of steps that are never made
+            found.append(self.objective.weight_for(self.first, self._share(batch), counts))
+        return sum(found) / len(found)
+
+    def _mean(self, value: float) -> float:
+        """Over the ranks, whose shares are equal."""
+        mean = self.trainer.strategy.reduce(torch.tensor(value, dtype=torch.float64, device=self._home))
+        return float(mean)
+
+    def _share(self, batch: int) -> Tensor:
+        """Indices of this rank's samples of a batch."""
+        size, ranks = self.fit_options.batch_size, self.trainer.world_size
+        share = size // ranks
+        first = TRAINING + batch * size + self.trainer.global_rank * share
+        return torch.arange(first, first + share, device=self._home)
+
+    def _truth(self, batch: int) -> Tensor:
+        """References of this rank's samples of a batch, computed once and kept."""
+        if batch not in self._truths:
+            with torch.no_grad():
+                self._truths[batch] = self.objective.reference(self._share(batch), self.fit_options.reference_steps)
+        return self._truths[batch]
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        step, options, objective = self.global_step, self.fit_options, self.objective
+        theta = self.theta
+        number = step % (options.images // options.batch_size)
+        indices, truth = self._share(number), self._truth(number)
+        counts = objective.toss(theta, step, options.draws)
+        directions = objective.directions(step, options.draws) if options.tangents == "random" else None
+        estimate = objective.estimate(theta, counts, indices, truth, self.weight.item(), directions)
+        self._record(self._mean(estimate.mse.mean().item()), estimate.cost)
+        # linear in the parameters: its gradient is the estimate, and averaged over ranks as any other
+        gradient = estimate.gradient.to(self.alpha)
+        return (self.alpha * gradient[0] + self.beta * gradient[1]).sum()
+
+    def _record(self, mse: float, cost: float) -> None:
+        theta, values = self.theta, {"mse": mse, "cost": cost}
+        values["objective"] = values["mse"] + self.weight.item() * cost
+        for k, name in enumerate(self.names[1:]):
+            values |= {f"alpha/{name}": theta[0, k].item(), f"beta/{name}": theta[1, k].item()}
+        p = self.objective.coefficients(theta).probabilities(self.objective.schedule, TIMES)
+        for k, name in enumerate(self.names[1:], 1):
+            values |= {f"p/{name}/t{time:g}": p[row, k].item() for row, time in enumerate(TIMES)}
+        # at once: Lightning writes after the checkpoint of a step, and a kill in between would lose the line
+        for logger in self.loggers:
+            logger.log_metrics(values, self.global_step)
+        self.log_dict({key: values[key] for key in ("objective", "mse", "cost")}, logger=False, prog_bar=True)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.Adam([self.alpha, self.beta], lr=self.fit_options.learning_rate, betas=(0.9, 0.99))
+        # to zero, which averages the noise of the last gradients
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / self.fit_options.updates)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def judge(self) -> dict[str, Any]:
+        """J on held-out samples before and after learning, for bernoulli and systematic coins; every rank must call it.
+
+        Plain numbers. Every sample has coins of its own, the same uniform numbers before and after, so that samples are
+        independent: `half_width` is half of a 95 % interval, `change` that of the pairs.
+        """
+        count, ranks = self.fit_options.held_out, self.trainer.world_size
+        indices = torch.arange(HELD_OUT + self.trainer.global_rank, HELD_OUT + count, ranks, device=self._home)
+        thetas, weight = {"before": self.first, "after": self.theta}, self.weight.item()
+        kinds = ("systematic", "bernoulli")
+        columns = [[] for _ in range(len(kinds) * len(thetas))]
+        for block in indices.split(self.fit_options.batch_size):
+            with torch.no_grad():
+                truth = self.objective.reference(block, self.fit_options.reference_steps)
+            pairs = [(coins, theta) for coins in kinds for theta in thetas.values()]
+            for column, (coins, theta) in zip(columns, pairs, strict=True):
+                column.append(self.objective.held_out(theta, coins, block, truth, PLANS))
+        mine = torch.stack([torch.cat(column) for column in columns], 1)
+        errors = _gathered(mine, ranks).view(count, len(kinds), len(thetas))
+        costs = {name: self.objective.cost(theta).item() for name, theta in thetas.items()}
+        told: dict[str, Any] = {"samples": count, "plans": PLANS, "weight": weight}
+        for number, coins in enumerate(kinds):
+            told[coins] = {}
+            for place, (name, cost) in enumerate(costs.items()):
+                mse, half = interval(errors[:, number, place])
+                told[coins][name] = {"objective": mse + weight * cost, "half_width": half, "mse": mse, "cost": cost}
+            change, half = interval(errors[:, number, 1] - errors[:, number, 0])
+            change += weight * (costs["after"] - costs["before"])
+            told[coins]["change"] = {"objective": change, "half_width": half}
+        return told
+
+
+def _gathered(mine: Tensor, ranks: int) -> Tensor:
+    """The rows of all ranks."""
+    if ranks == 1:
+        return mine
+    import torch.distributed as distributed
+
+    everyone: list[Any] = [None] * ranks
+    distributed.all_gather_object(everyone, mine)
+    return torch.cat(everyone)
+
+
+class LearningLines(LineProgress):
+    """A line every so many steps: objective, error, cost."""
+
+    def __init__(self, batch_size: int, every: int) -> None:
+        super().__init__(batch_size, "coefficients")
+        self._every = every
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        if trainer.is_global_zero and step % self._every == 0:
+            metrics, speed = trainer.callback_metrics, self._speed.read(trainer, self._batch_size)
+            parts = [f"{key} {float(metrics[key]):.4g}" for key in ("objective", "mse", "cost")]
+            parts += [f"{speed[1]} left"] if speed else []
+            print(f"{self._name}: step {step}/{trainer.max_steps}, {', '.join(parts)}", flush=True)
+
+
+def learning_progress(fit: Fit, watched: bool) -> pl.Callback:
+    """A bar when somebody watches, else lines."""
+    return BarProgress(fit.batch_size) if watched else LearningLines(fit.batch_size, fit.log_every)

@@ -1,0 +1,279 @@
+"""The gradient of the learned coefficients: unbiased, equal to reverse mode on the same coins, flat in memory."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+from mlem.family import Family, Level
+from mlem.multilevel.calibrate import calibrate
+from mlem.multilevel.coefficients import CERTAIN, Coefficients
+from mlem.multilevel.learn import Objective, first_coefficients, frozen, interval
+from mlem.multilevel.plan import Plan
+from mlem.multilevel.recipe import Recipe
+from mlem.network import unet
+from mlem.sampling import Sampler
+from mlem.schedule import NoiseSchedule, TimeGrid
+from mlem.solvers import SOLVERS, make_solver
+from tests.problems import mixture
+
+SCHEDULE = NoiseSchedule.cosine()
+WEIGHT = 60.0
+DRAWS = 20_000
+
+
+def perturbed(amount: float, frequency: float):
+    """The exact denoiser of the mixture, with a smooth error."""
+    exact = mixture(SCHEDULE)
+
+    def eps(x: Tensor, t: Tensor) -> Tensor:
+        return exact(x, t) + amount * torch.sin(frequency * x) * t[:, None]
+
+    return eps
+
+
+def objective(levels: int, steps: int, solver: str = "ddpm") -> Objective:
+    """Levels with errors that halve, the last one exact; each costs four times the one below."""
+    denoisers = [perturbed(0.4 / 2**k, 1.5 + k) for k in range(levels - 1)] + [mixture(SCHEDULE)]
+    costs = 4.0 ** torch.arange(1 - levels, 1, dtype=torch.float64)
+    grid = TimeGrid.make("log_snr", SCHEDULE, steps)
+    return Objective(denoisers, SCHEDULE, (3,), make_solver(solver), grid, costs, seed=1)
+
+
+def exact_gradient(problem: Objective, theta: Tensor, indices: Tensor, truth: Tensor) -> Tensor:
+    """By autograd through all coin patterns with their probabilities."""
+    theta = theta.clone().requires_grad_()
+    p = problem.probabilities(theta)
+    free = p[:, 1:].numel()
+    patterns = torch.tensor(list(itertools.product((0, 1), repeat=free))).view(-1, *p[:, 1:].shape)
+    counts = torch.cat([torch.ones_like(patterns[..., :1]), patterns], -1)
+    chance = torch.where(counts.bool(), p, 1 - p)[..., 1:].flatten(1).prod(1)
+    assert torch.isclose(chance.sum(), torch.ones((), dtype=torch.float64))
+    shape = (len(counts), *truth.shape)
+    errors = problem.errors(problem.weights(counts, p), counts, indices.expand(len(counts), -1), truth.expand(shape))
+    (chance * errors.mean(1)).sum().add(WEIGHT * problem.cost(theta)).backward()
+    assert theta.grad is not None
+    return theta.grad
+
+
+THETA = torch.tensor([[-0.4], [-1.2]], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("kind", ["exact", "random"])
+@pytest.mark.usefixtures("float64")
+def test_the_estimate_is_unbiased(kind: str) -> None:
+    """The mean over 20,000 independent draws, taken in pairs, against the enumerated gradient, in standard errors."""
+    problem, indices = objective(2, 4), torch.arange(2)
+    truth = problem.reference(indices, 50)
+    expected = exact_gradient(problem, THETA, indices, truth)
+    counts = problem.toss(THETA, 0, DRAWS)
+    directions = problem.directions(0, DRAWS) if kind == "random" else None
+    mse, pathwise = problem.differentiate(THETA, counts, indices, truth, directions)
+    grouped = [part.view(DRAWS // 2, 2, *part.shape[1:]) for part in (counts, mse, pathwise)]
+    found = problem.assemble(THETA, *grouped, WEIGHT)
+    error = found.std(0) / math.sqrt(len(found))
+    assert ((found.mean(0) - expected).abs() / error).max() < 4
+    # each of the three parts is needed for that: without it, the mean would be this far off
+    nothing = torch.zeros_like(mse)
+    score = problem.assemble(THETA, counts, mse, torch.zeros_like(pathwise), 0.0)
+    for part in (problem.assemble(THETA, counts, nothing, pathwise, 0.0), score, WEIGHT * problem.cost_gradient(THETA)):
+        assert (part / error).abs().max() > 4
+
+
+@pytest.mark.parametrize("solver", sorted(SOLVERS))
+@pytest.mark.usefixtures("float64")
+def test_forward_mode_is_reverse_mode(solver: str) -> None:
+    """On the same coins, for three levels, exactly and along random directions."""
+    problem, indices = objective(3, 6, solver), torch.arange(3)
+    theta = torch.tensor([[-0.4, 0.5], [0.1, -0.6]], dtype=torch.float64)
+    truth, counts = problem.reference(indices, 20), problem.toss(theta, 3, 4)
+    reverse = reversed_gradients(problem, theta, counts, indices, truth)
+    forward = problem.differentiate(theta, counts, indices, truth, None)[1]
+    torch.testing.assert_close(forward, reverse, rtol=1e-8, atol=1e-8 * reverse.abs().max().item())
+    directions = problem.directions(3, 4)
+    assert directions.abs().eq(1).all()
+    along = problem.differentiate(theta, counts, indices, truth, directions)[1]
+    expected = (reverse * directions).sum((1, 2))[:, None, None] * directions
+    torch.testing.assert_close(along, expected, rtol=1e-8, atol=1e-8 * expected.abs().max().item())
+
+
+def reversed_gradients(problem: Objective, theta: Tensor, counts: Tensor, indices: Tensor, truth: Tensor) -> Tensor:
+    """The pathwise part of each draw, by reverse mode: (D, 2, K - 1)."""
+    theta = theta.clone().requires_grad_()
+    weights = problem.weights(counts, problem.probabilities(theta))
+    shape = (len(counts), *truth.shape)
+    errors = problem.errors(weights, counts, indices.expand(len(counts), -1), truth.expand(shape)).mean(1)
+    return torch.stack([torch.autograd.grad(error, theta, retain_graph=True)[0] for error in errors])
+
+
+def family(*sizes: str) -> Family:
+    torch.manual_seed(0)
+    levels = [Level(size, unet(size, (1, 8, 8)), SCHEDULE, (1, 8, 8), data="noise") for size in sizes]
+    for level in levels:
+        for parameter in level.network.parameters():
+            nn.init.normal_(parameter, std=0.1) if parameter.dim() > 1 else None
+    return Family(levels)
+
+
+@pytest.mark.usefixtures("float64")
+def test_forward_mode_through_networks() -> None:
+    """Networks in float64: as reverse mode; and the family's own stay as they were."""
+    ours = family("xs", "s")
+    ours.level("xs").network.train()
+    before = copy.deepcopy([level.network.state_dict() for level in ours.levels])
+    strides = [[part.stride() for part in level.network.parameters()] for level in ours.levels]
+    problem = Objective(frozen(ours), SCHEDULE, (1, 8, 8), make_solver("ddpm"), log_snr(4), torch.ones(2), seed=2)
+    indices = torch.arange(2)
+    truth, counts = problem.reference(indices, 5), problem.toss(THETA, 0, 3)
+    forward = problem.differentiate(THETA, counts, indices, truth, None)[1]
+    reverse = reversed_gradients(problem, THETA, counts, indices, truth)
+    torch.testing.assert_close(forward, reverse, rtol=1e-8, atol=1e-8 * reverse.abs().max().item())
+    for level, state, stride in zip(ours.levels, before, strides, strict=True):
+        assert [part.stride() for part in level.network.parameters()] == stride
+        assert any(part.is_contiguous(memory_format=torch.channels_last) for part in level.network.parameters())
+        assert all(part.requires_grad for part in level.network.parameters())
+        assert all(torch.equal(part, state[name]) for name, part in level.network.state_dict().items())
+    assert ours.level("xs").network.training
+
+
+def log_snr(steps: int) -> TimeGrid:
+    return TimeGrid.make("log_snr", SCHEDULE, steps)
+
+
+def peak(steps: int, reverse: bool) -> int:
+    """Most bytes alive at once, as the allocator of the CPU counts them."""
+    problem, indices = objective(2, steps), torch.arange(300)
+    wide = torch.ones(3, 64, dtype=torch.float64) / 64  # most of the memory is in the network, as usual
+    problem.denoisers = tuple(lambda x, t, k=k: torch.tanh(x @ wide + k) @ wide.T * t[:, None] for k in range(2))
+    truth, counts = torch.zeros(300, 3, dtype=torch.float64), problem.toss(THETA, 0, 2)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        if reverse:
+            theta = THETA.clone().requires_grad_()
+            weights = problem.weights(counts, problem.probabilities(theta))
+            problem.errors(weights, counts, indices.expand(2, -1), truth.expand(2, *truth.shape)).sum().backward()
+        else:
+            problem.differentiate(THETA, counts, indices, truth, None)
+    kineto = profiler.profiler.kineto_results  # type: ignore[union-attr]
+    changes = [(event.start_ns(), event.nbytes()) for event in kineto.events() if event.name() == "[memory]"]
+    return max(itertools.accumulate(size for _, size in sorted(changes)))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of the profiler
+def test_memory_does_not_grow_with_steps() -> None:
+    """That of forward mode; that of reverse mode does, so that this is a measurement."""
+    peak(2, reverse=False)  # what is set up once
+    assert peak(200, reverse=False) < 1.1 * peak(20, reverse=False)
+    assert peak(200, reverse=True) > 5 * peak(20, reverse=True)
+
+
+def test_the_cost_is_that_of_a_plan_and_its_gradient_is_right() -> None:
+    problem = objective(4, 7)
+    theta = torch.tensor([[0.3, -1.0, 2.0], [1.0, 0.0, -1.5]], dtype=torch.float64)
+    plan = Plan.draw(problem.probabilities(theta), "bernoulli")
+    assert problem.cost(theta).item() == pytest.approx(plan.expected_cost(problem.costs) / 7, rel=1e-12)
+    by_autograd = torch.autograd.grad(problem.cost(free := theta.clone().requires_grad_()), free)[0]
+    torch.testing.assert_close(problem.cost_gradient(theta), by_autograd, rtol=1e-12, atol=1e-14)
+    stored = problem.coefficients(theta)
+    assert (stored.alpha[0], stored.beta[0]) == (0.0, CERTAIN)
+    torch.testing.assert_close(stored.probabilities(SCHEDULE, problem.times), problem.probabilities(theta))
+
+
+@pytest.mark.parametrize("coins", ["bernoulli", "systematic"])
+def test_samples_are_those_of_the_sampler(coins: str) -> None:
+    """The same noise, coins and weights as `sample(plan=...)`, each sample with coins of its own."""
+    ours, indices = family("xs", "s"), torch.tensor([5, 3, 8])
+    solver, grid = make_solver("ddpm"), log_snr(4)
+    problem = Objective(frozen(ours), SCHEDULE, ours.shape, solver, grid, torch.tensor([0.25, 1.0]), seed=4)
+    truth = problem.reference(indices, 6)
+    sampler = Sampler(ours, solver="ddpm", grid=grid, seed=4, level="s")
+    torch.testing.assert_close(problem.reference(indices).float(), sampler.run(indices.tolist()).x, rtol=0, atol=1e-4)
+    for theta in (THETA, torch.full((2, 1), CERTAIN, dtype=torch.float64)):
+        plan = Plan.draw(problem.probabilities(theta), coins, 4, per_sample=True)
+        x = Sampler(ours, solver="ddpm", grid=grid, seed=4, plan=plan).run(indices.tolist()).x
+        expected = (x - truth).square().flatten(1).mean(1)
+        found = problem.held_out(theta, coins, indices, truth, 1)
+        torch.testing.assert_close(found, expected.double(), rtol=1e-3, atol=0)
+
+
+@pytest.mark.usefixtures("float64")
+def test_the_weight_makes_the_beginning_near_stationary() -> None:
+    """Where corrections are small, the derivative of J by a shift of all beta vanishes beside that of the cost."""
+    problem, indices = objective(3, 16), torch.arange(4)
+    problem.denoisers = (perturbed(0.01, 1.5), perturbed(0.005, 2.5), problem.denoisers[-1])
+    theta = torch.tensor([[0.0, 0.0], [-0.5, -1.0]], dtype=torch.float64)
+    # no discretisation error: its product with that of the coins has mean near 0, and would hide it
+    truth, counts = problem.reference(indices), problem.toss(theta, 0, 4000)
+    weight = problem.weight_for(theta, indices, counts)
+    mse, pathwise = problem.differentiate(theta, counts, indices, truth, None)
+    score = problem.assemble(theta, counts, mse, pathwise, 0.0)[1].sum()
+    cost = weight * problem.cost_gradient(theta)[1].sum()
+    assert abs(float(score / cost) + 1) < 0.25
+
+
+def test_coins_and_directions_are_keyed_by_the_step() -> None:
+    problem = objective(3, 6)
+    theta = torch.zeros(2, 2, dtype=torch.float64)
+    assert torch.equal(problem.toss(theta, 2, 3), problem.toss(theta, 0, 9)[6:])
+    assert torch.equal(problem.directions(2, 3), problem.directions(0, 9)[6:])
+    counts = problem.toss(theta, 0, 4000).double()
+    assert (counts[..., 0] == 1).all()
+    assert (counts[..., 1:].mean(0) - 0.5).abs().max() < 5 * 0.5 / math.sqrt(4000)
+
+
+def test_learning_begins_near_what_the_budget_buys() -> None:
+    ours = family("xs", "s", "m")
+    problem = Objective(
+        frozen(ours),
+        SCHEDULE,
+        ours.shape,
+        make_solver("ddpm"),
+        log_snr(32),
+        torch.tensor([level.flops for level in ours.levels]),
+    )
+    theta = first_coefficients(ours, make_solver("ddpm"), log_snr(32), 0.3)
+    assert theta.shape == (2, 2)
+    assert problem.cost(theta).item() == pytest.approx(0.3, rel=0.02)
+    # a budget that buys everything: nothing is certain, so that something can be learned
+    assert problem.probabilities(first_coefficients(ours, make_solver("ddpm"), log_snr(32), 1.0))[:, 1:].max() < 0.995
+    ours.fitted["calibration"] = calibrate(ours, images=2, times=4).to_dict()
+    calibrated = first_coefficients(ours, make_solver("ddpm"), log_snr(32), 0.3)
+    assert problem.cost(calibrated).item() == pytest.approx(0.3, rel=0.2)  # a sigmoid is near to it, not on it
+    assert (calibrated[0] != theta[0]).all()
+    with pytest.raises(ValueError, match=r"budget=0\.001"):
+        first_coefficients(ours, make_solver("ddpm"), log_snr(32), 0.001)
+
+
+def test_one_level_has_nothing_to_share() -> None:
+    with pytest.raises(ValueError, match=r"one; train another: model.levels=\[xs,s\]"):
+        objective(1, 4)
+
+
+def test_learned_probabilities_that_are_not_there_name_the_command() -> None:
+    recipe = Recipe(probabilities="learned")
+    with pytest.raises(ValueError, match=r"no learned coefficients: python train.py model=coefficients"):
+        recipe.plan(family("xs", "s"), make_solver("ddpm"), log_snr(4))
+
+
+def test_learned_coefficients_make_a_plan() -> None:
+    ours = family("xs", "s")
+    ours.fitted["coefficients"] = Coefficients(
+        torch.tensor([0.0, 0.5]), torch.tensor([CERTAIN, -1.0]), tuple(ours.names), {"weights": ours.weights_hash}
+    ).to_dict()
+    plan = Recipe(probabilities="learned", estimator="jump").plan(ours, make_solver("ddpm"), log_snr(4))
+    assert (plan.probabilities[:, 0] == 1).all()
+    assert (plan.probabilities[:, 1].diff() > 0).all()  # alpha > 0: more where the noise is low
+    recipe = Recipe(probabilities="learned", estimator="jump", delta=1.0)
+    assert (recipe.plan(ours, make_solver("ddpm"), log_snr(4)).probabilities[:, 1] > plan.probabilities[:, 1]).all()
+
+
+def test_intervals() -> None:
+    torch.manual_seed(0)
+    means = [interval(torch.randn(400, dtype=torch.float64) + 3) for _ in range(400)]
+    covered = sum(abs(mean - 3) < half for mean, half in means) / 400
+    assert 0.91 < covered < 0.98
