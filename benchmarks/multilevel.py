@@ -37,9 +37,9 @@ PLAIN = {
     ],
 }
 PLAIN_STEPS = {"sde": (8, 12, 16, 24, 32, 48, 64, 96), "ode": (6, 8, 10, 12, 16, 20, 24, 32, 40, 48)}
-SPENT = {"sde": (5, 6, 8, 11, 15, 20, 28, 40), "ode": (4.5, 6, 8, 10, 12, 16, 20, 24)}
+SPENT: dict[str, tuple[float, ...]] = {"sde": (5, 6, 8, 11, 15, 20, 28, 40), "ode": (4.5, 6, 8, 10, 12, 16, 20, 24)}
 """Costs of plans, in evaluations of the largest level."""
-HELD = {
+HELD: dict[str, list[tuple[str, str, int, int]]] = {
     "sde": [("ddpm", "uniform", steps, 0) for steps in (48, 64, 128)],
     "ode": [
         ("dpm_solver_pp", "log_snr", 32, 1),
@@ -133,7 +133,7 @@ def jobs(bench: Bench, plans: int) -> Iterator[tuple[str, str, str, str, str, in
     top = bench.family.level().name
     for kind in KINDS:
         for (solver, grid, steps, order), spent in itertools.product(HELD[kind], SPENT[kind]):
-            recipe = Recipe(budget=min(1.0, spent / steps), order=order, cost="flops")
+            recipe = Recipe(budget=min(1.0, float(spent) / steps), order=order, cost="flops")
             yield kind, "hindsight", "", solver, grid, steps, recipe
         for solver, grid in PLAIN[kind]:
             for steps in PLAIN_STEPS[kind]:

@@ -189,11 +189,11 @@ class Family:
         One dial: budget, the share of what the largest level would cost at every evaluation, in (0, 1]; mse, the mean
         squared error to the many-step run; or delta, added to learned coefficients.
         probabilities: "calibrated", "learned", "theory" (with gamma) or numbers, one for each level.
-        estimator: "hindsight", "held" or "jump"; order: 0 or 1, of a held correction. coins: "systematic",
-        "bernoulli", "nested" or "poisson"; by default systematic, but held corrections with calibrated probabilities
-        are measured where the predicted error is least. levels: names, cheapest first; by default the best subset.
-        cost: "seconds" or "flops", what budget counts, and batch_size, at which seconds were measured. seed: of the
-        coins. per_sample: every sample tosses its own (jump only).
+        estimator: "hindsight", "held" or "jump"; order: of a held correction, by default 0 for SDEs and 1 for ODEs.
+        coins: "systematic", "bernoulli", "nested" or "poisson"; by default systematic, but held corrections with
+        calibrated probabilities are measured where the predicted error is least. levels: names, cheapest first; by
+        default the best subset. cost: "seconds" or "flops", what budget counts, and batch_size, at which seconds were
+        measured. seed: of the coins. per_sample: every sample tosses its own (jump only).
         Raises ValueError for options out of range; `sample` does where the family was not calibrated or fitted.
         """
         from mlem.multilevel.recipe import Recipe

@@ -219,10 +219,10 @@ class Sampler:
         """The model as a denoiser, with a meter before each of its networks."""
 
         def meter(name: str, network: Any) -> _Meter:
-            self._meters[name] = _Meter(network, costs.get(name, 0.0))
+            self._meters[name] = _Meter(network, costs.get(name, 0))
             return self._meters[name]
 
-        costs: dict[str, float] = {}
+        costs: dict[str, int] = {}
         if isinstance(model, Family):
             assert self.plan is not None
             denoiser = MultilevelDenoiser(model, self.plan)

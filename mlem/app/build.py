@@ -153,6 +153,9 @@ def plan_of(config: DictConfig, model: Family | Level) -> Plan | Recipe | None:
     """What `plan=`, `budget=` and their like ask for; None for one level. Raises ValueError for what does not fit."""
     plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
     options = {key: plain[key] for key in _RECIPE if key in plain and key not in ("batch_size", "seed")}
+    others = any(plain[key] is not None for key in ("mse", "delta", "plan"))
+    if others and plain["budget"] == plain["sampler"].get("budget"):
+        options["budget"] = plain["budget"] = None  # the sampler's own budget gives way
     dials = [key for key in (*DIALS, "plan") if plain[key] is not None]
     if not dials and plain["probabilities"] != "learned":
         for key in ("levels", "coins", "probabilities", "estimator", "order"):

@@ -238,8 +238,8 @@ class Search:
         if len(self.levels) == 1:
             alone = torch.ones(self._rows, 1, dtype=torch.bool)
             return [alone if self._plan(alone).cost(self._costs) <= budget else None]
-        choices = itertools.product(self.powers, *[self.multiples] * (len(self.levels) - 2))
-        return [self._largest(budget, power, multiples) for power, *multiples in choices]
+        multiples = list(itertools.product(self.multiples, repeat=len(self.levels) - 2))
+        return [self._largest(budget, power, each) for power in self.powers for each in multiples]
 
     def _largest(self, budget: float, power: float, multiples: Sequence[int]) -> Tensor | None:
         """The table with as many measurements as the budget allows."""

@@ -38,7 +38,7 @@ class Recipe:
     probabilities: str | tuple[float, ...] = "calibrated"
     coins: str | None = None
     estimator: str = "hindsight"
-    order: int = 1
+    order: int | None = None
     levels: tuple[str, ...] | None = None
     gamma: float = 2.5
     cost: str = "seconds"
@@ -78,6 +78,8 @@ class _Kitchen:
         self.recipe, self.family, self.solver, self.grid = recipe, family, solver, grid
         coefficients, self.points = response(solver, Point.of(family.schedule, grid))
         self.rows = len(coefficients)
+        # the corrections of an SDE are rough: extrapolating them makes it worse
+        self.order = (0 if solver.stochastic else 1) if recipe.order is None else recipe.order
         for name in recipe.levels or ():
             family.level(name)
         calibrated = "calibration" in family.fitted
@@ -142,7 +144,7 @@ class _Kitchen:
         searched = recipe.estimator != "jump" and recipe.probabilities == "calibrated" and recipe.coins is None
         if searched:
             assert self.predictor is not None
-            return Search(self.predictor, levels, self.costs, recipe.order, recipe.estimator).plan(budget)
+            return Search(self.predictor, levels, self.costs, self.order, recipe.estimator).plan(budget)
         costs = self._costs_of(levels)
 
         def spent(dial: float) -> float:
@@ -160,7 +162,7 @@ class _Kitchen:
         recipe = self.recipe
         p = self._probabilities(levels, dial)
         coins = recipe.coins or COINS[0]
-        options = {"estimator": recipe.estimator, "order": recipe.order, "per_sample": recipe.per_sample}
+        options = {"estimator": recipe.estimator, "order": self.order, "per_sample": recipe.per_sample}
         return Plan.draw(p, coins, recipe.seed, levels=levels, **options)  # type: ignore[arg-type]
 
     def _probabilities(self, levels: tuple[str, ...], dial: float) -> Tensor:
