@@ -212,7 +212,8 @@ class _Held:
         move: Tensor | float = 0.0
         for row, then, said in self._said[level]:
             assert self._response is not None
-            error = _line(self._measured[level][-2:], -then.kappa.log()) - said
+            ends = self._measured[level][-2], self._measured[level][-1]
+            error = interpolated(*ends, -then.kappa.log(), self._plan.memory) - said
             # what entered there has shrunk since, about as it would with frozen data
             move = move + error * then.alpha * (now.kappa / then.kappa) * self._response[row]
         self._said[level] = []
@@ -225,19 +226,32 @@ class _Held:
             if level == 0 or (due and not fresh):
                 continue
             points = self._measured[level][-1:] if due else self._measured[level]
-            value = _line(points, -moment.kappa.log())
+            value = extended(points, -moment.kappa.log(), self._plan.memory)
             if not due and self._plan.estimator == "hindsight":
                 self._said[level].append((row, moment, value))
             total = total + value * moment.alpha
         return total
 
 
-def _line(points: Sequence[_Measurement], time: Tensor) -> Tensor:
-    """The straight line through one or two measurements, at `time`."""
+def extended(points: Sequence[_Measurement], time: Tensor, memory: float | None) -> Tensor:
+    """What one measurement, or the straight line through two, says of a later `time`."""
     last = points[-1]
     if len(points) == 1:
-        return last.value
+        return last.value if memory is None else last.value * torch.exp((last.time - time) / memory)
     before = points[-2]
     span = last.time - before.time
     # two evaluations at one time (Heun) give no slope
     return last.value + (last.value - before.value) * torch.where(span > 0, (time - last.time) / span, 0.0)
+
+
+def interpolated(before: _Measurement, after: _Measurement, time: Tensor, memory: float | None) -> Tensor:
+    """What two measurements say of a `time` in between: a straight line, or with a memory the mean of a bridge.
+
+    An Ornstein-Uhlenbeck process with this correlation length has, given both ends at distance b, the mean
+    `(sinh((b - x) / memory) before + sinh(x / memory) after) / sinh(b / memory)` at distance x.
+    """
+    span, passed = after.time - before.time, time - before.time
+    if memory is None:
+        return before.value + (after.value - before.value) * (passed / span)
+    ends = torch.sinh((span - passed) / memory), torch.sinh(passed / memory)
+    return (ends[0] * before.value + ends[1] * after.value) / torch.sinh(span / memory)

@@ -5,7 +5,8 @@ of counts says which corrections are paid for at which row. Two estimators turn 
 
 - jump: `F = sum_k (count_k / p_k) g^k`, unbiased ([J], arXiv:2603.24594);
 - held: a correction that is paid for is measured; between two measurements it is extrapolated from the last one
-  (order 0) or the last two (order 1, linearly in `-ln kappa`). Biased, but smooth: multistep solvers work on it.
+  (order 0) or the last two (order 1, linearly in `-ln kappa`). Biased, but smooth: multistep solvers work on it. With
+  a memory, a correction is forgotten as `exp(-distance / memory)`, as the best linear guess of a process would be.
 - hindsight: held, and when a correction is measured again, the state is moved by what interpolation between the two
   measurements says that extrapolation got wrong (ours; the corrector of a multistep method, for the correction alone).
 
@@ -29,6 +30,7 @@ from mlem.files import read_json, write_json
 from mlem.multilevel.coins import check_coins, check_probabilities, toss
 
 FORMAT = 1
+_OPTIONS = ("coins", "estimator", "order", "seed", "memory", "about")
 ESTIMATORS = ("jump", "held", "hindsight")
 
 
@@ -37,8 +39,8 @@ class Plan:
     """Make one with `Plan.draw` (coins) or `Plan.given` (a table of what is measured when).
 
     probabilities: (R, K), the means of the counts; R evaluations, K levels. counts: (R, K), or None where every sample
-    tosses its own coins. levels: names of the levels; empty means all of a family's. about: for what it was made,
-    and what was predicted; plain data.
+    tosses its own coins. levels: names of the levels; empty means all of a family's. memory: correlation length of
+    held corrections, in `-ln kappa`; None: they do not fade. about: for what it was made, what was predicted; plain data.
     """
 
     probabilities: Tensor
@@ -48,6 +50,7 @@ class Plan:
     order: int = 1
     seed: int = 0
     levels: tuple[str, ...] = ()
+    memory: float | None = None
     about: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -55,6 +58,8 @@ class Plan:
             raise ValueError(f"estimator must be one of {', '.join(ESTIMATORS)}, got {self.estimator!r}")
         if self.order not in (0, 1):
             raise ValueError(f"order of a held correction must be 0 or 1, got {self.order!r}")
+        if self.memory is not None and not self.memory > 0:
+            raise ValueError(f"memory of a held correction must be positive, got {self.memory!r}")
         if self.levels and len(self.levels) != self.probabilities.shape[1]:
             raise ValueError(
                 f"probabilities have {self.probabilities.shape[1]} columns, but levels are {', '.join(self.levels)}"
@@ -85,7 +90,7 @@ class Plan:
         counts = None if per_sample else toss(coins, p, seed)
         if estimator != "jump" and counts is not None:
             counts[:, 0] = counts[0] = 1  # the cheapest level always runs, and the first row has nothing to hold
-        return Plan(p, counts, check_coins(coins), estimator, order, seed, tuple(levels), dict(about or {}))
+        return Plan(p, counts, check_coins(coins), estimator, order, seed, tuple(levels), about=dict(about or {}))
 
     @staticmethod
     def given(
@@ -94,12 +99,13 @@ class Plan:
         estimator: str = "hindsight",
         order: int = 1,
         levels: Sequence[str] = (),
+        memory: float | None = None,
         about: dict[str, Any] | None = None,
     ) -> Plan:
         """Held corrections, measured where `measured` (R, K) is true; everything is at the first row."""
         counts = torch.as_tensor(measured).bool().long().clone()
         counts[:, 0] = counts[0] = 1
-        return Plan(counts.double(), counts, "given", estimator, order, 0, tuple(levels), dict(about or {}))
+        return Plan(counts.double(), counts, "given", estimator, order, 0, tuple(levels), memory, dict(about or {}))
 
     @property
     def evaluations(self) -> int:
@@ -194,7 +200,7 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
         counts = None if self.counts is None else self.counts.tolist()
-        plain = {name: getattr(self, name) for name in ("coins", "estimator", "order", "seed", "about")}
+        plain = {name: getattr(self, name) for name in _OPTIONS}
         tables = {"probabilities": self.probabilities.tolist(), "counts": counts}
         return {"format": FORMAT, "levels": list(self.levels)} | plain | tables
 
@@ -204,7 +210,7 @@ class Plan:
         if plain.get("format") != FORMAT:
             raise ValueError(f"a plan of format {plain.get('format')!r}; this version reads {FORMAT}, draw it again")
         counts = None if plain["counts"] is None else torch.tensor(plain["counts"], dtype=torch.int64)
-        options = {name: plain[name] for name in ("coins", "estimator", "order", "seed", "about")}
+        options = {name: plain[name] for name in _OPTIONS}
         probabilities = torch.tensor(plain["probabilities"], dtype=torch.float64)
         return Plan(probabilities, counts, levels=tuple(plain["levels"]), **options)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -140,7 +141,8 @@ class Predictor:
             for correction in corrections:
                 scale = self.scale[correction]
                 if plan.holds:
-                    said = held_deviation(counts.bool()[None], scale, self.times, plan.order, plan.estimator)[0]
+                    how = {"order": plan.order, "estimator": plan.estimator, "memory": plan.memory}
+                    said = held_deviation(counts.bool()[None], scale, self.times, **how)[0]
                 else:
                     said = scale * (counts / plan.probabilities[:, number] - 1)
                 deviations[correction] = said
@@ -170,24 +172,28 @@ class _Place:
         return straight + (change[:, :, self._cell][..., None] * bridge).permute(0, 2, 1, 3)
 
 
-def held_deviation(measured: Tensor, scale: Tensor, times: Tensor, order: int, estimator: str) -> Tensor:
+def held_deviation(
+    measured: Tensor, scale: Tensor, times: Tensor, *, order: int, estimator: str, memory: float | None
+) -> Tensor:
     """d of corrections measured where `measured` (N, R) is true, in N plans at once: (N, R). scale, times: (R,)."""
     rows = measured.shape[1]
     number = torch.arange(rows).expand_as(measured)
     last = torch.where(measured, number, 0).cummax(1).values
     before = torch.cat([torch.zeros_like(last[:, :1]), last[:, :-1]], 1).gather(1, last)  # the one before the last
     later = torch.where(measured, number, rows).flip(1).cummin(1).values.flip(1)
-    second = before
-    if estimator == "hindsight":
-        second = torch.where(later < rows, later, before)
-    elif order == 0:
-        second = last
-    if order == 0:
-        second = torch.where(later < rows, second, last)
-    span = times[second] - times[last]
-    slope = torch.where((span != 0) & ~measured, (times - times[last]) / torch.where(span != 0, span, 1.0), 0.0)
+    between = (later < rows) if estimator == "hindsight" else torch.zeros_like(measured)
+    second = torch.where(between, later.clamp(max=rows - 1), before if order else last)
+    passed, span = times - times[last], times[second] - times[last]
+    slope = torch.where(span != 0, passed / torch.where(span != 0, span, 1.0), 0.0)
+    first = 1 - slope
+    if memory is not None:
+        bridge = torch.sinh(span.clamp(min=1e-9) / memory)
+        first = torch.where(between, torch.sinh((span - passed) / memory) / bridge, first)
+        slope = torch.where(between, torch.sinh(passed / memory) / bridge, slope)
+        first = torch.where(second == last, torch.exp(-passed / memory), first)
+    first, slope = torch.where(measured, 1.0, first), torch.where(measured, 0.0, slope)
     said = torch.zeros(measured.shape, dtype=torch.float64)
-    said.scatter_add_(1, last, scale * (1 - slope))
+    said.scatter_add_(1, last, scale * first)
     said.scatter_add_(1, second, scale * slope)
     return said - scale
 
@@ -211,12 +217,14 @@ class Search:
     powers = (0.0, 1 / 3, 2 / 3, 1.0)
     """0 is even; 2/3 is best for corrections as rough as a Brownian path."""
     multiples = (1, 2, 4)
+    memories = (None, 4.0, 2.0, 1.0)
     refined = 2
     """How many of the candidates are refined."""
 
     def __init__(self, predictor: Predictor, levels: Sequence[str], costs: Tensor, order: int, estimator: str) -> None:
         """costs: (K,) of all levels of the family."""
-        self._predictor, self._order, self._estimator = predictor, order, estimator
+        self._predictor = predictor
+        self._how: dict[str, Any] = {"order": order, "estimator": estimator}
         *self._groups, self._missing = predictor.groups(levels)
         names = predictor.calibration.names
         self.levels = tuple(levels)
@@ -228,11 +236,13 @@ class Search:
         tables = [table for table in self._candidates(budget) if table is not None]
         if not tables:
             return None
-        energies = self._energies(torch.stack(tables))
-        best = [tables[int(i)] for i in energies.argsort()[: self.refined]]
-        refined = [self._refine(table) for table in best]
-        table, _ = min(refined, key=lambda found: found[1])
-        return self._plan(table)
+        stacked = torch.stack(tables)
+        found = [(energy, i, m) for m in self.memories for i, energy in enumerate(self._energies(stacked, m).tolist())]
+        refined = [
+            (*self._refine(tables[i], m), m) for _, i, m in sorted(found, key=lambda one: one[0])[: self.refined]
+        ]
+        table, _, memory = min(refined, key=lambda one: one[1])
+        return self._plan(table, memory)
 
     def _candidates(self, budget: float) -> list[Tensor | None]:
         if len(self.levels) == 1:
@@ -269,25 +279,25 @@ class Search:
             stride *= multiples[level - 1] if level - 1 < len(multiples) else 1
         return table
 
-    def _plan(self, measured: Tensor) -> Plan:
-        return Plan.given(measured, order=self._order, estimator=self._estimator, levels=self.levels)
+    def _plan(self, measured: Tensor, memory: float | None = None) -> Plan:
+        return Plan.given(measured, **self._how, memory=memory, levels=self.levels)
 
-    def _energies(self, tables: Tensor) -> Tensor:
+    def _energies(self, tables: Tensor, memory: float | None) -> Tensor:
         """Predicted errors of many tables: (N, R, K) bool -> (N,)."""
         predictor = self._predictor
         deviations = torch.zeros(len(tables), *predictor.scale.shape, dtype=torch.float64)
         for number, corrections in enumerate(self._groups, 1):
             for one in corrections:
                 scale = predictor.scale[one]
-                arguments = (scale, predictor.times, self._order, self._estimator)
-                deviations[:, one] = held_deviation(tables[:, :, number], *arguments)
+                said = held_deviation(tables[:, :, number], scale, predictor.times, **self._how, memory=memory)
+                deviations[:, one] = said
         for one in self._missing:
             deviations[:, one] = -predictor.scale[one]
         return predictor.energy(deviations)
 
-    def _refine(self, measured: Tensor) -> tuple[Tensor, float]:
+    def _refine(self, measured: Tensor, memory: float | None) -> tuple[Tensor, float]:
         """Move each row's measurements to a neighbouring row, as long as that helps; the table and its error."""
-        energy = self._energies(measured[None]).item()
+        energy = self._energies(measured[None], memory).item()
         for _ in range(4):
             before = energy
             for row in measured[:, 1:].any(1).nonzero().flatten().tolist()[1:]:
@@ -298,7 +308,7 @@ class Search:
                 tables = measured.repeat(len(places), 1, 1)
                 tables[torch.arange(len(places)), places, 1:] = measured[row, 1:]
                 tables[:, row, 1:] = False
-                energies = self._energies(tables)
+                energies = self._energies(tables, memory)
                 if energies.min() < energy:
                     measured, energy = tables[int(energies.argmin())], energies.min().item()
             if energy > 0.99 * before:
