@@ -40,7 +40,7 @@ class Plan:
 
     probabilities: (R, K), the means of the counts; R evaluations, K levels. counts: (R, K), or None where every sample
     tosses its own coins. levels: names of the levels; empty means all of a family's. memory: correlation length of
-    held corrections, in `-ln kappa`; None: they do not fade. about: for what it was made, what was predicted; plain data.
+    held corrections, in `-ln kappa`; None: they do not fade. about: what it was made for, what was predicted.
     """
 
     probabilities: Tensor
