@@ -75,7 +75,7 @@ def test_readme_python_runs(demo: tuple[Path, str]) -> None:
         [sys.executable, "-c", blocks[0]], cwd=folder, env=environment(), capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert "network calls for each image: 20.0" in done.stdout
+    assert re.search(r"^level m: \d+ calls an image, ", done.stdout, re.MULTILINE)
 
 
 def test_readme_commands_exist(demo: tuple[Path, str]) -> None:
