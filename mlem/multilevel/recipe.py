@@ -57,6 +57,8 @@ class Recipe:
         if isinstance(self.probabilities, str) and self.probabilities not in PROBABILITIES:
             choices = ", ".join(PROBABILITIES)
             raise ValueError(f"probabilities must be {choices} or numbers, got {self.probabilities!r}")
+        if not isinstance(self.probabilities, str) and not all(0 < p <= 1 for p in self.probabilities):
+            raise ValueError(f"probabilities must be in (0, 1], got {', '.join(map(str, self.probabilities))}")
         if self.coins is not None:
             check_coins(self.coins)
         if self.estimator not in ESTIMATORS:
@@ -68,10 +70,10 @@ class Recipe:
 
     def plan(self, family: Family, solver: Solver, grid: TimeGrid) -> Plan:
         """The plan for this family, solver and grid. Raises ValueError where the family was not fitted for it."""
-        return _Kitchen(self, family, solver, grid).plan()
+        return _Planner(self, family, solver, grid).plan()
 
 
-class _Kitchen:
+class _Planner:
     """A recipe with all that it needs."""
 
     def __init__(self, recipe: Recipe, family: Family, solver: Solver, grid: TimeGrid) -> None:
@@ -80,8 +82,12 @@ class _Kitchen:
         self.rows = len(coefficients)
         # the corrections of an SDE are rough: extrapolating them makes it worse
         self.order = (0 if solver.stochastic else 1) if recipe.order is None else recipe.order
-        for name in recipe.levels or ():
-            family.level(name)
+        places = [family.names.index(family.level(name).name) for name in recipe.levels or ()]
+        if places != sorted(set(places)):
+            raise ValueError(
+                f"levels must be different and the cheapest first, as in {', '.join(family.names)}; got "
+                f"{', '.join(recipe.levels or ())}"
+            )
         calibrated = "calibration" in family.fitted
         if calibrated or recipe.probabilities == "calibrated" or recipe.mse is not None:
             calibration = Calibration.of(family)
