@@ -37,7 +37,7 @@ PLAIN = {
     ],
 }
 PLAIN_STEPS = {"sde": (8, 12, 16, 24, 32, 48, 64, 96), "ode": (6, 8, 10, 12, 16, 20, 24, 32, 40, 48)}
-SPENT: dict[str, tuple[float, ...]] = {"sde": (5, 6, 8, 11, 15, 20, 28, 40), "ode": (4.5, 6, 8, 10, 12, 16, 20, 24)}
+SPENT: dict[str, tuple[float, ...]] = {"sde": (5, 6, 8, 11, 15, 20, 28, 40, 56), "ode": (4.5, 6, 8, 10, 12, 16, 20, 24, 28)}
 """Costs of plans, in evaluations of the largest level."""
 HELD: dict[str, list[tuple[str, str, int, int]]] = {
     "sde": [("ddpm", "uniform", steps, 0) for steps in (48, 64, 128)],
