@@ -61,8 +61,12 @@ def run(config: DictConfig) -> None:
     for level in levels:
         train_level(config, level, shards)
     family = Family([Level.load(_run_folder(config, level) / "level") for level in levels])
-    if "levels" in config.model and first_process():
-        _save_family(config, family)
+    if "levels" in config.model:
+        if first_process():
+            _save_family(config, family)
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()
+        family = Family.load(Path(config.root) / "family")  # every rank knows what the first one fitted
     evaluate_family(config, family, shards)
 
 
