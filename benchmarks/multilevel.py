@@ -28,22 +28,29 @@ from mlem.sampling import Sampler, blocks
 
 KINDS = {"sde": ("ddpm", 1000, (2e-2, 1e-2, 5e-3, 2e-3)), "ode": ("dpm_solver_pp", 300, (1e-3, 1e-4, 1e-5))}
 """Reference solver, its steps, and the errors at which costs are compared."""
-PLAIN = {
-    "sde": [(s, g) for s in ("ddpm", "dpm_solver_pp_sde") for g in ("uniform", "log_snr", "karras")],
+PLAIN: dict[str, list[tuple[str, str, tuple[int, ...]]]] = {
+    "sde": [
+        (solver, grid, (8, 12, 16, 24, 32, 48, 64, 96))
+        for solver in ("ddpm", "dpm_solver_pp_sde")
+        for grid in ("uniform", "log_snr", "karras")
+    ],
     "ode": [
-        *[("dpm_solver_pp", g) for g in ("uniform", "log_snr", "karras")],
-        *[("ddim", g) for g in ("uniform", "log_snr")],
-        *[("heun", g) for g in ("uniform", "log_snr", "karras")],
+        *[("dpm_solver_pp", grid, (6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 80)) for grid in ("log_snr", "uniform")],
+        ("dpm_solver_pp", "karras", (12, 24, 48, 80)),
+        *[("heun", grid, (4, 8, 16, 24, 32)) for grid in ("log_snr", "uniform", "karras")],
+        *[("ddim", grid, (8, 16, 32, 48)) for grid in ("uniform", "log_snr")],
     ],
 }
-PLAIN_STEPS = {"sde": (8, 12, 16, 24, 32, 48, 64, 96), "ode": (6, 8, 10, 12, 16, 20, 24, 32, 40, 48)}
-SPENT: dict[str, tuple[float, ...]] = {"sde": (5, 6, 8, 11, 15, 20, 28, 40, 56), "ode": (4.5, 6, 8, 10, 12, 16, 20, 24, 28)}
+"""Solver, grid and steps of the largest level alone."""
+SPENT: dict[str, tuple[float, ...]] = {
+    "sde": (5, 6, 8, 11, 15, 20, 28, 40, 56),
+    "ode": (4.5, 6, 8, 10, 12, 16, 20, 24, 28),
+}
 """Costs of plans, in evaluations of the largest level."""
 HELD: dict[str, list[tuple[str, str, int, int]]] = {
     "sde": [("ddpm", "uniform", steps, 0) for steps in (48, 64, 128)],
     "ode": [
-        ("dpm_solver_pp", "log_snr", 32, 1),
-        ("dpm_solver_pp", "log_snr", 48, 1),
+        *[("dpm_solver_pp", "log_snr", steps, 1) for steps in (32, 48, 96)],
         ("dpm_solver_pp", "uniform", 48, 1),
     ],
 }
@@ -135,13 +142,12 @@ def jobs(bench: Bench, plans: int) -> Iterator[tuple[str, str, str, str, str, in
         for (solver, grid, steps, order), spent in itertools.product(HELD[kind], SPENT[kind]):
             recipe = Recipe(budget=min(1.0, float(spent) / steps), order=order, cost="flops")
             yield kind, "hindsight", "", solver, grid, steps, recipe
-        for solver, grid in PLAIN[kind]:
-            for steps in PLAIN_STEPS[kind]:
-                if solver != "heun" or steps <= 24:
-                    yield kind, "plain", top, solver, grid, steps, None
+        for solver, grid, several in PLAIN[kind]:
+            for steps in several:
+                yield kind, "plain", top, solver, grid, steps, None
         for level in bench.family.names[:-1]:
             for steps in (8, 16, 32, 64):
-                yield kind, "plain", level, *PLAIN[kind][0], steps, None
+                yield kind, "plain", level, *PLAIN[kind][0][:2], steps, None
     for coins, spent, seed in itertools.product(("bernoulli", "systematic"), (8, 16, 32, 64), range(plans)):
         if spent == 64 and seed >= plans // 2:  # half as many draws of the dearest
             continue
