@@ -35,10 +35,10 @@ PLAIN: dict[str, list[tuple[str, str, tuple[int, ...]]]] = {
         for grid in ("uniform", "log_snr", "karras")
     ],
     "ode": [
-        *[("dpm_solver_pp", grid, (6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 80)) for grid in ("log_snr", "uniform")],
+        *[("dpm_solver_pp", grid, (6, 8, 12, 16, 24, 32, 48, 64, 80)) for grid in ("log_snr", "uniform")],
         ("dpm_solver_pp", "karras", (12, 24, 48, 80)),
-        *[("heun", grid, (4, 8, 16, 24, 32)) for grid in ("log_snr", "uniform", "karras")],
-        *[("ddim", grid, (8, 16, 32, 48)) for grid in ("uniform", "log_snr")],
+        *[("heun", grid, (8, 16, 24)) for grid in ("log_snr", "uniform", "karras")],
+        ("ddim", "uniform", (8, 16, 32, 48)),
     ],
 }
 """Solver, grid and steps of the largest level alone."""
