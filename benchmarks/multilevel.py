@@ -61,8 +61,8 @@ class Bench:
     """Runs samplers on fixed images and keeps a row for each."""
 
     def __init__(self, folder: Path, images: int, batch_size: int, out: Path, device: str) -> None:
-        self.family, self.out, self._device = Family.load(folder), out, device
-        self._blocks, self._images = blocks(range(images), batch_size), images
+        self.family, self.out, self.device = Family.load(folder), out, device
+        self.blocks, self._images = blocks(range(images), batch_size), images
         kept = json.loads(out.read_text()) if out.exists() else {"rows": []}
         self.about = {
             "family": self.family.data,
@@ -89,8 +89,8 @@ class Bench:
     def _run(
         self, model: Any, solver: str, steps: int, grid: str | None, plan: Any
     ) -> tuple[torch.Tensor, Sampler, Any]:
-        sampler = Sampler(model, solver=solver, steps=steps, grid=grid, plan=plan, device=self._device)
-        results = [sampler.run(block) for block in self._blocks]
+        sampler = Sampler(model, solver=solver, steps=steps, grid=grid, plan=plan, device=self.device)
+        results = [sampler.run(block) for block in self.blocks]
         ledger = results[0].ledger
         for result in results[1:]:
             ledger.add(result.ledger)
@@ -122,7 +122,7 @@ class Bench:
                 "seconds": ledger.wall_seconds / ledger.images,
                 "network_seconds": ledger.network_seconds / ledger.images,
                 "mse": errors.mean().item(),
-                "image_mse": errors.tolist(),
+                "image_mse": [float(f"{error:.4g}") for error in errors.tolist()],
                 "predicted_mse": about.get("predicted_mse"),
                 "predicted_cost": about.get("expected_cost"),
             }
@@ -251,6 +251,38 @@ def summary(bench: Bench) -> list[dict[str, Any]]:
     return table
 
 
+PAIRS = (
+    ("sde", ("ddpm", "uniform", 32), ("ddpm", "uniform", 64, 15.0)),
+    ("ode", ("dpm_solver_pp", "log_snr", 32), ("dpm_solver_pp", "log_snr", 48, 16.0)),
+)
+"""The largest level alone, and a plan of about the same error at the cost given last."""
+
+
+def paired(bench: Bench, rounds: int) -> list[dict[str, Any]]:
+    """Wall time of PAIRS, run in turns on one batch: time of the level alone over time of the plan."""
+    found = []
+    for kind, (solver, grid, steps), (same, plan_grid, plan_steps, spent) in PAIRS if rounds else ():
+        recipe = Recipe(budget=spent / plan_steps, cost="flops")
+        top = bench.family.level()
+        alone = Sampler(top, solver=solver, steps=steps, grid=grid, device=bench.device)
+        shared = Sampler(bench.family, solver=same, steps=plan_steps, grid=plan_grid, plan=recipe, device=bench.device)
+        block, ratios_, flops, errors = bench.blocks[0], [], [], []
+        for _ in range(rounds):
+            results = [sampler.run(block) for sampler in (alone, shared)]
+            seconds = [result.ledger.wall_seconds for result in results]
+            ratios_.append(seconds[0] / seconds[1])
+            flops = [sum(cost.flops for cost in result.ledger.levels.values()) for result in results]
+            truth = bench.truth(kind)[: len(block)]
+            errors = [(result.x.cpu() - truth).square().mean().item() for result in results]
+        words = f"{kind}: {solver} {grid} {steps} over a plan of {plan_steps} steps"
+        words += f": MSE {errors[0]:.2e} and {errors[1]:.2e}"
+        spread = f"[{min(ratios_):.2f}, {max(ratios_):.2f}]"
+        print(f"{words}; FLOPs {flops[0] / flops[1]:.2f}, wall time {np.median(ratios_):.2f} {spread}, {rounds} rounds")
+        one = {"kind": kind, "mse": errors, "flops_ratio": flops[0] / flops[1], "wall_ratios": ratios_}
+        found.append(one | {"batch": len(block), "threads": torch.get_num_threads()})
+    return found
+
+
 def draw(bench: Bench, path: Path) -> None:
     """The error-against-cost figure: one panel each for the SDE and the ODE."""
     import matplotlib.pyplot as plt
@@ -312,13 +344,14 @@ def main() -> None:
     parser.add_argument("--figure", type=Path, default=Path("docs/multilevel.png"))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--only", default="", help="sde or ode")
+    parser.add_argument("--rounds", type=int, default=5, help="of the paired timing; 0: none")
     options = parser.parse_args()
     bench = Bench(options.family, options.images, options.batch_size, options.out, options.device)
     for job in (*jobs(bench, options.plans), *delta_jobs(options.trials)):
         if not options.only or job[0] == options.only:
             bench.measure(*job)
-    table = summary(bench)
-    write_json(options.out, {"about": bench.about, "summary": table, "rows": bench.rows})
+    found = {"about": bench.about, "summary": summary(bench), "paired": paired(bench, options.rounds)}
+    write_json(options.out, found | {"rows": bench.rows})
     draw(bench, options.figure)
 
 
