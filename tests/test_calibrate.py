@@ -437,11 +437,11 @@ def test_a_search_spends_its_budget_well(solver: str, estimator: str, levels: tu
     by, costs = predictor(solver, 32), Calibration.of(family()).costs("flops")
     own = costs[[int(name) - 1 for name in levels]]
     search = Search(by, levels, costs, 0, estimator)
-    for budget in (7.0, 10.0, 16.0):
+    for budget in (7.0, 16.0):
         found = search.plan(budget)
         assert found is not None
         assert budget - 2.5 < found.cost(own) <= budget
-        for stride in range(2, 33):
+        for stride in (2, 3, 4, 6, 8, 16):
             even = every(stride, 32, len(levels), estimator=estimator, order=0, levels=levels)
             assert even.cost(own) > found.cost(own) or by.response_error(found) <= by.response_error(even) * 1.0001
 
@@ -464,8 +464,11 @@ def test_more_budget_is_predicted_to_be_better() -> None:
         assert errors[-1] < 1e-3 * errors[0]
 
 
-@pytest.mark.parametrize("options", [{}, {"estimator": "held"}, {"estimator": "jump", "coins": "bernoulli"}], ids=str)
-@pytest.mark.parametrize("solver", ["ddpm", "ddim"])
+@pytest.mark.parametrize(
+    ("solver", "options"),
+    [("ddpm", {}), ("ddpm", {"estimator": "jump", "coins": "bernoulli"}), ("ddim", {"estimator": "held"})],
+    ids=str,
+)
 def test_an_error_is_reached_by_the_smallest_budget(solver: str, options: dict[str, Any]) -> None:
     """The prediction is at most mse, and that of a budget 5 percent smaller is not."""
     by, costs = predictor(solver, 32), Calibration.of(family()).costs("flops")
