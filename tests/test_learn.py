@@ -243,7 +243,7 @@ def test_learning_begins_near_what_the_budget_buys() -> None:
     assert problem.probabilities(first_coefficients(ours, make_solver("ddpm"), log_snr(32), 1.0))[:, 1:].max() < 0.995
     ours.fitted["calibration"] = calibrate(ours, images=2, times=4).to_dict()
     calibrated = first_coefficients(ours, make_solver("ddpm"), log_snr(32), 0.3)
-    assert problem.cost(calibrated).item() == pytest.approx(0.3, rel=0.2)  # a sigmoid is near to it, not on it
+    assert problem.cost(calibrated).item() == pytest.approx(0.3, rel=0.4)  # here a bell, which a sigmoid is not
     assert (calibrated[0] != theta[0]).all()
     with pytest.raises(ValueError, match=r"budget=0\.001"):
         first_coefficients(ours, make_solver("ddpm"), log_snr(32), 0.001)

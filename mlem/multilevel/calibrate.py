@@ -246,10 +246,12 @@ def _response(outputs: Tensor, changes: Tensor, grid: TimeGrid, schedule: NoiseS
     alpha = schedule.alpha(torch.tensor(grid.times[:-1:2], dtype=torch.float64, device=outputs.device))
     corrections = outputs.diff(dim=1).flatten(2) / alpha[:, None, None]
     u = changes.flatten(2)
-    gain = (u.square().mean(2) / corrections.square().mean(2)).sqrt()
+    # of a level that says what the one below says: no correction, gain 1
+    least = torch.finfo(u.dtype).tiny
+    gain = (u.square().mean(2).clamp(min=least) / corrections.square().mean(2).clamp(min=least)).sqrt()
     q = (u / gain[..., None]).transpose(0, 1)  # (C, T, B pixels)
     inner = torch.einsum("ktn,lsn->ktls", q, q) / q.shape[2]
     # structure function: a smooth path gives 4, a Brownian one 2
     one, two = q.diff(dim=1).square().mean((1, 2)), (q[:, 2:] - q[:, :-2]).square().mean((1, 2))
-    roughness = (4 * one / two - 1).clamp(0, 1)
+    roughness = (4 * one / two.clamp(min=least) - 1).clamp(0, 1)
     return Response(inner.cpu(), gain.T.cpu(), roughness.cpu())

@@ -28,14 +28,21 @@ class Predictor:
 
     def __init__(self, calibration: Calibration, schedule: NoiseSchedule, solver: Solver, grid: TimeGrid) -> None:
         self.calibration, self.solver, self.grid = calibration, solver, grid
-        coefficients, points = response(solver, Point.of(schedule, grid))
-        kappa = torch.tensor([point.kappa for point in points], dtype=torch.float64)
+        points, entered = Point.of(schedule, grid), []
+        _, rows = response(solver, points, lambda step, y: entered.append(y))
+        kappa = torch.tensor([point.kappa for point in rows], dtype=torch.float64)
         self.times = -kappa.log()
         """-ln kappa at each row: (R,)."""
         found = calibration.responses["sde" if solver.stochastic else "ode"]
-        place = _Place(self.times, calibration.log_snr / 2)
-        gain = torch.exp(found.gain.log() @ place.matrix.T)  # (C, R)
-        self.scale = coefficients / kappa * gain
+        knots = calibration.log_snr / 2
+        place = _Place(self.times, knots)
+        # what a row's noise estimate adds in a step reaches the sample from the end of that step on
+        added = torch.stack(entered)[:, : len(rows)]
+        added = added.diff(dim=0, prepend=torch.zeros_like(added[:1]))
+        ends = -torch.tensor([point.kappa for point in points[1:]], dtype=torch.float64).log()
+        reach = found.gain / torch.sigmoid(-calibration.log_snr).sqrt()  # gain over sigma
+        reach = torch.exp(reach.log() @ _Place(ends, knots).matrix.T)  # (C, steps)
+        self.scale = reach @ added * torch.tensor([point.alpha for point in rows], dtype=torch.float64)
         """How a unit of error in q at each row reaches the sample: (C, R)."""
         self.covariance = place.covariance(found)
         """Mean of `q_k(i) q_l(j)` per pixel: (C, R, C, R)."""

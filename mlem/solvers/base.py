@@ -109,11 +109,14 @@ class _NoNoise:
         return 0.0
 
 
-def response(solver: Solver, points: list[Point]) -> tuple[Tensor, list[Point]]:
+def response(
+    solver: Solver, points: list[Point], watch: Callable[[int, Tensor], None] | None = None
+) -> tuple[Tensor, list[Point]]:
     """What each noise estimate adds to the last y, all others held fixed, (R,) float64, and the points asked for.
 
     Every solver is linear in y and in its noise estimates, so the coefficients are read off by feeding it unit vectors;
-    DDIM's are `kappa' - kappa`, those of Euler-Maruyama twice as much. At most two evaluations a step.
+    DDIM's are `kappa' - kappa`, those of Euler-Maruyama twice as much. At most two evaluations a step. watch: sees the
+    number of each step and what was added by its end, (>= R,).
     """
     size, asked = 2 * len(points), []
 
@@ -123,4 +126,4 @@ def response(solver: Solver, points: list[Point]) -> tuple[Tensor, list[Point]]:
 
     still: Any = _NoNoise()
     nothing, index = torch.zeros(size, dtype=torch.float64), torch.zeros(1, dtype=torch.int64)
-    return integrate(solver, unit, nothing, points, still, index, 0)[: len(asked)], asked
+    return integrate(solver, unit, nothing, points, still, index, 0, watch=watch)[: len(asked)], asked

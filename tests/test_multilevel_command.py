@@ -1,0 +1,412 @@
+"""Multilevel sampling from the command line: calibrate, plan, sample; on any number of ranks, after a kill."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import re
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+
+from mlem import plots
+from mlem.app import cli
+from mlem.family import Family
+from mlem.files import read_json, write_json
+from mlem.images import quantise
+from mlem.multilevel import __main__ as multilevel
+from mlem.multilevel.calibrate import Calibration
+from mlem.multilevel.pilot import DISCRETISATIONS, PILOTS
+from mlem.multilevel.plan import Plan
+from mlem.outputs import read_png, sample_path
+from mlem.sampling import sample
+from tests.commands import REPOSITORY, TINY, configure, execute, metrics, run_here, start, succeed, wait_until
+from tests.test_sample_command import images
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),  # of diffusers
+    pytest.mark.filterwarnings("ignore:The given NumPy array is not writable:UserWarning"),
+]
+FAMILY = Path("runs/digits/family")
+TRAIN = (
+    *TINY[1:],
+    "model=family",
+    "model.levels=[xs,s]",
+    "logger=jsonl",
+    "metric=none",
+    "evaluation.every_n_epochs=0",
+    "calibration.images=2",
+    "calibration.times=4",
+    "calibration.reference_steps=20",
+    "evaluation.samplers=[{solver:ddpm,steps:[2]},{solver:ddpm,steps:[8],plan:{budget:0.6,cost:flops}}]",
+)
+MLEM = ("trainer=cpu", "sampler=mlem", "cost=flops", "budget=0.6", "steps=8", "batch_size=4")
+RANKS = ("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2")
+
+
+def run_in(folder: Path, command: Callable[[], Any]) -> str:
+    """What a command prints that is run in this process, from `folder`."""
+    with contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()) as printed:
+        command()
+    return printed.getvalue()
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A folder in which `train.py model=family` made and calibrated runs/digits/family, and what was printed."""
+    folder = tmp_path_factory.mktemp("multilevel")
+    return folder, run_in(folder, lambda: run_here("train", *TRAIN))
+
+
+@pytest.fixture
+def here(made: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> Path:
+    """In the folder with the family."""
+    monkeypatch.chdir(made[0])
+    return made[0]
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "out"
+
+
+def tool(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
+    """`python -m mlem.multilevel`, in this process."""
+    monkeypatch.setattr(sys, "argv", ["mlem.multilevel", *map(str, arguments)])
+    multilevel.main()
+
+
+def ledger(out: Path) -> dict[str, Any]:
+    return json.loads((out / "ledger.json").read_text())
+
+
+def calls(out: Path) -> dict[str, float]:
+    """Calls of each level for an image."""
+    found = ledger(out)
+    return {name: cost["calls"] / found["images"] for name, cost in found["levels"].items()}
+
+
+# --- train.py ------------------------------------------------------------------------------------------------------
+
+
+def test_training_a_family_ends_with_its_calibration(made: tuple[Path, str]) -> None:
+    folder, printed = made
+    assert printed.count("calibrating the family") == 1
+    assert "mean squared error of level s alone, by steps" in printed
+    family = Family.load(folder / FAMILY)
+    found = Calibration.of(family)
+    assert found.about["images"] == found.about["pilot_images"] == 2
+    assert len(found.log_snr) == 4
+    assert list(found.seconds) == [64]
+    assert list(found.pilots) == [
+        f"{kind}/{name}"
+        for kind in ("sde", "ode")
+        for name in ("hindsight", "held", "jump/systematic", "jump/bernoulli")
+    ]
+    assert all(sorted(errors) == [8, 16, 32, 64] for errors in found.discretisation.values())
+    assert min(mse for errors in found.discretisation.values() for mse in errors.values()) > 0
+
+
+def test_a_calibrated_family_is_not_calibrated_again(
+    made: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But it is where the calibration is of other weights."""
+    folder, asked = Path(shutil.copytree(made[0], tmp_path / "copy")), []
+    monkeypatch.setattr(sys.modules["mlem.app.train"], "calibrate_folder", lambda *_, **how: asked.append(how))
+    path = folder / FAMILY / "calibration.json"
+    before = path.read_bytes()
+    assert "calibrating" not in run_in(folder, lambda: run_here("train", *TRAIN))
+    assert path.read_bytes() == before
+    assert not asked
+    plain = json.loads(before)
+    write_json(path, plain | {"about": plain["about"] | {"weights": "others"}})
+    again = [*TRAIN, "evaluation.samplers=[{solver:ddpm,steps:[2]}]"]
+    assert "calibrating the family" in run_in(folder, lambda: run_here("train", *again))
+    assert asked == [{"images": 2, "times": 4, "batch_sizes": [64], "reference_steps": 20, "device": "cpu"}]
+
+
+def test_a_plan_is_evaluated_beside_the_levels(
+    made: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row "mlem" with its calls, in the table, the metrics, the grids of pictures and the figure."""
+    folder, printed = made
+    row = re.search(r"│ mlem +│ mlem_ddpm_hindsight │ 8 +│ ([\d.]+) xs \+ ([\d.]+) s +│", printed)
+    assert row is not None
+    family, runs = Family.load(folder / FAMILY), folder / "runs/digits"
+    made_here = sample(family, indices=[0], solver="ddpm", steps=8, plan=family.plan(budget=0.6, cost="flops"))
+    assert [float(row[1]), float(row[2])] == [cost.calls for cost in made_here.ledger.levels.values()]
+    assert any("mlem_ddpm_hindsight" in path.name for path in (runs / "grids").iterdir())
+    assert any("mlem_ddpm_hindsight" in name for line in metrics(runs / "metrics.jsonl") for name in line)
+    assert (runs / "error_vs_time.png").stat().st_size > 1000
+    figures: dict[str, Figure] = {}
+    monkeypatch.setattr(plots, "_save", lambda figure, path: figures.update({"drawn": figure}))
+    found = read_json(runs / "evaluation.json")
+    plots.error_vs_time(found["rows"], tmp_path / "figure.png", found["caption"])
+    words = [text.get_text() for text in figures["drawn"].findobj(Text)]
+    assert any("mlem" in word for word in words)
+
+
+@pytest.mark.parametrize(
+    ("entry", "says"),
+    [
+        ("{budgets:0.5}", "evaluation.samplers[0].plan: budgets: there is no such option; there are budget, mse,"),
+        ("{budget:2}", "evaluation.samplers[0].plan: budget must be in (0, 1], a share of the largest level's cost"),
+        ("{coins:nested}", "evaluation.samplers[0].plan: calibrated probabilities need budget= or mse="),
+    ],
+)
+def test_a_bad_plan_names_its_entry(entry: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    entry = f"evaluation.samplers=[{{solver:ddpm,steps:[2],plan:{entry}}}]"
+    with pytest.raises(ValueError, match=f"^{re.escape(says)}"):
+        run_here("train", *TRAIN, entry)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_plan_without_calibration_is_refused_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    says = r"^evaluation\.samplers\[1\] has a plan, which needs calibration\.images >= 1, got 0$"
+    with pytest.raises(ValueError, match=says):
+        run_here("train", *TRAIN, "calibration.images=0")
+    assert not list(tmp_path.iterdir())
+
+
+# --- python -m mlem.multilevel -------------------------------------------------------------------------------------
+
+
+def test_calibrate_writes_and_reports(
+    made: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """As a command of its own; `report` prints the same again. What is measured does not depend on who asks."""
+    family = Path(shutil.copytree(made[0] / FAMILY, tmp_path / "family"))
+    trained = read_json(family / "calibration.json")
+    (family / "calibration.json").unlink()
+    monkeypatch.setattr(sys.modules["mlem.multilevel.pilot"], "DISCRETISATIONS", DISCRETISATIONS[-2:])  # for speed
+    monkeypatch.setattr(sys.modules["mlem.multilevel.pilot"], "PILOTS", PILOTS[1:])
+    options = ["--images", 2, "--times", 4, "--reference-steps", 20, "--batch-sizes", 1, 8]
+    tool(monkeypatch, "calibrate", family, *options)
+    printed = capsys.readouterr().out
+    found = read_json(family / "calibration.json")
+    assert sorted(found["seconds"]) == ["1", "8"]
+    for name in ("differences", "log_snr", "flops"):
+        assert found[name] == trained[name]
+    for name in ("dpm_solver_pp/uniform", "dpm_solver_pp/log_snr"):
+        assert found["discretisation"][name] == trained["discretisation"][name]
+    assert found["pilots"]["ode/held"] == trained["pilots"]["ode/held"]
+    tool(monkeypatch, "report", family)
+    assert capsys.readouterr().out == printed
+    assert "levels (2 trajectories, cpu)" in printed
+    assert re.search(r"│ xs +│", printed)
+
+
+def test_memorise_keeps_the_best_plan(
+    here: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, out: Path, capsys: pytest.CaptureFixture
+) -> None:
+    family = Path(shutil.copytree(here / FAMILY, tmp_path / "family"))
+    options = ["--draws", 4, "--images", 2, "--steps", 8, "--reference-steps", 20, "--budget", 0.6, "--cost", "flops"]
+    tool(monkeypatch, "memorise", family, *options, "--coins", "bernoulli", "--levels", "xs", "s")
+    printed = capsys.readouterr().out
+    about = read_json(family / "plans/best.json")["about"]
+    assert (about["draws"], about["images"], about["steps"], about["solver"]) == (4, 2, 8, "ddpm")
+    assert about["chosen_mse"] > 0
+    assert 0 < about["judged_mse"] < about["others_mse"] + 3 * about["others_spread"]
+    assert f"best of 4 draws: mean squared error {about['chosen_mse']:.3g} on the 2 images" in printed
+    assert f"on 2 others {about['judged_mse']:.3g}, where all draws have {about['others_mse']:.3g} ±" in printed
+    common = ("trainer=cpu", f"family={family}", "sampler=mlem", "steps=8", "seeds=0-1")
+    run_here("sample", *common, "plan=best", f"out={out}")
+    assert calls(out) == dict(zip(("xs", "s"), Plan.load(family / "plans/best.json").calls.tolist(), strict=True))
+    # the plan's file by itself gives the same pictures
+    run_here("sample", *common, f"plan={family}/plans/best.json", f"out={tmp_path / 'file'}")
+    assert images(tmp_path / "file") == images(out)
+
+
+# --- sample.py -----------------------------------------------------------------------------------------------------
+
+
+def tiny(*options: str, out: Path) -> tuple[str, ...]:
+    return (*MLEM, *options, "seeds=0-1", f"out={out}")
+
+
+@pytest.mark.parametrize("sampler", ["mlem", "mlem_ddim", "mlem_dpm"])
+def test_the_mlem_samplers_print_the_calls_of_each_level(
+    here: Path, out: Path, sampler: str, capsys: pytest.CaptureFixture
+) -> None:
+    """The defaults of configs/sampler, but for a budget that this small family can meet."""
+    budget = configure("sample", f"sampler={sampler}").budget
+    assert 0.3 < budget < 0.5
+    options = ("trainer=cpu", f"sampler={sampler}", "cost=flops", "seeds=0-1", f"out={out}")
+    run_here("sample", *options)
+    printed, found = capsys.readouterr().out, calls(out)
+    for name, count in found.items():
+        assert f"level {name}: {count:g} calls an image (expected {count:.4g})" in printed
+    family = Family.load(FAMILY)
+    steps = configure("sample", f"sampler={sampler}").steps
+    flops = sum(count * family.level(name).flops for name, count in found.items()) / family.level().flops
+    assert flops <= budget * steps
+    assert f"in all {flops:.4g} evaluations of level s by FLOPs, where it alone would make {steps}" in printed
+    assert re.search(
+        r"predicted mean squared error \S+; \w+ with level s alone in \d+ steps, at the same cost", printed
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "recipe"),
+    [
+        (("levels=[xs,s]",), {"levels": ("xs", "s")}),
+        (("estimator=held", "order=1"), {"estimator": "held", "order": 1}),
+        (("estimator=jump",), {"estimator": "jump"}),
+        (("estimator=jump", "coins=poisson"), {"estimator": "jump", "coins": "poisson"}),
+        (("estimator=jump", "coins=bernoulli", "seed=3"), {"estimator": "jump", "coins": "bernoulli", "seed": 3}),
+        (("estimator=jump", "per_sample=true"), {"estimator": "jump", "per_sample": True}),
+        (("probabilities=theory",), {"probabilities": "theory"}),
+        (("probabilities=[1,0.3]",), {"probabilities": (1, 0.3)}),
+        (("mse=0.3",), {"budget": None, "mse": 0.3}),
+        (("budget=0.9",), {"budget": 0.9}),
+    ],
+    ids=str,
+)
+def test_options_shape_the_plan(here: Path, out: Path, options: tuple[str, ...], recipe: dict[str, Any]) -> None:
+    """The pictures are those of the same recipe in Python; `mse=` takes the place of the sampler's own budget."""
+    asked = [option for option in MLEM if not (option.startswith("budget") and recipe.get("budget", 0) is None)]
+    run_here("sample", *asked, *options, "seeds=0-3", f"out={out}")
+    family = Family.load(FAMILY)
+    plan = family.plan(**{"budget": 0.6, "cost": "flops", "batch_size": 4} | recipe)
+    seed = recipe.get("seed", 0)
+    made = sample(family, indices=range(4), solver="ddpm", steps=8, batch_size=4, seed=seed, plan=plan)
+    assert calls(out) == {name: cost.calls / 4 for name, cost in made.ledger.levels.items()}
+    stored = torch.stack([read_png(sample_path(out, index)) for index in range(4)])
+    assert torch.equal(quantise(made.x), quantise(stored))
+
+
+def test_ranks_and_kills_leave_the_same_bytes(here: Path, tmp_path: Path) -> None:
+    """One rank, and a run that is killed and finished by two; another budget is refused in its folder."""
+    options = (*MLEM, "steps=50", "batch_size=2", "seeds=0-9")
+    run_here("sample", *options, f"out={tmp_path / 'one'}")
+    one, cut = images(tmp_path / "one"), tmp_path / "cut"
+    with start("sample", *options, f"out={cut}", cwd=here) as process:
+        wait_until(lambda: len(images(cut)) >= 3, process)
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    before = images(cut)
+    assert before == {name: one[name] for name in before}
+    assert len(before) < len(one) == 10
+    printed = succeed("sample", *options, *RANKS, f"out={cut}", cwd=here)
+    assert images(cut) == one
+    assert printed.count("level xs:") == printed.count("level s:") == 1
+    with pytest.raises(ValueError, match=r"plan: \w+ there, \w+ now.*choose another out="):
+        run_here("sample", *options, "budget=0.5", f"out={cut}")
+    assert images(cut) == one
+
+
+# --- one line for every mistake ------------------------------------------------------------------------------------
+
+
+def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, *options: str) -> str:
+    """What `python sample.py` says on standard error before it ends with 2."""
+    monkeypatch.setattr(sys, "argv", ["sample.py", "trainer=cpu", *options])
+    with pytest.raises(SystemExit) as stop:
+        cli.sample()
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    return said
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("plan=nothing",), "plan=nothing: there are none; memorise one with: python -m mlem.multilevel memorise"),
+        (("plan=nothing.json",), "nothing.json is no plan; make one with: python -m mlem.multilevel memorise FAMILY"),
+        (("coins=systematic",), "coins=systematic shapes a multilevel plan: add budget=, such as budget=0.25"),
+        (("budget=0",), "budget must be in (0, 1], a share of the largest level's cost, got 0"),
+        (("budget=2",), "budget must be in (0, 1], a share of the largest level's cost, got 2"),
+        (
+            ("budget=0.001",),
+            "budget=0.001 of 50 evaluations is 0.05 evaluations of the largest level: no plan costs so",
+        ),
+        (("budget=0.5", "mse=0.1"), "give one of budget, mse and delta, got budget and mse"),
+        (("budget=0.5", "levels=[xs,zz]"), "level must be one of xs, s, got 'zz'"),
+        (("budget=0.5", "model=unet_xs"), "budget= shares work among levels, and model= is one; leave it out"),
+        (("budget=0.5", "level=s"), "level=s runs one level, budget= several; give one"),
+        (("mse=1e-9",), "mse=1e-09: the error of ddim in 50 steps on the uniform grid alone is "),
+        (("budget=0.5", "coins=dice"), "coins must be one of systematic, bernoulli, nested, poisson, got 'dice'"),
+        (("budget=0.5", "estimator=guess"), "estimator must be one of jump, held, hindsight, got 'guess'"),
+        (
+            ("sampler=heun", "budget=0.5", "cost=flops", "estimator=hindsight"),
+            "hindsight needs a solver of mlem's that evaluates once a step, not heun; use estimator=held",
+        ),
+        (("probabilities=learned",), "this family of digits has no learned coefficients: python train.py model=coeff"),
+        (("budget=0.5", "probabilities=learned"), "this family of digits has no learned coefficients: python train"),
+        (("budget=0.5", "probabilities=lerned"), "probabilities must be calibrated, learned, theory or numbers, got"),
+        (("budget=0.5", "probabilities=[1,0.5,0.2]"), "probabilities= must be 2 numbers, for xs, s, got 3"),
+    ],
+    ids=str,
+)
+def test_bad_choices_get_one_line(
+    here: Path,
+    out: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+    options: tuple[str, ...],
+    says: str,
+) -> None:
+    said = refused(monkeypatch, capsys, *options, f"out={out}")
+    assert said.startswith("sample.py: ")
+    assert says in said
+    assert not out.exists()
+
+
+def test_plans_of_other_steps_or_levels_get_one_line(
+    here: Path, tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    path = tmp_path / "plan.json"
+    for plan, says in (
+        (Plan.draw(torch.ones(4, 2)), "the plan has 4 rows, but ddim in 8 steps evaluates 8 times; draw it for these"),
+        (Plan.draw(torch.ones(8, 3)), "the plan is for 3 levels, the family has 2 (xs, s); draw it for these levels"),
+        (Plan.draw(torch.ones(8, 2), levels=("xs", "m")), "level must be one of xs, s, got 'm'"),
+    ):
+        plan.save(path)
+        assert says in refused(monkeypatch, capsys, "steps=8", f"plan={path}", f"out={out}")
+    write_json(path, {"format": 0})
+    assert "a plan of format 0; this version reads 1" in refused(monkeypatch, capsys, f"plan={path}", f"out={out}")
+    assert not out.exists()
+
+
+def test_a_family_that_is_not_calibrated_gets_one_line(
+    here: Path, tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    family = Path(shutil.copytree(here / FAMILY, tmp_path / "family"))
+    path = family / "calibration.json"
+    plain = read_json(path)
+    write_json(path, plain | {"about": plain["about"] | {"weights": "others"}})
+    options = (f"family={family}", "budget=0.5", f"out={out}")
+    assert "the calibration is of other weights: python -m" in refused(monkeypatch, capsys, *options)
+    path.unlink()
+    says = "sample.py: this family of digits is not calibrated: python -m mlem.multilevel calibrate FAMILY\n"
+    assert refused(monkeypatch, capsys, *options) == says
+    monkeypatch.setattr(sys, "argv", ["mlem.multilevel", "report", str(family)])
+    with pytest.raises(SystemExit) as stop:
+        multilevel.main()
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == says.replace("sample.py", "mlem.multilevel")
+    # numbers need no calibration
+    run_here("sample", "trainer=cpu", *options, "budget=0.9", "probabilities=[1,0.5]", "steps=8", "seeds=0")
+    assert set(calls(out)) == {"xs", "s"}
+
+
+def test_the_tool_runs_as_a_module(here: Path, tmp_path: Path) -> None:
+    """And says in one line what folder is no family."""
+    done = execute("mlem/multilevel/__main__", "report", str(tmp_path), cwd=here)
+    assert done.returncode == 2
+    assert done.stderr == (
+        f"mlem.multilevel: {tmp_path} holds no family (no family.json); make one with: python train.py model=family\n"
+    )
+    assert (REPOSITORY / "mlem/multilevel/__main__.py").exists()
