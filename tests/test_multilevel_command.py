@@ -144,8 +144,8 @@ def test_a_plan_is_evaluated_beside_the_levels(
     family, runs = Family.load(folder / FAMILY), folder / "runs/digits"
     made_here = sample(family, indices=[0], solver="ddpm", steps=8, plan=family.plan(budget=0.6, cost="flops"))
     assert [float(row[1]), float(row[2])] == [cost.calls for cost in made_here.ledger.levels.values()]
-    assert any("mlem_ddpm_hindsight" in path.name for path in (runs / "grids").iterdir())
-    assert any("mlem_ddpm_hindsight" in name for line in metrics(runs / "metrics.jsonl") for name in line)
+    assert any("ddpm_hindsight" in path.name for path in (runs / "grids").iterdir())
+    assert any("ddpm_hindsight" in name for line in metrics(runs / "metrics.jsonl") for name in line)
     assert (runs / "error_vs_time.png").stat().st_size > 1000
     figures: dict[str, Figure] = {}
     monkeypatch.setattr(plots, "_save", lambda figure, path: figures.update({"drawn": figure}))

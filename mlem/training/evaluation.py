@@ -54,7 +54,7 @@ class SamplerChoice:
         if self.recipe is None:
             return name
         coins = f"_{self.recipe.coins}" if self.recipe.coins else ""
-        return f"mlem_{name}_{self.recipe.estimator}{coins}"
+        return f"{name}_{self.recipe.estimator}{coins}"
 
 
 @dataclass
