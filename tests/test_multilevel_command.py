@@ -139,7 +139,7 @@ def test_a_plan_is_evaluated_beside_the_levels(
 ) -> None:
     """A row "mlem" with its calls, in the table, the metrics, the grids of pictures and the figure."""
     folder, printed = made
-    row = re.search(r"│ mlem +│ mlem_ddpm_hindsight │ 8 +│ ([\d.]+) xs \+ ([\d.]+) s +│", printed)
+    row = re.search(r"│ mlem +│ ddpm_hindsight │ 8 +│ ([\d.]+) xs \+ ([\d.]+) s +│", printed)
     assert row is not None
     family, runs = Family.load(folder / FAMILY), folder / "runs/digits"
     made_here = sample(family, indices=[0], solver="ddpm", steps=8, plan=family.plan(budget=0.6, cost="flops"))
