@@ -44,7 +44,7 @@ PLAIN: dict[str, list[tuple[str, str, tuple[int, ...]]]] = {
 """Solver, grid and steps of the largest level alone."""
 SPENT: dict[str, tuple[float, ...]] = {
     "sde": (5, 6, 8, 11, 15, 20, 28, 40, 56),
-    "ode": (4.5, 6, 8, 10, 12, 16, 20, 24, 28),
+    "ode": (6, 8, 10, 12, 16, 20, 28, 40),
 }
 """Costs of plans, in evaluations of the largest level."""
 HELD: dict[str, list[tuple[str, str, int, int]]] = {
