@@ -48,7 +48,7 @@ SPENT: dict[str, tuple[float, ...]] = {
 }
 """Costs of plans, in evaluations of the largest level."""
 HELD: dict[str, list[tuple[str, str, int, int]]] = {
-    "sde": [("ddpm", "uniform", steps, 0) for steps in (48, 64, 128)],
+    "sde": [("ddpm", "uniform", steps, 0) for steps in (48, 64, 128, 256)],
     "ode": [
         *[("dpm_solver_pp", "log_snr", steps, 1) for steps in (32, 48, 96)],
         ("dpm_solver_pp", "uniform", 48, 1),
@@ -153,7 +153,7 @@ def jobs(bench: Bench, plans: int) -> Iterator[tuple[str, str, str, str, str, in
             continue
         options: dict[str, Any] = {"budget": spent / 128, "cost": "flops", "estimator": "jump", "coins": coins}
         yield "sde", f"jump, {coins}", "", "ddpm", "uniform", 128, Recipe(**options, seed=seed)
-    for kind, (solver, grid, steps, order) in (("sde", HELD["sde"][-1]), ("ode", HELD["ode"][1])):
+    for kind, (solver, grid, steps, order) in (("sde", HELD["sde"][2]), ("ode", HELD["ode"][1])):
         for spent in SPENT[kind][2::2]:
             recipe = Recipe(budget=spent / steps, order=order, cost="flops", estimator="held")
             yield kind, "held", "", solver, grid, steps, recipe
