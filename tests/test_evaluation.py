@@ -32,7 +32,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated"),
 ]
 LABELS = [("ddpm", 2), ("ddpm", 4), ("ddim", 3), ("ddim_karras", 3)]
-MEASURED = {"evaluations", "flops_per_image", "seconds_per_image", "network_seconds_per_image", "mse", "mse_stderr"}
+MEASURED = {"dial", "calls", "evaluations", "flops_per_image", "seconds_per_image", "network_seconds_per_image"}
+MEASURED |= {"mse", "mse_stderr"}
 
 
 @pytest.fixture(scope="module")
