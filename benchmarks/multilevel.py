@@ -44,13 +44,13 @@ PLAIN: dict[str, list[tuple[str, str, tuple[int, ...]]]] = {
 """Solver, grid and steps of the largest level alone."""
 SPENT: dict[str, tuple[float, ...]] = {
     "sde": (5, 6, 8, 11, 15, 20, 28, 40, 56),
-    "ode": (6, 8, 10, 12, 16, 20, 28, 40),
+    "ode": (6, 8, 10, 12, 16, 20, 28, 40, 52),
 }
 """Costs of plans, in evaluations of the largest level."""
 HELD: dict[str, list[tuple[str, str, int, int]]] = {
     "sde": [("ddpm", "uniform", steps, 0) for steps in (48, 64, 128, 256)],
     "ode": [
-        *[("dpm_solver_pp", "log_snr", steps, 1) for steps in (32, 48, 96)],
+        *[("dpm_solver_pp", "log_snr", steps, 1) for steps in (32, 48, 96, 128)],
         ("dpm_solver_pp", "uniform", 48, 1),
     ],
 }
@@ -149,7 +149,7 @@ def jobs(bench: Bench, plans: int) -> Iterator[tuple[str, str, str, str, str, in
             for steps in (8, 16, 32, 64):
                 yield kind, "plain", level, *PLAIN[kind][0][:2], steps, None
     for coins, spent, seed in itertools.product(("bernoulli", "systematic"), (8, 16, 32, 64), range(plans)):
-        if spent == 64 and seed >= plans // 2:  # half as many draws of the dearest
+        if seed >= plans // 2 and (spent == 64 or coins == "systematic"):  # half as many where they cost or spread less
             continue
         options: dict[str, Any] = {"budget": spent / 128, "cost": "flops", "estimator": "jump", "coins": coins}
         yield "sde", f"jump, {coins}", "", "ddpm", "uniform", 128, Recipe(**options, seed=seed)
