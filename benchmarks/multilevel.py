@@ -155,7 +155,7 @@ def jobs(bench: Bench, plans: int) -> Iterator[tuple[str, str, str, str, str, in
         yield "sde", f"jump, {coins}", "", "ddpm", "uniform", 128, Recipe(**options, seed=seed)
     for kind, (solver, grid, steps, order) in (("sde", HELD["sde"][2]), ("ode", HELD["ode"][1])):
         for spent in SPENT[kind][2::2]:
-            recipe = Recipe(budget=spent / steps, order=order, cost="flops", estimator="held")
+            recipe = Recipe(budget=min(1.0, spent / steps), order=order, cost="flops", estimator="held")
             yield kind, "held", "", solver, grid, steps, recipe
 
 
