@@ -127,7 +127,7 @@ def test_second_preparation_is_refused_and_interrupt_is_clean(tmp_path):
         with pytest.raises(ValueError, match=f"{tmp_path} is being prepared by another process"):
             prepare("dead_leaves", tmp_path, count=100_000, shard_size=50)
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=30)
+        _, errors = process.communicate(timeout=120)
     assert process.returncode == 130
     assert "interrupted; finished shards are kept" in errors
     assert "Traceback" not in errors
