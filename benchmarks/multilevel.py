@@ -232,7 +232,9 @@ def summary(bench: Bench) -> list[dict[str, Any]]:
         if not any(row["key"][:2] == [kind, ours] for row in bench.rows):
             continue
         for found in ratios(bench, kind, ours, theirs):
-            table.append({"kind": kind, "ours": ours, "rival": rival} | found)
+            # JSON has no NaN: null where one side was not measured down to that error
+            known = {name: value if math.isfinite(value) else None for name, value in found.items()}
+            table.append({"kind": kind, "ours": ours, "rival": rival} | known)
             print(
                 f"{kind} {ours:18s} against {rival:18s} at MSE {found['mse']:.0e}: cost {found['cost']:6.2f}, ratio "
                 f"{found['ratio']:.2f} [{found['low']:.2f}, {found['high']:.2f}]"
