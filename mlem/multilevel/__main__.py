@@ -77,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--estimator", default="jump", help="hindsight, held or jump")
     one.add_argument("--coins", default="systematic", help="systematic, bernoulli, nested or poisson")
     one.add_argument("--levels", nargs="+", default=None, help="the best subset where none are given")
-    one.add_argument("--cost", default="seconds", help="what budget counts: seconds or flops")
+    one.add_argument("--cost", default="flops", help="what budget counts: seconds or flops")
     one.add_argument("--draws", type=int, default=15)
     one.add_argument("--images", type=int, default=16, help="to choose by, and as many others to judge by")
     one.add_argument("--reference-steps", type=int, default=1000)
