@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from mlem.schedule import NUM_TIMESTEPS, NoiseSchedule
+from mlem.schedule import NUM_TIMESTEPS, NoiseSchedule, expand_like
 
 PREDICTIONS = ("v", "eps", "x0")
 """What a network may predict: `v = alpha eps - sigma x_0` (Salimans and Ho, arXiv:2202.00512), the noise, the data."""
@@ -24,11 +24,6 @@ class Denoiser(Protocol):
     """See the module docstring."""
 
     def __call__(self, x: Tensor, t: Tensor, /) -> Tensor: ...
-
-
-def expand_like(coefficient: Tensor, x: Tensor) -> Tensor:
-    """coefficient: (B,) -> (B, 1, ...) in the dtype of x: (B, ...)."""
-    return coefficient.to(x.dtype).view(-1, *[1] * (x.dim() - 1))
 
 
 def check_prediction(prediction: str) -> str:

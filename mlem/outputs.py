@@ -19,8 +19,9 @@ from torch import Tensor
 
 from mlem.files import atomic_write, read_json, write_json
 from mlem.images import quantise
+from mlem.ledger import Ledger
 from mlem.plots import image_grid
-from mlem.sampling import Ledger, NonFiniteError, Sampler, blocks
+from mlem.sampling import NonFiniteError, Sampler, blocks
 
 GRID_IMAGES = 64
 

@@ -1,6 +1,6 @@
-"""Sampling: `sample()`, the one loop that runs every solver, and the ledger of what it cost.
+"""Sampling: `sample()` and the `Sampler`, which binds a solver to a model and keeps the ledger of what it costs.
 
-The loop knows denoisers, solvers and noise; it knows nothing of files, metrics or training.
+They know denoisers, solvers and noise; they know nothing of files, metrics or training.
 """
 
 from __future__ import annotations
@@ -8,9 +8,9 @@ from __future__ import annotations
 import copy
 import operator
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,66 +18,17 @@ from torch import Tensor, nn
 
 from mlem.denoiser import Denoiser, NetworkDenoiser
 from mlem.family import Family, Level
+from mlem.ledger import Ledger, LevelLedger, Meter
 from mlem.multilevel.denoiser import MultilevelDenoiser
 from mlem.multilevel.plan import Plan
 from mlem.multilevel.recipe import Recipe
 from mlem.network import evaluating
 from mlem.noise import BrownianPath, NoiseStream
 from mlem.schedule import NoiseSchedule, TimeGrid
-from mlem.solvers import SOLVERS, Point, Solver, integrate, make_solver, response
+from mlem.solvers import SOLVERS, Place, Point, Solver, make_solver, model_input, response
 
 PRECISIONS: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Names of what the network may be computed in (autocast); times, noise and the sum over steps stay full."""
-
-
-@dataclass
-class LevelLedger:
-    """What one level cost: calls and expected_calls are network evaluations, one for each image and call."""
-
-    calls: int = 0
-    expected_calls: float = 0.0
-    seconds: float = 0.0
-    flops: float = 0.0
-
-
-@dataclass
-class Ledger:
-    """What a run cost, over all of its images. `seconds` of a level are spent in its network; wall_seconds in all."""
-
-    levels: dict[str, LevelLedger] = field(default_factory=dict)
-    wall_seconds: float = 0.0
-    images: int = 0
-
-    @property
-    def evaluations(self) -> float:
-        """Network calls for one sample, all levels together."""
-        return sum(level.calls for level in self.levels.values()) / max(self.images, 1)
-
-    @property
-    def network_seconds(self) -> float:
-        """Seconds in networks, all levels together."""
-        return sum(level.seconds for level in self.levels.values())
-
-    def add(self, other: Ledger) -> None:
-        """Add the cost of another run."""
-        self.wall_seconds += other.wall_seconds
-        self.images += other.images
-        for name, cost in other.levels.items():
-            own = self.levels.setdefault(name, LevelLedger())
-            for key, value in vars(cost).items():
-                setattr(own, key, getattr(own, key) + value)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, for JSON."""
-        totals = {"evaluations": self.evaluations, "network_seconds": self.network_seconds}
-        own = {"images": self.images, "wall_seconds": self.wall_seconds}
-        return own | totals | {"levels": {name: dict(vars(cost)) for name, cost in self.levels.items()}}
-
-    @staticmethod
-    def from_dict(plain: Mapping[str, Any]) -> Ledger:
-        """The ledger that `to_dict` described."""
-        levels = {name: LevelLedger(**cost) for name, cost in plain["levels"].items()}
-        return Ledger(levels, plain["wall_seconds"], plain["images"])
 
 
 @dataclass
@@ -94,41 +45,6 @@ class NonFiniteError(FloatingPointError):
 
     result: Result
     indices: list[int]
-
-
-class _Meter:
-    """Stands before a network (or a whole denoiser that is none): counts its calls and the seconds spent in it.
-
-    The host never waits for a device.
-    """
-
-    def __init__(self, network: Callable[..., Any], flops: float) -> None:
-        self.network, self._flops = network, flops
-        self._images, self._seconds = 0, 0.0
-        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-
-    def __call__(self, x: Tensor, t: Tensor) -> Any:
-        self._images += len(x)
-        if x.device.type == "cuda":
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            output = self.network(x, t)
-            end.record()
-            self._events.append((start, end))
-            return output
-        begin = time.perf_counter()
-        output = self.network(x, t)
-        self._seconds += time.perf_counter() - begin
-        return output
-
-    def collect(self) -> LevelLedger:
-        """The cost since the last time; on a GPU this waits for it."""
-        for start, end in self._events:
-            end.synchronize()
-            self._seconds += start.elapsed_time(end) / 1000
-        cost = LevelLedger(self._images, self._images, self._seconds, self._images * self._flops)
-        self._images, self._seconds, self._events = 0, 0.0, []
-        return cost
 
 
 class Sampler:
@@ -182,7 +98,7 @@ class Sampler:
         self.schedule, self.shape = schedule, tuple(shape)
         self.grid = self.solver.grid(schedule, steps, grid)
         self.plan = self._check_plan(model, plan)
-        self._meters: dict[str, _Meter] = {}
+        self._meters: dict[str, Meter] = {}
         self._denoiser = self._metered(model)
         self._refuse_other_schedule()
         inside = [getattr(part.network, "network", part.network) for part in self._meters.values()]
@@ -191,15 +107,18 @@ class Sampler:
         self._networks.to(self.device)
         self.seed, self.precision = seed, precision
         self._points = Point.of(schedule, self.grid)
+        self._rounds = 0
         self._response: list[float] | None = None
         if self.plan is not None and self.plan.estimator == "hindsight":
-            self._response = response(self.solver, self._points)[0].tolist()
+            self._response = response(self.solver, schedule, self._points)[0].tolist()
         self._input_dtype = torch.float64 if getattr(self._denoiser, "any_dtype", False) else torch.get_default_dtype()
 
     def _check_plan(self, model: Family | Level | Denoiser, plan: Plan | Recipe | None) -> Plan | None:
         if plan is None:
             return None
         assert isinstance(model, Family)
+        if not self.solver.sequential:
+            raise ValueError(f"{self.solver.name} evaluates many times at once, a plan once a row; leave plan= out")
         if isinstance(plan, Recipe):
             plan = plan.plan(model, self.solver, self.grid)
         evaluations = self.solver.evaluations(self.grid)
@@ -218,8 +137,8 @@ class Sampler:
     def _metered(self, model: Family | Level | Denoiser) -> Any:
         """The model as a denoiser, with a meter before each of its networks."""
 
-        def meter(name: str, network: Any) -> _Meter:
-            self._meters[name] = _Meter(network, costs.get(name, 0))
+        def meter(name: str, network: Any) -> Meter:
+            self._meters[name] = Meter(network, costs.get(name, 0))
             return self._meters[name]
 
         costs: dict[str, int] = {}
@@ -263,11 +182,11 @@ class Sampler:
         begin = time.perf_counter()
         with torch.inference_mode(), evaluating(self._networks):
             index = torch.as_tensor(list(indices), dtype=torch.int64, device=self.device)
-            x_T = self.start(index)
+            x_T, self._rounds = self.start(index), 0
             x = self._solve(x_T, index, None)
             # the one place where the host waits for the device
             finite = torch.isfinite(x.flatten(1)).all(1).tolist()
-            ledger = Ledger(self._collect(len(index)), time.perf_counter() - begin, len(index))
+            ledger = Ledger(self._collect(len(index)), time.perf_counter() - begin, len(index), self._rounds)
             if not all(finite):
                 self._report_non_finite(x, x_T, index, finite, ledger)
         return Result(x, ledger, x_T)
@@ -290,13 +209,16 @@ class Sampler:
         if self.plan is not None:
             self._denoiser.start(index, self._response)
             revise = self._revise if self._response is not None else None
-        y = integrate(self.solver, self._estimate, y, self._points, path, index, self.seed, revise=revise, watch=watch)
+        y = self.solver.integrate(self._estimate, y, self._points, path, index, self.seed, revise=revise, watch=watch)
         return (y * self._points[-1].alpha).to(x_T.dtype)
 
-    def _estimate(self, y: Tensor, point: Point) -> Tensor:
-        t = torch.full((len(y),), point.t, dtype=self._input_dtype, device=y.device)
+    def _estimate(self, y: Tensor, place: Place) -> Tensor:
+        self._rounds += 1
+        x, t = (part.to(self._input_dtype) for part in model_input(self.schedule, y, place))
+        chunk = self.solver.chunk or len(x)
         with self._autocast():
-            return self._denoiser((y * point.alpha).to(self._input_dtype), t)
+            parts = [self._denoiser(*part) for part in zip(x.split(chunk), t.split(chunk), strict=True)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _revise(self, y: Tensor, point: Point) -> Tensor:
         with self._autocast():

@@ -39,6 +39,11 @@ def _refuse_outside(name: str, value: Tensor, low: float, high: float) -> None:
         raise ValueError(f"{name} must be in [{low:g}, {high:g}], got {bad:g}")
 
 
+def expand_like(coefficient: Tensor, x: Tensor) -> Tensor:
+    """coefficient: (B,) -> (B, 1, ...) in the dtype of x: (B, ...)."""
+    return coefficient.to(x.dtype).view(-1, *[1] * (x.dim() - 1))
+
+
 class NoiseSchedule(ABC):
     """A variance-preserving noise schedule; make one with `cosine`, `linear` or `from_diffusers`."""
 
@@ -289,6 +294,26 @@ def _kappa_range(schedule: NoiseSchedule) -> tuple[float, float]:
     return schedule.kappa(1.0).item(), schedule.kappa(1.0 / NUM_TIMESTEPS).item()
 
 
+def _ou_uniform(schedule: NoiseSchedule, steps: int) -> list[float]:
+    """Evenly in OU time down to t = 1/N, then 0."""
+    high, low = schedule.ou_time(1.0).item(), schedule.ou_time(1.0 / NUM_TIMESTEPS).item()
+    times = torch.linspace(high, low, steps, dtype=torch.float64)
+    return [1.0, *schedule.time_from_ou_time(times[1:]).tolist(), 0.0]
+
+
+def _ou_halving(schedule: NoiseSchedule, steps: int) -> list[float]:
+    """Evenly in OU time, `h = s_1 / n`, down to h; then h/2, h/4, .. down to t = 1/N, then 0.
+
+    The steps of Algorithm 3, arXiv:2406.00924v2. Of few steps at most half are halvings.
+    """
+    whole, least = schedule.ou_time(1.0).item(), schedule.ou_time(1.0 / NUM_TIMESTEPS).item()
+    enough = (count for count in range(steps) if whole / (steps - count) / 2**count <= least)
+    halvings = min(next(enough, steps), steps // 2)
+    even = steps - halvings
+    times = [whole * (even - i) / even for i in range(even)] + [whole / even / 2**i for i in range(1, halvings + 1)]
+    return [1.0, *schedule.time_from_ou_time(torch.tensor(times[1:], dtype=torch.float64)).tolist(), 0.0]
+
+
 def _log_snr(schedule: NoiseSchedule, steps: int) -> list[float]:
     """Evenly in log-SNR down to t = 1/N, then 0."""
     high, low = _kappa_range(schedule)
@@ -323,6 +348,8 @@ def _leading(schedule: NoiseSchedule, steps: int) -> list[float]:
 
 GRIDS: dict[str, Callable[[NoiseSchedule, int], list[float]]] = {
     "uniform": _uniform,
+    "ou_uniform": _ou_uniform,
+    "ou_halving": _ou_halving,
     "log_snr": _log_snr,
     "karras": _karras,
     "trailing": _trailing,

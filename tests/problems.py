@@ -17,7 +17,7 @@ from mlem.multilevel.coins import falls
 from mlem.network import unet
 from mlem.noise import BrownianPath
 from mlem.schedule import NoiseSchedule, TimeGrid
-from mlem.solvers import Point, Solver
+from mlem.solvers import Place, Point, Solver, model_input
 
 DIFFUSERS_CONFIGS: dict[str, dict[str, Any]] = {
     "ddpm": {"_class_name": "DDPMScheduler", "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02},
@@ -79,16 +79,13 @@ def gaussian_flow(y: Tensor, kappa: float, kappa_end: float) -> Tensor:
 def solve(
     solver: Solver, denoiser: Any, schedule: NoiseSchedule, times: Sequence[float], y: Tensor, path: BrownianPath
 ) -> Tensor:
-    """The solver loop on any times, from y at times[0] to y at times[-1]; a bare copy of the one in mlem.sampling."""
+    """The solver loop on any times, from y at times[0] to y at times[-1]; without a Sampler."""
     points = Point.of(schedule, TimeGrid("custom", tuple(times)))
 
-    def eps(y: Tensor, point: Point) -> Tensor:
-        return denoiser(y * point.alpha, torch.full((len(y),), point.t, dtype=y.dtype))
+    def eps(y: Tensor, place: Place) -> Tensor:
+        return denoiser(*model_input(schedule, y, place))
 
-    state = solver.init(points, torch.arange(len(y)), 0)
-    for here, there in itertools.pairwise(points):
-        y, state = solver.step(eps, y, state, here, there, path)
-    return y
+    return solver.integrate(eps, y, points, path, torch.arange(len(y)), 0)
 
 
 def slope(steps: Sequence[int], errors: Sequence[float]) -> float:

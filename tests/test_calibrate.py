@@ -162,8 +162,8 @@ def test_differences_and_inner_products_are_those_along_the_trajectories() -> No
         f = []
         for i, (here, there) in enumerate(itertools.pairwise(points)):
             if i % 2 == 0:
-                f.append(torch.stack([estimate(one)(y, here) for one in levels]))
-            y, _ = make_solver(name).step(estimate(levels[-1]), y, None, here, there, path)
+                f.append(torch.stack([estimate(one, COSINE)(y, here) for one in levels]))
+            y, _ = make_solver(name).step(estimate(levels[-1], COSINE), y, None, here, there, path)
         told = torch.stack(f)  # (T, K, B, 3)
         squares.append([[(told[:, j] - told[:, k]).square().mean((1, 2)) for k in range(3)] for j in range(3)])
         images.append(told.diff(dim=1).square().mean((0, 3)))
@@ -213,7 +213,7 @@ def test_the_response_of_single_steps_by_hand() -> None:
         ("euler_maruyama", [2 * (b - a) for a, b in itertools.pairwise(k)]),
         ("ddpm", [(b * b - a * a) / a for a, b in itertools.pairwise(k)]),
     ):
-        coefficients, rows = response(make_solver(name), points)
+        coefficients, rows = response(make_solver(name), COSINE, points)
         assert rows == points[:-1]
         assert coefficients.tolist() == pytest.approx(expected, rel=1e-12)
 
@@ -221,7 +221,7 @@ def test_the_response_of_single_steps_by_hand() -> None:
 def test_the_response_of_heun_by_hand() -> None:
     """Half a step each, at both of its ends; the last step is Euler's."""
     points, (a, b, c, _) = points_of(0.9, 0.6, 0.3, 0.0)
-    coefficients, rows = response(make_solver("heun"), points)
+    coefficients, rows = response(make_solver("heun"), COSINE, points)
     assert rows == [points[i] for i in (0, 1, 1, 2, 2)]
     assert coefficients.tolist() == pytest.approx([(b - a) / 2, (b - a) / 2, (c - b) / 2, (c - b) / 2, -c], rel=1e-12)
 
@@ -238,7 +238,7 @@ def test_the_response_of_dpm_solver_by_hand() -> None:
         second = y - k[1] * eps[1]
         y = k[2] / k[1] * y + (1 - k[2] / k[1]) * (second + h[1] / (2 * h[0]) * (second - first))
         expected.append(y - k[2] * eps[2])
-    coefficients, rows = response(make_solver("dpm_solver_pp"), points)
+    coefficients, rows = response(make_solver("dpm_solver_pp"), COSINE, points)
     assert rows == points[:-1]
     assert coefficients.tolist() == pytest.approx(expected, rel=1e-12)
 

@@ -21,7 +21,7 @@ from mlem.multilevel.plan import Plan
 from mlem.noise import BrownianPath
 from mlem.sampling import Sampler, sample
 from mlem.schedule import NoiseSchedule
-from mlem.solvers import Point, integrate, make_solver, response
+from mlem.solvers import Place, Point, make_solver, model_input, response
 from tests.problems import MEAN, closed_family, gaussian, level, mixture, outcomes, point_mass, rms
 
 COSINE = NoiseSchedule.cosine()
@@ -70,14 +70,14 @@ def trajectory(
     if plan is not None:
         multilevel = estimate = MultilevelDenoiser(levels, plan, schedule=COSINE)
         hindsight = plan.estimator == "hindsight"
-        multilevel.start(index, response(solver, points)[0].tolist() if hindsight else None)
+        multilevel.start(index, response(solver, COSINE, points)[0].tolist() if hindsight else None)
         revise = multilevel.revise if hindsight else None
 
-    def eps(y: Tensor, point: Point) -> Tensor:
-        return estimate(y * point.alpha, at(point.t, batch))
+    def eps(y: Tensor, place: Place) -> Tensor:
+        return estimate(*model_input(COSINE, y, place))
 
     path = BrownianPath(COSINE, 0, index, (3,), torch.float64)
-    return integrate(solver, eps, y, points, path, index, 0, revise=revise), y
+    return solver.integrate(eps, y, points, path, index, 0, revise=revise), y
 
 
 # --- unbiased ------------------------------------------------------------------------------------------------------
@@ -328,7 +328,7 @@ def test_one_move_of_hindsight_by_hand() -> None:
     points = Point.of(COSINE, solver.grid(COSINE, 4, "log_snr"))
     plan = measured(4, [0, 2], order=0)
     multilevel = MultilevelDenoiser(levels, plan, schedule=COSINE)
-    multilevel.start(None, response(solver, points)[0].tolist())
+    multilevel.start(None, response(solver, COSINE, points)[0].tolist())
     y = noise(4) / points[0].alpha
     for here in points[:2]:
         assert multilevel.revise(y, here) is y

@@ -16,8 +16,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mlem.denoiser import NetworkDenoiser
 from mlem.family import Family
+from mlem.ledger import Ledger, LevelLedger
 from mlem.noise import NoiseStream
-from mlem.sampling import Ledger, LevelLedger, NonFiniteError, blocks, sample
+from mlem.sampling import NonFiniteError, blocks, sample
 from mlem.schedule import NoiseSchedule, TimeGrid
 from mlem.solvers import SOLVERS, make_solver
 from tests.problems import gaussian, level
@@ -28,7 +29,7 @@ BARE = {"schedule": COSINE, "shape": (3,)}
 
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_an_image_does_not_know_its_batch(solver: str) -> None:
-    """The starting noise bitwise, the image to 1e-5: convolutions may choose another algorithm."""
+    """The starting noise bitwise, the image to 2e-5: convolutions may choose another algorithm."""
     model = level()
     options: dict[str, Any] = {"solver": solver, "steps": 8, "seed": 5, "return_noise": True}
     whole = sample(model, indices=range(32), batch_size=32, **options)
@@ -36,9 +37,9 @@ def test_an_image_does_not_know_its_batch(solver: str) -> None:
     for batch_size in (1, 7):
         parts = sample(model, indices=range(32), batch_size=batch_size, **options)
         assert torch.equal(parts.x_T, whole.x_T)
-        torch.testing.assert_close(parts.x, whole.x, rtol=0, atol=1e-5)
+        torch.testing.assert_close(parts.x, whole.x, rtol=1e-6, atol=2e-5)
     backwards = sample(model, indices=[31, 3], **options)
-    torch.testing.assert_close(backwards.x, whole.x[[31, 3]], rtol=0, atol=1e-5)
+    torch.testing.assert_close(backwards.x, whole.x[[31, 3]], rtol=1e-6, atol=2e-5)
 
 
 def test_seed_and_index_make_the_image() -> None:

@@ -16,10 +16,11 @@ from mlem.app.config import parse_indices
 from mlem.app.find import family_folder
 from mlem.family import Family, Level
 from mlem.files import first_process, sha256
+from mlem.ledger import Ledger
 from mlem.multilevel.calibrate import Calibration
 from mlem.multilevel.predict import Predictor
 from mlem.outputs import claim, finish, write_samples
-from mlem.sampling import Ledger, Sampler
+from mlem.sampling import Sampler
 
 
 def run(config: DictConfig) -> None:

@@ -227,15 +227,15 @@ def _perturbed(
     outputs, scales, copies = [], [], y[:0]
     for i, (here, there) in enumerate(itertools.pairwise(points)):
         if i % 2 == 0:
-            outputs.append(torch.stack([estimate(denoiser)(y, here) for denoiser in denoisers]))
+            outputs.append(torch.stack([estimate(denoiser, schedule)(y, here) for denoiser in denoisers]))
             # as much as a correction does from this time to the next
             width = here.kappa - points[min(i + 2, len(points) - 1)].kappa
             scales.append(-here.kappa / width)
             copies = torch.cat([copies, y, *(y - width * g for g in outputs[-1].diff(dim=0))])
         path.copies = 1
-        y, _ = solver.step(estimate(denoisers[-1]), y, None, here, there, path)  # type: ignore[arg-type]
+        y, _ = solver.step(estimate(denoisers[-1], schedule), y, None, here, there, path)  # type: ignore[arg-type]
         path.copies = len(copies) // len(index)
-        copies, _ = solver.step(estimate(carrier), copies, None, here, there, path)  # type: ignore[arg-type]
+        copies, _ = solver.step(estimate(carrier, schedule), copies, None, here, there, path)  # type: ignore[arg-type]
     ends = copies.view(len(outputs), len(denoisers), *y.shape)
     scale = torch.tensor(scales, dtype=torch.float64, device=y.device).view(-1, *[1] * (y.dim() + 1))
     return torch.stack(outputs), (ends[:, 1:] - ends[:, :1]) * scale

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mlem.denoiser import Denoiser, NetworkDenoiser, expand_like
+from mlem.denoiser import Denoiser, NetworkDenoiser
 from mlem.family import Family
 from mlem.multilevel.plan import Plan
-from mlem.schedule import NoiseSchedule
-from mlem.solvers import Point
+from mlem.schedule import NoiseSchedule, expand_like
+from mlem.solvers import Point, model_input
 
 PADDING = 8
 """Sub-batches are filled up to a multiple of this, so that their shapes repeat."""
@@ -82,7 +82,7 @@ class MultilevelDenoiser:
         row = self._row
         if not self.plan.revised[row]:
             return y
-        x, t = _at(y, here)
+        x, t = model_input(self.schedule, y, here)
         outputs = self._outputs(row, x, t)
         return y + self._held.measure(row, outputs, self._moment(x, t))
 
@@ -123,11 +123,6 @@ class MultilevelDenoiser:
                 output = denoiser(x[padded], t[padded])[: len(positions)]
                 total = total.index_add(0, positions, output * expand_like(weights, output))
         return total
-
-
-def _at(y: Tensor, point: Point) -> tuple[Tensor, Tensor]:
-    """x and t at a point of the grid."""
-    return (y * point.alpha).double(), torch.full((len(y),), point.t, dtype=torch.float64, device=y.device)
 
 
 def _weighted(outputs: Sequence[Tensor | None], weights: Sequence[float], x: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ from mlem.multilevel.plan import collect
 from mlem.multilevel.recipe import Recipe
 from mlem.noise import BrownianPath, NoiseStream
 from mlem.schedule import NoiseSchedule, TimeGrid
-from mlem.solvers import Point, Solver, integrate, make_solver, response
+from mlem.solvers import Place, Point, Solver, make_solver, model_input, response
 
 TANGENTS = ("exact", "random")
 """Directions of the pathwise part: all of them, or a random one for each draw."""
@@ -80,7 +80,7 @@ class Objective:
         self.denoisers, self.schedule, self.shape = tuple(denoisers), schedule, tuple(shape)
         self.solver, self.grid, self.costs, self.seed = copy.copy(solver), grid, costs.double(), seed
         self.points = Point.of(schedule, grid)
-        self.times = [point.t for point in response(self.solver, self.points)[1]]
+        self.times = [point.t for point in response(self.solver, self.schedule, self.points)[1]]
         """Times of the evaluations: R."""
         self.feature = feature(schedule, self.times)
         self._coins, self._directions = NoiseStream(seed, "learning/coins"), NoiseStream(seed, "learning/directions")
@@ -159,8 +159,8 @@ class Objective:
             solver = make_solver(solver.reference)
             points = Point.of(self.schedule, solver.grid(self.schedule, steps))
 
-        def eps(y: Tensor, point: Point) -> Tensor:
-            return self.denoisers[-1](*_at(y, point)).double()
+        def eps(y: Tensor, place: Place) -> Tensor:
+            return self.denoisers[-1](*model_input(self.schedule, y, place)).double()
 
         return self._solve(solver, eps, points, indices)
 
@@ -175,9 +175,9 @@ class Objective:
         runs = paid | torch.cat([paid[..., 1:], torch.zeros_like(paid[..., :1])], -1)
         row = iter(range(weights.shape[1]))
 
-        def eps(y: Tensor, point: Point) -> Tensor:
+        def eps(y: Tensor, place: Place) -> Tensor:
             i = next(row)
-            x, t = (part.view(draws, size, *part.shape[1:]) for part in _at(y, point))
+            x, t = (part.view(draws, size, *part.shape[1:]) for part in model_input(self.schedule, y, place))
             total = torch.zeros_like(x)
             for k, denoiser in enumerate(self.denoisers):
                 some = runs[:, i, k].nonzero().flatten().to(x.device)
@@ -190,11 +190,11 @@ class Objective:
         return self._solve(self.solver, eps, self.points, indices.flatten()).view(draws, size, *self.shape)
 
     def _solve(
-        self, solver: Solver, eps: Callable[[Tensor, Point], Tensor], points: list[Point], indices: Tensor
+        self, solver: Solver, eps: Callable[[Tensor, Place], Tensor], points: list[Point], indices: Tensor
     ) -> Tensor:
         path = BrownianPath(self.schedule, self.seed, indices, self.shape, torch.get_default_dtype())
         y = self.start(indices).double() / points[0].alpha
-        return integrate(solver, eps, y, points, path, indices, self.seed) * points[-1].alpha
+        return solver.integrate(eps, y, points, path, indices, self.seed) * points[-1].alpha
 
     def errors(self, weights: Tensor, counts: Tensor, indices: Tensor, truth: Tensor) -> Tensor:
         """Mean squared difference to the truth (D, B, *shape): (D, B)."""
@@ -292,11 +292,6 @@ class Objective:
         return torch.stack(found).mean(0)
 
 
-def _at(y: Tensor, point: Point) -> tuple[Tensor, Tensor]:
-    """x and t in float64."""
-    return (y * point.alpha).double(), torch.full((len(y),), point.t, dtype=torch.float64, device=y.device)
-
-
 def frozen(family: Family, device: str | torch.device = "cpu") -> list[NetworkDenoiser]:
     """Copies of the levels for forward mode: in eval mode, without gradients, and in contiguous memory format.
 
@@ -321,7 +316,7 @@ def first_coefficients(family: Family, solver: Solver, grid: TimeGrid, budget: f
     recipe = Recipe(budget=budget, probabilities=law, estimator="jump", coins="bernoulli", cost="flops", levels=names)
     table = recipe.plan(family, solver, grid).probabilities.clone()
     table[:, 1:].clamp_(max=LARGEST)
-    times = [point.t for point in response(solver, Point.of(family.schedule, grid))[1]]
+    times = [point.t for point in response(solver, family.schedule, Point.of(family.schedule, grid))[1]]
     alpha, beta = Coefficients.fit(table, family.schedule, times)
     return torch.stack([alpha[1:], beta[1:]])
 

@@ -29,7 +29,7 @@ class Predictor:
     def __init__(self, calibration: Calibration, schedule: NoiseSchedule, solver: Solver, grid: TimeGrid) -> None:
         self.calibration, self.solver, self.grid = calibration, solver, grid
         points, entered = Point.of(schedule, grid), []
-        _, rows = response(solver, points, lambda step, y: entered.append(y))
+        _, rows = response(solver, schedule, points, lambda step, y: entered.append(y))
         kappa = torch.tensor([point.kappa for point in rows], dtype=torch.float64)
         self.times = -kappa.log()
         """-ln kappa at each row: (R,)."""

@@ -78,7 +78,7 @@ class _Planner:
 
     def __init__(self, recipe: Recipe, family: Family, solver: Solver, grid: TimeGrid) -> None:
         self.recipe, self.family, self.solver, self.grid = recipe, family, solver, grid
-        coefficients, self.points = response(solver, Point.of(family.schedule, grid))
+        coefficients, self.points = response(solver, family.schedule, Point.of(family.schedule, grid))
         self.rows = len(coefficients)
         # the corrections of an SDE are rough: extrapolating them makes it worse
         self.order = (0 if solver.stochastic else 1) if recipe.order is None else recipe.order

@@ -11,7 +11,7 @@ from mlem.denoiser import Denoiser
 from mlem.multilevel.denoiser import MultilevelDenoiser
 from mlem.noise import BrownianPath, NoiseStream
 from mlem.schedule import NoiseSchedule, TimeGrid
-from mlem.solvers import Estimate, Point, Solver, integrate, response
+from mlem.solvers import Estimate, Place, Point, Solver, model_input, response
 
 CALIBRATION, PILOT, MEMORY = 10**9, 11 * 10**8, 12 * 10**8
 """Where the sample indices of each use begin."""
@@ -22,12 +22,11 @@ def trial_indices(first: int, count: int, device: str | torch.device = "cpu") ->
     return torch.arange(first, first + count, device=device)
 
 
-def estimate(denoiser: Denoiser) -> Estimate:
+def estimate(denoiser: Denoiser, schedule: NoiseSchedule) -> Estimate:
     """The denoiser as a solver calls it, in float64."""
 
-    def eps(y: Tensor, point: Point) -> Tensor:
-        t = torch.full((len(y),), point.t, dtype=torch.float64, device=y.device)
-        return denoiser(y * point.alpha, t).double()
+    def eps(y: Tensor, place: Place) -> Tensor:
+        return denoiser(*model_input(schedule, y, place)).double()
 
     return eps
 
@@ -47,9 +46,11 @@ def trial(
     y = start(schedule, shape, index, seed)
     revise = None
     if isinstance(denoiser, MultilevelDenoiser):
-        denoiser.start(index, response(solver, points)[0].tolist())
+        denoiser.start(index, response(solver, schedule, points)[0].tolist())
         revise = denoiser.revise
-    return integrate(solver, estimate(denoiser), y, points, path, index, seed, revise=revise) * points[-1].alpha
+    return (
+        solver.integrate(estimate(denoiser, schedule), y, points, path, index, seed, revise=revise) * points[-1].alpha
+    )
 
 
 def start(schedule: NoiseSchedule, shape: Sequence[int], index: Tensor, seed: int) -> Tensor:

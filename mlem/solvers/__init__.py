@@ -6,12 +6,12 @@ import difflib
 import importlib
 import pkgutil
 
-from mlem.solvers.base import SOLVERS, Estimate, Point, Solver, integrate, response
+from mlem.solvers.base import SOLVERS, Estimate, Place, Point, Solver, model_input, response
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
 
-__all__ = ["SOLVERS", "Estimate", "Point", "Solver", "integrate", "make_solver", "response"]
+__all__ = ["SOLVERS", "Estimate", "Place", "Point", "Solver", "make_solver", "model_input", "response"]
 
 
 def make_solver(name: str | Solver) -> Solver:

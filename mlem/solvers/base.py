@@ -1,6 +1,6 @@
 """What a solver is.
 
-The loop (`mlem.sampling`) works in EDM coordinates `y = x / alpha`, `kappa = sigma / alpha`, in which the reverse
+The loop works in EDM coordinates `y = x / alpha`, `kappa = sigma / alpha`, in which the reverse
 ODE is `dy/dkappa = eps(y, kappa)` and the reverse SDE `dy = 2 eps dkappa + dB` with B a Brownian motion in the
 clock kappa^2. A solver makes one step from one point of a time grid to the next; it knows nothing of networks.
 A file in this folder that subclasses `Solver` is found by its name.
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mlem.noise import BrownianPath
-from mlem.schedule import NoiseSchedule, TimeGrid
+from mlem.schedule import NoiseSchedule, TimeGrid, expand_like
 
 
 class Point(NamedTuple):
@@ -33,8 +33,20 @@ class Point(NamedTuple):
         return [Point(t, schedule.alpha(t).item(), schedule.kappa(t).item()) for t in grid.times]
 
 
-Estimate = Callable[[Tensor, Point], Tensor]
-"""eps(y, point): the noise estimate at y (B, ...), like y."""
+Place = Point | Tensor
+"""Where a noise estimate is wanted: a point of the grid, or a kappa for each sample, (B,) float64."""
+
+Estimate = Callable[[Tensor, Place], Tensor]
+"""eps(y, place): the noise estimate at y (B, ...), like y."""
+
+
+def model_input(schedule: NoiseSchedule, y: Tensor, place: Place) -> tuple[Tensor, Tensor]:
+    """What a denoiser is asked where a solver is at y (B, ...): x (B, ...) and t (B,), float64."""
+    if isinstance(place, Point):
+        return (y * place.alpha).double(), torch.full((len(y),), place.t, dtype=torch.float64, device=y.device)
+    t = schedule.time_from_kappa(place)
+    return (y * expand_like(schedule.alpha(t), y)).double(), t
+
 
 SOLVERS: dict[str, type[Solver]] = {}
 """Name -> solver class, filled as the files of this folder are imported."""
@@ -51,6 +63,12 @@ class Solver(ABC):
     default_grid: ClassVar[str] = "uniform"
     reference: ClassVar[str]
     """The solver that, with many steps from the same noise, gives what this one converges to."""
+    sequential: ClassVar[bool] = True
+    """Whether every call of the noise estimate is one evaluation for each sample, as many as `evaluations` says."""
+    linear: ClassVar[bool] = True
+    """Whether a step is linear in y and its noise estimates, with all its chance in the path and in where it asks."""
+    chunk: int | None = None
+    """The most rows that a network may be given at once; None: any number."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -75,31 +93,31 @@ class Solver(ABC):
     ) -> tuple[Tensor, Any]:
         """y at `there`, given y (B, ...) at `here`, and the new state."""
 
+    def integrate(
+        self,
+        eps: Estimate,
+        y: Tensor,
+        points: list[Point],
+        path: BrownianPath,
+        indices: Tensor,
+        seed: int,
+        *,
+        revise: Callable[[Tensor, Point], Tensor] | None = None,
+        watch: Callable[[int, Tensor], None] | None = None,
+    ) -> Tensor:
+        """The loop: y (B, ...) at points[0] -> y at points[-1].
 
-def integrate(
-    solver: Solver,
-    eps: Estimate,
-    y: Tensor,
-    points: list[Point],
-    path: BrownianPath,
-    indices: Tensor,
-    seed: int,
-    *,
-    revise: Callable[[Tensor, Point], Tensor] | None = None,
-    watch: Callable[[int, Tensor], None] | None = None,
-) -> Tensor:
-    """The loop: y (B, ...) at points[0] -> y at points[-1].
-
-    revise: may change y before each step, knowing better by then. watch: sees the number of each step and y after it.
-    """
-    state = solver.init(points, indices, seed)
-    for i, (here, there) in enumerate(itertools.pairwise(points)):
-        if revise is not None:
-            y = revise(y, here)
-        y, state = solver.step(eps, y, state, here, there, path)
-        if watch is not None:
-            watch(i, y)
-    return y
+        revise: may change y before each step, knowing better by then. watch: sees the number of each step and y after
+        it.
+        """
+        state = self.init(points, indices, seed)
+        for i, (here, there) in enumerate(itertools.pairwise(points)):
+            if revise is not None:
+                y = revise(y, here)
+            y, state = self.step(eps, y, state, here, there, path)
+            if watch is not None:
+                watch(i, y)
+        return y
 
 
 class _NoNoise:
@@ -108,22 +126,34 @@ class _NoNoise:
     def at(self, t: float) -> float:
         return 0.0
 
+    def between(self, t: float, kappa: Tensor) -> tuple[float, float]:
+        return 0.0, 0.0
+
 
 def response(
-    solver: Solver, points: list[Point], watch: Callable[[int, Tensor], None] | None = None
+    solver: Solver,
+    schedule: NoiseSchedule,
+    points: list[Point],
+    watch: Callable[[int, Tensor], None] | None = None,
 ) -> tuple[Tensor, list[Point]]:
     """What each noise estimate adds to the last y, all others held fixed, (R,) float64, and the points asked for.
 
-    Every solver is linear in y and in its noise estimates, so the coefficients are read off by feeding it unit vectors;
-    DDIM's are `kappa' - kappa`, those of Euler-Maruyama twice as much. At most two evaluations a step. watch: sees the
-    number of each step and what was added by its end, (>= R,).
+    A linear solver's coefficients are read off by feeding it unit vectors; DDIM's are `kappa' - kappa`, those of
+    Euler-Maruyama twice as much. At most two evaluations a step. Where a solver asks at random, these are the places
+    of sample 0 with seed 0. watch: sees the number of each step and what was added by its end, (>= R,). Raises
+    ValueError for a solver that is not linear.
     """
+    if not solver.linear:
+        raise ValueError(f"{solver.name} is not linear in its noise estimates: no plan can be searched for it")
     size, asked = 2 * len(points), []
 
-    def unit(y: Tensor, point: Point) -> Tensor:
-        asked.append(point)
+    def unit(y: Tensor, place: Place) -> Tensor:
+        if not isinstance(place, Point):
+            t = schedule.time_from_kappa(place)
+            place = Point(t.item(), schedule.alpha(t).item(), place.item())
+        asked.append(place)
         return torch.zeros(size, dtype=torch.float64).index_fill_(0, torch.tensor([len(asked) - 1]), 1.0)
 
     still: Any = _NoNoise()
     nothing, index = torch.zeros(size, dtype=torch.float64), torch.zeros(1, dtype=torch.int64)
-    return integrate(solver, unit, nothing, points, still, index, 0, watch=watch)[: len(asked)], asked
+    return solver.integrate(unit, nothing, points, still, index, 0, watch=watch)[: len(asked)], asked

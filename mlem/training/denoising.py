@@ -14,10 +14,10 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
-from mlem.denoiser import Denoiser, NetworkDenoiser, expand_like, training_target
+from mlem.denoiser import Denoiser, NetworkDenoiser, training_target
 from mlem.family import Family, Level
 from mlem.noise import NoiseStream
-from mlem.schedule import NoiseSchedule
+from mlem.schedule import NoiseSchedule, expand_like
 
 NOISE_LEVELS = tuple((i + 0.5) / 10 for i in range(10))
 """Times at which the denoising error is measured."""

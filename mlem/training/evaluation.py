@@ -19,10 +19,11 @@ from torch import Tensor
 
 from mlem.family import Family, Level
 from mlem.files import atomic_write, write_json
+from mlem.ledger import Ledger, LevelLedger
 from mlem.metrics import FID, PathwiseError, reference_statistics
 from mlem.multilevel.recipe import Recipe
 from mlem.plots import error_by_noise_level, error_vs_time, image_grid
-from mlem.sampling import Ledger, LevelLedger, Sampler, blocks
+from mlem.sampling import Sampler, blocks
 from mlem.training.progress import announced
 
 GRID_IMAGES = 64

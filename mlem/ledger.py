@@ -1,0 +1,100 @@
+"""What a run cost: the ledger, and the meter that stands before every network and keeps it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class LevelLedger:
+    """What one level cost: calls and expected_calls are network evaluations, one for each image and call."""
+
+    calls: int = 0
+    expected_calls: float = 0.0
+    seconds: float = 0.0
+    flops: float = 0.0
+
+
+@dataclass
+class Ledger:
+    """What a run cost, over all of its images. `seconds` of a level are spent in its network; wall_seconds in all."""
+
+    levels: dict[str, LevelLedger] = field(default_factory=dict)
+    wall_seconds: float = 0.0
+    images: int = 0
+    rounds: float = 0.0
+    """Network calls one after another, on average over the images: less than `evaluations` where calls run at once."""
+
+    @property
+    def evaluations(self) -> float:
+        """Network calls for one sample, all levels together."""
+        return sum(level.calls for level in self.levels.values()) / max(self.images, 1)
+
+    @property
+    def network_seconds(self) -> float:
+        """Seconds in networks, all levels together."""
+        return sum(level.seconds for level in self.levels.values())
+
+    def add(self, other: Ledger) -> None:
+        """Add the cost of another run."""
+        rounds = self.rounds * self.images + other.rounds * other.images
+        self.rounds = rounds / max(self.images + other.images, 1)
+        self.wall_seconds += other.wall_seconds
+        self.images += other.images
+        for name, cost in other.levels.items():
+            own = self.levels.setdefault(name, LevelLedger())
+            for key, value in vars(cost).items():
+                setattr(own, key, getattr(own, key) + value)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, for JSON."""
+        totals = {"evaluations": self.evaluations, "network_seconds": self.network_seconds}
+        own = {"images": self.images, "wall_seconds": self.wall_seconds, "rounds": self.rounds}
+        return own | totals | {"levels": {name: dict(vars(cost)) for name, cost in self.levels.items()}}
+
+    @staticmethod
+    def from_dict(plain: Mapping[str, Any]) -> Ledger:
+        """The ledger that `to_dict` described."""
+        levels = {name: LevelLedger(**cost) for name, cost in plain["levels"].items()}
+        return Ledger(levels, plain["wall_seconds"], plain["images"], plain.get("rounds", 0.0))
+
+
+class Meter:
+    """Stands before a network (or a whole denoiser that is none): counts its calls and the seconds spent in it.
+
+    The host never waits for a device.
+    """
+
+    def __init__(self, network: Callable[..., Any], flops: float) -> None:
+        self.network, self._flops = network, flops
+        self._images, self._seconds = 0, 0.0
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    def __call__(self, x: Tensor, t: Tensor) -> Any:
+        self._images += len(x)
+        if x.device.type == "cuda":
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            output = self.network(x, t)
+            end.record()
+            self._events.append((start, end))
+            return output
+        begin = time.perf_counter()
+        output = self.network(x, t)
+        self._seconds += time.perf_counter() - begin
+        return output
+
+    def collect(self) -> LevelLedger:
+        """The cost since the last time; on a GPU this waits for it."""
+        for start, end in self._events:
+            end.synchronize()
+            self._seconds += start.elapsed_time(end) / 1000
+        cost = LevelLedger(self._images, self._images, self._seconds, self._images * self._flops)
+        self._images, self._seconds, self._events = 0, 0.0, []
+        return cost
