@@ -111,7 +111,8 @@ def randomized_midpoint_step(
     """
     _check_positive("step", step)
     a = a.double()
-    before, after = Kernel.of(friction, step * a), Kernel.of(friction, step * (1 - a))
+    both = Kernel.of(friction, step * torch.stack([a, 1 - a]))
+    before, after = (Kernel(*entries) for entries in zip(*both, strict=True))
     x_a, v_a = before.drift(x, v, *normals[0])
     kicked = v_a + step * score_fn(x_a + before.like(x).x_from_score * score_fn(x))
     return after.drift(x_a, kicked, *normals[1])
@@ -133,20 +134,22 @@ def parallel_underdamped(
         if value < 1:
             raise ValueError(f"{name} must be >= 1, got {value}")
     _check_positive("step", step)
-    kernel = Kernel.of(friction, step / points)
-    scores = x.new_zeros(points, *x.shape)
+    k = Kernel.of(friction, step / points)
+    noise_x, noise_v = k.noise_xx * normals[:, 0], k.noise_vx * normals[:, 0] + k.noise_vv * normals[:, 1]
+    xs, v_end = _trajectory(x, v, noise_x, noise_v, k)
     for _ in range(rounds):
-        places = torch.stack([place for place, _ in _trajectory(scores, x, v, kernel, normals)][:-1])
-        scores = score_fn(places.flatten(0, 1)).unflatten(0, (points, len(x)))
-    return _trajectory(scores, x, v, kernel, normals)[-1]
+        scores = score_fn(xs[:-1].flatten(0, 1)).unflatten(0, (points, len(x)))
+        xs, v_end = _trajectory(x, v, noise_x + k.x_from_score * scores, noise_v + k.v_from_score * scores, k)
+    return xs[-1], v_end
 
 
-def _trajectory(scores: Tensor, x: Tensor, v: Tensor, kernel: Kernel, normals: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """(x, v) at all R + 1 points, the scores (R, B, ...) given."""
-    states = [(x, v)]
-    for score, (z_x, z_v) in zip(scores, normals, strict=True):
-        states.append(underdamped_step(score, *states[-1], kernel, z_x, z_v))
-    return states
+def _trajectory(x: Tensor, v: Tensor, moves: Tensor, kicks: Tensor, kernel: Kernel) -> tuple[Tensor, Tensor]:
+    """x at all R + 1 points and the last v, from what each step adds to x and to v: (R, B, ...)."""
+    vs = [v]
+    for kick in kicks:
+        vs.append(torch.add(kick, vs[-1], alpha=kernel.decay))
+    xs = torch.cat([x[None], moves + kernel.x_from_v * torch.stack(vs[:-1])])
+    return xs.cumsum(0), vs[-1]
 
 
 def _series(u: Tensor, weight: Callable[[int], float]) -> Tensor:

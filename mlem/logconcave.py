@@ -155,7 +155,7 @@ def sample(
         return -gradient
 
     indices = torch.arange(len(x0), device=x0.device)
-    noise, coins = NoiseStream(seed, "langevin"), NoiseStream(seed, "langevin/midpoint")
+    noise, midpoints = NoiseStream(seed, "langevin"), NoiseStream(seed, "langevin/midpoint")
     x = x0.detach()
     v = NoiseStream(seed, "langevin/velocity").normal(indices, [0], x.shape[1:], x.dtype)[0]
     draws = x.new_empty(steps // thin, *x.shape)
@@ -163,7 +163,7 @@ def sample(
     for i in _with_progress(range(warmup + steps), progress):
         slots = range(plan.normals * i, plan.normals * (i + 1))
         normals = noise.normal(indices, slots, (2, *x.shape[1:]), x.dtype).movedim(2, 1)
-        a = coins.uniform(indices, [i], torch.float64)[0]
+        a = midpoints.uniform(indices, [i], torch.float64)[0] if plan.random else indices
         x, v = plan.step(score, x, v, a, normals)
         failed = torch.where((failed < 0) & ~torch.isfinite(x + v).flatten(1).all(1), i, failed)
         kept, rest = divmod(i + 1 - warmup, thin)
@@ -210,7 +210,10 @@ def default_step_size(method: str, m: float, L: float, *, points: int = 16, accu
 
 
 class _Plan(NamedTuple):
-    """step: (score, x, v, a (B,), normals (S, 2, B, ..)) -> (x, v). normals: S. gradients, rounds: of a step."""
+    """step: (score, x, v, a (B,), normals (S, 2, B, ..)) -> (x, v); a is read if `random`. normals: S.
+
+    gradients, rounds: of one step.
+    """
 
     step: Callable[[Gradient, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
     step_size: float
@@ -218,6 +221,7 @@ class _Plan(NamedTuple):
     normals: int
     gradients: int
     rounds: int
+    random: bool = False
 
 
 def _plan(
@@ -245,7 +249,7 @@ def _plan(
         raise ValueError("friction is not known: give friction, or L, the upper bound of the Hessian of V")
     g = 2 * math.sqrt(L) if friction is None else friction  # type: ignore[arg-type]
     if method == "randomized_midpoint":
-        return _Plan(lambda score, x, v, a, z: randomized_midpoint_step(score, x, v, g, h, a, z), h, g, 2, 2, 2)
+        return _Plan(lambda score, x, v, a, z: randomized_midpoint_step(score, x, v, g, h, a, z), h, g, 2, 2, 2, True)
     if method == "underdamped":
         kernel = Kernel.of(g, h)
         return _Plan(lambda score, x, v, a, z: underdamped_step(score(x), x, v, kernel, *z[0]), h, g, 1, 1, 1)
