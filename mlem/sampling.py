@@ -82,7 +82,7 @@ class Sampler:
             raise ValueError(
                 "plan= chooses between the levels of a family, but the model is not a Family; leave it out"
             )
-        self.solver = copy.copy(_make_solver(solver))  # a copy: a solver may remember the grid that it made
+        self.solver = copy.copy(solver_of(solver))  # a copy: a solver may remember the grid that it made
         if isinstance(model, Family):
             schedule, shape = schedule or model.schedule, shape or model.shape
             if plan is None:
@@ -256,12 +256,13 @@ def _device_of(network: nn.Module) -> torch.device:
     return torch.device("cpu") if parameter is None else parameter.device
 
 
-def _make_solver(solver: str | Solver) -> Solver:
+def solver_of(solver: str | Solver, **options: Any) -> Solver:
+    """`make_solver`, for diffusers' schedulers too (`diffusers:ClassName`). Raises ValueError for unknown options."""
     if isinstance(solver, str) and solver.startswith("diffusers:"):
         from mlem.interop.diffusers import DiffusersSolver
 
-        return DiffusersSolver(solver.removeprefix("diffusers:"))
-    return make_solver(solver)
+        return DiffusersSolver(solver.removeprefix("diffusers:"), **options)
+    return make_solver(solver, **options)
 
 
 def blocks(indices: Sequence[int], batch_size: int) -> list[list[int]]:

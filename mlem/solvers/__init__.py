@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import inspect
 import pkgutil
+from typing import Any
 
 from mlem.solvers.base import SOLVERS, Estimate, Place, Point, Solver, model_input, response
 
@@ -14,12 +16,19 @@ for _module in pkgutil.iter_modules(__path__):
 __all__ = ["SOLVERS", "Estimate", "Place", "Point", "Solver", "make_solver", "model_input", "response"]
 
 
-def make_solver(name: str | Solver) -> Solver:
-    """The solver called `name`, or the given solver itself. Raises ValueError with the nearest name."""
+def make_solver(name: str | Solver, **options: Any) -> Solver:
+    """The solver called `name` with its options, or the solver given. Raises ValueError with the nearest name."""
     if isinstance(name, Solver):
         return name
     if name not in SOLVERS:
         near = difflib.get_close_matches(name, SOLVERS, 1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise ValueError(f"solver must be one of {', '.join(sorted(SOLVERS))}, got {name!r}{hint}")
-    return SOLVERS[name]()
+    known = [key for key in inspect.signature(SOLVERS[name]).parameters if key not in ("args", "kwargs")]
+    if unknown := sorted(options.keys() - set(known)):
+        raise ValueError(f"{name} has no option {unknown[0]!r}; {_listed(known)}")
+    return SOLVERS[name](**options)
+
+
+def _listed(options: list[str]) -> str:
+    return f"its options are {', '.join(options)}" if options else "it has none"

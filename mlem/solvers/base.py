@@ -63,6 +63,8 @@ class Solver(ABC):
     default_grid: ClassVar[str] = "uniform"
     reference: ClassVar[str]
     """The solver that, with many steps from the same noise, gives what this one converges to."""
+    coupled: ClassVar[bool] = True
+    """Whether the samples do converge to those of `reference`; else only their law does."""
     sequential: ClassVar[bool] = True
     """Whether every call of the noise estimate is one evaluation for each sample, as many as `evaluations` says."""
     linear: ClassVar[bool] = True

@@ -28,6 +28,10 @@ class Clock(ABC):
         """The kappa at this fraction, in [0, 1], of the way from `kappa` to `there`."""
 
     @abstractmethod
+    def parts(self, kappa: float, there: float, count: int) -> Tensor:
+        """kappa, .., there: the ends of `count` parts of the way, (count + 1,)."""
+
+    @abstractmethod
     def drift(self, kappa: Kappa, there: Kappa, at: Kappa) -> Tensor:
         """What a unit of eps, estimated at kappa `at`, adds to y when it is frozen from `kappa` to `there`."""
 
@@ -41,6 +45,14 @@ class KappaClock(Clock):
 
     def place(self, kappa: Kappa, there: Kappa, fraction: Tensor) -> Tensor:
         return kappa + (there - kappa) * fraction
+
+    def parts(self, kappa: float, there: float, count: int) -> Tensor:
+        """Evenly in log kappa, or to 0 by halves: no part is long beside its kappa, so Picard's rounds contract."""
+        numbers = torch.arange(count + 1, dtype=torch.float64)
+        ratio = 0.5 if there == 0 else (there / kappa) ** (1 / count)
+        ends = kappa * ratio**numbers
+        ends[-1] = there
+        return ends
 
     def drift(self, kappa: Kappa, there: Kappa, at: Kappa) -> Tensor:
         return _float64(there) - kappa
@@ -56,6 +68,12 @@ class OUClock(Clock):
         s, s_there = (_float64(end).square().log1p() / 2 for end in (kappa, there))
         # expm1: the square of a small kappa
         return torch.expm1(2 * (s + (s_there - s) * fraction)).sqrt()
+
+    def parts(self, kappa: float, there: float, count: int) -> Tensor:
+        """Evenly in OU time, as in the paper."""
+        ends = self.place(kappa, there, torch.linspace(0, 1, count + 1, dtype=torch.float64))
+        ends[0], ends[-1] = kappa, there
+        return ends
 
     def drift(self, kappa: Kappa, there: Kappa, at: Kappa) -> Tensor:
         kappa, there, at = _float64(kappa), _float64(there), _float64(at)

@@ -1,0 +1,227 @@
+"""Randomized midpoints in parallel over time (Gupta, Cai and Chen, arXiv:2406.00924, the parallel algorithm).
+
+A step, or block, has R parts with a midpoint uniform in each, all evaluated in one call. With (k_j-1, k_j) the
+parts, m_j the midpoints, d and w the drift and the weight of the clock (`mlem.solvers.clock`):
+
+- start, with eps at the block's start: `y_i = y + d(k_0 -> m_i) eps(y, k_0)`;
+- each of K rounds: all `e_j = eps(y_j, m_j)` at once, then
+  `y_i = y + sum_(j<i) d(k_j-1 -> k_j) e_j + d(k_i-1 -> m_i) e_i`;
+- end: `y' = y + sum_j w(k_j-1 -> k_j, m_j) e_j`, with the estimates of the last round.
+
+So K counts calls; the paper's iterations are one fewer, its last call being that of the end. The rounds converge to the
+fixed point, which is what solving for one midpoint after the other gives.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mlem.noise import BrownianPath, NoiseStream
+from mlem.schedule import TimeGrid
+from mlem.solvers.base import Estimate, Point, Solver
+from mlem.solvers.clock import Clock, make_clock
+
+
+class ParallelMidpoint(Solver):
+    """Few rounds of many calls: `steps` blocks of `midpoints`, at most `rounds` calls each after that of its start.
+
+    clock: what midpoints are uniform in, `kappa` or `ou`. tolerance: a block is done when no midpoint of the sample
+    moved by more, root mean square over pixels in units of the data, since the round before (None: after `rounds`);
+    every sample stops by itself, so that it knows no batch. window: midpoints in flight, whole blocks of them: each
+    follows one round behind the one before it, so that n blocks take about n + rounds calls in a row instead of
+    n (1 + rounds). chunk: the most rows of one network call. Memory holds a window,
+    whatever the number of steps. Raises ValueError for options out of range.
+    """
+
+    name = "parallel_midpoint"
+    order = 1.5
+    stochastic = False
+    reference = "dpm_solver_pp"
+    sequential = False
+    default_grid = "log_snr"
+    linear = False
+
+    def __init__(
+        self,
+        midpoints: int = 8,
+        rounds: int = 20,
+        tolerance: float | None = 1e-3,
+        window: int | None = None,
+        chunk: int | None = None,
+        clock: str = "kappa",
+    ) -> None:
+        for option, value in (("midpoints", midpoints), ("rounds", rounds), ("chunk", 1 if chunk is None else chunk)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{option} must be a whole number >= 1, got {value!r}")
+        if tolerance is not None and not (tolerance > 0 and math.isfinite(tolerance)):
+            raise ValueError(f"tolerance must be a positive number, got {tolerance!r}; null makes all rounds")
+        window = midpoints if window is None else window
+        if not isinstance(window, int) or window < midpoints or window % midpoints:
+            raise ValueError(f"window must hold whole blocks of midpoints={midpoints}, at least one, got {window!r}")
+        self.midpoints, self.rounds, self.tolerance, self.window = midpoints, rounds, tolerance, window
+        self.chunk, self.clock = chunk, make_clock(clock)
+        if clock == "ou":
+            self.default_grid = "ou_halving"  # pyright: ignore[reportAttributeAccessIssue]
+
+    def evaluations(self, grid: TimeGrid) -> int:
+        """At most so many; fewer where a tolerance is met."""
+        return grid.steps * (1 + self.rounds * self.midpoints)
+
+    def init(self, points: list[Point], indices: Tensor, seed: int) -> tuple[Tensor, int, int]:
+        return indices, seed, 0
+
+    def step(
+        self, eps: Estimate, y: Tensor, state: Any, here: Point, there: Point, path: BrownianPath
+    ) -> tuple[Tensor, Any]:
+        """One block by itself; state: its number."""
+        y = self._fly(eps, y, _Table.draw(self.clock, self.midpoints, [here, there], *state), None)
+        return y, (*state[:2], state[2] + 1)
+
+    def integrate(
+        self,
+        eps: Estimate,
+        y: Tensor,
+        points: list[Point],
+        path: BrownianPath,
+        indices: Tensor,
+        seed: int,
+        *,
+        revise: Callable[[Tensor, Point], Tensor] | None = None,
+        watch: Callable[[int, Tensor], None] | None = None,
+    ) -> Tensor:
+        if revise is not None:
+            raise ValueError("parallel_midpoint evaluates many times at once: nothing can be revised in between")
+        return self._fly(eps, y, _Table.draw(self.clock, self.midpoints, points, indices, seed), watch)
+
+    def _fly(self, eps: Estimate, y: Tensor, table: _Table, watch: Callable[[int, Tensor], None] | None) -> Tensor:
+        flight = _Flight(table, y, self.window // self.midpoints)
+        while flight.unfinished:
+            moved = flight.round(eps, measure=self.tolerance is not None)
+            done = flight.age >= 1 + self.rounds
+            if (
+                moved is not None and self.tolerance is not None
+            ):  # the one place where the host waits: whether to go on is decided here
+                done |= (flight.age > 1) & (moved <= self.tolerance).cpu()
+            flight.move_on(done)
+            if watch is not None:
+                watch(max(0, int(flight.front.min()) - 1), flight.base)
+        return flight.base
+
+
+@dataclass
+class _Table:
+    """Everything about the blocks that can be known beforehand; float64."""
+
+    clock: Clock
+    edges: Tensor
+    """kappa at the ends of the parts: (blocks, R + 1)."""
+    middles: Tensor
+    """kappa of the midpoints: (B, blocks, R)."""
+
+    @staticmethod
+    def draw(clock: Clock, midpoints: int, points: list[Point], indices: Tensor, seed: int, first: int = 0) -> _Table:
+        """first: number of the first block, which keys the midpoints."""
+        slots = range(first * midpoints, (first + len(points) - 1) * midpoints)
+        pairs = itertools.pairwise(point.kappa for point in points)
+        edges = torch.stack([clock.parts(*pair, midpoints) for pair in pairs]).to(indices.device)
+        stream = NoiseStream(seed, "midpoint-parallel")
+        own = stream.uniform(indices, slots, torch.float64).T.reshape(len(indices), -1, midpoints)
+        return _Table(clock, edges, clock.place(edges[:, :-1], edges[:, 1:], own))
+
+    def of(self, edges: Tensor, middles: Tensor) -> Tensor:
+        """What each estimate adds to y at each midpoint, and at the block's end: (.., R + 1, R)."""
+        left, right, parts = edges[..., :-1], edges[..., 1:], middles.shape[-1]
+        whole = self.clock.drift(left, right, middles)[..., None, :].expand(*middles.shape, parts)
+        inside = torch.diag_embed(self.clock.drift(left, middles, middles).expand_as(middles))
+        end = self.clock.weight(left, right, middles).expand_as(middles)
+        return torch.cat([whole.tril(-1) + inside, end[..., None, :]], -2)
+
+    def of_start(self, edges: Tensor, middles: Tensor) -> Tensor:
+        """The same where all that is known is the estimate at the start, number 0."""
+        start = edges[..., :1]
+        found = self.clock.drift(start, torch.cat([middles, edges[..., -1:]], -1), start)
+        return torch.nn.functional.pad(found[..., None], (0, middles.shape[-1] - 1))
+
+
+class _Flight:
+    """The blocks in flight, S of them for each of B samples, and what lies before them.
+
+    front: number of the first block of each sample, (B,); age: calls that each block has had, (B, S); both on the CPU.
+    A block enters when the one before it has been asked for the first time. base: y at the start of the first block.
+    """
+
+    def __init__(self, table: _Table, y: Tensor, slots: int) -> None:
+        self._table, self.base = table, y
+        self._blocks, self._parts = table.middles.shape[1:]
+        slots = min(slots, self._blocks)
+        self.front = torch.zeros(len(y), dtype=torch.int64)
+        self.age = torch.zeros(len(y), slots, dtype=torch.int64)
+        self._starts = y[:, None].repeat(1, slots + 1, *[1] * (y.dim() - 1))
+        """y where each block begins, and where the last ends: (B, S + 1, ...)."""
+        self._places = self._starts[:, :-1, None].repeat(1, 1, self._parts, *[1] * (y.dim() - 1))
+        """y at the midpoints: (B, S, R, ...)."""
+        self._slopes = torch.zeros_like(self._places)
+        """The last estimates there; of a block that was asked at its start alone, number 0."""
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether any sample has blocks left."""
+        return bool((self.front < self._blocks).any())
+
+    def round(self, eps: Estimate, measure: bool) -> Tensor | None:
+        """One call for all blocks in flight; with `measure` by how much each moved, in units of the data, (B, S)."""
+        device, slots = self.base.device, self.age.shape[1]
+        numbers = self.front[:, None] + torch.arange(slots)
+        waits = torch.cat([torch.zeros(len(numbers), 1, dtype=torch.bool), self.age[:, :-1] == 0], 1)
+        asked = (numbers < self._blocks) & ~((self.age == 0) & waits)
+        starting = asked & (self.age == 0)
+        own = asked[..., None] & (~starting[..., None] | (torch.arange(self._parts) == 0))
+        rows = own.flatten().nonzero().flatten().to(device, non_blocking=True)
+        numbers = numbers.clamp(max=self._blocks - 1).to(device, non_blocking=True)
+        edges = self._table.edges[numbers]  # (B, S, R + 1)
+        middles = self._table.middles.gather(1, numbers[..., None].expand(-1, -1, self._parts))  # (B, S, R)
+        starting, silent = (mask.to(device, non_blocking=True)[..., None] for mask in (starting, ~asked))
+        at = torch.where(starting, edges[..., :1], middles)
+        found = eps(self._places.flatten(0, 2)[rows], at.flatten()[rows]).double()
+        self._slopes.view(-1, *self.base.shape[1:]).index_copy_(0, rows, found)
+        weights = torch.where(starting[..., None], self._table.of_start(edges, middles), self._table.of(edges, middles))
+        weights = weights.masked_fill(silent[..., None], 0.0)
+        before = self._places
+        self._add(weights)
+        self.age += asked
+        if not measure:
+            return None
+        alpha = (1 + middles.square()).rsqrt()
+        return ((self._places - before).flatten(3).square().mean(3).sqrt() * alpha).amax(2)
+
+    def _add(self, weights: Tensor) -> None:
+        """Starts and places anew; weights (B, S, R + 1, R): of each estimate in each place, and in the block's end."""
+        sums = (weights @ self._slopes.flatten(3)).view(*weights.shape[:3], *self.base.shape[1:])
+        ends = self.base[:, None] + sums[:, :, -1].cumsum(1)
+        self._starts = torch.cat([self.base[:, None], ends], 1)
+        self._places = self._starts[:, :-1, None] + sums[:, :, :-1]
+
+    def move_on(self, done: Tensor) -> None:
+        """Leave behind the first blocks of each sample that are done, and let new ones in; done: (B, S)."""
+        passed = done.long().cumprod(1).sum(1).minimum(self._blocks - self.front)
+        if not bool(passed.any()):
+            return
+        slots = self.age.shape[1]
+        self.front = self.front + passed
+        ahead = (torch.arange(slots + 1) + passed[:, None]).clamp(max=slots)
+        ages = torch.cat([self.age, torch.zeros(len(passed), 1, dtype=torch.int64)], 1)
+        self.age = ages.gather(1, ahead[:, :-1])
+        ahead, rows = ahead.to(self.base.device, non_blocking=True), torch.arange(len(passed))[:, None]
+        rows = rows.to(self.base.device, non_blocking=True)
+        self._starts = self._starts[rows, ahead]
+        self.base = self._starts[:, 0]
+        fresh = self._starts[:, -1:, None].expand(-1, -1, self._parts, *self.base.shape[1:])
+        self._places = torch.cat([self._places, fresh], 1)[rows, ahead[:, :-1]]
+        self._slopes = self._slopes[rows, ahead[:, :-1].clamp(max=slots - 1)]

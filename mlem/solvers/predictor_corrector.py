@@ -1,0 +1,118 @@
+"""Predictor and corrector in turn (Algorithm 3, arXiv:2406.00924, and its parallel form).
+
+Stretches of randomized-midpoint steps, each followed by underdamped Langevin dynamics at the noise level reached; on
+the paper's grid (`ou_halving`) the last stretch has halving steps. The step to kappa = 0 is the predictor's alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from mlem.noise import BrownianPath
+from mlem.schedule import NoiseSchedule, TimeGrid
+from mlem.solvers.base import Estimate, Point, Solver
+from mlem.solvers.lipschitz import Lipschitz
+from mlem.solvers.parallel_midpoint import ParallelMidpoint
+from mlem.solvers.randomized_midpoint import RandomizedMidpoint
+from mlem.solvers.underdamped_langevin import UnderdampedLangevin
+
+PREDICTORS = ("randomized_midpoint", "parallel_midpoint")
+CORRECTIONS = 5
+"""How many corrections there are by default, where no Lipschitz constant says how long a stretch is."""
+
+
+class _State(NamedTuple):
+    predictor: Any
+    step: int
+    corrected: frozenset[int]
+    """After which steps there is a correction."""
+    indices: Tensor
+    seed: int
+
+
+class PredictorCorrector(Solver):
+    """`steps` predictor steps with corrections in between.
+
+    predictor: randomized_midpoint or parallel_midpoint, with its clock. corrector: underdamped, midpoint or parallel;
+    time, step, friction and rounds: see `UnderdampedLangevin`. lipschitz: of the score of x_t, a number for all t or a
+    table (t, L) such as `estimate_lipschitz` makes; None: 1 / sigma_t^2. It fixes the sizes: those of the corrector,
+    and with a number the stretches, of OU time 1 / L. every: steps in a stretch, set by hand; without that and a
+    number, five corrections. Raises ValueError for options out of range.
+    """
+
+    name = "predictor_corrector"
+    order = 1.5
+    stochastic = True
+    reference = "dpm_solver_pp"
+    coupled = False
+    linear = False
+
+    def __init__(
+        self,
+        predictor: str = "randomized_midpoint",
+        corrector: str = "underdamped",
+        every: int | None = None,
+        lipschitz: float | Sequence[tuple[float, float]] | None = None,
+        time: float = 1.0,
+        step: float = 0.25,
+        friction: float = 2.0,
+        rounds: int = 4,
+        clock: str = "kappa",
+    ) -> None:
+        if predictor not in PREDICTORS:
+            raise ValueError(f"predictor must be one of {', '.join(PREDICTORS)}, got {predictor!r}")
+        if every is not None and (not isinstance(every, int) or isinstance(every, bool) or every < 1):
+            raise ValueError(f"every must be a whole number of steps >= 1, got {every!r}")
+        self.predictor: Solver = RandomizedMidpoint(clock)
+        if predictor == "parallel_midpoint":
+            self.predictor = ParallelMidpoint(clock=clock)
+            self.sequential = False  # pyright: ignore[reportAttributeAccessIssue]
+        self.corrector = UnderdampedLangevin(time, step, friction, corrector, rounds)
+        if corrector == "parallel":
+            self.sequential = False  # pyright: ignore[reportAttributeAccessIssue]
+        self.every, self.lipschitz = every, Lipschitz.of(lipschitz)
+        self.default_grid = self.predictor.default_grid  # pyright: ignore[reportAttributeAccessIssue]
+
+    def grid(self, schedule: NoiseSchedule, steps: int, grid: str | TimeGrid | None = None) -> TimeGrid:
+        self._schedule = schedule  # how many corrections there are depends on OU times
+        return super().grid(schedule, steps, grid)
+
+    def evaluations(self, grid: TimeGrid) -> int:
+        """For each sample; at most so many, where a parallel predictor stops by tolerance."""
+        if self.every is None and self.lipschitz.number is not None:
+            kappas = [self._schedule.kappa(t).item() for t in grid.times]
+        else:
+            kappas = [1.0] * grid.steps + [float(grid.times[-1] > 0)]
+        return self.predictor.evaluations(grid) + len(self._corrected(kappas)) * self.corrector.evaluations
+
+    def init(self, points: list[Point], indices: Tensor, seed: int) -> _State:
+        corrected = frozenset(self._corrected([point.kappa for point in points]))
+        return _State(self.predictor.init(points, indices, seed), 0, corrected, indices, seed)
+
+    def step(
+        self, eps: Estimate, y: Tensor, state: _State, here: Point, there: Point, path: BrownianPath
+    ) -> tuple[Tensor, _State]:
+        y, predictor = self.predictor.step(eps, y, state.predictor, here, there, path)
+        if state.step in state.corrected:
+            lipschitz = self.lipschitz.scaled(there)
+            y = self.corrector.correct(eps, y, there, lipschitz, state.indices, state.seed, state.step)
+        return y, state._replace(predictor=predictor, step=state.step + 1)
+
+    def _corrected(self, kappas: Sequence[float]) -> list[int]:
+        """After which steps there is a correction: at every stretch's end, and at the last point that has noise."""
+        noisy = [i for i, kappa in enumerate(kappas[1:]) if kappa > 0]
+        if self.every is None and self.lipschitz.number is not None:
+            stretches = [0.5 * math.log1p(kappa**2) * self.lipschitz.number for kappa in kappas]
+            ends = [
+                i
+                for i in noisy
+                if math.floor(stretches[0] - stretches[i + 1]) > math.floor(stretches[0] - stretches[i])
+            ]
+        else:
+            every = self.every or -(-(len(kappas) - 1) // CORRECTIONS)
+            ends = noisy[every - 1 :: every]
+        return sorted({*ends, *noisy[-1:]})
