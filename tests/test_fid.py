@@ -12,7 +12,15 @@ import torch
 from PIL import Image
 from torch import nn
 
-from mlem.metrics import FID, FewImagesWarning, RandomFeatures, frechet_distance, reference_path, reference_statistics
+from mlem.metrics import (
+    FID,
+    FewImagesWarning,
+    Measure,
+    RandomFeatures,
+    frechet_distance,
+    reference_path,
+    reference_statistics,
+)
 
 few_images = pytest.mark.filterwarnings("ignore::mlem.metrics.fid.FewImagesWarning")
 
@@ -320,6 +328,7 @@ def fid_on_ranks(rank, folder):
             fid.update(noise(401)[share])
             result = fid.compute(expected=401)
             results[name] = [result.name, result.value, result.real_count]
+        results["scores"] = [some_scores(folder / f"kept{ranks}", rank, ranks) for _ in range(2)]
         from mlem.metrics import PathwiseError
 
         error = PathwiseError()
@@ -329,10 +338,39 @@ def fid_on_ranks(rank, folder):
         torch.distributed.destroy_process_group()
 
 
+def some_scores(folder, rank=0, ranks=1):
+    """Everything, of 53 images against 61, read from the end by rank 0; the last rank of three has none."""
+    share = slice(rank, None, 2) if ranks == 3 else slice(rank, None, ranks)
+    mine, reals = ([], []) if rank == 2 else (list(range(53))[share], list(range(61))[share])
+    if rank == 0:
+        mine.reverse()
+    batches = [(part, digits()[part]) for part in (reals[:9], reals[9:])]
+    measure = Measure(FID(keep=True), batches, {"count": 61}, folder, kid=True, precision_recall=True, blocks=4)
+    for _ in range(2):  # the second start reads nothing
+        fid = measure.start("cpu")
+        for part in (mine[:20], mine[20:]):
+            fid.update(some_noise()[part], part)
+        scores = measure.scores(fid, expected=53)
+    return [[score.name, score.value, score.spread, score.real_count] for score in scores]
+
+
+def some_noise():
+    """Noise in part, so that precision and recall are neither 0 nor 1."""
+    return digits()[700:753] + 0.3 * noise(53)
+
+
 def test_one_two_and_three_ranks_agree(tmp_path):
     fid = FID()
     fid.update_real(digits()[:401])
     fid.update(noise(401))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FewImagesWarning)
+        scores = some_scores(tmp_path / "kept1")
+    assert [name for name, *_ in scores] == [
+        f"{kind}_random256@{count}" for count in (53, 13) for kind in ("fid", "kid", "precision", "recall")
+    ]
+    assert 0 < scores[2][1] < 1
+    assert 0 < scores[3][1] < 1
     expected = fid.compute()
     from mlem.metrics import pathwise_error
 
@@ -343,4 +381,8 @@ def test_one_two_and_three_ranks_agree(tmp_path):
             for name, value, real_count in (results["read"], results["cached"]):
                 assert (name, real_count) == (expected.name, expected.real_count) == ("fid_random256@401", 401)
                 assert value == pytest.approx(expected.value, rel=1e-12)
+            for one, two, again in zip(scores, *results["scores"], strict=True):
+                for value, other in ((two, one), (again, one)):
+                    assert (value[0], value[3]) == (other[0], other[3])
+                    assert value[1:3] == pytest.approx(other[1:3], rel=1e-9)
             assert results["pathwise"] == pytest.approx(pathwise_error(noise(401), digits()[:401]), rel=1e-12)

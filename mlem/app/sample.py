@@ -41,6 +41,8 @@ def run(config: DictConfig) -> None:
 
 
 def _sample(config: DictConfig) -> None:
+    if config.folder is not None:
+        raise ValueError(f"folder={config.folder} is what eval=folder scores: add eval=folder, or leave it out")
     indices = parse_indices(config.seeds, "seeds")
     folder, model = find_model(config)
     measure = measure_of(config, prepared(config)) if config.metric.features is not None else None
