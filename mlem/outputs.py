@@ -1,4 +1,4 @@
-"""Samples on disk: one PNG for each index, written atomically, shared out over ranks, made once.
+"""Samples on disk: one PNG for each index, written atomically, shared out over ranks, made once. Any PNG is read.
 
 folder/settings.json     how they were made; other settings are refused
 folder/00000012.png      sample 12
@@ -23,6 +23,7 @@ from mlem.plots import image_grid
 from mlem.sampling import Ledger, NonFiniteError, Sampler, blocks
 
 GRID_IMAGES = 64
+_CHANNELS = {"L": 1, "RGB": 3}
 
 
 def sample_path(folder: Path, index: int) -> Path:
@@ -105,9 +106,6 @@ def read_pixels(path: Path, shape: tuple[int, int, int] | None = None) -> Tensor
     return pixels[None] if pixels.dim() == 2 else pixels.permute(2, 0, 1)
 
 
-_CHANNELS = {"L": 1, "RGB": 3}
-
-
 def _described(channels: int, height: int, width: int) -> str:
     return f"{'L' if channels == 1 else 'RGB'} {width}x{height}"
 
@@ -122,7 +120,7 @@ def png_tree(folder: Path) -> list[Path]:
 
     Raises FileNotFoundError where there is none.
     """
-    found = sorted(path for path in folder.rglob("*.png") if not path.name.startswith("."))
+    found = sorted(p for p in folder.rglob("*") if p.suffix.lower() == ".png" and not p.name.startswith("."))
     found = [path for path in found if path.name != "grid.png" or not (path.parent / "settings.json").exists()]
     if not found:
         raise FileNotFoundError(f"folder={folder} holds no PNG; name a folder of images")
