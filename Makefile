@@ -9,6 +9,9 @@ setup: .venv/installed
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	# beside the environment, for the tests of FID: its torchvision would not fit a CPU torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps --upgrade \
+		--target .venv/fidelity torch-fidelity
 	@touch $@
 
 demo: setup  ## train xs, s and m on the digits, sample them, draw the figures: runs/demo/

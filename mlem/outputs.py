@@ -1,4 +1,4 @@
-"""Samples on disk: one PNG for each index, written atomically, shared out over ranks, made once.
+"""Samples on disk: one PNG for each index, written atomically, shared out over ranks, made once. Any PNG is read.
 
 folder/settings.json     how they were made; other settings are refused
 folder/00000012.png      sample 12
@@ -24,6 +24,7 @@ from mlem.plots import image_grid
 from mlem.sampling import NonFiniteError, Sampler, blocks
 
 GRID_IMAGES = 64
+_CHANNELS = {"L": 1, "RGB": 3}
 
 
 def sample_path(folder: Path, index: int) -> Path:
@@ -91,12 +92,40 @@ def write_png(path: Path, pixels: Tensor) -> None:
         Image.fromarray(array).save(file, format="PNG")
 
 
+def read_pixels(path: Path, shape: tuple[int, int, int] | None = None) -> Tensor:
+    """(C, H, W) uint8 of a grey or RGB PNG, as it is. Raises ValueError naming a file of another kind or `shape`."""
+    try:
+        with Image.open(path, formats=("PNG",)) as image:
+            found = (_CHANNELS.get(image.mode), image.height, image.width)
+            if found[0] is None or found != (shape or found):
+                wanted = "grey or RGB" if shape is None else _described(*shape)
+                raise ValueError(f"{path} is {image.mode} {image.width}x{image.height}, not {wanted}; convert it")
+            array = np.array(image)
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path} cannot be read as a PNG ({error}); make it again, or leave it out") from error
+    pixels = torch.from_numpy(array)
+    return pixels[None] if pixels.dim() == 2 else pixels.permute(2, 0, 1)
+
+
+def _described(channels: int, height: int, width: int) -> str:
+    return f"{'L' if channels == 1 else 'RGB'} {width}x{height}"
+
+
 def read_png(path: Path) -> Tensor:
     """(C, H, W) float32 in [-1, 1]."""
-    with Image.open(path) as image:
-        array = np.asarray(image)
-    pixels = torch.from_numpy(array.copy())
-    return (pixels[None] if pixels.dim() == 2 else pixels.permute(2, 0, 1)).float() / 127.5 - 1
+    return read_pixels(path).float() / 127.5 - 1
+
+
+def png_tree(folder: Path) -> list[Path]:
+    """Every PNG in `folder` and below, sorted by path; hidden files, and the grid among samples, are left out.
+
+    Raises FileNotFoundError where there is none.
+    """
+    found = sorted(p for p in folder.rglob("*") if p.suffix.lower() == ".png" and not p.name.startswith("."))
+    found = [path for path in found if path.name != "grid.png" or not (path.parent / "settings.json").exists()]
+    if not found:
+        raise FileNotFoundError(f"folder={folder} holds no PNG; name a folder of images")
+    return found
 
 
 def finish(folder: Path, indices: Sequence[int], ledger: Ledger) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 
 from mlem.data import Shards, held_out_batches
 from mlem.family import Family
-from mlem.metrics import FewImagesWarning
+from mlem.metrics import FID, FewImagesWarning, Measure
 from mlem.training.denoising import FamilyModule
 from mlem.training.evaluation import SamplerChoice, SamplerEvaluation
 from mlem.training.loggers import JSONLinesLogger, wandb_logger
@@ -30,9 +30,11 @@ def make(folder: Path, shards: Shards, **options: Any) -> SamplerEvaluation:
             import torch.distributed as dist
 
             rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-            yield shards.images(range(rank, 40, ranks))
+            mine = range(rank, 40, ranks)
+            yield mine, shards.images(mine)
 
-    settings = {"batch_size": 2, "reference_steps": REFERENCE, "reals": Reals(), "reals_key": {"count": 40}}
+    measure = Measure(FID(), Reals(), {"count": 40}, folder / "reference")
+    settings = {"batch_size": 2, "reference_steps": REFERENCE, "measure": measure}
     return SamplerEvaluation(CHOICES, range(COUNT), folder, **settings | options)
 
 

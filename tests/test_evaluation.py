@@ -131,9 +131,7 @@ def test_only_rank_0_logs(two_ranks: Path) -> None:
 def test_only_the_reference_itself_can_be_evaluated(trained: Path, shards: Shards, tmp_path: Path) -> None:
     """Nothing with an error above zero is left for the figure."""
     family = Family([Family.load(trained / "runs/tiny/family").levels[0]])
-    evaluation = SamplerEvaluation(
-        [SamplerChoice("ddpm", (2,))], range(3), tmp_path, reference_steps=2, features=None, batch_size=2
-    )
+    evaluation = SamplerEvaluation([SamplerChoice("ddpm", (2,))], range(3), tmp_path, reference_steps=2, batch_size=2)
     run_test(evaluation, family, shards, tmp_path)
     assert [row["mse"] for row in evaluation.rows] == [0]
     assert not [name for name in evaluation.rows[0] if name.startswith("fid")]
@@ -200,7 +198,6 @@ def test_an_evaluation_of_nothing_is_refused(tmp_path: Path) -> None:
     for options, says in (
         ({"every_n_epochs": 0}, r"evaluation\.every_n_epochs must be >= 1, got 0"),
         ({"batch_size": 0}, "batch_size must be a whole number >= 1, got 0"),
-        ({"features": "random"}, 'features must be "random256"'),
     ):
         with pytest.raises(ValueError, match=says):
             SamplerEvaluation(CHOICES, range(2), tmp_path, **options)

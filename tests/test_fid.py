@@ -12,7 +12,15 @@ import torch
 from PIL import Image
 from torch import nn
 
-from mlem.metrics import FID, FewImagesWarning, RandomFeatures, frechet_distance, reference_statistics
+from mlem.metrics import (
+    FID,
+    FewImagesWarning,
+    Measure,
+    RandomFeatures,
+    frechet_distance,
+    reference_path,
+    reference_statistics,
+)
 
 few_images = pytest.mark.filterwarnings("ignore::mlem.metrics.fid.FewImagesWarning")
 
@@ -235,48 +243,6 @@ def test_reset_keeps_the_reference_unless_told():
         fid.compute()
 
 
-def test_inception_without_weights_says_what_to_do_at_construction(tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    path = tmp_path / "hub" / "checkpoints" / "pt_inception-2015-12-05-6726825d.pth"
-    monkeypatch.setattr("mlem.metrics.fid.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"pip install mlem-diffusion\[fid\]") as error:
-        FID("inception", (3, 32, 32))
-    assert str(path) in str(error.value)
-    assert "\n" not in str(error.value)
-    monkeypatch.setattr("mlem.metrics.fid.find_spec", lambda name: True)
-    with pytest.raises(ValueError, match=r"needs its weights file at .*elsewhere\.pth; ") as error:
-        FID("inception", (3, 32, 32), weights=tmp_path / "elsewhere.pth")
-    path.parent.mkdir(parents=True)
-    path.write_bytes(b"something else")
-    with pytest.raises(ValueError, match="does not start with 6726825d"):
-        FID("inception", (3, 32, 32))
-
-
-@few_images
-def test_inception_gets_three_channels_and_the_original_resize(tmp_path, monkeypatch):
-    """The wiring alone, with a stand-in network: torch-fidelity and its weights are not here."""
-    seen = {}
-
-    class StandIn(nn.Module):
-        def __init__(self, name, features_list, path, antialias):
-            super().__init__()
-            seen.update(features=features_list, path=path, antialias=antialias)
-
-        def forward(self, images):
-            seen["shape"] = tuple(images.shape)
-            return images.flatten(1)[:, :64].float().repeat(1, 32)
-
-    weights = tmp_path / "weights.pth"
-    weights.touch()
-    monkeypatch.setattr("mlem.metrics.fid.find_spec", lambda name: True)
-    monkeypatch.setattr("mlem.metrics.fid.sha256", lambda path: "6726825d0af5")
-    monkeypatch.setattr("torchmetrics.image.fid.NoTrainInceptionV3", StandIn)
-    fid = FID("inception", (1, 8, 8), weights=weights)
-    fid.update(digits()[:5])
-    assert seen == {"features": ["2048"], "path": str(weights), "antialias": False, "shape": (5, 3, 8, 8)}
-    assert (fid.name, fid.num_features) == ("fid_inception", 2048)
-
-
 KEY = {"data": "digits", "manifest": "abc", "size": 8, "count": 300}
 
 
@@ -285,38 +251,59 @@ def unread():
     yield
 
 
+def real_batches(start, stop, size=128):
+    for first in range(start, stop, size):
+        last = min(first + size, stop)
+        yield range(first, last), digits()[first:last]
+
+
 @few_images
 def test_reference_sums_are_cached_and_not_read_again(tmp_path):
-    path, fresh, cached = tmp_path / "cache" / "digits.safetensors", FID(), FID()
-    assert not reference_statistics(digits()[:300].split(128), fresh, path, KEY)
-    assert reference_statistics(unread(), cached, path, KEY)
+    fresh, cached = FID(), FID()
+    assert not reference_statistics(real_batches(0, 300), fresh, tmp_path / "cache", KEY)
+    assert reference_statistics(unread(), cached, tmp_path / "cache", KEY)
     for fid in (fresh, cached):
         fid.update(noise(300))
     assert cached.compute() == fresh.compute()
     assert cached.compute().real_count == 300
+    path = reference_path(tmp_path / "cache", fresh, KEY)
+    assert list((tmp_path / "cache").iterdir()) == [path]
+    assert path.name.startswith("random256@300_")
 
 
 @few_images
-def test_reference_sums_of_another_key_or_damaged_are_made_again(tmp_path):
-    path = tmp_path / "digits.safetensors"
-    reference_statistics([digits()[:300]], FID(), path, KEY)
-    assert not reference_statistics([digits()[300:600]], FID(), path, {**KEY, "manifest": "def"})
-    with pytest.raises(AssertionError, match="were read"):
-        reference_statistics(unread(), FID(), path, KEY)  # the other key took the file
-    with pytest.raises(AssertionError, match="were read"):
-        reference_statistics(unread(), FID(image_shape=(1, 16, 16)), path, {**KEY, "manifest": "def"})
-    path.write_bytes(path.read_bytes()[:100])
-    assert not reference_statistics([digits()[:300]], FID(), path, KEY)
-    assert reference_statistics(unread(), FID(), path, KEY)
+def test_references_of_other_keys_stand_side_by_side_and_damaged_ones_are_made_again(tmp_path):
+    other = {**KEY, "manifest": "def"}
+    reference_statistics(real_batches(0, 300), FID(), tmp_path, KEY)
+    assert not reference_statistics(real_batches(300, 600), FID(), tmp_path, other)
+    wide, tables = FID(image_shape=(1, 16, 16)), FID(TableFeatures(torch.zeros(1, 4)))
+    for fid, key in ((wide, KEY), (tables, KEY), (FID(), {**KEY, "count": 299})):
+        with pytest.raises(AssertionError, match="were read"):
+            reference_statistics(unread(), fid, tmp_path, key)
+    assert reference_statistics(unread(), FID(), tmp_path, KEY)
+    path = reference_path(tmp_path, FID(), KEY)
+    for damaged in (path.read_bytes()[:100], reference_path(tmp_path, FID(), other).read_bytes()):
+        path.write_bytes(damaged)
+        assert not reference_statistics(real_batches(0, 300), FID(), tmp_path, KEY)
+        assert reference_statistics(unread(), FID(), tmp_path, KEY)
+
+
+def test_kept_features_are_cached_with_the_sums(tmp_path):
+    sums, kept, again = FID(), FID(keep=True), FID(keep=True)
+    reference_statistics(real_batches(0, 300), sums, tmp_path, KEY)
+    assert not reference_statistics(real_batches(0, 300), kept, tmp_path, KEY)  # the file had sums alone
+    assert reference_statistics(unread(), again, tmp_path, KEY)
+    assert reference_statistics(unread(), FID(), tmp_path, KEY)
+    assert torch.equal(again.real_bank.gather(), kept.real_bank.gather())
 
 
 def test_reference_sums_guard_their_count(tmp_path):
-    path, fid = tmp_path / "digits.safetensors", FID()
+    fid = FID()
     with pytest.raises(ValueError, match="should hold 300 images, 299 were read"):
-        reference_statistics([digits()[:299]], fid, path, KEY)
-    assert not path.exists()
+        reference_statistics(real_batches(0, 299), fid, tmp_path, KEY)
+    assert not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match=r"call fid\.reset\(real=True\) first"):
-        reference_statistics([digits()[:300]], fid, None, KEY)
+        reference_statistics(real_batches(0, 300), fid, None, KEY)
 
 
 CUTS = {2: (0, 133, 401), 3: (0, 150, 150, 401)}  # of 401 images; one rank has none
@@ -335,11 +322,13 @@ def fid_on_ranks(rank, folder):
         results = {}
         for name in ("read", "cached"):
             fid = FID()
-            cached = reference_statistics([digits()[:401][share]], fid, folder / f"{ranks}.safetensors", {"count": 401})
+            reals = [(range(401)[share], digits()[:401][share])]
+            cached = reference_statistics(reals, fid, folder / str(ranks), {"count": 401})
             assert cached == (name == "cached")
             fid.update(noise(401)[share])
             result = fid.compute(expected=401)
             results[name] = [result.name, result.value, result.real_count]
+        results["scores"] = [some_scores(folder / f"kept{ranks}", rank, ranks) for _ in range(2)]
         from mlem.metrics import PathwiseError
 
         error = PathwiseError()
@@ -349,10 +338,39 @@ def fid_on_ranks(rank, folder):
         torch.distributed.destroy_process_group()
 
 
+def some_scores(folder, rank=0, ranks=1):
+    """Everything, of 53 images against 61, read from the end by rank 0; the last rank of three has none."""
+    share = slice(rank, None, 2) if ranks == 3 else slice(rank, None, ranks)
+    mine, reals = ([], []) if rank == 2 else (list(range(53))[share], list(range(61))[share])
+    if rank == 0:
+        mine.reverse()
+    batches = [(part, digits()[part]) for part in (reals[:9], reals[9:])]
+    measure = Measure(FID(keep=True), batches, {"count": 61}, folder, kid=True, precision_recall=True, blocks=4)
+    for _ in range(2):  # the second start reads nothing
+        fid = measure.start("cpu")
+        for part in (mine[:20], mine[20:]):
+            fid.update(some_noise()[part], part)
+        scores = measure.scores(fid, expected=53)
+    return [[score.name, score.value, score.spread, score.real_count] for score in scores]
+
+
+def some_noise():
+    """Noise in part, so that precision and recall are neither 0 nor 1."""
+    return digits()[700:753] + 0.3 * noise(53)
+
+
 def test_one_two_and_three_ranks_agree(tmp_path):
     fid = FID()
     fid.update_real(digits()[:401])
     fid.update(noise(401))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FewImagesWarning)
+        scores = some_scores(tmp_path / "kept1")
+    assert [name for name, *_ in scores] == [
+        f"{kind}_random256@{count}" for count in (53, 13) for kind in ("fid", "kid", "precision", "recall")
+    ]
+    assert 0 < scores[2][1] < 1
+    assert 0 < scores[3][1] < 1
     expected = fid.compute()
     from mlem.metrics import pathwise_error
 
@@ -363,4 +381,8 @@ def test_one_two_and_three_ranks_agree(tmp_path):
             for name, value, real_count in (results["read"], results["cached"]):
                 assert (name, real_count) == (expected.name, expected.real_count) == ("fid_random256@401", 401)
                 assert value == pytest.approx(expected.value, rel=1e-12)
+            for one, two, again in zip(scores, *results["scores"], strict=True):
+                for value, other in ((two, one), (again, one)):
+                    assert (value[0], value[3]) == (other[0], other[3])
+                    assert value[1:3] == pytest.approx(other[1:3], rel=1e-9)
             assert results["pathwise"] == pytest.approx(pathwise_error(noise(401), digits()[:401]), rel=1e-12)

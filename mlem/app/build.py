@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 
 from mlem.app.config import parse_indices, without_secrets
+from mlem.app.measure import measure_of
 from mlem.data import BatchSource, Shards, held_out_batches, make_source, train_loader
 from mlem.family import Family, Level
 from mlem.files import read_json
@@ -114,23 +115,6 @@ class LoaderFromStep(pl.LightningDataModule):
     test_dataloader = val_dataloader
 
 
-class _RealImages:
-    """Batches of real images for FID, this rank's share, read anew at every iteration."""
-
-    limit = 10_000
-
-    def __init__(self, shards: Shards) -> None:
-        self._shards, self.count = shards, min(len(shards), self.limit)
-
-    def __iter__(self) -> Iterator[torch.Tensor]:
-        rank, world_size = 0, 1
-        if torch.distributed.is_initialized():
-            rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-        mine = range(rank, self.count, world_size)
-        for start in range(0, len(mine), 256):
-            yield self._shards.images(mine[start : start + 256])
-
-
 DIALS = ("budget", "mse", "delta")
 _RECIPE = (*DIALS, "probabilities", "coins", "estimator", "order", "levels", "cost", "batch_size", "seed", "per_sample")
 
@@ -197,7 +181,7 @@ def sampler_choices(config: DictConfig) -> list[SamplerChoice]:
 
 def evaluation(config: DictConfig, shards: Shards, folder: Path) -> SamplerEvaluation:
     """The sampler evaluation that `evaluation` and `metric` describe, writing into `folder`."""
-    options, reals = config.evaluation, _RealImages(shards)
+    options = config.evaluation
     return SamplerEvaluation(
         sampler_choices(config),
         parse_indices(options.indices, "evaluation.indices"),
@@ -206,13 +190,5 @@ def evaluation(config: DictConfig, shards: Shards, folder: Path) -> SamplerEvalu
         seed=config.seed,
         reference_steps=options.reference_steps,
         every_n_epochs=max(1, options.every_n_epochs),
-        features=config.metric.features,
-        weights=config.metric.weights,
-        reals=reals,
-        reals_key={
-            "data": config.data.name,
-            "count": reals.count,
-            "options": without_secrets(config)["data"]["options"],
-        },
-        image_shape=shards.shape,
+        measure=measure_of(config, shards),
     )

@@ -34,6 +34,7 @@ _VALUES: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
             "evaluation.batch_size",
             "evaluation.reference_steps",
             "calibration.reference_steps",
+            "metric.blocks",
             "steps",
             "batch_size",
             *(f"model.{name}" for name in ("steps", "updates", "batch_size", "images", "checkpoint_every")),
@@ -57,6 +58,11 @@ _VALUES: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
         lambda value: _number(value) and value > 0,
         ("training.learning_rate", "model.learning_rate"),
     ),
+    (
+        "a whole number >= 2, or null",
+        lambda value: value is None or (_whole(value) and value >= 2),
+        ("metric.reference",),
+    ),
     ("a number > 0, or null", lambda value: value is None or (_number(value) and value > 0), ("model.lambda",)),
     ("in (0, 1]", lambda value: _number(value) and 0 < value <= 1, ("model.budget",)),
     (
@@ -69,13 +75,18 @@ _VALUES: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
         lambda value: _number(value) and 0 <= value < 1,
         ("training.average_decay", "model.dropout"),
     ),
-    ("true or false", lambda value: isinstance(value, bool), ("trainer.compile", "dry_run", "debug")),
+    (
+        "true or false",
+        lambda value: isinstance(value, bool),
+        ("trainer.compile", "dry_run", "debug", "metric.kid", "metric.precision_recall"),
+    ),
 )
 """What a value must be, how to tell, and the options that this holds for."""
 _TEXT = ("root", "resume", "data.name", "data.source", "data.folder", "schedule.kind", "sampler.name", "sampler.solver")
-_TEXT += ("model.name", "model.solver")
-_TEXT_OR_NULL = ("family", "level", "grid", "out", "plan", "model.grid")
-_GROUPS = ("data", "data.options", "model", "schedule", "trainer", "logger", "metric", "sampler")
+_TEXT += ("model.name", "model.solver", "metric.cache")
+_TEXT_OR_NULL = ("family", "level", "grid", "out", "plan", "model.grid", "folder")
+_TEXT_OR_NULL += ("metric.features", "metric.weights", "metric.sha256")
+_GROUPS = ("data", "data.options", "model", "schedule", "trainer", "logger", "metric", "sampler", "eval")
 _GROUPS += ("training", "evaluation", "calibration")
 _LISTS = ("callbacks", "allow", "evaluation.samplers")
 _ONE_OF = {

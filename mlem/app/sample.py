@@ -1,4 +1,4 @@
-"""`python sample.py`: sample from a trained family or level, to PNGs, on any number of ranks."""
+"""`python sample.py`: sample from a trained family or level, to PNGs, on any number of ranks; measure.py scores."""
 
 from __future__ import annotations
 
@@ -11,32 +11,46 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from mlem.app.build import plan_of
-from mlem.app.cli import USAGE
 from mlem.app.config import parse_indices
 from mlem.app.find import family_folder
+from mlem.app.measure import (
+    everyone,
+    fail_together,
+    measure_folder,
+    measure_of,
+    measure_reference,
+    new_fabric,
+    prepared,
+    report,
+)
 from mlem.family import Family, Level
 from mlem.files import first_process, sha256
 from mlem.ledger import Ledger
+from mlem.metrics import Measure
 from mlem.multilevel.calibrate import Calibration
 from mlem.multilevel.predict import Predictor
-from mlem.outputs import claim, finish, write_samples
+from mlem.outputs import claim, finish, sample_path, write_samples
 from mlem.sampling import Sampler
 
 
 def run(config: DictConfig) -> None:
-    """Make the samples that `config` asks for, those that are not there yet; it was checked already."""
-    indices = parse_indices(config.seeds, "seeds")
-    folder, model = find_model(config)
-    from lightning.fabric import Fabric
-    from lightning.fabric.utilities.exceptions import MisconfigurationException
-
+    """What `eval` says: make the samples that are not there yet and measure them, or measure without sampling."""
     for name in ("lightning.fabric", "lightning.pytorch"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    devices = {name: config.trainer[name] for name in ("accelerator", "devices", "strategy")}
-    try:
-        fabric = Fabric(**devices)
-    except MisconfigurationException as error:
-        raise ValueError(f"trainer: {error}") from error
+    verbs = {"samples": _sample, "folder": measure_folder, "ref": measure_reference}
+    verbs[config.eval.name](config)
+
+
+def _sample(config: DictConfig) -> None:
+    if config.folder is not None:
+        raise ValueError(f"folder={config.folder} is what eval=folder scores: add eval=folder, or leave it out")
+    indices = parse_indices(config.seeds, "seeds")
+    folder, model = find_model(config)
+    measure = measure_of(config, prepared(config)) if config.metric.features is not None else None
+    if measure is not None:
+        measure.check(len(indices))
+        _check_shape(model, measure, config.data.name)
+    fabric = new_fabric(config)
     plan = plan_of(config, model)
     if isinstance(model, Family) and plan is None:
         model = model.level(config.level)
@@ -70,14 +84,25 @@ def run(config: DictConfig) -> None:
             world_size=fabric.world_size,
             advance=advance,
         )
-    gathered, failed = _gather(fabric, ledger, failure)
+    gathered = Ledger()
+    for one in everyone(ledger.to_dict()):
+        gathered.add(Ledger.from_dict(one))
     if fabric.is_global_zero:
         _report(finish(out, indices, gathered), gathered, model, sampler, out)
     fabric.barrier()
-    if failed is not None and fabric.is_global_zero:
-        raise FloatingPointError(failed)
-    if failed is not None:
-        raise SystemExit(USAGE)  # rank 0 says why
+    fail_together(failure)
+    if measure is not None:
+        # from the files, so that samples of earlier runs count too, and the numbers are those of eval=folder
+        report(measure, [sample_path(out, index) for index in indices], fabric, config.batch_size, out)
+
+
+def _check_shape(model: Family | Level, measure: Measure, data: str) -> None:
+    shape = model.levels[0].shape if isinstance(model, Family) else model.shape
+    if tuple(shape) != measure.fid.image_shape:
+        raise ValueError(
+            f"data={data} has images {measure.fid.image_shape}, the model makes {tuple(shape)}: name the data set that "
+            "it was trained on, or metric=none"
+        )
 
 
 def find_model(config: DictConfig) -> tuple[Path, Family | Level]:
@@ -140,21 +165,6 @@ class _progress:
         done = min(images * self._world_size, int(task.total or 0) - int(task.completed))
         seconds = max(task.elapsed or 0.0, 1e-9)
         self._bar.update(self._task, advance=done, speed=f"{(task.completed + done) / seconds:.1f} images/s")
-
-
-def _gather(fabric: Any, ledger: Ledger, failure: Exception | None) -> tuple[Ledger, str | None]:
-    """The cost on all ranks together, and the first failure."""
-    mine = (ledger.to_dict(), None if failure is None else str(failure))
-    everyone: list[Any] = [mine]
-    if fabric.world_size > 1:
-        import torch.distributed as distributed
-
-        everyone = [None] * fabric.world_size
-        distributed.all_gather_object(everyone, mine)
-    total = Ledger()
-    for one, _ in everyone:
-        total.add(Ledger.from_dict(one))
-    return total, next((text for _, text in everyone if text is not None), None)
 
 
 def _report(total: dict[str, Any], now: Ledger, model: Family | Level, sampler: Sampler, out: Path) -> None:

@@ -25,11 +25,12 @@ from mlem.app.build import (
     world_size_of,
 )
 from mlem.app.config import build_callbacks, parse_indices, without_secrets
+from mlem.app.measure import new_fid
 from mlem.app.report import evaluate_family
 from mlem.data import Shards, ensure, make_source
 from mlem.family import Family, Level
 from mlem.files import first_process, folder_lock, read_json, write_json, write_text
-from mlem.metrics import FID, FewImagesWarning
+from mlem.metrics import FewImagesWarning
 from mlem.multilevel.__main__ import calibrate_folder
 from mlem.network import seconds_per_image
 from mlem.sampling import Sampler
@@ -107,8 +108,7 @@ def _check_jobs(config: DictConfig, level: Level) -> None:
                 Sampler(level, solver=choice.solver, steps=steps, grid=choice.grid)
             except ValueError as error:
                 raise ValueError(f"evaluation.samplers[{number}]: {error}") from error
-    if config.metric.features:
-        FID(config.metric.features, image_shape(config), config.metric.weights)
+    new_fid(config, image_shape(config))
     count = make_source(config.data.source, **config.data.options).count
     if not 2 <= config.data.held_out < count:
         raise ValueError(f"data.held_out must be in [2, {count - 1}], got {config.data.held_out}")

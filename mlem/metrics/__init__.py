@@ -1,6 +1,7 @@
-"""How good the samples are: FID, and the pathwise error to a reference. Names are loaded when first used.
+"""How good the samples are: FID, KID, precision and recall, and the pathwise error to a reference.
 
-The torchmetrics import takes seconds, so neither `import mlem.metrics` nor the command line pays for it.
+Names are loaded when first used: the torchmetrics import takes seconds, so neither `import mlem.metrics` nor the
+command line pays for it.
 """
 
 from __future__ import annotations
@@ -10,31 +11,43 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mlem.images import quantise
-    from mlem.metrics.fid import FID, FewImagesWarning, FIDResult, frechet_distance, reference_statistics
+    from mlem.metrics.fid import FID, FewImagesWarning, Score, frechet_distance
+    from mlem.metrics.kernel import kernel_distance
+    from mlem.metrics.neighbours import precision_recall
     from mlem.metrics.pathwise import PathwiseError, pathwise_error
     from mlem.metrics.random_features import RandomFeatures
+    from mlem.metrics.reference import reference_path, reference_statistics
+    from mlem.metrics.scores import Measure
 
 _HOMES = {
     "FID": "mlem.metrics.fid",
-    "FIDResult": "mlem.metrics.fid",
     "FewImagesWarning": "mlem.metrics.fid",
+    "Measure": "mlem.metrics.scores",
     "PathwiseError": "mlem.metrics.pathwise",
     "RandomFeatures": "mlem.metrics.random_features",
+    "Score": "mlem.metrics.fid",
     "frechet_distance": "mlem.metrics.fid",
+    "kernel_distance": "mlem.metrics.kernel",
     "pathwise_error": "mlem.metrics.pathwise",
+    "precision_recall": "mlem.metrics.neighbours",
     "quantise": "mlem.images",
-    "reference_statistics": "mlem.metrics.fid",
+    "reference_path": "mlem.metrics.reference",
+    "reference_statistics": "mlem.metrics.reference",
 }
 
 __all__ = [
     "FID",
-    "FIDResult",
     "FewImagesWarning",
+    "Measure",
     "PathwiseError",
     "RandomFeatures",
+    "Score",
     "frechet_distance",
+    "kernel_distance",
     "pathwise_error",
+    "precision_recall",
     "quantise",
+    "reference_path",
     "reference_statistics",
 ]
 

@@ -6,8 +6,7 @@ asks the LightningModule for `family()` and reads held-out images from the loade
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,8 @@ from torch import Tensor
 from mlem.family import Family, Level
 from mlem.files import atomic_write, write_json
 from mlem.ledger import Ledger, LevelLedger
-from mlem.metrics import FID, PathwiseError, reference_statistics
+from mlem.metrics import FID, Measure, PathwiseError
+from mlem.metrics.scores import KINDS
 from mlem.multilevel.recipe import Recipe
 from mlem.plots import error_by_noise_level, error_vs_time, image_grid
 from mlem.sampling import Sampler, blocks
@@ -83,9 +83,8 @@ class SamplerEvaluation(pl.Callback):
     """Runs samplers on fixed indices, sharded over ranks by whole batches; logs figures to every logger.
 
     samplers: what to run. indices: of the samples. reference_steps: of the reference, which the largest level
-    samples from the same noise by the solver's `reference`. features: for FID, or None. reals: batches of real
-    images for FID, this rank's share, with `reals_key` naming them in the cache. every_n_epochs: in training.
-    folder: for the pictures.
+    samples from the same noise by the solver's `reference`. measure: FID and its like, against which images; or
+    None. every_n_epochs: in training. folder: for the pictures.
 
     Put it before the weight averaging in the list of callbacks: it then sees the averaged weights.
     Results of the last run stand in `rows`, and in `evaluation.json` in the folder.
@@ -101,11 +100,7 @@ class SamplerEvaluation(pl.Callback):
         seed: int = 0,
         reference_steps: int = 1000,
         every_n_epochs: int = 1,
-        features: str | None = "random256",
-        weights: str | None = None,
-        reals: Iterable[Tensor] = (),
-        reals_key: dict[str, Any] | None = None,
-        image_shape: tuple[int, int, int] = (1, 8, 8),
+        measure: Measure | None = None,
     ) -> None:
         if every_n_epochs < 1:
             raise ValueError(f"evaluation.every_n_epochs must be >= 1, got {every_n_epochs}")
@@ -113,9 +108,9 @@ class SamplerEvaluation(pl.Callback):
         self.blocks = blocks(indices, batch_size)
         self.count = len(indices)
         self.seed, self.reference_steps = seed, reference_steps
-        self._reals, self._reals_key = reals, reals_key or {}
-        # made here, so that missing Inception weights are found out at the start
-        self._fid = FID(features, image_shape, weights) if features else None
+        if measure is not None:
+            measure.check(self.count)
+        self.measure = measure
         self.rows: list[dict[str, Any]] = []
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -128,8 +123,6 @@ class SamplerEvaluation(pl.Callback):
 
     def evaluate(self, trainer: pl.Trainer, family: Family, device: torch.device) -> None:
         """Run everything on `family`; every rank must call it."""
-        if self._fid is not None:
-            self._fid.to(device)
         tallies = self._tallies(family, device)
         references = self._references(family, tallies, device)
         self._warm_up(family, device)
@@ -156,7 +149,8 @@ class SamplerEvaluation(pl.Callback):
         dials = ("budget", "mse", "delta")
         recipe = choice.recipe
         dial = "" if recipe is None else "".join(f"{d}{v:g}" for d in dials if (v := getattr(recipe, d)) is not None)
-        return _Tally(name, choice.label, dial, sampler, self._new_fid(), device)
+        fid = None if self.measure is None else self.measure.start(device)
+        return _Tally(name, choice.label, dial, sampler, fid, device)
 
     def _references(self, family: Family, tallies: list[_Tally], device: torch.device) -> dict[str, Sampler]:
         names = {tally.sampler.solver.reference for tally in tallies}
@@ -174,7 +168,7 @@ class SamplerEvaluation(pl.Callback):
         tally.ledger.add(result.ledger)
         tally.error.update(result.x, truth)
         if tally.fid is not None:
-            tally.fid.update(result.x)
+            tally.fid.update(result.x, block)
         if block == first:
             tally.pictures = dict(zip(block[:GRID_IMAGES], result.x.cpu(), strict=False))
 
@@ -199,21 +193,11 @@ class SamplerEvaluation(pl.Callback):
             "mse": mse,
             "mse_stderr": stderr,
         }
-        if tally.fid is not None:
-            fid = tally.fid.compute(expected=self.count)
-            row[fid.name] = fid.value
+        if tally.fid is not None and self.measure is not None:
+            for score in self.measure.scores(tally.fid, expected=self.count):
+                row[score.name] = score.value
+                row |= {} if score.spread is None else {f"{score.name}_std": score.spread}
         return row
-
-    def _new_fid(self) -> FID | None:
-        """An FID that holds the reference statistics, read once; all share one feature network."""
-        if self._fid is None:
-            return None
-        if self._fid.metric.real_features_num_samples == 0:  # type: ignore[operator]
-            reference_statistics(
-                self._reals, self._fid, self.folder / f"{self._fid.name}_reference.safetensors", self._reals_key
-            )
-        network = self._fid.metric.inception
-        return copy.deepcopy(self._fid, {id(network): network})
 
     def _publish(self, trainer: pl.Trainer, family: Family, tallies: list[_Tally]) -> None:
         """Rank 0 (which has the first batch) writes pictures and tells the loggers."""
@@ -224,7 +208,7 @@ class SamplerEvaluation(pl.Callback):
             point = f"{row['steps']}" + (f"_{row['dial']}" if row["dial"] else "")
             prefix = f"eval/{row['level']}/{row['sampler']}@{point}"
             metrics |= {f"{prefix}/calls_{name}": calls for name, calls in row["calls"].items()}
-            names = ("mse", "seconds_per_image", "evaluations", *(name for name in row if name.startswith("fid_")))
+            names = ("mse", "seconds_per_image", "evaluations", *(name for name in row if name.startswith(KINDS)))
             metrics |= {f"{prefix}/{name}": row[name] for name in names}
             picture = image_grid(torch.stack(list(tally.pictures.values())))
             path = self.folder / "grids" / f"{row['level']}_{row['sampler']}_{point}.png"

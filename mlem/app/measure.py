@@ -1,0 +1,156 @@
+"""Metrics of images on disk, on any number of ranks: what `metric=` and `eval=` of the command line mean."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+
+from mlem.app.cli import USAGE
+from mlem.data import Shards, ensure
+from mlem.files import first_process, write_json
+from mlem.metrics import FID, Measure, Score, reference_path
+from mlem.outputs import png_tree, read_pixels
+
+BATCH = 256
+"""Real images in a batch."""
+
+
+def measure_reference(config: DictConfig) -> None:
+    """`eval=ref`: compute the reference statistics and cache them; nothing where they are there."""
+    measure = _asked(config)
+    fabric = new_fabric(config)
+    fabric.launch()
+    measure.start(fabric.device)
+    if fabric.is_global_zero:
+        assert measure.cache is not None
+        what = f"{measure.fid.protocol}, {measure.key['count']} images of {measure.key['data']}"
+        state = "are there already" if measure.cached else "computed"
+        print(f"reference statistics {state} ({what}): {reference_path(measure.cache, measure.fid, measure.key)}")
+
+
+def measure_folder(config: DictConfig) -> None:
+    """`eval=folder`: score the PNGs of `folder`."""
+    if config.folder is None:
+        raise ValueError("eval=folder needs the images: add folder=PATH")
+    paths = png_tree(Path(config.folder))
+    measure = _asked(config)
+    measure.check(len(paths))
+    fabric = new_fabric(config)
+    fabric.launch()
+    report(measure, paths, fabric, config.batch_size, None if config.out is None else Path(config.out))
+
+
+def _asked(config: DictConfig) -> Measure:
+    measure = measure_of(config, prepared(config)) if config.metric.features is not None else None
+    if measure is None:
+        raise ValueError(f"eval={config.eval.name} needs a metric, got metric=none: choose fid_random256")
+    return measure
+
+
+def prepared(config: DictConfig) -> Shards:
+    """The data set, prepared where it is not there."""
+    return ensure(config.data.source, config.data.folder, progress=first_process(), **config.data.options)
+
+
+def new_fid(config: DictConfig, shape: tuple[int, int, int]) -> FID | None:
+    """The features that `metric` names; None for none. Raises ValueError where they cannot be had."""
+    metric = config.metric
+    if metric.features is None:
+        return None
+    keep = Measure.keeps(metric.kid, metric.precision_recall, metric.blocks)
+    return FID(metric.features, shape, metric.weights, metric.sha256, keep)
+
+
+def measure_of(config: DictConfig, shards: Shards) -> Measure | None:
+    """What `metric` asks for, against `shards`; None for nothing. Raises ValueError as `new_fid` does."""
+    metric, fid = config.metric, new_fid(config, shards.shape)
+    if fid is None:
+        return None
+    reals = _RealImages(shards, metric.reference)
+    records = json.dumps([record.sha256 for record in shards.manifest.shards])
+    manifest = hashlib.sha256(records.encode()).hexdigest()
+    key = {"data": config.data.name, "manifest": manifest, "count": reals.count}
+    return Measure(fid, reals, key, Path(metric.cache), metric.kid, metric.precision_recall, metric.blocks)
+
+
+class _RealImages:
+    """Batches (indices, images) of the first real images, this rank's share, read anew at every iteration."""
+
+    def __init__(self, shards: Shards, limit: int | None) -> None:
+        self._shards, self.count = shards, min(len(shards), limit or len(shards))
+
+    def __iter__(self) -> Iterator[tuple[Sequence[int], torch.Tensor]]:
+        rank, world_size = 0, 1
+        if torch.distributed.is_initialized():
+            rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        mine = range(rank, self.count, world_size)
+        for start in range(0, len(mine), BATCH):
+            indices = mine[start : start + BATCH]
+            yield indices, self._shards.images(indices)
+
+
+def report(measure: Measure, paths: Sequence[Path], fabric: Any, batch_size: int, out: Path | None) -> None:
+    """Score the images in `paths`; rank 0 says the scores, and writes them to `metrics.json` in `out`."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        scores = _scores(measure, paths, fabric, batch_size)
+    if not fabric.is_global_zero:
+        return
+    for warning in caught:
+        print(f"warning: {warning.message}")
+    for score in scores:
+        spread = "" if score.spread is None else f" ± {score.spread:.3g} over {score.parts}"
+        print(f"{score.name}: {score.value:.5g}{spread} (against {score.real_count} real images)")
+    if out is not None:
+        write_json(out / "metrics.json", {"data": measure.key["data"], "scores": [asdict(score) for score in scores]})
+        print(f"metrics: {out / 'metrics.json'}")
+
+
+def _scores(measure: Measure, paths: Sequence[Path], fabric: Any, batch_size: int) -> list[Score]:
+    fid, failure = measure.start(fabric.device), None
+    mine = range(fabric.global_rank, len(paths), fabric.world_size)
+    try:
+        for start in range(0, len(mine), batch_size):
+            indices = mine[start : start + batch_size]
+            fid.update(torch.stack([read_pixels(paths[index], fid.image_shape) for index in indices]), indices)
+    except (ValueError, OSError) as error:
+        failure = error
+    fail_together(failure)
+    return measure.scores(fid, expected=len(paths))
+
+
+def new_fabric(config: DictConfig) -> Any:
+    """Lightning's Fabric on the devices of `trainer`, not launched yet. Raises ValueError where they are not there."""
+    from lightning.fabric import Fabric
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+    try:
+        return Fabric(**{name: config.trainer[name] for name in ("accelerator", "devices", "strategy")})
+    except MisconfigurationException as error:
+        raise ValueError(f"trainer: {error}") from error
+
+
+def everyone(mine: Any) -> list[Any]:
+    """What each rank says, on every rank."""
+    if not torch.distributed.is_initialized():
+        return [mine]
+    said = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(said, mine)
+    return said
+
+
+def fail_together(failure: Exception | None) -> None:
+    """Where any rank failed, end all: rank 0 raises its own failure or the first one, the others leave quietly."""
+    failures = [text for text in everyone(None if failure is None else str(failure)) if text is not None]
+    if failures and torch.distributed.is_initialized() and torch.distributed.get_rank() > 0:
+        raise SystemExit(USAGE)
+    if failures:
+        raise failure or ValueError(failures[0])

@@ -1,0 +1,52 @@
+"""Features kept by the index of their image, on the rank that has seen it, and gathered in one order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class FeatureBank:
+    """Features of images, float64, by index. The order of updates and the number of ranks leave no trace."""
+
+    def __init__(self, num_features: int) -> None:
+        self._empty = torch.empty(0, num_features, dtype=torch.float64)
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._features, self._indices = [self._empty], [torch.empty(0, dtype=torch.int64, device=self._empty.device)]
+
+    def to(self, device: str | torch.device) -> FeatureBank:
+        """Move what is kept."""
+        self._empty = self._empty.to(device)
+        self._features = [features.to(device) for features in self._features]
+        self._indices = [indices.to(device) for indices in self._indices]
+        return self
+
+    def add(self, indices: Sequence[int], features: Tensor) -> None:
+        """indices: (n,), features: (n, d)."""
+        self._features.append(features.to(self._empty))
+        self._indices.append(torch.as_tensor(indices, dtype=torch.int64, device=self._empty.device))
+
+    def gather(self) -> Tensor:
+        """The features of all ranks in the order of their indices, (N, d); every rank must call it.
+
+        Raises ValueError for an index that came twice.
+        """
+        features, indices = torch.cat(self._features), torch.cat(self._indices)
+        if distributed():
+            from torchmetrics.utilities.distributed import gather_all_tensors
+
+            features, indices = torch.cat(gather_all_tensors(features)), torch.cat(gather_all_tensors(indices))
+        indices, order = indices.sort()
+        if len(twice := indices[1:][indices.diff() == 0]):
+            raise ValueError(f"image {int(twice[0])} came twice; give each index to one rank, once")
+        return features[order]
+
+
+def distributed() -> bool:
+    """Whether there are other ranks."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()

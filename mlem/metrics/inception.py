@@ -1,0 +1,76 @@
+"""The Inception network of the published FID: finding its weights file, checking it, building the network.
+
+The network is torch-fidelity's, through torchmetrics, with the resize of TensorFlow 1 that the original FID used.
+Nothing is downloaded, and nothing of the file is unpickled but tensors.
+"""
+
+from __future__ import annotations
+
+import pickle
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from mlem.files import sha256 as sha256_of
+
+ORIGINAL = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+"""SHA-256 of the file with the original weights."""
+# The same file under the names that pytorch-fid and torch-fidelity keep it.
+_FILES = ("pt_inception-2015-12-05-6726825d.pth", "weights-inception-2015-12-05-6726825d.pth")
+
+
+def inception(weights: str | Path | None = None, sha256: str | None = None) -> tuple[nn.Module, str]:
+    """The network, from uint8 (N, 3, H, W) to float32 (N, 2048), and its protocol.
+
+    weights: the file; None looks in the torch hub cache. sha256: the first 8 or more hexadecimal digits of the
+    SHA-256 of weights that are not the original ones; None expects those. The protocol is `inception`, and of other
+    weights `inception-` with 8 digits of their SHA-256. Raises ValueError, in one line, for whatever is missing.
+    """
+    path = _weights_file(weights)
+    found = sha256_of(path)
+    if sha256 is not None and len(sha256) < 8:
+        raise ValueError(f"metric.sha256 must be the first 8 or more digits of the file's SHA-256, got {sha256!r}")
+    if not found.startswith((sha256 or ORIGINAL).lower()):
+        if sha256 is not None:
+            raise ValueError(f"{path} has SHA-256 {found[:16]}..., metric.sha256 is {sha256}; correct one of them")
+        raise ValueError(
+            f"{path} is not the original Inception: its SHA-256 does not start with {ORIGINAL[:8]}; for other weights "
+            f"add metric.sha256={found[:12]}"
+        )
+    return _network(path), "inception" if found == ORIGINAL else f"inception-{found[:8]}"
+
+
+def _weights_file(weights: str | Path | None) -> Path:
+    cache = Path(torch.hub.get_dir()) / "checkpoints"
+    candidates = [Path(weights)] if weights is not None else [cache / name for name in _FILES]
+    path = next((candidate for candidate in candidates if candidate.is_file()), None)
+    missing = [] if find_spec("torch_fidelity") else ["torch-fidelity (pip install mlem-diffusion[fid])"]
+    missing += [] if path else [f"its weights file at {candidates[0]}"]
+    if path is None or missing:
+        raise ValueError(f'fid_inception needs {" and ".join(missing)}; features="random256" needs neither')
+    return path
+
+
+def _network(path: Path) -> nn.Module:
+    try:  # torch-fidelity would unpickle anything: see first that there are tensors and nothing else
+        torch.load(path, map_location="meta", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{path} is damaged, or holds more than tensors: refused; fetch it again") from error
+    try:
+        import torch_fidelity  # noqa: F401  # pyright: ignore[reportMissingImports]
+        from torchmetrics.image.fid import NoTrainInceptionV3
+    except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision made for another torch
+        raise ValueError(
+            f"fid_inception needs torch-fidelity, which cannot be imported ({error}); install the torchvision that "
+            "belongs to this torch"
+        ) from error
+    try:
+        network = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(path), antialias=False)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{path} does not fit Inception ({str(error)[:200]}); give weights in the layout of {_FILES[1]}"
+        ) from error
+    network.num_features = 2048  # type: ignore[assignment]
+    return network

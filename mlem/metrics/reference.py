@@ -1,0 +1,105 @@
+"""The reference side of the metrics, computed once: sums and features of the real images, cached on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mlem.files import atomic_write
+from mlem.metrics.bank import distributed
+from mlem.metrics.fid import FID
+
+_SUMS = ("real_features_sum", "real_features_cov_sum", "real_features_num_samples")
+
+
+def reference_path(folder: str | Path, fid: FID, key: Mapping[str, Any]) -> Path:
+    """The cache file: `<protocol>@<count>_<hash of the whole key>.safetensors`."""
+    digest = hashlib.sha256(_full_key(fid, key).encode()).hexdigest()[:12]
+    return Path(folder) / f"{fid.protocol}@{key['count']}_{digest}.safetensors"
+
+
+def reference_statistics(
+    images: Iterable[tuple[Sequence[int], Tensor]], fid: FID, folder: str | Path | None, key: Mapping[str, Any]
+) -> bool:
+    """Fill `fid` with the reference, from the cache where its key agrees, else from `images`, then cached.
+
+    images: batches as for `update_real`, (indices, images), not read when the cache serves; under DDP each rank
+    passes its own share. folder: of the cache, or None for no cache. key: what identifies the reference (data set,
+    manifest hash, and `count`, which is checked against the images read), JSON values; protocol, which tells
+    Inception weights apart, and image shape are added. Returns whether the cache served. Raises ValueError if `fid`
+    already holds real images, or for a wrong count.
+    """
+    if fid.metric.real_features_num_samples > 0:
+        raise ValueError("reference_statistics needs an FID without real images: call fid.reset(real=True) first")
+    path = None if folder is None else reference_path(folder, fid, key)
+    served = _read(path, fid, key) if path is not None and _rank() == 0 else None
+    if _said_by_rank_0(served is not None):
+        _fill(fid, served or {})  # the ranks are summed: all but rank 0 stay at zero
+        return True
+    for indices, batch in images:
+        fid.update_real(batch, indices)
+    with fid.metric.sync_context():
+        tensors = {name: getattr(fid.metric, name).cpu() for name in _SUMS}
+    count = int(tensors["real_features_num_samples"])
+    if count != key["count"]:
+        raise ValueError(f"the reference should hold {key['count']} images, {count} were read on all ranks together")
+    if fid.keep:
+        tensors["features"] = _smallest(fid.real_bank.gather().cpu())
+    if path is not None and _rank() == 0:
+        from safetensors.torch import save
+
+        with atomic_write(path) as file:
+            file.write(save(tensors, metadata={"key": _full_key(fid, key)}))
+    return False
+
+
+def _full_key(fid: FID, key: Mapping[str, Any]) -> str:
+    return json.dumps({**key, "protocol": fid.protocol, "image_shape": fid.image_shape}, sort_keys=True)
+
+
+def _smallest(features: Tensor) -> Tensor:
+    """In float32 where nothing is lost: Inception's are."""
+    return features.float() if torch.equal(features.float().double(), features) else features
+
+
+def _read(path: Path, fid: FID, key: Mapping[str, Any]) -> dict[str, Tensor] | None:
+    """What is cached, or None where no readable file has this very key, and the features where they are kept."""
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        return None
+    wanted = (*_SUMS, "features") if fid.keep else _SUMS
+    try:
+        with safe_open(path, framework="pt") as file:
+            if (file.metadata() or {}).get("key") != _full_key(fid, key):
+                return None
+            return {name: file.get_tensor(name) for name in wanted} if {*wanted} <= {*file.keys()} else None
+    except SafetensorError:  # a damaged cache is made again
+        return None
+
+
+def _fill(fid: FID, tensors: Mapping[str, Tensor]) -> None:
+    for name, value in tensors.items():
+        if name == "features":
+            fid.real_bank.add(range(len(value)), value)
+        else:
+            setattr(fid.metric, name, value.to(fid.metric.device))
+
+
+def _rank() -> int:
+    return torch.distributed.get_rank() if distributed() else 0
+
+
+def _said_by_rank_0(answer: bool) -> bool:
+    """The answer of rank 0, on every rank: ranks that disagreed would wait for each other for ever."""
+    if not distributed():
+        return answer
+    answers = [answer]
+    torch.distributed.broadcast_object_list(answers, src=0)
+    return answers[0]

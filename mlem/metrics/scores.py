@@ -1,0 +1,108 @@
+"""All that is asked about a set of images, from one pass of one feature network: FID, KID, precision and recall."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mlem.metrics.fid import FID, Score
+from mlem.metrics.kernel import SUBSETS, kernel_distance
+from mlem.metrics.neighbours import NEIGHBOURS, precision_recall
+from mlem.metrics.reference import reference_statistics
+
+KINDS = ("fid", "kid", "precision", "recall")
+"""What the names of scores begin with."""
+
+
+@dataclass
+class Measure:
+    """What to compute of images, and against which reference.
+
+    fid: the features; it keeps them if anything but FID is asked (`Measure.keeps`). reals, key, cache: the reference,
+    as for `reference_statistics`, read at the first `start`. kid, precision_recall: from the same features. blocks:
+    if above 1, every score is also computed in as many disjoint blocks of count // blocks consecutive images in the
+    order of their indices (a remainder is left out), and given as mean and standard deviation over them, named by
+    the count of a block.
+    """
+
+    fid: FID
+    reals: Iterable[tuple[Sequence[int], Tensor]]
+    key: Mapping[str, Any]
+    cache: Path | None = None
+    kid: bool = False
+    precision_recall: bool = False
+    blocks: int = 1
+    #: whether the cache served the reference; None before `start`
+    cached: bool | None = field(default=None, init=False)
+
+    @staticmethod
+    def keeps(kid: bool = False, precision_recall: bool = False, blocks: int = 1) -> bool:
+        """Whether these options need the features of all images in memory."""
+        return kid or precision_recall or blocks > 1
+
+    def check(self, count: int) -> None:
+        """Raise ValueError when `count` images, or the reference, are too few for what is asked."""
+        least = NEIGHBOURS + 1 if self.precision_recall else 2
+        what = "metric.precision_recall=true" if self.precision_recall else self.fid.name
+        if count < least:
+            raise ValueError(f"{what} needs at least {least} images, got {count}")
+        if count // self.blocks < least:
+            raise ValueError(
+                f"metric.blocks must be in [1, {count // least}] for {count} images, got {self.blocks}: {what} needs "
+                f"at least {least} in a block"
+            )
+        if self.key["count"] < least:
+            raise ValueError(f"{what} needs at least {least} reference images, got {self.key['count']}")
+
+    def start(self, device: str | torch.device) -> FID:
+        """An FID that holds the reference and no images yet; the reference is read once, on every rank together."""
+        self.fid.to(device)
+        if self.cached is None:
+            self.cached = reference_statistics(self.reals, self.fid, self.cache, self.key)
+        return self.fid.fresh()
+
+    def scores(self, fid: FID, expected: int | None = None) -> list[Score]:
+        """Everything that is asked of the images that `fid`, from `start`, was updated with, on all ranks.
+
+        expected: how many images there must be. Raises ValueError for fewer.
+        """
+        whole = fid.compute(expected)
+        self.check(whole.count)
+        if not self.keeps(self.kid, self.precision_recall, self.blocks):
+            return [whole]
+        generated, real = fid.bank.gather(), fid.real_bank.gather()
+        found = [whole, *self._from_features(fid, generated, real)]
+        if self.blocks > 1:
+            size = whole.count // self.blocks
+            parts = [
+                [fid.score(block), *self._from_features(fid, block, real)]
+                for block in generated[: size * self.blocks].split(size)
+            ]
+            found += [_mean(scores) for scores in zip(*parts, strict=True)]
+        return found
+
+    def _from_features(self, fid: FID, generated: Tensor, real: Tensor) -> list[Score]:
+        counts, found = (len(generated), len(real)), []
+
+        def named(kind: str, value: float, *spread: Any) -> Score:
+            return Score(f"{kind}_{fid.protocol}@{len(generated)}", value, *counts, *spread)
+
+        if self.kid:
+            value, spread = kernel_distance(generated, real)
+            found.append(named("kid", value, spread, f"{SUBSETS} subsets"))
+        if self.precision_recall:
+            precision, recall = precision_recall(generated, real)
+            found += [named("precision", precision), named("recall", recall)]
+        return found
+
+
+def _mean(scores: Sequence[Score]) -> Score:
+    values = [score.value for score in scores]
+    one, parts = scores[0], f"{len(scores)} blocks"
+    return Score(one.name, statistics.fmean(values), one.count, one.real_count, statistics.stdev(values), parts)
