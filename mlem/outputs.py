@@ -61,12 +61,13 @@ def write_samples(
     rank: int = 0,
     world_size: int = 1,
     advance: Callable[[int], None] = lambda images: None,
+    keeps: bool = True,
 ) -> tuple[Ledger, NonFiniteError | None]:
     """Make this rank's missing samples; return what they cost, and the first failure.
 
     Batches are cut from `indices` alone, never from what is missing, so that an image is computed in the same
     batch, and comes out in the same bytes, for any number of ranks and after any interruption. advance: told of
-    the images done. Memory holds one batch.
+    the images done. keeps: write them; of several ranks that share every batch one does. Memory holds one batch.
     """
     ledger, failure = Ledger(), None
     for block in blocks(indices, batch_size)[rank::world_size]:
@@ -79,7 +80,7 @@ def write_samples(
                 result, good = error.result, error.indices
             ledger.add(result.ledger)
             for index, pixels in zip(good, quantise(result.x).cpu(), strict=True):
-                if index in missing:
+                if keeps and index in missing:
                     write_png(sample_path(folder, index), pixels)
         advance(len(block))
     return ledger, failure

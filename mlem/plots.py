@@ -109,6 +109,33 @@ def error_vs_time(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str
     _save(figure, path)
 
 
+def quality_vs_evaluations(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str], caption: str) -> None:
+    """Error to the reference, and beside it FID where there is one, against network calls for each image.
+
+    rows: mappings with level, sampler, steps, evaluations, mse, mse_stderr (None where a sampler has no reference) and
+    maybe fid_*; a line for each sampler, those of the last level that runs alone. caption: as for `error_vs_time`.
+    Raises ValueError for no rows and missing columns.
+    """
+    _need(rows, ("level", "sampler", "steps", "evaluations", "mse", "mse_stderr"), "quality_vs_evaluations")
+    largest = [row["level"] for row in rows if not row.get("dial")][-1]
+    rows = [row for row in rows if row["level"] == largest]
+    fid = next((name for name in rows[0] if name.startswith("fid_") and not name.endswith("_std")), None)
+    measures = [("mse", "mean squared error to the reference"), *([(fid, fid)] if fid else [])]
+    figure, panels = _panels("network calls per image", [label for _, label in measures], f"level {largest}; {caption}")
+    looks = dict(zip(_distinct(rows, "sampler"), zip(cycle(_COLOURS), cycle(_STYLES), strict=False), strict=False))
+    for axes, (column, _) in zip(panels, measures, strict=True):
+        axes.set(xscale="log", yscale="log")
+        for sampler, (colour, (marker, line)) in looks.items():
+            points = [row for row in rows if row["sampler"] == sampler and row[column]]
+            points.sort(key=lambda row: row["evaluations"])
+            bars = [row["mse_stderr"] for row in points] if column == "mse" else None
+            x, y = ([row[name] for row in points] for name in ("evaluations", column))
+            axes.errorbar(x, y, yerr=bars, color=colour, marker=marker, linestyle=line, capsize=2, elinewidth=0.8)
+    handles = [_key(str(sampler), colour, marker, line) for sampler, (colour, (marker, line)) in looks.items()]
+    figure.legend(handles=handles, title="sampler", loc="outside right upper", frameon=False)
+    _save(figure, path)
+
+
 def error_by_noise_level(
     curves: Mapping[Any, tuple[ArrayLike, ArrayLike]], path: str | os.PathLike[str], caption: str
 ) -> None:
@@ -201,16 +228,24 @@ def scaling_law(
 
 
 def _figure(xlabel: str, ylabel: str, caption: str) -> tuple[Figure, Axes]:
+    figure, (axes,) = _panels(xlabel, [ylabel], caption)
+    return figure, axes
+
+
+def _panels(xlabel: str, ylabels: Sequence[str], caption: str) -> tuple[Figure, list[Axes]]:
+    """A panel for each ylabel, side by side; the caption stands above the first."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.5, 4.5), dpi=150, layout="constrained")
-    axes = figure.add_subplot(xlabel=xlabel, ylabel=ylabel)
+    width = 3.0 + 4.5 * len(ylabels)
+    figure = Figure(figsize=(width, 4.5), dpi=150, layout="constrained")
+    panels = [figure.add_subplot(1, len(ylabels), i, xlabel=xlabel, ylabel=y) for i, y in enumerate(ylabels, 1)]
     # wrapped here, since matplotlib would let it run on under the legend
-    axes.set_title(fill(caption, 72), fontsize="small", loc="left", color="0.3")
-    axes.grid(which="major", color="0.9")
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
+    panels[0].set_title(fill(caption, 72), fontsize="small", loc="left", color="0.3")
+    for axes in panels:
+        axes.grid(which="major", color="0.9")
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure, panels
 
 
 def _key(label: str, colour: str, marker: str, line: Any) -> Any:

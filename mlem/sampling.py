@@ -54,7 +54,8 @@ class Sampler:
     `schedule` and `shape`. solver: a name or a Solver. grid: name of a time grid, or a TimeGrid (which says the steps
     itself); by default the solver's own choice. plan: which levels run when: a Plan with a row for each evaluation, or
     a Recipe (`family.plan(...)`), from which one is made. device: where to run; by default where the network is.
-    precision: "fp32", "bf16" or "fp16" (autocast of the network).
+    precision: "fp32", "bf16" or "fp16" (autocast of the network). spread: under torch.distributed, every rank runs the
+    same samples and evaluates its share of the rows of each call, which pays for solvers that ask for many at once.
     The dtype of samples is float32, or float64 when that is the default dtype.
     Raises ValueError for options out of range.
     """
@@ -73,6 +74,7 @@ class Sampler:
         shape: Sequence[int] | None = None,
         device: str | torch.device | None = None,
         precision: str = "fp32",
+        spread: bool = False,
     ) -> None:
         if precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
@@ -105,7 +107,7 @@ class Sampler:
         self._networks = nn.ModuleList(part for part in inside if isinstance(part, nn.Module))
         self.device = torch.device(device) if device is not None else _device_of(self._networks)
         self._networks.to(self.device)
-        self.seed, self.precision = seed, precision
+        self.seed, self.precision, self._spread = seed, precision, spread
         self._points = Point.of(schedule, self.grid)
         self._rounds = 0
         self._response: list[float] | None = None
@@ -215,10 +217,26 @@ class Sampler:
     def _estimate(self, y: Tensor, place: Place) -> Tensor:
         self._rounds += 1
         x, t = (part.to(self._input_dtype) for part in model_input(self.schedule, y, place))
+        if self._spread and torch.distributed.is_initialized():
+            return self._share(x, t)
+        return self._chunks(x, t)
+
+    def _chunks(self, x: Tensor, t: Tensor) -> Tensor:
         chunk = self.solver.chunk or len(x)
         with self._autocast():
             parts = [self._denoiser(*part) for part in zip(x.split(chunk), t.split(chunk), strict=True)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _share(self, x: Tensor, t: Tensor) -> Tensor:
+        """This rank's rows, and those that the others found: every rank holds all of them afterwards, the same bits."""
+        rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        size = -(-len(x) // world_size)
+        mine = slice(min(rank * size, len(x) - 1), (rank + 1) * size)  # a rank without rows repeats the last
+        own = self._chunks(x[mine], t[mine])
+        own = torch.cat([own, own[-1:].expand(size - len(own), *own.shape[1:])]).contiguous()
+        found = [torch.empty_like(own) for _ in range(world_size)]
+        torch.distributed.all_gather(found, own)
+        return torch.cat(found)[: len(x)]
 
     def _revise(self, y: Tensor, point: Point) -> Tensor:
         with self._autocast():

@@ -15,7 +15,7 @@ from mlem.app import cli
 from mlem.app.cli import CONFIGS, sweep
 from mlem.app.config import build_callbacks, check, parse_indices, without_secrets
 from mlem.denoiser import MixtureDenoiser
-from mlem.sampling import Sampler
+from mlem.sampling import Sampler, solver_of
 from mlem.schedule import NoiseSchedule
 from tests.commands import REPOSITORY, TINY, configure, environment, execute, run_here, succeed
 from tests.conftest import SECRET
@@ -67,7 +67,8 @@ def test_every_sampler_config_samples(choice: str) -> None:
     config = configure("sample", f"sampler={choice}")
     schedule = NoiseSchedule.cosine()
     data = MixtureDenoiser(schedule, torch.ones(1), torch.zeros(1, 3), torch.ones(1))
-    sampler = Sampler(data, solver=config.sampler.solver, steps=2, grid=config.grid, schedule=schedule, shape=(3,))
+    solver = solver_of(config.sampler.solver, **config.sampler.get("options", {}))
+    sampler = Sampler(data, solver=solver, steps=2, grid=config.grid, schedule=schedule, shape=(3,))
     assert torch.isfinite(sampler.run([0, 1]).x).all()
 
 
@@ -205,6 +206,10 @@ LATE = [
     ("evaluation.samplers=[{solver:dpmm,steps:[2]}]", "did you mean ddpm?"),
     ("evaluation.samplers=[{solver:ddpm,steps:[2],grid:log}]", "grid must be one of"),
     ("evaluation.samplers=[{solver:'diffusers:Nothing',steps:[2]}]", "diffusers has no scheduler 'Nothing'"),
+    (
+        "evaluation.samplers=[{solver:randomized_midpoint,steps:[2],options:{clock:sun}}]",
+        "evaluation.samplers[0]: clock must be one of kappa, ou, got 'sun'",
+    ),
     ("evaluation.indices=3-1", "evaluation.indices must be ranges such as 0-63"),
     ("data.held_out=1797", "data.held_out must be in [2, 1796], got 1797"),
     ("data.held_out=1", "data.held_out must be in [2, 1796], got 1"),

@@ -32,7 +32,15 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated"),
 ]
 LABELS = [("ddpm", 2), ("ddpm", 4), ("ddim", 3), ("ddim_karras", 3)]
-MEASURED = {"dial", "calls", "evaluations", "flops_per_image", "seconds_per_image", "network_seconds_per_image"}
+MEASURED = {
+    "dial",
+    "calls",
+    "evaluations",
+    "rounds",
+    "flops_per_image",
+    "seconds_per_image",
+    "network_seconds_per_image",
+}
 MEASURED |= {"mse", "mse_stderr"}
 
 
@@ -89,7 +97,7 @@ def test_every_sampler_on_every_level_has_its_row(one_rank: Path) -> None:
     ]
     for row in found:
         assert row.keys() == {"level", "sampler", "steps", f"fid_random256@{COUNT}"} | MEASURED
-        assert row["evaluations"] == row["steps"]
+        assert row["evaluations"] == row["rounds"] == row["steps"]
         assert 0 < row["network_seconds_per_image"] < row["seconds_per_image"]
         assert row["flops_per_image"] > 0
 

@@ -19,6 +19,7 @@ from mlem.files import read_json
 from mlem.multilevel.plan import Plan
 from mlem.multilevel.recipe import Recipe, stored_plan
 from mlem.network import unet
+from mlem.sampling import solver_of
 from mlem.schedule import NoiseSchedule
 from mlem.training.evaluation import SamplerChoice, SamplerEvaluation
 from mlem.training.loggers import JSONLinesLogger, wandb_logger
@@ -165,17 +166,22 @@ def sampler_choices(config: DictConfig) -> list[SamplerChoice]:
     choices = []
     for number, entry in enumerate(config.evaluation.samplers):
         name = f"evaluation.samplers[{number}]"
-        known = {"solver", "steps", "grid", "plan"}
+        known = {"solver", "steps", "grid", "plan", "options"}
         if not OmegaConf.is_dict(entry) or not {"solver", "steps"} <= set(entry) <= known:
             raise ValueError(
-                f"{name} must be {{solver: name, steps: [n, ..], and, where wanted, grid: name, "
+                f"{name} must be {{solver: name, steps: [n, ..], and, where wanted, grid: name, options: of it, "
                 f"plan: options}}, got {entry}"
             )
         steps = entry.steps
         if not OmegaConf.is_list(steps) or not steps or not all(isinstance(n, int) and n >= 1 for n in steps):
             raise ValueError(f"{name}.steps must be a list of step counts >= 1, got {steps}")
         recipe = recipe_of(dict(entry.plan), f"{name}.plan: ") if entry.get("plan") else None
-        choices.append(SamplerChoice(str(entry.solver), tuple(steps), entry.get("grid"), recipe))
+        options: Any = OmegaConf.to_container(entry.options, resolve=True) if entry.get("options") else {}
+        try:
+            solver_of(str(entry.solver), **options)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{name}: {error}") from error
+        choices.append(SamplerChoice(str(entry.solver), tuple(steps), entry.get("grid"), recipe, options))
     return choices
 
 

@@ -183,7 +183,7 @@ def _help(name: str) -> str:
             default = re.search(rf"^  - {group}: (\S+)", used, re.MULTILINE)
             lines.append(f"{group}=  (default {default[1] if default else 'null'})")
             lines += [
-                f"  {choice:20s}{_first_comment(CONFIGS / group / f'{choice}.yaml')}" for choice in _choices(group)
+                f"  {choice:24s}{_first_comment(CONFIGS / group / f'{choice}.yaml')}" for choice in _choices(group)
             ]
     body = used.split("\n\n", 1)[1]
     lines += ["", "options (a dot joins the names of inner ones, as in training.steps=500):", body.rstrip(), ""]

@@ -87,12 +87,13 @@ _TEXT += ("model.name", "model.solver", "metric.cache")
 _TEXT_OR_NULL = ("family", "level", "grid", "out", "plan", "model.grid", "folder")
 _TEXT_OR_NULL += ("metric.features", "metric.weights", "metric.sha256")
 _GROUPS = ("data", "data.options", "model", "schedule", "trainer", "logger", "metric", "sampler", "eval")
-_GROUPS += ("training", "evaluation", "calibration")
+_GROUPS += ("training", "evaluation", "calibration", "sampler.options")
 _LISTS = ("callbacks", "allow", "evaluation.samplers")
 _ONE_OF = {
     "trainer.precision": ("fp32", "bf16", "fp16"),
     "model.prediction": ("v", "eps", "x0"),
     "model.tangents": ("exact", "random"),
+    "sampler.over": ("samples", "ranks"),
     "logger.mode": ("auto", "online", "offline", "disabled"),
 }
 

@@ -72,12 +72,14 @@ def _report(rows: list[dict[str, Any]], family: Family, folder: Path, artefact: 
     title = "samplers: mean squared error to the many-step reference ± standard error" + (f"; {fid}" if fid else "")
     samplers = Table("level", "sampler", "steps", "calls", "ms/image", "MSE", "FID" if fid else "", title=title)
     for row in rows:
-        error = f"{row['mse']:.2e} ± {row['mse_stderr']:.1e}"
+        error = "law only" if row["mse"] is None else f"{row['mse']:.2e} ± {row['mse_stderr']:.1e}"
         time_ = f"{1e3 * row['seconds_per_image']:.2f}"
         calls = " + ".join(
             f"{count:g} {name}" for name, count in row["calls"].items() if len(row["calls"]) > 1 and count
         )
-        calls = calls or f"{row['evaluations']:g}"
+        calls = calls or f"{row['evaluations']:.4g}"
+        if row["rounds"] < 0.99 * row["evaluations"]:
+            calls += f" in {row['rounds']:.3g} rounds"
         samplers.add_row(
             row["level"], row["sampler"], str(row["steps"]), calls, time_, error, f"{row[fid]:.3f}" if fid else ""
         )
@@ -86,6 +88,7 @@ def _report(rows: list[dict[str, Any]], family: Family, folder: Path, artefact: 
         ("trained", artefact),
         ("sample grids", folder / "grids"),
         ("error against time", folder / "error_vs_time.png"),
+        ("error and FID against evaluations", folder / "quality_vs_evaluations.png"),
         ("error by noise level", folder / "error_by_noise_level.png"),
         ("scaling law", folder / "scaling_law.png"),
         ("metrics", folder / "metrics.jsonl"),

@@ -8,6 +8,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 
 from mlem.app.build import plan_of
@@ -30,7 +31,9 @@ from mlem.metrics import Measure
 from mlem.multilevel.calibrate import Calibration
 from mlem.multilevel.predict import Predictor
 from mlem.outputs import claim, finish, sample_path, write_samples
-from mlem.sampling import Sampler
+from mlem.sampling import Sampler, solver_of
+from mlem.solvers import Solver
+from mlem.solvers.lipschitz import estimate_lipschitz
 
 
 def run(config: DictConfig) -> None:
@@ -57,9 +60,10 @@ def _sample(config: DictConfig) -> None:
     if config.trainer.compile:
         for level in model.levels if isinstance(model, Family) else [model]:
             level.network.compile()
+    over_ranks = OmegaConf.select(config, "sampler.over") == "ranks"
     sampler = Sampler(
         model,
-        solver=config.sampler.solver,
+        solver=_solver(config, model, fabric.device),
         steps=config.steps,
         grid=config.grid,
         seed=config.seed,
@@ -67,6 +71,7 @@ def _sample(config: DictConfig) -> None:
         plan=plan,
         device=fabric.device,
         precision=config.trainer.precision,
+        spread=over_ranks,
     )
     out = Path(config.out or f"{config.root}/samples/{config.sampler.name}_{config.steps}")
     # all that may be refused is refused before there are other ranks, which would wait for this one
@@ -74,16 +79,21 @@ def _sample(config: DictConfig) -> None:
         claim(out, _settings(config, model, folder, sampler))
     fabric.launch()
     fabric.barrier()
-    with _progress(len(indices), fabric.world_size, fabric.is_global_zero) as advance:
+    # spread over ranks, all of them work on every batch; else each has its own
+    rank, world_size = (0, 1) if over_ranks else (fabric.global_rank, fabric.world_size)
+    with _progress(len(indices), world_size, fabric.is_global_zero) as advance:
         ledger, failure = write_samples(
             sampler,
             indices,
             out,
             batch_size=config.batch_size,
-            rank=fabric.global_rank,
-            world_size=fabric.world_size,
+            rank=rank,
+            world_size=world_size,
             advance=advance,
+            keeps=not over_ranks or fabric.is_global_zero,
         )
+    if over_ranks and not fabric.is_global_zero:
+        ledger.images, ledger.wall_seconds = 0, 0.0  # the same images: only the calls are this rank's own
     gathered = Ledger()
     for one in everyone(ledger.to_dict()):
         gathered.add(Ledger.from_dict(one))
@@ -94,6 +104,23 @@ def _sample(config: DictConfig) -> None:
     if measure is not None:
         # from the files, so that samples of earlier runs count too, and the numbers are those of eval=folder
         report(measure, [sample_path(out, index) for index in indices], fabric, config.batch_size, out)
+
+
+def _solver(config: DictConfig, model: Family | Level, device: torch.device) -> Solver:
+    """The solver that `sampler` describes. lipschitz=estimate is measured here, on the largest level."""
+    options: dict[str, Any] = OmegaConf.to_container(config.sampler.get("options") or OmegaConf.create(), resolve=True)  # type: ignore[assignment]
+    if options.get("lipschitz") == "estimate":
+        level = model.level() if isinstance(model, Family) else model
+        options["lipschitz"] = table = estimate_lipschitz(
+            level.denoiser, level.schedule, level.shape, seed=config.seed, device=device
+        )
+        if first_process():
+            values = ", ".join(f"{constant:.3g} at t = {t:.3g}" for t, constant in table)
+            print(f"Lipschitz constant of the score, estimated on level {level.name}: {values}")
+    try:
+        return solver_of(config.sampler.solver, **options)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"sampler.options: {error}" if options else str(error)) from error
 
 
 def _check_shape(model: Family | Level, measure: Measure, data: str) -> None:
@@ -133,6 +160,7 @@ def _settings(config: DictConfig, model: Family | Level, folder: Path, sampler: 
         own = {"level": model.name, "weights": sha256(weights / "diffusion_pytorch_model.safetensors")}
     return own | {
         "solver": config.sampler.solver,
+        "options": OmegaConf.to_container(config.sampler.get("options") or OmegaConf.create(), resolve=True),
         "steps": config.steps,
         "grid": sampler.grid.name,
         "seed": config.seed,

@@ -6,7 +6,7 @@ asks the LightningModule for `family()` and reads held-out images from the loade
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,8 @@ from mlem.ledger import Ledger, LevelLedger
 from mlem.metrics import FID, Measure, PathwiseError
 from mlem.metrics.scores import KINDS
 from mlem.multilevel.recipe import Recipe
-from mlem.plots import error_by_noise_level, error_vs_time, image_grid
-from mlem.sampling import Sampler, blocks
+from mlem.plots import error_by_noise_level, error_vs_time, image_grid, quality_vs_evaluations
+from mlem.sampling import Sampler, blocks, solver_of
 from mlem.training.progress import announced
 
 GRID_IMAGES = 64
@@ -36,13 +36,14 @@ MULTILEVEL = "mlem"
 class SamplerChoice:
     """One sampler at several step counts: a line in the figure. grid: None for the solver's own choice.
 
-    recipe: how the levels of the family share the work; None for every level by itself.
+    recipe: how the levels of the family share the work; None for every level by itself. options: of the solver.
     """
 
     solver: str
     steps: tuple[int, ...]
     grid: str | None = None
     recipe: Recipe | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.steps:
@@ -51,7 +52,8 @@ class SamplerChoice:
     @property
     def label(self) -> str:
         """Name in figures and metrics."""
-        name = self.solver.replace(":", "_") + (f"_{self.grid}" if self.grid else "")
+        name = "_".join([self.solver.replace(":", "_"), *([self.grid] if self.grid else [])])
+        name += "".join(f"_{key}-{value}" for key, value in self.options.items())
         if self.recipe is None:
             return name
         coins = f"_{self.recipe.coins}" if self.recipe.coins else ""
@@ -130,7 +132,8 @@ class SamplerEvaluation(pl.Callback):
         for block in announced(mine, f"evaluation, {len(tallies)} samplers", trainer.is_global_zero):
             truths = {name: sampler.run(block).x for name, sampler in references.items()}
             for tally in tallies:
-                self._run(tally, block, truths[tally.sampler.solver.reference], first=self.blocks[0])
+                truth = truths[tally.sampler.solver.reference] if tally.sampler.solver.coupled else None
+                self._run(tally, block, truth, first=self.blocks[0])
         self.rows = [self._row(trainer, tally) for tally in tallies]
         self._publish(trainer, family, tallies)
 
@@ -143,8 +146,9 @@ class SamplerEvaluation(pl.Callback):
         return [self._tally(model, choice, steps, device) for model, choice, steps in (*one, *several)]
 
     def _tally(self, model: Family | Level, choice: SamplerChoice, steps: int, device: torch.device) -> _Tally:
-        options: dict[str, Any] = {"solver": choice.solver, "steps": steps, "grid": choice.grid}
-        sampler = Sampler(model, **options, seed=self.seed, plan=choice.recipe, device=device)
+        solver = solver_of(choice.solver, **choice.options)
+        options: dict[str, Any] = {"steps": steps, "grid": choice.grid, "seed": self.seed, "device": device}
+        sampler = Sampler(model, solver=solver, plan=choice.recipe, **options)
         name = model.name if isinstance(model, Level) else MULTILEVEL
         dials = ("budget", "mse", "delta")
         recipe = choice.recipe
@@ -153,7 +157,7 @@ class SamplerEvaluation(pl.Callback):
         return _Tally(name, choice.label, dial, sampler, fid, device)
 
     def _references(self, family: Family, tallies: list[_Tally], device: torch.device) -> dict[str, Sampler]:
-        names = {tally.sampler.solver.reference for tally in tallies}
+        names = {tally.sampler.solver.reference for tally in tallies if tally.sampler.solver.coupled}
         options: dict[str, Any] = {"steps": self.reference_steps, "seed": self.seed, "device": device}
         return {name: Sampler(family.level(), solver=name, **options) for name in names}
 
@@ -163,23 +167,26 @@ class SamplerEvaluation(pl.Callback):
             for size in {len(self.blocks[0]), len(self.blocks[-1])}:
                 Sampler(level, solver="ddim", steps=2, seed=self.seed, device=device).run(range(size))
 
-    def _run(self, tally: _Tally, block: list[int], truth: Tensor, first: list[int]) -> None:
+    def _run(self, tally: _Tally, block: list[int], truth: Tensor | None, first: list[int]) -> None:
         result = tally.sampler.run(block)
         tally.ledger.add(result.ledger)
-        tally.error.update(result.x, truth)
+        if truth is not None:
+            tally.error.update(result.x, truth)
         if tally.fid is not None:
             tally.fid.update(result.x, block)
         if block == first:
             tally.pictures = dict(zip(block[:GRID_IMAGES], result.x.cpu(), strict=False))
 
     def _row(self, trainer: pl.Trainer, tally: _Tally) -> dict[str, Any]:
-        mse, stderr = tally.error.compute()
+        # every rank asks, or none does: it gathers
+        mse, stderr = tally.error.compute() if tally.sampler.solver.coupled else (None, None)
         names = list(tally.sampler.levels)
         costs = [tally.ledger.levels.get(name, LevelLedger()) for name in names]
         mine = [tally.ledger.wall_seconds, tally.ledger.network_seconds, tally.ledger.images]
+        mine += [tally.ledger.rounds * tally.ledger.images]
         mine += [sum(cost.flops for cost in costs), *(cost.calls for cost in costs)]
         sums = torch.tensor(mine, dtype=torch.float64, device=tally.device)
-        wall, network, images, flops, *calls = trainer.strategy.reduce(sums, reduce_op="sum").tolist()  # type: ignore[union-attr]
+        wall, network, images, rounds, flops, *calls = trainer.strategy.reduce(sums, reduce_op="sum").tolist()  # type: ignore[union-attr]
         row = {
             "level": tally.name,
             "sampler": tally.label,
@@ -187,6 +194,7 @@ class SamplerEvaluation(pl.Callback):
             "dial": tally.dial,
             "calls": {name: count / images for name, count in zip(names, calls, strict=True)},
             "evaluations": sum(calls) / images,
+            "rounds": rounds / images,
             "flops_per_image": flops / images,
             "seconds_per_image": wall / images,
             "network_seconds_per_image": network / images,
@@ -209,7 +217,7 @@ class SamplerEvaluation(pl.Callback):
             prefix = f"eval/{row['level']}/{row['sampler']}@{point}"
             metrics |= {f"{prefix}/calls_{name}": calls for name, calls in row["calls"].items()}
             names = ("mse", "seconds_per_image", "evaluations", *(name for name in row if name.startswith(KINDS)))
-            metrics |= {f"{prefix}/{name}": row[name] for name in names}
+            metrics |= {f"{prefix}/{name}": row[name] for name in names if row[name] is not None}
             picture = image_grid(torch.stack(list(tally.pictures.values())))
             path = self.folder / "grids" / f"{row['level']}_{row['sampler']}_{point}.png"
             with atomic_write(path) as file:
@@ -217,6 +225,7 @@ class SamplerEvaluation(pl.Callback):
         write_json(self.folder / "evaluation.json", {"caption": self._caption(family, trainer), "rows": self.rows})
         if drawable := _drawable(self.rows):
             error_vs_time(drawable, self.folder / "error_vs_time.png", self._caption(family, trainer))
+        quality_vs_evaluations(self.rows, self.folder / "quality_vs_evaluations.png", self._caption(family, trainer))
         step = max(0, trainer.global_step - 1)  # the last one done, counted from 0 as Lightning does
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=step)
@@ -226,8 +235,9 @@ class SamplerEvaluation(pl.Callback):
     def _log_pictures(self, logger: WandbLogger, step: int) -> None:
         grids = sorted((self.folder / "grids").glob("*.png"))
         logger.log_image("eval/grids", [str(path) for path in grids], step, caption=[path.stem for path in grids])
-        if _drawable(self.rows):
-            logger.log_image("eval/error_vs_time", [str(self.folder / "error_vs_time.png")], step)
+        for name in ("error_vs_time", "quality_vs_evaluations"):
+            if (path := self.folder / f"{name}.png").exists():
+                logger.log_image(f"eval/{name}", [str(path)], step)
 
     def _caption(self, family: Family, trainer: pl.Trainer) -> str:
         top, device = family.level(), trainer.strategy.root_device.type
@@ -239,8 +249,8 @@ class SamplerEvaluation(pl.Callback):
 
 
 def _drawable(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows whose error is not zero: the reference itself has no place on a logarithmic axis."""
-    return [row for row in rows if row["mse"] > 0]
+    """Rows with an error that is not zero: the reference itself has no place on a logarithmic axis."""
+    return [row for row in rows if row["mse"]]
 
 
 def noise_level_figure(family: Family, metrics: dict[str, float], images: int, path: Path) -> None:
