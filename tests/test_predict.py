@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mlem.denoiser import gaussian_denoiser
 from mlem.multilevel.calibrate import Calibration, measure
+from mlem.multilevel.coins import COINS, toss
 from mlem.multilevel.denoiser import MultilevelDenoiser
 from mlem.multilevel.plan import Plan
 from mlem.multilevel.predict import Predictor, held_deviation
@@ -149,7 +150,28 @@ def test_jump_plans_are_predicted_by_their_counts_over_probabilities() -> None:
     squares = torch.einsum("kr,krkr->kr", by.scale**2, by.covariance).T
     expected = ((1 / p - 1)[:, 1:] * squares).sum().item()
     assert by.response_error(Plan.draw(p, "bernoulli", 3)) == pytest.approx(expected, rel=1e-12)
-    assert by.response_error(Plan.draw(p, "systematic", 3, per_sample=True)) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("coins", COINS)
+def test_own_coins_are_predicted_on_average(coins: str) -> None:
+    """The quadratic form over 20,000 samples, each with coins of its own; systematic ones are predicted from 256."""
+    by, p = predictor(steps=6), torch.tensor([[1.0, 0.6, 0.3]] * 5 + [[1.0, 1.0, 0.5]])
+    counts = toss(coins, p, 1, torch.arange(20_000))
+    errors = by.energy((by.scale.T * (counts / p - 1)[:, :, 1:]).transpose(1, 2))
+    said = by.response_error(Plan.draw(p, coins, 3, per_sample=True))
+    chance = errors.std().item() / math.sqrt(256 if coins == "systematic" else 20_000)
+    assert said == pytest.approx(errors.mean().item(), abs=4 * chance)
+    if coins != "systematic":
+        assert by.response_error(Plan.draw(p, coins, 3)) == by.choice(Plan.draw(p, coins, 3)) == said
+
+
+def test_a_plan_whose_first_level_may_not_run_is_not_predicted() -> None:
+    by = predictor(steps=6)
+    for coins in COINS:
+        with pytest.raises(
+            ValueError, match=r"^only a plan whose first level always runs can be predicted; give it pr"
+        ):
+            by.error(Plan.draw(torch.full((6, 3), 0.5), coins))
 
 
 def test_the_energy_is_the_mean_square_of_the_sum() -> None:
