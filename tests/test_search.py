@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
 from mlem.multilevel.calibrate import Calibration
 from mlem.multilevel.predict import Search
@@ -34,6 +35,18 @@ def test_a_search_spends_its_budget_well(solver: str, estimator: str, levels: tu
         for stride in (2, 3, 4, 6, 8, 16):
             even = every(stride, 32, len(levels), estimator=estimator, order=0, levels=levels)
             assert even.cost(own) > found.cost(own) or by.response_error(found) <= by.response_error(even) * 1.0001
+
+
+@pytest.mark.parametrize("estimator", ["held", "hindsight"])
+@pytest.mark.parametrize("solver", ["ddpm", "ddim"])
+def test_a_search_keeps_every_budget(solver: str, estimator: str) -> None:
+    """Also where rows are dense, so that moving one parts neighbours, and small levels are not cheap."""
+    costs = torch.tensor([0.1, 0.4, 1.0])
+    search = Search(predictor(solver, 12), ("1", "2", "3"), costs, 0, estimator)
+    for budget in torch.linspace(4.0, 12.0, 17).tolist():
+        found = search.plan(budget)
+        assert found is not None
+        assert found.cost(costs) <= budget
 
 
 def test_a_search_finds_nothing_for_too_little() -> None:

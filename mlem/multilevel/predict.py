@@ -267,7 +267,8 @@ class Search:
         stacked = torch.stack(tables)
         found = [(energy, i, m) for m in self.memories for i, energy in enumerate(self._energies(stacked, m).tolist())]
         refined = [
-            (*self._refine(tables[i], m), m) for _, i, m in sorted(found, key=lambda one: one[0])[: self.refined]
+            (*self._refine(tables[i], m, budget), m)
+            for _, i, m in sorted(found, key=lambda one: one[0])[: self.refined]
         ]
         table, _, memory = min(refined, key=lambda one: one[1])
         return self._plan(table, memory)
@@ -275,7 +276,7 @@ class Search:
     def _candidates(self, budget: float) -> list[Tensor | None]:
         if len(self.levels) == 1:
             alone = torch.ones(self._rows, 1, dtype=torch.bool)
-            return [alone if self._plan(alone).cost(self._costs) <= budget else None]
+            return [alone if self._fits(alone, budget) else None]
         multiples = list(itertools.product(self.multiples, repeat=len(self.levels) - 2))
         return [self._largest(budget, power, each) for power in self.powers for each in multiples]
 
@@ -284,7 +285,7 @@ class Search:
         low, high = 0, self._rows
         while low < high:
             middle = (low + high + 1) // 2
-            fits = self._plan(self._spread(middle, power, multiples)).cost(self._costs) <= budget
+            fits = self._fits(self._spread(middle, power, multiples), budget)
             low, high = (middle, high) if fits else (low, middle - 1)
         return self._spread(low, power, multiples) if low else None
 
@@ -307,6 +308,9 @@ class Search:
             stride *= multiples[level - 1] if level - 1 < len(multiples) else 1
         return table
 
+    def _fits(self, measured: Tensor, budget: float) -> bool:
+        return self._plan(measured).cost(self._costs) <= budget
+
     def _plan(self, measured: Tensor, memory: float | None = None) -> Plan:
         return Plan.given(measured, **self._how, memory=memory, levels=self.levels)
 
@@ -323,8 +327,11 @@ class Search:
             deviations[:, one] = -predictor.scale[one]
         return predictor.energy(deviations)
 
-    def _refine(self, measured: Tensor, memory: float | None) -> tuple[Tensor, float]:
-        """Move each row's measurements to a neighbouring row, as long as that helps; the table and its error."""
+    def _refine(self, measured: Tensor, memory: float | None, budget: float) -> tuple[Tensor, float]:
+        """Move each row's measurements to a neighbouring row, as long as that helps; the table and its error.
+
+        A row that is moved away from its neighbour may cost more: what comes after it is held, or revised.
+        """
         energy = self._energies(measured[None], memory).item()
         for _ in range(4):
             before = energy
@@ -336,9 +343,13 @@ class Search:
                 tables = measured.repeat(len(places), 1, 1)
                 tables[torch.arange(len(places)), places, 1:] = measured[row, 1:]
                 tables[:, row, 1:] = False
-                energies = self._energies(tables, memory)
-                if energies.min() < energy:
-                    measured, energy = tables[int(energies.argmin())], energies.min().item()
+                energies = self._energies(tables, memory).tolist()
+                for place in sorted(range(len(energies)), key=energies.__getitem__):
+                    if energies[place] >= energy:
+                        break
+                    if self._fits(tables[place], budget):
+                        measured, energy = tables[place], energies[place]
+                        break
             if energy > 0.99 * before:
                 break
         return measured, energy
