@@ -212,6 +212,12 @@ class _Planner:
                 return math.inf
             return predictor.total(plan)
 
+        if (best := error(1.0)) > mse:  # levels= without the largest
+            names = ", ".join(self._levels()[-1])
+            raise ValueError(
+                f"mse={mse:g}: the levels {names} come to {best:.2g} at every step; add a larger level to levels=, or "
+                "leave it out"
+            )
         low, high = 1.0 / self.rows * self.costs[0].item(), 1.0
         for _ in range(12):
             middle = math.sqrt(low * high)
