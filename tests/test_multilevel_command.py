@@ -130,6 +130,8 @@ def test_a_plan_is_evaluated_beside_the_levels(
     [
         ("{budgets:0.5}", "evaluation.samplers[0].plan: budgets: there is no such option; there are budget, mse,"),
         ("{budget:2}", "evaluation.samplers[0].plan: budget must be in (0, 1], a share of the largest level's cost"),
+        ("best", "evaluation.samplers[0].plan must be options, such as {budget: 0.25}, got best"),
+        ("{probabilities:[1,2]}", "evaluation.samplers[0].plan: probabilities must be in (0, 1], got 1, 2"),
         ("{coins:nested}", "evaluation.samplers[0].plan: calibrated probabilities need budget= or mse="),
     ],
 )

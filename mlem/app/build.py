@@ -190,7 +190,11 @@ def sampler_choices(config: DictConfig) -> list[SamplerChoice]:
         steps = entry.steps
         if not OmegaConf.is_list(steps) or not steps or not all(isinstance(n, int) and n >= 1 for n in steps):
             raise ValueError(f"{name}.steps must be a list of step counts >= 1, got {steps}")
-        recipe = recipe_of(dict(entry.plan), f"{name}.plan: ") if entry.get("plan") else None
+        options = entry.get("plan")
+        if options is not None and not OmegaConf.is_dict(options):
+            raise ValueError(f"{name}.plan must be options, such as {{budget: 0.25}}, got {options}")
+        plain: dict[str, Any] = OmegaConf.to_container(options, resolve=True) if options else {}  # type: ignore[assignment]
+        recipe = recipe_of(plain, f"{name}.plan: ") if plain else None
         choices.append(SamplerChoice(str(entry.solver), tuple(steps), entry.get("grid"), recipe))
     return choices
 
