@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import subprocess
@@ -47,6 +49,20 @@ PLAIN = (
     "calibration.images=0",
 )
 """A training in which next to nothing is evaluated: add training.steps."""
+
+TRAIN = (
+    *TINY[1:],
+    "model=family",
+    "model.levels=[xs,s]",
+    "logger=jsonl",
+    "metric=none",
+    "evaluation.every_n_epochs=0",
+    "calibration.images=2",
+    "calibration.times=4",
+    "calibration.reference_steps=20",
+    "evaluation.samplers=[{solver:ddpm,steps:[2]},{solver:ddpm,steps:[8],plan:{budget:0.6,cost:flops}}]",
+)
+"""A family of two levels, trained and calibrated in seconds."""
 
 
 def environment(**extra: str) -> dict[str, str]:
@@ -107,3 +123,10 @@ def run_here(name: str, *options: str) -> Any:
 def configure(name: str, *options: str) -> DictConfig:
     """The composed config."""
     return compose(name, list(options))
+
+
+def run_in(folder: Path, command: Callable[[], Any]) -> str:
+    """What a command prints that is run in this process, from `folder`."""
+    with contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()) as printed:
+        command()
+    return printed.getvalue()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.commands import TINY, succeed
+from tests.commands import TINY, TRAIN, run_here, run_in, succeed
 
 torch.set_num_threads(1)
 # A shell starts its background jobs with SIGINT ignored, and what we start would inherit that.
@@ -21,6 +21,15 @@ def float64() -> Iterator[None]:
     """Default dtype float64 within the test: samples, noise and new networks are in it."""
     torch.set_default_dtype(torch.float64)
     yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture(scope="module")
+def float64_module() -> Iterator[None]:
+    """Default dtype float64 and no gradients within the module: `usefixtures("float64_module")`."""
+    torch.set_default_dtype(torch.float64)
+    with torch.no_grad():
+        yield
     torch.set_default_dtype(torch.float32)
 
 
@@ -37,3 +46,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     printed = succeed("train", *options, "+x=env", cwd=folder, MLEM_SECRET=SECRET)
     (folder / "printed.txt").write_text(printed)
     return folder
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A folder in which `train.py model=family` made and calibrated runs/digits/family, and what was printed."""
+    folder = tmp_path_factory.mktemp("multilevel")
+    return folder, run_in(folder, lambda: run_here("train", *TRAIN))

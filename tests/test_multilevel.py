@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,66 +16,16 @@ from mlem.family import Family
 from mlem.multilevel.coins import COINS, toss
 from mlem.multilevel.denoiser import PADDING, MultilevelDenoiser
 from mlem.multilevel.plan import Plan
-from mlem.noise import BrownianPath
 from mlem.sampling import Sampler, sample
-from mlem.schedule import NoiseSchedule
-from mlem.solvers import Place, Point, make_solver, model_input, response
-from tests.problems import MEAN, closed_family, gaussian, level, mixture, outcomes, point_mass, rms
+from mlem.solvers import make_solver
+from tests.hierarchy import ALL, COSINE, TABLE, TIMES, at, call, denoisers, measured, networks, noise, trajectory
+from tests.problems import closed_family, gaussian, level, outcomes, rms
 
-COSINE = NoiseSchedule.cosine()
-TIMES = [1.0, 0.7, 0.45, 0.2, 0.05]
-TABLE = torch.tensor([[1.0, 0.5, 0.2], [0.8, 0.6, 0.6], [1.0, 1.0, 0.3]], dtype=torch.float64)
-HELD: list[dict[str, Any]] = [
-    {"estimator": "held", "order": 0},
-    {"estimator": "held", "order": 1},
-    {"estimator": "hindsight", "order": 0},
-    {"estimator": "hindsight", "order": 1},
-]
-ALL: list[dict[str, Any]] = [{"estimator": "jump"}, *HELD]
 of_diffusers = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
-
-
-def denoisers(count: int = 3) -> list[Denoiser]:
-    """Levels of different accuracy, float64."""
-    return [one.denoiser for one in closed_family((0.5, 0.2, 0.05)[:count]).levels]
-
-
-def noise(batch: int, seed: int = 0) -> Tensor:
-    return torch.randn(batch, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def at(t: float, batch: int) -> Tensor:
-    return torch.full((batch,), t, dtype=torch.float64)
-
-
-def call(multilevel: MultilevelDenoiser, x: Tensor, times: Sequence[float]) -> Tensor:
-    """One call for each time, at the same x: (R, B, 3)."""
-    return torch.stack([multilevel(x, at(t, len(x))) for t in times])
 
 
 def forbidden(x: Tensor, t: Tensor) -> Tensor:
     raise AssertionError("a level of weight zero was run")
-
-
-def trajectory(
-    levels: Sequence[Denoiser], plan: Plan | None, solver_name: str, steps: int, batch: int = 16
-) -> tuple[Tensor, Tensor]:
-    """y at the end and what it began with, float64; without a plan, of the top level alone."""
-    solver = make_solver(solver_name)
-    points = Point.of(COSINE, solver.grid(COSINE, steps, "log_snr"))
-    y, index = noise(batch) / points[0].alpha, torch.arange(batch)
-    estimate, revise = levels[-1], None
-    if plan is not None:
-        multilevel = estimate = MultilevelDenoiser(levels, plan, schedule=COSINE)
-        hindsight = plan.estimator == "hindsight"
-        multilevel.start(index, response(solver, COSINE, points)[0].tolist() if hindsight else None)
-        revise = multilevel.revise if hindsight else None
-
-    def eps(y: Tensor, place: Place) -> Tensor:
-        return estimate(*model_input(COSINE, y, place))
-
-    path = BrownianPath(COSINE, 0, index, (3,), torch.float64)
-    return solver.integrate(eps, y, points, path, index, 0, revise=revise), y
 
 
 # --- unbiased ------------------------------------------------------------------------------------------------------
@@ -127,12 +75,6 @@ def test_the_variance_of_one_estimate_is_that_of_its_coins() -> None:
 
 
 # --- all probabilities 1 -------------------------------------------------------------------------------------------
-
-
-@functools.cache
-def networks() -> Family:
-    """Untrained levels xs and s, float32."""
-    return Family([level("xs"), level("s", seed=1)])
 
 
 @pytest.mark.parametrize("options", ALL, ids=str)
@@ -222,124 +164,6 @@ def test_the_ledger_counts_the_padding_of_sub_batches(float64: None) -> None:
     assert [cost.calls for cost in ledger.levels.values()] == padded.sum(0).tolist()
     expected = [cost.expected_calls for cost in ledger.levels.values()]
     assert expected == pytest.approx((batch * plan.expected_calls).tolist())
-
-
-# --- held corrections ----------------------------------------------------------------------------------------------
-
-
-def corrected(below: Denoiser, correction: Any) -> Denoiser:
-    """A level above `below` by a correction in v, a function of `-ln kappa`: (f - below) / alpha."""
-
-    def eps(x: Tensor, t: Tensor) -> Tensor:
-        return below(x, t) + COSINE.alpha(t)[:, None] * correction(-COSINE.kappa(t).log())[:, None]
-
-    return eps
-
-
-def measured(rows: int, *places: Sequence[int], **options: Any) -> Plan:
-    table = torch.zeros(rows, len(places) + 1, dtype=torch.bool)
-    for number, ones in enumerate(places, 1):
-        table[list(ones), number] = True
-    return Plan.given(table, **options)
-
-
-def test_order_0_holds_a_constant_correction_exactly() -> None:
-    f1 = gaussian(COSINE)
-    f2 = corrected(f1, lambda time: 0 * time + 0.3)
-    levels = [f1, f2, corrected(f2, lambda time: 0 * time - 0.1)]
-    plan = measured(5, [0, 3], [0, 2], estimator="held", order=0)
-    for x in (noise(4), noise(4, 1)):
-        said = call(MultilevelDenoiser(levels, plan, schedule=COSINE), x, TIMES)
-        top = torch.stack([levels[-1](x, at(t, 4)) for t in TIMES])
-        torch.testing.assert_close(said, top, rtol=0, atol=1e-12)
-
-
-def test_order_1_extends_a_correction_linear_in_log_kappa_exactly() -> None:
-    """From the second measurement on; order 0 does not."""
-    f1 = gaussian(COSINE)
-    f2 = corrected(f1, lambda time: 0.3 - 0.2 * time)
-    levels, x = [f1, f2, corrected(f2, lambda time: 0.1 + 0.05 * time)], noise(4)
-    top = torch.stack([levels[-1](x, at(t, 4)) for t in TIMES])
-    for order, exact in ((1, True), (0, False)):
-        plan = measured(5, [0, 1, 3], [0, 1], estimator="held", order=order)
-        said = call(MultilevelDenoiser(levels, plan, schedule=COSINE), x, TIMES)
-        assert torch.allclose(said, top, rtol=0, atol=1e-12) is exact
-
-
-@pytest.mark.parametrize("order", [0, 1])
-def test_between_measurements_a_correction_is_the_line_through_the_last(order: int) -> None:
-    """A correction in sin(-ln kappa), by hand."""
-    levels, x = [gaussian(COSINE), corrected(gaussian(COSINE), torch.sin)], noise(4)
-    plan = measured(5, [0, 2], estimator="held", order=order)
-    said = call(MultilevelDenoiser(levels, plan, schedule=COSINE), x, TIMES)
-    time = [-math.log(COSINE.kappa(t).item()) for t in TIMES]
-    slope = (math.sin(time[2]) - math.sin(time[0])) / (time[2] - time[0]) if order else 0.0
-    expected = [math.sin(time[0])] * 2 + [math.sin(time[2]) + slope * (now - time[2]) for now in time[2:]]
-    for row, t in enumerate(TIMES):
-        eps = levels[0](x, at(t, 4)) + COSINE.alpha(t) * expected[row]
-        torch.testing.assert_close(said[row], eps, rtol=0, atol=1e-12)
-
-
-def test_two_measurements_at_one_time_have_no_slope() -> None:
-    levels, x = denoisers(2), noise(4)
-    plan = measured(3, [0, 1], estimator="held", order=1)
-    multilevel = MultilevelDenoiser(levels, plan, schedule=COSINE)
-    for y in (x, x + 0.1):
-        multilevel(y, at(0.5, 4))
-    held = (levels[1](x + 0.1, at(0.5, 4)) - levels[0](x + 0.1, at(0.5, 4))) / COSINE.alpha(0.5)
-    said = multilevel(x, at(0.4, 4))
-    expected = levels[0](x, at(0.4, 4)) + held * COSINE.alpha(0.4)
-    torch.testing.assert_close(said, expected, rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize("solver", ["ddim", "ddpm", "dpm_solver_pp", "euler_maruyama"])
-def test_held_and_hindsight_change_nothing_where_the_extension_is_right(solver: str) -> None:
-    """A correction of which every extension is exact: the trajectory is the top level's, to rounding."""
-    f1 = mixture(COSINE)
-    constant = [f1, corrected(f1, lambda time: 0 * time + 0.1)]
-    linear = [f1, corrected(f1, lambda time: 0.1 + 0.05 * time)]
-    for order, levels in ((0, constant), (1, constant), (1, linear)):
-        top, _ = trajectory(levels, None, solver, 16)
-        for estimator in ("held", "hindsight"):
-            plan = measured(16, [0, 1, 5, 9, 15], estimator=estimator, order=order)
-            end, _ = trajectory(levels, plan, solver, 16)
-            torch.testing.assert_close(end, top, rtol=0, atol=1e-10)
-
-
-@pytest.mark.parametrize("solver", ["ddim", "ddpm", "dpm_solver_pp"])
-def test_hindsight_mends_what_holding_got_wrong(solver: str) -> None:
-    """The correction is linear, the extension constant: interpolation knows it afterwards, up to what has passed."""
-    levels = [gaussian(COSINE), corrected(gaussian(COSINE), lambda time: 0.1 + 0.05 * time)]
-    errors = {}
-    for steps in (32, 128):
-        top, _ = trajectory(levels, None, solver, steps)
-        for estimator in ("held", "hindsight"):
-            plan = measured(steps, [*range(0, steps, 4), steps - 1], estimator=estimator, order=0)
-            errors[estimator, steps] = rms(trajectory(levels, plan, solver, steps)[0] - top)
-    assert errors["hindsight", 32] < 0.5 * errors["held", 32]
-    assert errors["hindsight", 128] < 0.15 * errors["held", 128]
-    assert errors["held", 32] > 0.01
-
-
-def test_one_move_of_hindsight_by_hand() -> None:
-    """DDIM, measured at rows 0 and 2: at row 2 the state moves by what row 1 got wrong."""
-    levels = [point_mass(COSINE, MEAN), corrected(point_mass(COSINE, MEAN), torch.sin)]
-    solver = make_solver("ddim")
-    points = Point.of(COSINE, solver.grid(COSINE, 4, "log_snr"))
-    plan = measured(4, [0, 2], order=0)
-    multilevel = MultilevelDenoiser(levels, plan, schedule=COSINE)
-    multilevel.start(None, response(solver, COSINE, points)[0].tolist())
-    y = noise(4) / points[0].alpha
-    for here in points[:2]:
-        assert multilevel.revise(y, here) is y
-        multilevel(y * here.alpha, at(here.t, 4))
-    moved = multilevel.revise(y, points[2]) - y
-    time = [-math.log(point.kappa) for point in points[:3]]
-    line = math.sin(time[0]) + (math.sin(time[2]) - math.sin(time[0])) * (time[1] - time[0]) / (time[2] - time[0])
-    wrong = (line - math.sin(time[0])) * points[1].alpha * (points[2].kappa - points[1].kappa)
-    # every sample and element alike; what became of it since row 1 is a model: it shrinks at most as kappa does
-    torch.testing.assert_close(moved, torch.full_like(y, moved[0, 0].item()), rtol=0, atol=1e-9)
-    assert points[2].kappa / points[1].kappa - 1e-9 <= moved[0, 0].item() / wrong <= 1 + 1e-9
 
 
 # --- chance is data ------------------------------------------------------------------------------------------------

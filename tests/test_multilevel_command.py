@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import re
 import shutil
 import signal
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +16,6 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from mlem import plots
-from mlem.app import cli
 from mlem.family import Family
 from mlem.files import read_json, write_json
 from mlem.images import quantise
@@ -29,7 +25,7 @@ from mlem.multilevel.pilot import DISCRETISATIONS, PILOTS
 from mlem.multilevel.plan import Plan
 from mlem.outputs import read_png, sample_path
 from mlem.sampling import sample
-from tests.commands import REPOSITORY, TINY, configure, execute, metrics, run_here, start, succeed, wait_until
+from tests.commands import TRAIN, configure, metrics, run_here, run_in, start, succeed, wait_until
 from tests.test_sample_command import images
 
 pytestmark = [
@@ -37,34 +33,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:The given NumPy array is not writable:UserWarning"),
 ]
 FAMILY = Path("runs/digits/family")
-TRAIN = (
-    *TINY[1:],
-    "model=family",
-    "model.levels=[xs,s]",
-    "logger=jsonl",
-    "metric=none",
-    "evaluation.every_n_epochs=0",
-    "calibration.images=2",
-    "calibration.times=4",
-    "calibration.reference_steps=20",
-    "evaluation.samplers=[{solver:ddpm,steps:[2]},{solver:ddpm,steps:[8],plan:{budget:0.6,cost:flops}}]",
-)
 MLEM = ("trainer=cpu", "sampler=mlem", "cost=flops", "budget=0.6", "steps=8", "batch_size=4")
 RANKS = ("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2")
-
-
-def run_in(folder: Path, command: Callable[[], Any]) -> str:
-    """What a command prints that is run in this process, from `folder`."""
-    with contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()) as printed:
-        command()
-    return printed.getvalue()
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A folder in which `train.py model=family` made and calibrated runs/digits/family, and what was printed."""
-    folder = tmp_path_factory.mktemp("multilevel")
-    return folder, run_in(folder, lambda: run_here("train", *TRAIN))
 
 
 @pytest.fixture
@@ -160,6 +130,8 @@ def test_a_plan_is_evaluated_beside_the_levels(
     [
         ("{budgets:0.5}", "evaluation.samplers[0].plan: budgets: there is no such option; there are budget, mse,"),
         ("{budget:2}", "evaluation.samplers[0].plan: budget must be in (0, 1], a share of the largest level's cost"),
+        ("best", "evaluation.samplers[0].plan must be options, such as plan: {name: value}, got best"),
+        ("{probabilities:[1,2]}", "evaluation.samplers[0].plan: probabilities must be in (0, 1], got 1, 2"),
         ("{coins:nested}", "evaluation.samplers[0].plan: calibrated probabilities need budget= or mse="),
     ],
 )
@@ -231,10 +203,6 @@ def test_memorise_keeps_the_best_plan(
 # --- sample.py -----------------------------------------------------------------------------------------------------
 
 
-def tiny(*options: str, out: Path) -> tuple[str, ...]:
-    return (*MLEM, *options, "seeds=0-1", f"out={out}")
-
-
 @pytest.mark.parametrize("sampler", ["mlem", "mlem_ddim", "mlem_dpm"])
 def test_the_mlem_samplers_print_the_calls_of_each_level(
     here: Path, out: Path, sampler: str, capsys: pytest.CaptureFixture
@@ -304,109 +272,3 @@ def test_ranks_and_kills_leave_the_same_bytes(here: Path, tmp_path: Path) -> Non
     with pytest.raises(ValueError, match=r"plan: \w+ there, \w+ now.*choose another out="):
         run_here("sample", *options, "budget=0.5", f"out={cut}")
     assert images(cut) == one
-
-
-# --- one line for every mistake ------------------------------------------------------------------------------------
-
-
-def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, *options: str) -> str:
-    """What `python sample.py` says on standard error before it ends with 2."""
-    monkeypatch.setattr(sys, "argv", ["sample.py", "trainer=cpu", *options])
-    with pytest.raises(SystemExit) as stop:
-        cli.sample()
-    assert stop.value.code == 2
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1
-    return said
-
-
-@pytest.mark.parametrize(
-    ("options", "says"),
-    [
-        (("plan=nothing",), "plan=nothing: there are none; memorise one with: python -m mlem.multilevel memorise"),
-        (("plan=nothing.json",), "nothing.json is no plan; make one with: python -m mlem.multilevel memorise FAMILY"),
-        (("coins=systematic",), "coins=systematic shapes a multilevel plan: add budget=, such as budget=0.25"),
-        (("budget=0",), "budget must be in (0, 1], a share of the largest level's cost, got 0"),
-        (("budget=2",), "budget must be in (0, 1], a share of the largest level's cost, got 2"),
-        (
-            ("budget=0.001",),
-            "budget=0.001 of 50 evaluations is 0.05 evaluations of the largest level: no plan costs so",
-        ),
-        (("budget=0.5", "mse=0.1"), "give one of budget, mse and delta, got budget and mse"),
-        (("budget=0.5", "levels=[xs,zz]"), "level must be one of xs, s, got 'zz'"),
-        (("budget=0.5", "model=unet_xs"), "budget= shares work among levels, and model= is one; leave it out"),
-        (("budget=0.5", "level=s"), "level=s runs one level, budget= several; give one"),
-        (("mse=1e-9",), "mse=1e-09: the error of ddim in 50 steps on the uniform grid alone is "),
-        (("budget=0.5", "coins=dice"), "coins must be one of systematic, bernoulli, nested, poisson, got 'dice'"),
-        (("budget=0.5", "estimator=guess"), "estimator must be one of jump, held, hindsight, got 'guess'"),
-        (
-            ("sampler=heun", "budget=0.5", "cost=flops", "estimator=hindsight"),
-            "hindsight needs a solver of mlem's that evaluates once a step, not heun; use estimator=held",
-        ),
-        (("probabilities=learned",), "this family of digits has no learned coefficients: python train.py model=coeff"),
-        (("budget=0.5", "probabilities=learned"), "this family of digits has no learned coefficients: python train"),
-        (("budget=0.5", "probabilities=lerned"), "probabilities must be calibrated, learned, theory or numbers, got"),
-        (("budget=0.5", "probabilities=[1,0.5,0.2]"), "probabilities= must be 2 numbers, for xs, s, got 3"),
-    ],
-    ids=str,
-)
-def test_bad_choices_get_one_line(
-    here: Path,
-    out: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture,
-    options: tuple[str, ...],
-    says: str,
-) -> None:
-    said = refused(monkeypatch, capsys, *options, f"out={out}")
-    assert said.startswith("sample.py: ")
-    assert says in said
-    assert not out.exists()
-
-
-def test_plans_of_other_steps_or_levels_get_one_line(
-    here: Path, tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    path = tmp_path / "plan.json"
-    for plan, says in (
-        (Plan.draw(torch.ones(4, 2)), "the plan has 4 rows, but ddim in 8 steps evaluates 8 times; draw it for these"),
-        (Plan.draw(torch.ones(8, 3)), "the plan is for 3 levels, the family has 2 (xs, s); draw it for these levels"),
-        (Plan.draw(torch.ones(8, 2), levels=("xs", "m")), "level must be one of xs, s, got 'm'"),
-    ):
-        plan.save(path)
-        assert says in refused(monkeypatch, capsys, "steps=8", f"plan={path}", f"out={out}")
-    write_json(path, {"format": 0})
-    assert "a plan of format 0; this version reads 1" in refused(monkeypatch, capsys, f"plan={path}", f"out={out}")
-    assert not out.exists()
-
-
-def test_a_family_that_is_not_calibrated_gets_one_line(
-    here: Path, tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    family = Path(shutil.copytree(here / FAMILY, tmp_path / "family"))
-    path = family / "calibration.json"
-    plain = read_json(path)
-    write_json(path, plain | {"about": plain["about"] | {"weights": "others"}})
-    options = (f"family={family}", "budget=0.5", f"out={out}")
-    assert "the calibration is of other weights: python -m" in refused(monkeypatch, capsys, *options)
-    path.unlink()
-    says = "sample.py: this family of digits is not calibrated: python -m mlem.multilevel calibrate FAMILY\n"
-    assert refused(monkeypatch, capsys, *options) == says
-    monkeypatch.setattr(sys, "argv", ["mlem.multilevel", "report", str(family)])
-    with pytest.raises(SystemExit) as stop:
-        multilevel.main()
-    assert stop.value.code == 2
-    assert capsys.readouterr().err == says.replace("sample.py", "mlem.multilevel")
-    # numbers need no calibration
-    run_here("sample", "trainer=cpu", *options, "budget=0.9", "probabilities=[1,0.5]", "steps=8", "seeds=0")
-    assert set(calls(out)) == {"xs", "s"}
-
-
-def test_the_tool_runs_as_a_module(here: Path, tmp_path: Path) -> None:
-    """And says in one line what folder is no family."""
-    done = execute("mlem/multilevel/__main__", "report", str(tmp_path), cwd=here)
-    assert done.returncode == 2
-    assert done.stderr == (
-        f"mlem.multilevel: {tmp_path} holds no family (no family.json); make one with: python train.py model=family\n"
-    )
-    assert (REPOSITORY / "mlem/multilevel/__main__.py").exists()

@@ -175,14 +175,23 @@ def sampler_choices(config: DictConfig) -> list[SamplerChoice]:
         steps = entry.steps
         if not OmegaConf.is_list(steps) or not steps or not all(isinstance(n, int) and n >= 1 for n in steps):
             raise ValueError(f"{name}.steps must be a list of step counts >= 1, got {steps}")
-        recipe = recipe_of(dict(entry.plan), f"{name}.plan: ") if entry.get("plan") else None
-        options: Any = OmegaConf.to_container(entry.options, resolve=True) if entry.get("options") else {}
-        try:
-            solver_of(str(entry.solver), **options)
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{name}: {error}") from error
-        choices.append(SamplerChoice(str(entry.solver), tuple(steps), entry.get("grid"), recipe, options))
+        choices.append(_choice(name, entry))
     return choices
+
+
+def _choice(name: str, entry: Any) -> SamplerChoice:
+    """One entry, whose shape is right. Raises ValueError that begins with `name`."""
+    plain: dict[str, Any] = OmegaConf.to_container(entry, resolve=True)  # type: ignore[assignment]
+    plan, options = plain.get("plan"), plain.get("options")
+    for key, value in (("plan", plan), ("options", options)):
+        if value is not None and not isinstance(value, dict):
+            raise ValueError(f"{name}.{key} must be options, such as {key}: {{name: value}}, got {value}")
+    recipe = recipe_of(plan, f"{name}.plan: ") if plan else None
+    try:
+        solver_of(plain["solver"], **(options or {}))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{name}: {error}") from error
+    return SamplerChoice(plain["solver"], tuple(plain["steps"]), plain.get("grid"), recipe, options or {})
 
 
 def evaluation(config: DictConfig, shards: Shards, folder: Path) -> SamplerEvaluation:

@@ -225,7 +225,10 @@ def _report_plan(now: Ledger, family: Family, sampler: Sampler) -> None:
         f"  in all {flops:.4g} evaluations of level {top.name} by FLOPs, where it alone would make {plan.evaluations}"
     )
     predicted = plan.about.get("predicted_mse")
-    if predicted is not None:
+    own = {"solver": sampler.solver.name, "steps": sampler.grid.steps, "grid": sampler.grid.name}
+    known = family.fitted.get("calibration", {}).get("about", {}).get("weights") == family.weights_hash
+    # a memorised plan may run where it was not made for, or with a family that was calibrated no more
+    if predicted is not None and known and own.items() <= plan.about.items():
         predictor = Predictor(Calibration.of(family), family.schedule, sampler.solver, sampler.grid)
         alone = predictor.discretisation_at(max(1, round(flops)))
         print(

@@ -27,6 +27,8 @@ from mlem.schedule import NoiseSchedule, TimeGrid
 from mlem.solvers import Point, Solver, make_solver
 
 FORMAT = 1
+UNITS = ("seconds", "flops")
+"""What cost is counted in."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +72,8 @@ class Calibration:
 
         Seconds are those at the measured batch size nearest to `batch_size`.
         """
-        if unit not in ("seconds", "flops"):
-            raise ValueError(f"cost must be seconds or flops, got {unit!r}")
+        if unit not in UNITS:
+            raise ValueError(f"cost must be {' or '.join(UNITS)}, got {unit!r}")
         near = min(self.seconds, key=lambda size: abs(math.log(size / batch_size)))
         costs = torch.tensor(self.flops if unit == "flops" else self.seconds[near], dtype=torch.float64)
         return costs / costs[-1]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from mlem.multilevel.calibrate import Calibration
+from mlem.multilevel.coins import toss
 from mlem.multilevel.plan import Plan
 from mlem.schedule import NoiseSchedule, TimeGrid
 from mlem.solvers import Point, Solver, response
@@ -62,10 +64,21 @@ class Predictor:
         return self._corrected(self.response_error(plan), plan)
 
     def response_error(self, plan: Plan) -> float:
-        """`error` by linear response alone. Independent coins: on average over them; others: of this plan."""
-        if plan.per_sample or (plan.estimator == "jump" and plan.coins in ("bernoulli", "poisson", "nested")):
+        """`error` by linear response alone.
+
+        Coins that rows toss independently: on average over them. Systematic ones: of this plan, and where samples toss
+        their own on average over 256 of them. Raises ValueError where the first level does not always run.
+        """
+        if bool((plan.probabilities[:, 0] < 1).any()):
+            raise ValueError("only a plan whose first level always runs can be predicted; give it probability 1")
+        if plan.estimator == "jump" and plan.coins in ("bernoulli", "poisson", "nested"):
             return self.variance(plan)
-        return max(0.0, self.energy(self._deviations(plan)).item())
+        if plan.counts is None:
+            tables = toss(plan.coins, plan.probabilities, plan.seed, torch.arange(256))
+            plans = [replace(plan, counts=counts) for counts in tables]
+        else:
+            plans = [plan]
+        return max(0.0, self.energy(torch.stack([self._deviations(one) for one in plans])).mean().item())
 
     def choice(self, plan: Plan) -> float:
         """What to compare plans on different levels by: coins by their variance, so that no lucky draw wins."""
@@ -91,11 +104,21 @@ class Predictor:
         return self.error(plan) + discretisation
 
     def variance(self, plan: Plan) -> float:
-        """`response_error` on average over independent coins, `sum (1/p - 1) s^2 V`, plus what missing levels cost."""
+        """`response_error` on average over coins, as if rows tossed independently, plus what missing levels cost.
+
+        `sum_k Var(count/p) s^2 V`, the variance being 1/p of Poisson counts and 1/p - 1 of the others, 0 where p = 1.
+        Nested coins of two levels have the covariance `1/max(p, p') - 1`.
+        """
         *groups, missing = self.groups(plan.levels)
         total = self.energy(self._missing(missing)).item()
+        p = plan.probabilities
         for number, corrections in enumerate(groups, 1):
-            total += ((1 / plan.probabilities[:, number] - 1) * self._squares(corrections)).sum().item()
+            chances = p[:, number]
+            spread = 1 / chances - 1 if plan.coins != "poisson" else torch.where(chances < 1, 1 / chances, 0.0)
+            total += (spread * self._products(corrections, corrections)).sum().item()
+            for other, others in enumerate(groups[: number - 1], 1) if plan.coins == "nested" else ():
+                spread = 1 / torch.maximum(chances, p[:, other]) - 1
+                total += 2 * (spread * self._products(corrections, others)).sum().item()
         return total
 
     def allocation(self, levels: Sequence[str], costs: Tensor) -> Tensor:
@@ -103,22 +126,21 @@ class Predictor:
         names = self.calibration.names
         own = costs[[names.index(name) for name in levels]]
         paid = own[1:] + own[:-1]  # a coin makes both ends of its correction run
-        columns = [self._squares(corrections).sqrt() for corrections in self.groups(levels)[:-1]]
+        columns = [self.worth(corrections) for corrections in self.groups(levels)[:-1]]
         table = torch.stack([torch.ones(self.scale.shape[1], dtype=torch.float64), *columns], 1)
         table[:, 1:] /= paid.sqrt()
         return table
 
     def worth(self, corrections: Sequence[int]) -> Tensor:
         """Root of what missing these corrections at one row alone would cost: (R,)."""
-        return self._squares(corrections).sqrt()
+        return self._products(corrections, corrections).sqrt()
 
-    def _squares(self, corrections: Sequence[int]) -> Tensor:
-        """What missing these corrections at one row alone would cost: (R,)."""
+    def _products(self, corrections: Sequence[int], others: Sequence[int]) -> Tensor:
+        """Mean product of what missing these and those corrections at one row alone does to a sample: (R,)."""
         rows = torch.arange(self.scale.shape[1])
-        index = torch.tensor(corrections)
-        scale = self.scale[index]
-        inner = self.covariance[index[:, None, None], rows, index[None, :, None], rows]  # (c, c, R)
-        return torch.einsum("cr,cdr,dr->r", scale, inner, scale)
+        one, other = torch.tensor(corrections), torch.tensor(others)
+        inner = self.covariance[one[:, None, None], rows, other[None, :, None], rows]  # (c, d, R)
+        return torch.einsum("cr,cdr,dr->r", self.scale[one], inner, self.scale[other])
 
     def _missing(self, corrections: Sequence[int]) -> Tensor:
         deviations = torch.zeros_like(self.scale)
@@ -139,8 +161,7 @@ class Predictor:
 
     def _deviations(self, plan: Plan) -> Tensor:
         """d: (C, R)."""
-        if plan.counts is None or bool((plan.probabilities[:, 0] < 1).any()):
-            raise ValueError("only a shared plan whose first level always runs can be predicted")
+        assert plan.counts is not None
         *held, missing = self.groups(plan.levels)
         deviations = self._missing(missing)
         for number, corrections in enumerate(held, 1):
@@ -246,7 +267,8 @@ class Search:
         stacked = torch.stack(tables)
         found = [(energy, i, m) for m in self.memories for i, energy in enumerate(self._energies(stacked, m).tolist())]
         refined = [
-            (*self._refine(tables[i], m), m) for _, i, m in sorted(found, key=lambda one: one[0])[: self.refined]
+            (*self._refine(tables[i], m, budget), m)
+            for _, i, m in sorted(found, key=lambda one: one[0])[: self.refined]
         ]
         table, _, memory = min(refined, key=lambda one: one[1])
         return self._plan(table, memory)
@@ -254,7 +276,7 @@ class Search:
     def _candidates(self, budget: float) -> list[Tensor | None]:
         if len(self.levels) == 1:
             alone = torch.ones(self._rows, 1, dtype=torch.bool)
-            return [alone if self._plan(alone).cost(self._costs) <= budget else None]
+            return [alone if self._fits(alone, budget) else None]
         multiples = list(itertools.product(self.multiples, repeat=len(self.levels) - 2))
         return [self._largest(budget, power, each) for power in self.powers for each in multiples]
 
@@ -263,7 +285,7 @@ class Search:
         low, high = 0, self._rows
         while low < high:
             middle = (low + high + 1) // 2
-            fits = self._plan(self._spread(middle, power, multiples)).cost(self._costs) <= budget
+            fits = self._fits(self._spread(middle, power, multiples), budget)
             low, high = (middle, high) if fits else (low, middle - 1)
         return self._spread(low, power, multiples) if low else None
 
@@ -286,6 +308,9 @@ class Search:
             stride *= multiples[level - 1] if level - 1 < len(multiples) else 1
         return table
 
+    def _fits(self, measured: Tensor, budget: float) -> bool:
+        return self._plan(measured).cost(self._costs) <= budget
+
     def _plan(self, measured: Tensor, memory: float | None = None) -> Plan:
         return Plan.given(measured, **self._how, memory=memory, levels=self.levels)
 
@@ -302,8 +327,11 @@ class Search:
             deviations[:, one] = -predictor.scale[one]
         return predictor.energy(deviations)
 
-    def _refine(self, measured: Tensor, memory: float | None) -> tuple[Tensor, float]:
-        """Move each row's measurements to a neighbouring row, as long as that helps; the table and its error."""
+    def _refine(self, measured: Tensor, memory: float | None, budget: float) -> tuple[Tensor, float]:
+        """Move each row's measurements to a neighbouring row, as long as that helps; the table and its error.
+
+        A row that is moved away from its neighbour may cost more: what comes after it is held, or revised.
+        """
         energy = self._energies(measured[None], memory).item()
         for _ in range(4):
             before = energy
@@ -315,9 +343,13 @@ class Search:
                 tables = measured.repeat(len(places), 1, 1)
                 tables[torch.arange(len(places)), places, 1:] = measured[row, 1:]
                 tables[:, row, 1:] = False
-                energies = self._energies(tables, memory)
-                if energies.min() < energy:
-                    measured, energy = tables[int(energies.argmin())], energies.min().item()
+                energies = self._energies(tables, memory).tolist()
+                for place in sorted(range(len(energies)), key=energies.__getitem__):
+                    if energies[place] >= energy:
+                        break
+                    if self._fits(tables[place], budget):
+                        measured, energy = tables[place], energies[place]
+                        break
             if energy > 0.99 * before:
                 break
         return measured, energy

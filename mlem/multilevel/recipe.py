@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mlem.family import Family
-from mlem.multilevel.calibrate import Calibration
+from mlem.multilevel.calibrate import UNITS, Calibration
 from mlem.multilevel.coefficients import Coefficients
 from mlem.multilevel.coins import COINS, check_coins
 from mlem.multilevel.plan import ESTIMATORS, Plan
@@ -50,19 +50,40 @@ class Recipe:
         dials = [name for name in ("budget", "mse", "delta") if getattr(self, name) is not None]
         if len(dials) > 1:
             raise ValueError(f"give one of budget, mse and delta, got {' and '.join(dials)}")
+        for name in dials:
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise ValueError(f"{name} must be a number, got {value!r}")
         if self.budget is not None and not 0 < self.budget <= 1:
             raise ValueError(f"budget must be in (0, 1], a share of the largest level's cost, got {self.budget}")
-        if self.mse is not None and not self.mse > 0:
+        if self.mse is not None and not 0 < self.mse < math.inf:
             raise ValueError(f"mse must be positive, got {self.mse}")
+        if self.delta is not None and not math.isfinite(self.delta):
+            raise ValueError(f"delta must be finite, got {self.delta}")
         if isinstance(self.probabilities, str) and self.probabilities not in PROBABILITIES:
             choices = ", ".join(PROBABILITIES)
             raise ValueError(f"probabilities must be {choices} or numbers, got {self.probabilities!r}")
-        if not isinstance(self.probabilities, str) and not all(0 < p <= 1 for p in self.probabilities):
-            raise ValueError(f"probabilities must be in (0, 1], got {', '.join(map(str, self.probabilities))}")
+        if not isinstance(self.probabilities, (str, tuple, list)):
+            raise ValueError(f"probabilities must be one number for each level, got {self.probabilities!r}")
+        for p in self.probabilities if not isinstance(self.probabilities, str) else ():
+            if not isinstance(p, (int, float)) or not 0 < p <= 1:
+                raise ValueError(f"probabilities must be in (0, 1], got {', '.join(map(str, self.probabilities))}")
         if self.coins is not None:
             check_coins(self.coins)
         if self.estimator not in ESTIMATORS:
             raise ValueError(f"estimator must be one of {', '.join(ESTIMATORS)}, got {self.estimator!r}")
+        if self.per_sample not in (False, True) or (self.per_sample and self.estimator != "jump"):
+            raise ValueError(
+                f"per_sample must be true or false, and true only with estimator=jump, got {self.per_sample!r} with "
+                f"{self.estimator}; leave it out, for one plan for all samples"
+            )
+        if self.levels is not None and (isinstance(self.levels, str) or not self.levels):
+            raise ValueError(f"levels must be a list of names, as in levels=[xs,s], got {self.levels!r}")
+        if self.cost not in UNITS:
+            raise ValueError(f"cost must be {' or '.join(UNITS)}, got {self.cost!r}")
+        for name in ("gamma", "batch_size"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         if self.probabilities in ("calibrated", "theory") and not dials:
             raise ValueError(f"{self.probabilities} probabilities need budget= or mse=, such as budget=0.25")
         if self.delta is not None and self.probabilities != "learned":
@@ -212,6 +233,12 @@ class _Planner:
                 return math.inf
             return predictor.total(plan)
 
+        if (best := error(1.0)) > mse:  # levels= without the largest
+            names = ", ".join(self._levels()[-1])
+            raise ValueError(
+                f"mse={mse:g}: the levels {names} come to {best:.2g} at every step; add a larger level to levels=, or "
+                "leave it out"
+            )
         low, high = 1.0 / self.rows * self.costs[0].item(), 1.0
         for _ in range(12):
             middle = math.sqrt(low * high)

@@ -1,0 +1,195 @@
+"""Recipes: what they refuse, what they make plans of; and what is stored with a family."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mlem.family import Family
+from mlem.multilevel.calibrate import Calibration, Response
+from mlem.multilevel.coefficients import CERTAIN, Coefficients
+from mlem.multilevel.coins import COINS
+from mlem.multilevel.plan import Plan
+from mlem.multilevel.recipe import Recipe, stored_plan
+from mlem.sampling import Sampler, sample
+from mlem.schedule import NoiseSchedule
+from mlem.solvers import make_solver
+from tests.problems import closed_family, level
+
+COSINE = NoiseSchedule.cosine()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"budget": 0.5, "mse": 0.1}, "give one of budget, mse and delta, got budget and mse"),
+        ({"budget": 0.5, "delta": 0.1}, "give one of budget, mse and delta, got budget and delta"),
+        ({"budget": 0.0}, "budget must be in (0, 1], a share of the largest level's cost, got 0.0"),
+        ({"budget": 1.5}, "budget must be in (0, 1], a share of the largest level's cost, got 1.5"),
+        ({"mse": 0.0}, "mse must be positive, got 0.0"),
+        ({"mse": math.nan}, "mse must be positive, got nan"),
+        ({"mse": math.inf}, "mse must be positive, got inf"),
+        ({"budget": "half"}, "budget must be a number, got 'half'"),
+        ({"mse": True}, "mse must be a number, got True"),
+        ({"delta": math.nan, "probabilities": "learned"}, "delta must be finite, got nan"),
+        ({"probabilities": 0.5}, "probabilities must be one number for each level, got 0.5"),
+        ({"probabilities": (1.0, "s")}, "probabilities must be in (0, 1], got 1.0, s"),
+        (
+            {"budget": 0.5, "per_sample": True},
+            "per_sample must be true or false, and true only with estimator=jump, got True with hind",
+        ),
+        (
+            {"budget": 0.5, "estimator": "jump", "per_sample": "maybe"},
+            "per_sample must be true or false, and true only with estimator=jump, got 'm",
+        ),
+        ({"budget": 0.5, "levels": ()}, "levels must be a list of names, as in levels=[xs,s], got ()"),
+        ({"budget": 0.5, "levels": "xs"}, "levels must be a list of names, as in levels=[xs,s], got 'xs'"),
+        ({"budget": 0.5, "cost": "euros"}, "cost must be seconds or flops, got 'euros'"),
+        ({"budget": 0.5, "probabilities": "theory", "gamma": 0.0}, "gamma must be positive, got 0.0"),
+        ({"budget": 0.5, "batch_size": 0}, "batch_size must be positive, got 0"),
+        ({"probabilities": "guess"}, "probabilities must be calibrated, learned, theory or numbers, got 'guess'"),
+        ({"budget": 0.5, "coins": "fair"}, "coins must be one of systematic, bernoulli, nested, poisson, got 'fair'"),
+        ({"budget": 0.5, "estimator": "guess"}, "estimator must be one of jump, held, hindsight, got 'guess'"),
+        ({}, "calibrated probabilities need budget= or mse=, such as budget=0.25"),
+        ({"probabilities": "theory"}, "theory probabilities need budget= or mse=, such as budget=0.25"),
+        ({"delta": 0.5, "probabilities": (1.0, 0.5)}, "delta shifts learned coefficients; say probabilities=learned"),
+    ],
+    ids=str,
+)
+def test_bad_recipes_get_one_line(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}.*$"):
+        Recipe(**options)
+
+
+def pair(**options: Any) -> Family:
+    """Untrained levels xs and s."""
+    return Family([level("xs", data="digits", **options), level("s", data="digits", seed=1)])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"budget": 0.5}, "this family of digits is not calibrated: python -m mlem.multilevel calibrate FAMILY"),
+        ({"mse": 0.1, "probabilities": (1.0, 0.5)}, "this family of digits is not calibrated: "),
+        ({"probabilities": "learned"}, "this family of digits has no learned coefficients: "),
+        ({"probabilities": (1.0, 0.5, 0.2)}, "probabilities= must be 2 numbers, for xs, s, got 3"),
+        ({"probabilities": (1.0,), "levels": ("xl",)}, "level must be one of xs, s, got 'xl'"),
+        ({"probabilities": (1.0, 0.5), "order": 3}, "order of a held correction must be 0 or 1, got 3"),
+        ({"probabilities": "theory", "budget": 1e-6}, "budget=1e-06 of 4 evaluations is 4e-06 evaluations of the larg"),
+    ],
+    ids=str,
+)
+def test_recipes_say_what_the_family_lacks(options: dict[str, Any], message: str) -> None:
+    family = pair()
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}.*$"):
+        Sampler(family, steps=4, plan=family.plan(**options))
+
+
+def test_numbers_become_the_probabilities_of_every_row() -> None:
+    family = pair()
+    plan = Sampler(family, steps=6, plan=family.plan(probabilities=(1.0, 0.5), estimator="jump", seed=3)).plan
+    assert plan is not None
+    expected = Plan.draw(torch.tensor([[1.0, 0.5]] * 6), seed=3)
+    assert torch.equal(plan.probabilities, expected.probabilities)
+    assert torch.equal(plan.weights, expected.weights)
+    assert plan.about["steps"] == 6
+    assert plan.about["solver"] == "ddim"
+
+
+@pytest.mark.parametrize("coins", COINS)
+@pytest.mark.parametrize("budget", [0.3, 0.5])
+def test_a_budget_is_spent_on_average(coins: str, budget: float) -> None:
+    """Probabilities by the theorem's law, scaled until the expected cost is the budget."""
+    family = closed_family()
+    recipe = family.plan(probabilities="theory", gamma=3.0, budget=budget, estimator="jump", coins=coins)
+    plan = recipe.plan(family, solver := make_solver("ddim"), solver.grid(COSINE, 20))
+    costs = torch.tensor([one.flops / family.levels[-1].flops for one in family.levels], dtype=torch.float64)
+    assert plan.expected_cost(costs) <= 20 * budget
+    assert plan.expected_cost(costs) == pytest.approx(20 * budget, rel=1e-6)
+    scaled = plan.probabilities[0, 1:]
+    assert (scaled[1] / scaled[0]).item() == pytest.approx((costs[2] / costs[1]).item() ** -(0.5 + 1 / 3), rel=1e-9)
+
+
+def test_plans_are_found_by_name() -> None:
+    family = pair()
+    with pytest.raises(ValueError, match=r"^plan=best: there are none; memorise one with: "):
+        stored_plan(family, "best")
+    plan = Plan.draw(torch.tensor([[1.0, 0.5]] * 4), levels=("xs", "s"))
+    family.fitted["plans"] = {"best": plan.to_dict(), "cheap": plan.to_dict()}
+    assert stored_plan(family, "best").to_dict() == plan.to_dict()
+    with pytest.raises(ValueError, match=r"^plan=other: there are best, cheap; memorise one with: "):
+        stored_plan(family, "other")
+
+
+# --- what is stored with a family ----------------------------------------------------------------------------------
+
+
+def calibration(family: Family) -> Calibration:
+    """Made up, but of these weights."""
+    one = Response(torch.eye(4).view(1, 4, 1, 4).double(), torch.ones(1, 4).double(), torch.zeros(1).double())
+    differences = torch.tensor([[0.0, 0.1], [0.1, 0.0]], dtype=torch.float64).repeat(4, 1, 1)
+    log_snr = torch.linspace(COSINE.log_snr(1.0).item(), COSINE.log_snr(0.01).item(), 4, dtype=torch.float64)
+    errors = {"ddim/uniform": {4: 0.1, 8: 0.025}}
+    about = {"weights": family.weights_hash, "images": 1}
+    times = {64: (0.1, 0.4), 1: (0.3, 0.5)}
+    by_image, responses = torch.ones(1, 3, dtype=torch.float64), {"ode": one, "sde": one}
+    pilots = {"ode/held": [[0.1, 0.2]]}
+    measured = (times, log_snr, differences, by_image, responses)
+    return Calibration(("xs", "s"), (1.0, 4.0), *measured, about, errors, pilots)
+
+
+def test_what_was_fitted_is_stored_with_the_family(tmp_path: Path) -> None:
+    family = pair()
+    own, plan = calibration(family), Plan.draw(torch.tensor([[1.0, 1 / 3]] * 4), "nested", 1)
+    learned = Coefficients(torch.tensor([0.0, 1.0]), torch.tensor([CERTAIN, -0.1]), ("xs", "s"), {"solver": "ddim"})
+    family.fitted = {"calibration": own.to_dict(), "coefficients": learned.to_dict(), "plans": {"best": plan.to_dict()}}
+    family.save(tmp_path)
+    again = Family.load(tmp_path)
+    assert again.fitted == json.loads(json.dumps(family.fitted))
+    assert again.weights_hash == family.weights_hash
+    read = Calibration.of(again)
+    assert read.to_dict() == own.to_dict()
+    assert read.responses["ode"].inner.dtype == torch.float64
+    assert read.costs("seconds", 50).tolist() == [0.25, 1.0]
+    assert read.costs("seconds", 2).tolist() == [0.6, 1.0]
+    assert read.costs("flops").tolist() == [0.25, 1.0]
+    with pytest.raises(ValueError, match=r"^cost must be seconds or flops, got 'euros'$"):
+        read.costs("euros")
+    assert Coefficients.of(again).to_dict() == learned.to_dict()
+    assert stored_plan(again, "best").to_dict() == plan.to_dict()
+    # and it is used: no error, no measurement
+    made = Sampler(again, steps=4, plan=again.plan(budget=0.6)).plan
+    assert made is not None
+    assert made.cost(read.costs()) <= 0.6 * 4
+    assert made.about["predicted_mse"] >= 0.1
+
+
+def test_a_family_without_fits_stores_none(tmp_path: Path) -> None:
+    pair().save(tmp_path)
+    assert not (tmp_path / "calibration.json").exists()
+    assert Family.load(tmp_path).fitted == {"plans": {}}
+
+
+def test_what_was_fitted_to_other_weights_is_refused() -> None:
+    family = pair()
+    stored = calibration(family).to_dict()
+    learned = Coefficients(torch.zeros(2), torch.zeros(2), about={"weights": family.weights_hash}).to_dict()
+    assert pair().weights_hash == family.weights_hash
+    other = pair()
+    with torch.no_grad():
+        next(iter(other.levels[0].network.parameters())).view(-1)[0] += 1e-3
+    assert other.weights_hash != family.weights_hash
+    other.fitted = {"calibration": stored, "coefficients": learned}
+    with pytest.raises(ValueError, match=r"^the calibration is of other weights: python -m mlem\.multilevel calibrate"):
+        sample(other, indices=[0], steps=4, plan=other.plan(budget=0.5))
+    with pytest.raises(ValueError, match=r"^the coefficients are of other weights; fit them again: "):
+        Coefficients.of(other)
+    other.fitted["calibration"] = stored | {"format": 0}
+    with pytest.raises(ValueError, match=r"^a calibration of format 0, this version reads 1; calibrate again$"):
+        Calibration.of(other)

@@ -1,0 +1,37 @@
+"""What `sample.py` says of a plan's error: only what was predicted for this solver, grid, steps and weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from mlem.app.sample import _report_plan
+from mlem.family import Family
+from mlem.sampling import Sampler
+from tests.waves import family, plan
+
+pytestmark = pytest.mark.usefixtures("float64_module")
+
+
+@pytest.mark.parametrize(
+    ("options", "calibrated", "told"),
+    [
+        ({}, True, True),
+        ({"grid": "karras"}, True, False),
+        ({"solver": "ddim"}, True, False),
+        ({}, False, False),
+    ],
+    ids=["own", "grid", "solver", "uncalibrated"],
+)
+def test_a_kept_plan_is_judged_only_where_it_was_made_for(
+    options: dict[str, Any], calibrated: bool, told: bool, capsys: pytest.CaptureFixture
+) -> None:
+    kept = plan("ddpm", 8, budget=0.6)
+    assert kept.about["predicted_mse"] > 0
+    model = family() if calibrated else Family(family().levels)
+    sampler = Sampler(model, **{"solver": "ddpm", "steps": 8, "plan": kept} | options)
+    _report_plan(sampler.run([0, 1]).ledger, model, sampler)
+    said = capsys.readouterr().out
+    assert "where it alone would make 8" in said
+    assert ("predicted mean squared error" in said) is told
