@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 
-COUNT = 18
+COUNT = 12
 DATA = ["data=dead_leaves", "data.options.size=16", f"data.options.count={COUNT}", "trainer=cpu"]
 NAMES = {
     "fid": "frechet_inception_distance",
@@ -136,7 +136,7 @@ def main() -> None:
 
     weights = Path("weights.pth")
     random_weights(weights)
-    metric = ["metric=fid_inception", f"metric.weights={weights}", f"metric.sha256='\"{sha256(weights)}\"'"]
+    metric = ["metric=fid_inception", f"metric.weights={weights}", f'metric.sha256="{sha256(weights)}"']
     metric += ["metric.kid=true", "metric.precision_recall=true"]
 
     from mlem.app.measure import measure_of, prepared
@@ -150,7 +150,7 @@ def main() -> None:
         write_png(Path(f"generated/{index % 3}/{index}.png"), fake)
 
     results: dict[str, Any] = {"theirs": theirs(weights), "refusals": refusals(weights), "sha256": sha256(weights)}
-    run_here("sample", "eval=folder", "folder=generated", "out=scores", "batch_size=7", *DATA, *metric)
+    run_here("sample", "eval=folder", "folder=generated", "out=scores", "batch_size=5", *DATA, *metric)
     results["png"] = json.loads(Path("scores/metrics.json").read_text())["scores"]
 
     measure = measure_of(configure("sample", *DATA, *metric), shards)
