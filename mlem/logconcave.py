@@ -188,8 +188,8 @@ def default_step_size(method: str, m: float, L: float, *, points: int = 16, accu
     The rates of the theorems with constant 1, kappa = L / m; in these units they do not depend on d (an error fixed in
     units of x needs accuracy ~ 1/sqrt(d)). They are upper bounds: errors are usually far smaller.
 
-    - randomized_midpoint: min(accuracy^(1/3) kappa^(-1/6), accuracy^(2/3)) / sqrt(L) (arXiv:1909.05503, Theorem 3)
-    - underdamped: accuracy kappa^(-1/2) / sqrt(L) (Dalalyan and Riou-Durand, arXiv:1807.09382, Theorem 2)
+    - randomized_midpoint: min(accuracy^(1/3) kappa^(-1/6), accuracy^(2/3)) / sqrt(L) (arXiv:1909.05503, abstract)
+    - underdamped: accuracy kappa^(-1/2) / sqrt(L) (Dalalyan and Riou-Durand, arXiv:1807.09382)
     - parallel: `points` steps of `underdamped`, at most 1 / sqrt(L), where the rounds converge fast (arXiv:2401.09016)
     """
     _check_method(method)
