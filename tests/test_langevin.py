@@ -137,6 +137,12 @@ def stationary(method: str, step: float) -> np.ndarray:
     return np.linalg.solve(np.eye(4) - linear, np.ravel(noise)).reshape(2, 2)
 
 
+def divergence(law: np.ndarray, target: np.ndarray) -> float:
+    """Kullback and Leibler's, of N(0, law) from N(0, target)."""
+    ratio = np.linalg.solve(target, law)
+    return 0.5 * (np.trace(ratio) - len(law) - np.linalg.slogdet(ratio)[1])
+
+
 @pytest.mark.parametrize(("method", "order"), [("underdamped", 1), ("randomized_midpoint", 3)])
 def test_order_of_the_stationary_law(method: str, order: int) -> None:
     """The exact law: Var x and Var v are off by O(h) with the score frozen, by O(h^3) with a randomized midpoint.
@@ -148,6 +154,9 @@ def test_order_of_the_stationary_law(method: str, order: int) -> None:
     laws = [stationary(method, 1 / count) for count in counts]
     for i, exact in ((0, 1 / CURVATURE), (1, 1.0)):
         assert slope(counts, [abs(law[i, i] - exact) for law in laws]) == pytest.approx(order, abs=0.1)
+    # the divergence from the target, the usual measure of the bias, is of twice that order
+    target = np.diag([1 / CURVATURE, 1.0])
+    assert slope(counts, [divergence(law, target) for law in laws]) == pytest.approx(2 * order, abs=0.2)
     if method == "underdamped":
         excess = CURVATURE / (2 * FRICTION * counts[-1])
         np.testing.assert_allclose(np.diag(laws[-1]), [(1 + excess) / CURVATURE, 1 + excess], rtol=2e-4)
