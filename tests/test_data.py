@@ -214,7 +214,7 @@ def test_wrong_source_is_refused(tmp_path, images, message):
     ("arguments", "message"),
     [
         (["digitz", "--out", "x"], "unknown data set 'digitz'; did you mean 'digits'?"),
-        (["zzz"], "unknown data set 'zzz'; choose from: dead_leaves, digits"),
+        (["zzz"], "unknown data set 'zzz'; choose from: celeba, cifar10, dead_leaves, digits, folder"),
         ([], "required: dataset"),
         (["digits"], "required: --out"),
         (["digits", "--out", "pipe:touch x"], "folder 'pipe:touch x' is an address"),

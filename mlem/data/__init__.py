@@ -2,7 +2,8 @@
 
     python -m mlem.data digits --out data/digits
 
-A data set is a module of this package with a function `source(**options) -> Source`; adding the file is enough.
+A data set is a module of this package with a function `source(**options)` that returns a `Source`, or a `Stored` one
+that must be opened first; adding the file is enough.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import inspect
 import os
 import pkgutil
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 os.environ["WDS_SECURE"] = "1"  # before any import of webdataset: it would run `pipe:` addresses in a shell
@@ -20,7 +23,8 @@ os.environ["WDS_SECURE"] = "1"  # before any import of webdataset: it would run 
 from mlem.data.loading import Batch, BatchSource, held_out_batches, train_loader
 from mlem.data.manifest import MANIFEST, Manifest, plain_folder, same_data
 from mlem.data.shards import Shards
-from mlem.data.writing import Source, write_shards
+from mlem.data.sources import Source, Stored
+from mlem.data.writing import write_shards
 
 __all__ = [
     "DATASETS",
@@ -29,6 +33,8 @@ __all__ = [
     "BatchSource",
     "Shards",
     "Source",
+    "Stored",
+    "count_of",
     "ensure",
     "held_out_batches",
     "make_source",
@@ -40,18 +46,18 @@ __all__ = [
 SHARD_SIZE = 1000
 
 
-def _discover() -> dict[str, Callable[..., Source]]:
+def _discover() -> dict[str, Callable[..., Source | Stored]]:
     names = sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
     modules = {name: importlib.import_module(f"{__name__}.{name}") for name in names}
     return {name: module.source for name, module in modules.items() if hasattr(module, "source")}
 
 
 #: name -> the function that makes its Source from its options
-DATASETS: dict[str, Callable[..., Source]] = _discover()
+DATASETS: dict[str, Callable[..., Source | Stored]] = _discover()
 
 
-def make_source(name: str, **options: Any) -> Source:
-    """The source of data set `name`. ValueError gives the nearest match of a wrong name or option."""
+def make_source(name: str, **options: Any) -> Source | Stored:
+    """The source of data set `name`, not opened. ValueError gives the nearest match of a wrong name or option."""
     _known("data set", name, DATASETS)
     for option in options:
         _known(f"option of {name}", option, inspect.signature(DATASETS[name]).parameters)
@@ -63,34 +69,77 @@ def prepare(
     out: str | os.PathLike[str],
     *,
     shard_size: int = SHARD_SIZE,
+    workers: int = 1,
     progress: bool = True,
     wait: bool = False,
     **options: Any,
 ) -> int:
-    """Prepare data set `name` in folder `out`; return the number of images that had to be made.
+    """Prepare data set `name` in folder `out` with `workers` processes; return how many images had to be made.
 
-    Resumable, one process at a time, refused where the folder holds other data: see `write_shards`.
+    Resumable, one call at a time, refused where the folder holds other data: see `write_shards`.
     """
-    source = make_source(name, **options)
-    info, total = source.info, source.count
+    out = plain_folder(out)
+    made = make_source(name, **options)
+    source = _opened(made, name, out, options)
     return write_shards(
-        out, source.images, name=name, info=info, total=total, shard_size=shard_size, progress=progress, wait=wait
+        out,
+        source.images,
+        name=name,
+        info=source.info,
+        total=source.count,
+        shard_size=shard_size,
+        shape=made.shape,
+        tolerance=source.tolerance,
+        workers=workers,
+        progress=progress,
+        wait=wait,
     )
 
 
 def ensure(name: str, folder: str | os.PathLike[str], *, progress: bool = True, **options: Any) -> Shards:
     """Open data set `name` in `folder`, preparing it first if it is not there; processes may call this together.
 
-    ValueError names both sides when the folder holds other data than `options` describe (defaults included).
+    ValueError names both sides when the folder holds other data than `options` describe (defaults included); files
+    that were the source are compared if they are still there, and need not be.
     """
-    source = make_source(name, **options)
+    made = make_source(name, **options)
     folder = plain_folder(folder)
     if not (folder / MANIFEST).is_file():
         prepare(name, folder, progress=progress, wait=True, **options)
     found = Manifest.read(folder / MANIFEST)
-    wanted = Manifest(name, found.shape, source.info, source.count, found.shard_size)
+    if isinstance(made, Stored) and (made.path is None or not made.path.exists()):
+        wanted = replace(found, name=name, shape=made.shape, info=found.info | made.info)
+    else:
+        source = made.open()
+        wanted = Manifest(name, found.shape, source.info, source.count, found.shard_size)
     same_data(folder, found, wanted, shard_size=False)
     return Shards.open(folder)
+
+
+def count_of(name: str, folder: str | os.PathLike[str], **options: Any) -> int:
+    """How many images data set `name` has: those in `folder` where it is prepared, else those of its source."""
+    made = make_source(name, **options)
+    folder = plain_folder(folder)
+    if isinstance(made, Stored) and (folder / MANIFEST).is_file():
+        return Manifest.read(folder / MANIFEST).count
+    return _opened(made, name, folder, options).count
+
+
+def _opened(made: Source | Stored, name: str, folder: Path, options: dict[str, Any]) -> Source:
+    """Open a source. ValueError gives the command to prepare it when the user did not say where it is."""
+    if isinstance(made, Stored) and made.path is None:
+        usual = {key: option.default for key, option in inspect.signature(DATASETS[name]).parameters.items()}
+        given = "".join(f" {_flag(key, value)}" for key, value in options.items() if value != usual[key])
+        raise ValueError(
+            f"{folder} holds no data, and where {name} comes from is not said; prepare it: "
+            f"python -m mlem.data {name} --source {made.usual} --out {folder}{given}"
+        )
+    return made.open()
+
+
+def _flag(option: str, value: Any) -> str:
+    name = option.replace("_", "-")
+    return f"--{name} {value}" if not isinstance(value, bool) else f"--{name}" if value else f"--no-{name}"
 
 
 def _known(what: str, name: str, names: Any) -> None:
