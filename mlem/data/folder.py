@@ -14,6 +14,8 @@ from mlem.data.manifest import plain_folder
 from mlem.data.pictures import FILTERS, SUFFIXES, centre_square, opened, to_rgb
 from mlem.data.sources import Partial, Source, Stored
 
+_ENDINGS = tuple(f".{suffix}".encode() for suffix in SUFFIXES)
+
 
 def source(
     *,
@@ -62,8 +64,7 @@ def _walk(root: Path) -> list[tuple[bytes, int]]:
                     continue
                 if entry.is_dir(follow_symlinks=False):
                     folders.append(entry.path)
-                suffix = os.fsdecode(entry.name).lower().rpartition(".")[2]
-                if suffix in SUFFIXES and entry.is_file(follow_symlinks=False):
+                if entry.name.lower().endswith(_ENDINGS) and entry.is_file(follow_symlinks=False):
                     size = entry.stat(follow_symlinks=False).st_size
                     found.append((os.path.relpath(entry.path, os.fsencode(root)), size))
     return found
