@@ -162,14 +162,14 @@ def test_an_interrupt_with_two_processes_is_one_line(tmp_path):
     assert "Traceback" not in errors
 
 
-def _die(number: int) -> int:
-    os.kill(os.getpid(), signal.SIGKILL)
-    return number
-
-
-def test_a_killed_worker_is_an_error_and_no_hang():
+def test_a_worker_that_dies_is_an_error_and_no_hang():
     with pytest.raises(ValueError, match=r"was killed \(out of memory\?\); run the same command with fewer workers"):
-        list(parallel.in_order(_die, [(1,), (2,)], 2))
+        list(parallel.in_order(os._exit, [(1,), (2,)], 2))
+
+
+def test_workers_do_not_wait_for_torch():
+    code = "import sys, mlem.data.writing, mlem.data.celeba; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], env=environment(), check=True)
 
 
 # --- the right files ---

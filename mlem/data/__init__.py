@@ -16,15 +16,20 @@ import pkgutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 os.environ["WDS_SECURE"] = "1"  # before any import of webdataset: it would run `pipe:` addresses in a shell
 
-from mlem.data.loading import Batch, BatchSource, held_out_batches, train_loader
 from mlem.data.manifest import MANIFEST, Manifest, plain_folder, same_data
-from mlem.data.shards import Shards
 from mlem.data.sources import Source, Stored
 from mlem.data.writing import write_shards
+
+if TYPE_CHECKING:
+    from mlem.data.loading import Batch as Batch
+    from mlem.data.loading import BatchSource as BatchSource
+    from mlem.data.loading import held_out_batches as held_out_batches
+    from mlem.data.loading import train_loader as train_loader
+    from mlem.data.shards import Shards as Shards
 
 __all__ = [
     "DATASETS",
@@ -44,10 +49,24 @@ __all__ = [
 ]
 
 SHARD_SIZE = 1000
+_HOMES = {
+    "Batch": "loading",
+    "BatchSource": "loading",
+    "Shards": "shards",
+    "held_out_batches": "loading",
+    "train_loader": "loading",
+}
+
+
+def __getattr__(name: str) -> object:
+    # torch takes seconds to import, which the processes that prepare images need not wait for
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
 
 
 def _discover() -> dict[str, Callable[..., Source | Stored]]:
-    names = sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
+    names = sorted({module.name for module in pkgutil.iter_modules(__path__)} - {"__main__", *_HOMES.values()})
     modules = {name: importlib.import_module(f"{__name__}.{name}") for name in names}
     return {name: module.source for name, module in modules.items() if hasattr(module, "source")}
 
@@ -113,6 +132,8 @@ def ensure(name: str, folder: str | os.PathLike[str], *, progress: bool = True, 
         source = made.open()
         wanted = Manifest(name, found.shape, source.info, source.count, found.shard_size)
     same_data(folder, found, wanted, shard_size=False)
+    from mlem.data.shards import Shards
+
     return Shards.open(folder)
 
 
