@@ -23,7 +23,17 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from mlem.data import DATASETS, BatchSource, Shards, ensure, held_out_batches, prepare, train_loader, write_shards
+from mlem.data import (
+    DATASETS,
+    BatchSource,
+    Shards,
+    ensure,
+    held_out_batches,
+    make_source,
+    prepare,
+    train_loader,
+    write_shards,
+)
 from mlem.data.__main__ import main
 from mlem.data.order import GROUP, pass_order, split
 
@@ -256,6 +266,21 @@ def test_every_data_set_is_on_the_command_line(capsys):
 def test_unknown_option_names_the_nearest():
     with pytest.raises(ValueError, match="unknown option of dead_leaves 'sead'; did you mean 'seed'"):
         prepare("dead_leaves", "x", sead=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("dead_leaves", {"size": "big"}, "size must be of type int, got 'big'"),
+        ("dead_leaves", {"size": True}, "size must be of type int, got True"),
+        ("dead_leaves", {"r_max": "1"}, "r_max must be of type float or null, got '1'"),
+        ("folder", {"crop": "no"}, "crop must be of type bool, got 'no'"),
+        ("celeba", {"source": 3}, "source must be of type str or null, got 3"),
+    ],
+)
+def test_an_option_of_another_type_is_named(name, options, message):
+    with pytest.raises(ValueError, match=message):
+        make_source(name, **options)
 
 
 # --- order of training ---

@@ -207,10 +207,6 @@ def evaluation(config: DictConfig, shards: Shards, folder: Path) -> SamplerEvalu
         features=config.metric.features,
         weights=config.metric.weights,
         reals=reals,
-        reals_key={
-            "data": config.data.name,
-            "count": reals.count,
-            "options": without_secrets(config)["data"]["options"],
-        },
+        reals_key={"data": config.data.name, "count": reals.count, "info": shards.manifest.info},
         image_shape=shards.shape,
     )

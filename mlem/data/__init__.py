@@ -16,7 +16,7 @@ import pkgutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 os.environ["WDS_SECURE"] = "1"  # before any import of webdataset: it would run `pipe:` addresses in a shell
 
@@ -76,10 +76,15 @@ DATASETS: dict[str, Callable[..., Source | Stored]] = _discover()
 
 
 def make_source(name: str, **options: Any) -> Source | Stored:
-    """The source of data set `name`, not opened. ValueError gives the nearest match of a wrong name or option."""
+    """The source of data set `name`, not opened.
+
+    ValueError gives the nearest match of a wrong name or option, and names an option that is of another type.
+    """
     _known("data set", name, DATASETS)
-    for option in options:
-        _known(f"option of {name}", option, inspect.signature(DATASETS[name]).parameters)
+    parameters = inspect.signature(DATASETS[name], eval_str=True).parameters
+    for option, value in options.items():
+        _known(f"option of {name}", option, parameters)
+        _check_type(option, value, get_args(parameters[option].annotation)[0])
     return DATASETS[name](**options)
 
 
@@ -161,6 +166,15 @@ def _opened(made: Source | Stored, name: str, folder: Path, options: dict[str, A
 def _flag(option: str, value: Any) -> str:
     name = option.replace("_", "-")
     return f"--{name} {value}" if not isinstance(value, bool) else f"--{name}" if value else f"--no-{name}"
+
+
+def _check_type(option: str, value: Any, annotation: Any) -> None:
+    kinds = get_args(annotation) or (annotation,)
+    wider = {float: (int,), str: (os.PathLike,)}
+    admitted = (*kinds, *(more for kind in kinds for more in wider.get(kind, ())))
+    if not isinstance(value, admitted) or (isinstance(value, bool) and bool not in kinds):
+        names = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
+        raise ValueError(f"{option} must be of type {names}, got {value!r}")
 
 
 def _known(what: str, name: str, names: Any) -> None:
