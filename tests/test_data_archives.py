@@ -274,7 +274,7 @@ def test_damaged_celeba_files_are_named(tmp_path):
         if damage:
             path.with_name(celeba.PARTITION).write_text(damage)
         with pytest.raises(ValueError, match=message):
-            prepare("celeba", tmp_path / "out", source=str(path.parent), any_checksum=True, progress=False)
+            stored("celeba", path.parent, tmp_path / f"out{len(list(tmp_path.iterdir()))}")
 
     good = make.faces(3)
     small = make.encoded(make.smooth(1, (64, 64))[0])
