@@ -31,6 +31,7 @@ check: lint test  ## what continuous integration runs
 bench: setup  ## the figures of benchmarks/README.md
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/theory.py
+	$(BIN)/python benchmarks/data.py
 	$(BIN)/python train.py experiment=dead_leaves16
 	$(BIN)/python benchmarks/multilevel.py runs/dead_leaves16/family
 

@@ -15,9 +15,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
-import platform
-import statistics
 import tempfile
 import time
 import warnings
@@ -26,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from measuring import processor, spread
 
 from mlem.data import BatchSource, Shards, ensure, train_loader
 from mlem.denoiser import expand_like, training_target
@@ -54,35 +52,24 @@ def main() -> None:
     level.network.to(device)
     results: dict[str, Any] = {"machine": _machine(device), "rounds": options.rounds}
     for solver in ("ddim", "ddpm", "dpm_solver_pp", "heun"):
-        results[f"percent outside the network, {solver}"] = _spread(_outside(level, solver, options.rounds))
+        results[f"percent outside the network, {solver}"] = spread(_outside(level, solver, options.rounds))
     times = _against_pipeline(level, device, options.rounds)
     ours = times.pop("ours")
-    results["DDIM-50: our seconds for a batch of 32"] = _spread(ours)
+    results["DDIM-50: our seconds for a batch of 32"] = spread(ours)
     for name, theirs in times.items():
         ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
-        results[f"DDIM-50: our time / DDIMPipeline's, {name}"] = _spread(ratios)
+        results[f"DDIM-50: our time / DDIMPipeline's, {name}"] = spread(ratios)
     ratio, ours = _training(device, options.rounds, options.train_steps)
-    results["training: our steps/s / bare loop's steps/s"] = _spread(ratio)
-    results["training: our steps/s, batch 32"] = _spread(ours)
+    results["training: our steps/s / bare loop's steps/s"] = spread(ratio)
+    results["training: our steps/s, batch 32"] = spread(ours)
     for name, value in results.items():
         print(f"{name:50s} {value}")
     write_json(options.out, results)
 
 
 def _machine(device: str) -> str:
-    name = torch.cuda.get_device_name() if device == "cuda" else f"{os.cpu_count()} cores {_processor()}"
+    name = torch.cuda.get_device_name() if device == "cuda" else processor()
     return f"{name}, torch {torch.__version__}, {torch.get_num_threads()} threads"
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())
-
-
-def _spread(values: list[float]) -> dict[str, float]:
-    digits = {"median": statistics.median(values), "lowest": min(values), "highest": max(values)}
-    return {key: float(f"{value:.4g}") for key, value in digits.items()}
 
 
 def _seconds(work: Callable[[], Any]) -> float:

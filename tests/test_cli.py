@@ -144,7 +144,7 @@ MISTAKES = {
         ("model=unet_xz", "model=unet_xz: there is no such model; did you mean unet_xs?"),
         ("training.stpes=3", "training.stpes: there is no such option; did you mean training.steps?"),
         ("evaluation.reference_step=3", "did you mean evaluation.reference_steps?"),
-        ("data=null", "data=null: there is no such data; there are: dead_leaves, digits"),
+        ("data=null", "data=null: there is no such data; there are: celeba, cifar10, dead_leaves, digits, folder"),
         ("training.steps=0", "training.steps must be a whole number >= 1, got 0"),
         ("training.steps=-1", "training.steps must be a whole number >= 1, got -1"),
         ("training.steps=2.5", "training.steps must be a whole number >= 1, got 2.5"),

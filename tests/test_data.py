@@ -23,7 +23,17 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from mlem.data import DATASETS, BatchSource, Shards, ensure, held_out_batches, prepare, train_loader, write_shards
+from mlem.data import (
+    DATASETS,
+    BatchSource,
+    Shards,
+    ensure,
+    held_out_batches,
+    make_source,
+    prepare,
+    train_loader,
+    write_shards,
+)
 from mlem.data.__main__ import main
 from mlem.data.order import GROUP, pass_order, split
 
@@ -214,7 +224,7 @@ def test_wrong_source_is_refused(tmp_path, images, message):
     ("arguments", "message"),
     [
         (["digitz", "--out", "x"], "unknown data set 'digitz'; did you mean 'digits'?"),
-        (["zzz"], "unknown data set 'zzz'; choose from: dead_leaves, digits"),
+        (["zzz"], "unknown data set 'zzz'; choose from: celeba, cifar10, dead_leaves, digits, folder"),
         ([], "required: dataset"),
         (["digits"], "required: --out"),
         (["digits", "--out", "pipe:touch x"], "folder 'pipe:touch x' is an address"),
@@ -256,6 +266,21 @@ def test_every_data_set_is_on_the_command_line(capsys):
 def test_unknown_option_names_the_nearest():
     with pytest.raises(ValueError, match="unknown option of dead_leaves 'sead'; did you mean 'seed'"):
         prepare("dead_leaves", "x", sead=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("dead_leaves", {"size": "big"}, "size must be of type int, got 'big'"),
+        ("dead_leaves", {"size": True}, "size must be of type int, got True"),
+        ("dead_leaves", {"r_max": "1"}, "r_max must be of type float or null, got '1'"),
+        ("folder", {"crop": "no"}, "crop must be of type bool, got 'no'"),
+        ("celeba", {"source": 3}, "source must be of type str or null, got 3"),
+    ],
+)
+def test_an_option_of_another_type_is_named(name, options, message):
+    with pytest.raises(ValueError, match=message):
+        make_source(name, **options)
 
 
 # --- order of training ---

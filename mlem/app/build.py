@@ -27,9 +27,7 @@ from mlem.training.loggers import JSONLinesLogger, wandb_logger
 
 def image_shape(config: DictConfig) -> tuple[int, int, int]:
     """(C, H, W) without preparing the data."""
-    source = make_source(config.data.source, **config.data.options)
-    height, width, channels = source.images(0, 1).shape[1:]
-    return channels, height, width
+    return make_source(config.data.source, **config.data.options).shape
 
 
 def schedule(config: DictConfig) -> NoiseSchedule:

@@ -27,7 +27,7 @@ from mlem.app.build import (
 from mlem.app.config import build_callbacks, parse_indices, without_secrets
 from mlem.app.measure import new_fid
 from mlem.app.report import evaluate_family
-from mlem.data import Shards, ensure, make_source
+from mlem.data import Shards, count_of, ensure
 from mlem.family import Family, Level
 from mlem.files import first_process, folder_lock, read_json, write_json, write_text
 from mlem.metrics import FewImagesWarning
@@ -109,7 +109,7 @@ def _check_jobs(config: DictConfig, level: Level) -> None:
             except ValueError as error:
                 raise ValueError(f"evaluation.samplers[{number}]: {error}") from error
     new_fid(config, image_shape(config))
-    count = make_source(config.data.source, **config.data.options).count
+    count = count_of(config.data.source, config.data.folder, **config.data.options)
     if not 2 <= config.data.held_out < count:
         raise ValueError(f"data.held_out must be in [2, {count - 1}], got {config.data.held_out}")
 

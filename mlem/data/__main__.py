@@ -49,6 +49,9 @@ def _run(name: str, out: str, options: dict[str, Any]) -> None:
     kept = f" ({manifest.count - made} were there)" if made < manifest.count else ""
     rate = f"{made / seconds:.0f} images/s"
     print(f"{out}: {manifest.count} images{kept}, {size / 1e6:.1f} MB, {seconds:.1f} s, {rate}")
+    if manifest.left_out:
+        named = "; ".join(list(manifest.left_out.values())[:3])
+        print(f"{len(manifest.left_out)} broken images are left out, named in {MANIFEST}: {named}", file=sys.stderr)
 
 
 def _parser() -> _Parser:
@@ -61,6 +64,7 @@ def _parser() -> _Parser:
         text = "folder to write; what an interrupted run finished there is kept"
         command.add_argument("--out", required=True, default=argparse.SUPPRESS, metavar="FOLDER", help=text)
         command.add_argument("--shard-size", type=int, default=SHARD_SIZE, metavar="N", help="images in a shard")
+        command.add_argument("--workers", type=int, default=1, metavar="N", help="processes that prepare images")
         for option in inspect.signature(source, eval_str=True).parameters.values():
             _add_option(command, option)
     return parser
@@ -73,6 +77,10 @@ def _add_option(command: argparse.ArgumentParser, option: inspect.Parameter) -> 
     required = option.default is inspect.Parameter.empty
     default = argparse.SUPPRESS if required or option.default is None else option.default
     flag = f"--{option.name.replace('_', '-')}"
+    if kind is bool:
+        action = argparse.BooleanOptionalAction if default else "store_true"
+        command.add_argument(flag, action=action, default=default, help=text)
+        return
     command.add_argument(flag, type=kind, default=default, required=required, metavar=kind.__name__.upper(), help=text)
 
 

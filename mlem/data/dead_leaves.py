@@ -13,7 +13,7 @@ from typing import Annotated
 
 import numpy as np
 
-from mlem.data.writing import Source
+from mlem.data.sources import Source
 
 _MAX_DISKS = 10_000_000  # about 1 GB
 _EXPECTED_GAPS = 0.01  # pixels an image that no disk reaches, on average; they show the ground, a leaf behind all

@@ -6,7 +6,7 @@ from functools import cache
 
 import numpy as np
 
-from mlem.data.writing import Source
+from mlem.data.sources import Source
 
 COUNT = 1797
 
@@ -16,7 +16,11 @@ def source() -> Source:
 
     Images are (8, 8, 1); values 0 .. 16 become 0 .. 255 by round(v * 255 / 16).
     """
-    return Source(lambda start, stop: _pixels()[start:stop], COUNT, {"origin": "sklearn.datasets.load_digits"})
+    return Source(_images, COUNT, {"origin": "sklearn.datasets.load_digits"})
+
+
+def _images(start: int, stop: int) -> np.ndarray:
+    return _pixels()[start:stop]
 
 
 @cache

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,10 @@ class ShardRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A data set: `shape` is (C, H, W), `info` the generator's parameters, `count` the number of images."""
+    """A data set: `shape` is (C, H, W), `info` the generator's parameters, `count` the number of images.
+
+    left_out: key -> file and fault of each image of the source that could not be read; they are not in `count`.
+    """
 
     name: str
     shape: tuple[int, int, int]
@@ -39,6 +42,12 @@ class Manifest:
     count: int
     shard_size: int
     shards: tuple[ShardRecord, ...] = ()
+    left_out: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def total(self) -> int:
+        """Number of images of the source, those left out among them."""
+        return self.count + len(self.left_out)
 
     def write(self, path: Path) -> None:
         """Write to `path` atomically."""
@@ -57,7 +66,8 @@ class Manifest:
             )
             channels, height, width = (int(n) for n in value["shape"])
             info, count, shard_size = dict(value["info"]), int(value["count"]), int(value["shard_size"])
-            manifest = cls(str(value["name"]), (channels, height, width), info, count, shard_size, records)
+            left_out = {str(key): str(why) for key, why in dict(value.get("left_out", {})).items()}
+            manifest = cls(str(value["name"]), (channels, height, width), info, count, shard_size, records, left_out)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is not a manifest ({error!r}); prepare the data set again") from error
         for record in records:
@@ -73,7 +83,7 @@ def same_data(folder: Path, found: Manifest, wanted: Manifest, *, shard_size: bo
 
     The division into shards is compared only if `shard_size` is true: it does not change the data.
     """
-    sides = [{"name": m.name, "shape": list(m.shape), "count": m.count, **m.info} for m in (found, wanted)]
+    sides = [{"name": m.name, "shape": list(m.shape), "count": m.total, **m.info} for m in (found, wanted)]
     if shard_size:
         sides = [{**side, "shard_size": m.shard_size} for side, m in zip(sides, (found, wanted), strict=True)]
     there, here = (json.loads(json.dumps(side)) for side in sides)

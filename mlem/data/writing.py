@@ -11,9 +11,11 @@ import io
 import json
 import os
 import tarfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import replace
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -24,24 +26,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.text import Text
 
 from mlem.data.manifest import MANIFEST, UNFINISHED, Manifest, ShardRecord, plain_folder, same_data
+from mlem.data.parallel import in_order
+from mlem.data.sources import Images, checked, shape_of
 from mlem.files import atomic_write, sha256
 
-Images = Callable[[int, int], np.ndarray]
+_CHUNK = 64  # images asked from the source at a time
+_CHUNK_BYTES = 4 * 2**20  # .. unless their pixels are more
 
-_CHUNK_BYTES = 4 * 2**20  # pixels asked from the source at a time
-
-
-@dataclass(frozen=True)
-class Source:
-    """Images to be prepared: `images(start, stop)` gives (stop - start, H, W, C) uint8, C = 1 or 3.
-
-    `info` holds the parameters that decide the pixels, seed included: two sources with the same `info` and `count`
-    must give the same images, however the range is cut.
-    """
-
-    images: Images
-    count: int
-    info: dict[str, Any]
+_Encoded = tuple[dict[str, bytes], dict[str, str]]
+"""PNGs by key; file and fault, by key, of what is left out."""
 
 
 def write_shards(
@@ -52,91 +45,147 @@ def write_shards(
     info: dict[str, Any],
     total: int,
     shard_size: int,
+    shape: tuple[int, int, int] | None = None,
+    tolerance: int = 0,
+    workers: int = 1,
     progress: bool = True,
     wait: bool = False,
 ) -> int:
     """Write images 0 .. total-1 into `folder` as shards of `shard_size` images; return how many had to be made.
 
     Shards that are already there and whole are kept, so an interrupted call goes on and a damaged shard is remade;
-    the bytes do not depend on interruptions. One process at a time: a second one is refused, or with `wait` waits
-    for the first. ValueError when the folder holds other data or an option is out of range.
+    the bytes depend neither on interruptions nor on the number of processes, `workers`. One call at a time: a second
+    one is refused, or with `wait` waits for the first. ValueError when the folder holds other data, an option is out
+    of range, or more than `tolerance` images cannot be read; up to that, they are left out and named in the manifest.
+
+    shape: (C, H, W); None: that of image 0.
     """
     if total < 1 or shard_size < 1:
         raise ValueError(f"count and shard_size must be >= 1, got {total} and {shard_size}")
+    if workers < 1:
+        raise ValueError(f"workers must be >= 1, got {workers}")
     folder = plain_folder(folder)
-    _, height, width, channels = _checked(images, 0, 1).shape
-    wanted = Manifest(name, (channels, height, width), json.loads(json.dumps(info)), total, shard_size)
+    wanted = Manifest(name, shape or shape_of(images), json.loads(json.dumps(info)), total, shard_size)
     with _lock(folder, wait):
-        records = _finished(folder, wanted)
-        kept = sum(record.count for record in records.values())
-        with _bar(name, total, kept, progress) as advance:
-            for number in range(-(-total // shard_size)):
-                file = f"shard-{number:06d}.tar"
-                if file not in records:
-                    start = number * shard_size
-                    stop = min(start + shard_size, total)
-                    records[file] = _write_shard(folder / file, images, start, stop, wanted.shape, advance)
-                    replace(wanted, shards=_in_order(records)).write(folder / UNFINISHED)
-        replace(wanted, shards=_in_order(records)).write(folder / MANIFEST)
+        state = _finished(folder, wanted)
+        there = {record.file: record.count for record in state.shards}
+        shards = [_chunks(start, wanted) for start in range(0, total, shard_size)]
+        shards = [chunks for chunks in shards if _file_of(chunks[0][0], wanted) not in there]
+        todo = sum(stop - start for chunks in shards for start, stop in chunks)
+        _tolerate(state, tolerance)
+        with (
+            _bar(name, total, total - todo, progress) as advance,
+            closing(in_order(partial(_encode, images, wanted.shape), chain(*shards), workers)) as encoded,
+        ):
+            for chunks in shards:
+                state = _write_shard(folder, state, chunks, encoded, tolerance, advance)
+                state.write(folder / UNFINISHED)
+        state.write(folder / MANIFEST)
         (folder / UNFINISHED).unlink(missing_ok=True)
-    return total - kept
+    return state.count - sum(there.values())
 
 
-def _in_order(records: dict[str, ShardRecord]) -> tuple[ShardRecord, ...]:
-    return tuple(records[file] for file in sorted(records))
+def _file_of(i: int, manifest: Manifest) -> str:
+    """The shard that holds image `i` of the source."""
+    return f"shard-{i // manifest.shard_size:06d}.tar"
 
 
-def _finished(folder: Path, wanted: Manifest) -> dict[str, ShardRecord]:
-    """The shards in `folder` that can be kept, by file name; starts the unfinished manifest if there is none."""
+def _key(i: int) -> str:
+    return f"{i:08d}"
+
+
+def _chunks(start: int, manifest: Manifest) -> list[tuple[int, int]]:
+    """The shard that begins with image `start` in ranges (first, last + 1) that are encoded at a time."""
+    step = min(_CHUNK, max(1, _CHUNK_BYTES // int(np.prod(manifest.shape))))
+    stop = min(start + manifest.shard_size, manifest.total)
+    return [(first, min(first + step, stop)) for first in range(start, stop, step)]
+
+
+def _finished(folder: Path, wanted: Manifest) -> Manifest:
+    """`wanted` with the shards in `folder` that can be kept; starts the unfinished manifest if there is none."""
     for leftover in folder.glob(".*.tmp"):  # of a killed preparation
         leftover.unlink()
-    records = {}
+    records: dict[str, ShardRecord] = {}
+    left_out: dict[str, str] = {}
     started = [folder / file for file in (UNFINISHED, MANIFEST) if (folder / file).exists()]
     for path in started:
         found = Manifest.read(path)
         same_data(folder, found, wanted, shard_size=True)
         records |= {record.file: record for record in found.shards}
+        left_out |= found.left_out
     if not started:
         if foreign := sorted(folder.glob("*.tar")):
             raise ValueError(f"{folder} holds {foreign[0].name} but no {MANIFEST}; choose an empty folder")
         wanted.write(folder / UNFINISHED)
-    return {file: record for file, record in records.items() if _whole(folder / file, record)}
+    state = wanted
+    for record in records.values():
+        if _whole(folder / record.file, record):
+            faults = {key: why for key, why in left_out.items() if _file_of(int(key), wanted) == record.file}
+            state = _with_shard(state, record, faults)
+    return state
 
 
 def _whole(path: Path, record: ShardRecord) -> bool:
     return path.is_file() and path.stat().st_size == record.bytes and sha256(path) == record.sha256
 
 
+def _with_shard(state: Manifest, record: ShardRecord, left_out: dict[str, str]) -> Manifest:
+    shards = sorted([*state.shards, record], key=lambda one: one.file)
+    together = dict(sorted((state.left_out | left_out).items()))
+    return replace(state, shards=tuple(shards), left_out=together, count=state.total - len(together))
+
+
 def _write_shard(
-    path: Path, images: Images, start: int, stop: int, shape: tuple[int, int, int], advance: Callable[[int], None]
-) -> ShardRecord:
+    folder: Path,
+    state: Manifest,
+    chunks: list[tuple[int, int]],
+    encoded: Iterable[_Encoded],
+    tolerance: int,
+    advance: Callable[[int], None],
+) -> Manifest:
+    """Write the shard of `chunks`, whose images come next in `encoded`; return `state` with it."""
+    path = folder / _file_of(chunks[0][0], state)
+    count, left_out = 0, {}
+    with _tar(path) as write:
+        for (first, last), (pngs, faults) in zip(chunks, encoded, strict=False):
+            left_out |= faults
+            _tolerate(replace(state, left_out=state.left_out | left_out, count=state.count - len(left_out)), tolerance)
+            for key, png in pngs.items():
+                write({"__key__": key, "png": png})
+            count += len(pngs)
+            advance(last - first)
+    return _with_shard(state, ShardRecord(path.name, count, path.stat().st_size, sha256(path)), left_out)
+
+
+def _tolerate(state: Manifest, tolerance: int) -> None:
+    """Raise ValueError when more than `tolerance` images had to be left out."""
+    if (broken := len(state.left_out)) > tolerance:
+        named = "; ".join(list(state.left_out.values())[:3])
+        more = f"; and {broken - 3} more" if broken > 3 else ""
+        raise ValueError(
+            f"{broken} broken of {state.total} images, {tolerance} allowed: {named}{more}; repair or remove what is "
+            "broken, or allow a share of it with --max-broken"
+        )
+
+
+@contextmanager
+def _tar(path: Path) -> Iterator[Callable[[dict[str, Any]], Any]]:
+    """The function that adds a sample to the shard `path`, which appears when the block ends without an error."""
     from webdataset.writer import TarWriter
 
-    chunk = max(1, _CHUNK_BYTES // int(np.prod(shape)))
     with (
         atomic_write(path) as file,
         TarWriter(
             cast(BinaryIO, file), user="mlem", group="mlem", mtime=0, encoder=False, format=tarfile.USTAR_FORMAT
         ) as tar,
     ):
-        for first in range(start, stop, chunk):
-            last = min(first + chunk, stop)
-            for i, pixels in enumerate(_checked(images, first, last, shape), start=first):
-                tar.write({"__key__": f"{i:08d}", "png": _png(pixels)})
-            advance(last - first)
-    return ShardRecord(path.name, stop - start, path.stat().st_size, sha256(path))
+        yield tar.write
 
 
-def _checked(images: Images, start: int, stop: int, shape: tuple[int, int, int] | None = None) -> np.ndarray:
-    """`images(start, stop)`, checked: (stop - start, H, W, C) uint8, with `shape` (C, H, W) if that is given."""
-    batch = images(start, stop)
-    if batch.dtype != np.uint8 or batch.ndim != 4 or len(batch) != stop - start or batch.shape[-1] not in (1, 3):
-        raise ValueError(
-            f"images({start}, {stop}) must give uint8 ({stop - start}, H, W, 1 or 3), got {batch.dtype} {batch.shape}"
-        )
-    if shape is not None and batch.shape[1:] != (shape[1], shape[2], shape[0]):
-        raise ValueError(f"images({start}, {stop}) has shape {batch.shape}, the first image was (C, H, W) = {shape}")
-    return batch
+def _encode(images: Images, shape: tuple[int, int, int], start: int, stop: int) -> _Encoded:
+    pixels, left_out = checked(images, start, stop, shape)
+    keys = [_key(i) for i in range(start, stop) if i not in left_out]
+    return dict(zip(keys, map(_png, pixels), strict=True)), {_key(i): why for i, why in left_out.items()}
 
 
 def _png(pixels: np.ndarray) -> bytes:

@@ -1,0 +1,90 @@
+"""Any tree of PNG, JPEG and WebP files, cut to squares of one size."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+
+from mlem.data.manifest import plain_folder
+from mlem.data.pictures import FILTERS, SUFFIXES, centre_square, opened, to_rgb
+from mlem.data.sources import Partial, Source, Stored
+
+_ENDINGS = tuple(f".{suffix}".encode() for suffix in SUFFIXES)
+
+
+def source(
+    *,
+    source: Annotated[str | None, "the folder; it is searched with all folders in it"] = None,
+    size: Annotated[int, "pixels a side"] = 64,
+    crop: Annotated[bool, "cut the square in the middle; otherwise the image is stretched to a square"] = True,
+    filter: Annotated[str, f"how images are scaled: {', '.join(FILTERS)}"] = "box",
+    max_broken: Annotated[float, "share of broken images that may be left out, in [0, 1)"] = 0.0,
+) -> Stored:
+    """The PNG, JPEG and WebP images of a folder, any sizes, cut to squares and scaled, RGB.
+
+    Images are (size, size, 3), in the order of their paths; other files, hidden ones and links are ignored.
+    ValueError names an option out of range.
+    """
+    if size < 1:
+        raise ValueError(f"size must be >= 1, got {size}")
+    if filter not in FILTERS:
+        raise ValueError(f"filter must be one of {', '.join(FILTERS)}, got {filter!r}")
+    if not 0 <= max_broken < 1:
+        raise ValueError(f"max_broken must be in [0, 1), got {max_broken}")
+    path = None if source is None else plain_folder(source)
+    info = {"size": size, "crop": crop, "filter": filter}
+    return Stored((3, size, size), info, path, "FOLDER", partial(_open, info=info, max_broken=max_broken))
+
+
+def _open(root: Path, *, info: dict[str, Any], max_broken: float) -> Source:
+    if not root.is_dir():
+        raise ValueError(f"{root} is not a folder; give the folder that holds the images")
+    sizes = dict(sorted(_walk(root)))
+    if not sizes:
+        raise ValueError(f"{root} holds no image: no file in it ends in .{', .'.join(SUFFIXES)}")
+    listing = hashlib.sha256()
+    for name, size in sizes.items():
+        listing.update(name + b"\0%d\0" % size)
+    images = partial(_images, root, list(sizes), **info)
+    return Source(images, len(sizes), {**info, "listing": listing.hexdigest()}, int(max_broken * len(sizes) + 1e-9))
+
+
+def _walk(root: Path) -> list[tuple[bytes, int]]:
+    """Path below `root` and size of every image, links and hidden files left alone."""
+    found, folders = [], [os.fsencode(root)]
+    while folders:
+        with os.scandir(folders.pop()) as entries:
+            for entry in entries:
+                if entry.name.startswith(b"."):
+                    continue
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(entry.path)
+                if entry.name.lower().endswith(_ENDINGS) and entry.is_file(follow_symlinks=False):
+                    size = entry.stat(follow_symlinks=False).st_size
+                    found.append((os.path.relpath(entry.path, os.fsencode(root)), size))
+    return found
+
+
+def _images(root: Path, names: list[bytes], start: int, stop: int, *, size: int, crop: bool, filter: str) -> Partial:
+    pixels, left_out = [], {}
+    for i, name in enumerate(names[start:stop], start=start):
+        try:
+            pixels.append(_image(root / os.fsdecode(name), size, crop, filter))
+        except Exception as error:  # hostile files bring Pillow to raise nearly anything
+            why = error.strerror if isinstance(error, OSError) else error
+            left_out[i] = f"{os.fsdecode(name)!r} {why}"
+    return Partial(np.stack(pixels) if pixels else np.empty((0, size, size, 3), np.uint8), left_out)
+
+
+def _image(path: Path, size: int, crop: bool, filter: str) -> np.ndarray:
+    """(size, size, 3) uint8"""
+    with open(path, "rb") as file, opened(file) as image:
+        picture = to_rgb(image)
+    if crop:
+        picture = centre_square(picture, min(picture.size))
+    return np.asarray(picture.resize((size, size), FILTERS[filter]))

@@ -1,0 +1,76 @@
+"""Work shared by processes, its results in the order of the tasks."""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any, TypeVar
+
+Result = TypeVar("Result")
+
+_AHEAD = 2  # tasks for each process that are under way or done before they are needed
+_function: Callable[..., Any]
+
+
+def in_order(
+    function: Callable[..., Result], tasks: Iterable[tuple[Any, ...]], workers: int
+) -> Generator[Result, None, None]:
+    """`function(*task)` for each task, in order: in this process, or with workers > 1 in that many others.
+
+    `function` is pickled once for each process, a task each time; memory does not grow with the number of tasks.
+    Close the iterator to end the processes; they also end when this one is killed. ValueError when one is killed.
+    """
+    if workers == 1:
+        yield from itertools.starmap(function, tasks)
+        return
+    waiting = iter(tasks)
+    ahead: deque[Future[Result]] = deque()
+    # spawn: a fork would share locks that are held and threads that are running
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=(function,)) as pool:
+        try:
+            while True:
+                for task in itertools.islice(waiting, _AHEAD * workers - len(ahead)):
+                    ahead.append(_submit(pool, task))
+                if not ahead:
+                    return
+                yield ahead.popleft().result()
+        except BrokenProcessPool as error:
+            raise ValueError(
+                "a process that prepared images was killed (out of memory?); run the same command with fewer workers"
+            ) from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _submit(pool: ProcessPoolExecutor, task: tuple[Any, ...]) -> Future[Any]:
+    # a process that starts here inherits the mask: Ctrl-C is for the parent alone
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        return pool.submit(_work, task)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _begin(function: Callable[..., Any]) -> None:
+    global _function
+    _function = function
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _work(task: tuple[Any, ...]) -> Any:
+    return _function(*task)

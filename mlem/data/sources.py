@@ -1,0 +1,91 @@
+"""Where images come from, before they are shards: functions of an index range, and what must be opened to have one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Partial:
+    """What `images(start, stop)` gives when some cannot be read: pixels of the others, in order; index -> why not."""
+
+    pixels: np.ndarray
+    left_out: dict[int, str]
+
+
+Images = Callable[[int, int], np.ndarray | Partial]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Images to be prepared: `images(start, stop)` gives (stop - start, H, W, C) uint8, C = 1 or 3.
+
+    `info` holds the parameters that decide the pixels, seed included: two sources with the same `info` and `count`
+    must give the same images, however the range is cut. `images` is pickled where several processes work.
+    tolerance: how many images may be left out as unreadable, in a `Partial`.
+    """
+
+    images: Images
+    count: int
+    info: dict[str, Any]
+    tolerance: int = 0
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W)"""
+        return shape_of(self.images)
+
+    def open(self) -> Source:
+        """Itself: there is nothing to open."""
+        return self
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Images in files that must be opened first.
+
+    shape: (C, H, W). info: what the options say of the pixels; the opened source adds what identifies the files.
+    path: the archive or folder; None when the user did not say where. usual: what to call it then. read: opens a path.
+    """
+
+    shape: tuple[int, int, int]
+    info: dict[str, Any]
+    path: Path | None
+    usual: str
+    read: Callable[[Path], Source]
+
+    def open(self) -> Source:
+        """The images at `path`, which must be known. ValueError when they are not what they should be."""
+        if self.path is None:
+            raise ValueError(f"source must be given: the path of {self.usual}")
+        return self.read(self.path)
+
+
+def shape_of(images: Images) -> tuple[int, int, int]:
+    """(C, H, W) of image 0."""
+    height, width, channels = checked(images, 0, 1)[0].shape[1:]
+    return channels, height, width
+
+
+def checked(
+    images: Images, start: int, stop: int, shape: tuple[int, int, int] | None = None
+) -> tuple[np.ndarray, dict[int, str]]:
+    """What `images(start, stop)` gives: (n, H, W, C) uint8, and by index why the others of the range are left out.
+
+    ValueError when it is of another kind, or not of `shape` (C, H, W).
+    """
+    given = images(start, stop)
+    batch, left_out = (given.pixels, given.left_out) if isinstance(given, Partial) else (given, {})
+    count = stop - start - len(left_out)
+    if batch.dtype != np.uint8 or batch.ndim != 4 or len(batch) != count or batch.shape[-1] not in (1, 3):
+        raise ValueError(
+            f"images({start}, {stop}) must give uint8 ({count}, H, W, 1 or 3), got {batch.dtype} {batch.shape}"
+        )
+    if shape is not None and batch.shape[1:] != (shape[1], shape[2], shape[0]):
+        raise ValueError(f"images({start}, {stop}) has shape {batch.shape}, the first image was (C, H, W) = {shape}")
+    return batch, left_out
