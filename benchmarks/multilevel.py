@@ -153,6 +153,9 @@ def jobs(bench: Bench, plans: int) -> Iterator[tuple[str, str, str, str, str, in
             continue
         options: dict[str, Any] = {"budget": spent / 128, "cost": "flops", "estimator": "jump", "coins": coins}
         yield "sde", f"jump, {coins}", "", "ddpm", "uniform", 128, Recipe(**options, seed=seed)
+    for spent, seed in itertools.product((96, 128), range(plans // 2)):  # what Bernoulli coins need for small errors
+        options = {"budget": spent / 256, "cost": "flops", "estimator": "jump", "coins": "bernoulli"}
+        yield "sde", "jump, bernoulli", "", "ddpm", "uniform", 256, Recipe(**options, seed=seed)
     for kind, (solver, grid, steps, order) in (("sde", HELD["sde"][2]), ("ode", HELD["ode"][1])):
         for spent in SPENT[kind][2::2]:
             recipe = Recipe(budget=min(1.0, spent / steps), order=order, cost="flops", estimator="held")
