@@ -188,7 +188,10 @@ class Sampler:
             x = self._solve(x_T, index, None)
             # the one place where the host waits for the device
             finite = torch.isfinite(x.flatten(1)).all(1).tolist()
-            ledger = Ledger(self._collect(len(index)), time.perf_counter() - begin, len(index), self._rounds)
+            levels = self._collect(len(index))
+            # levels that share a call run one after another
+            rounds = self._rounds if self.plan is None else sum(cost.calls for cost in levels.values()) / len(index)
+            ledger = Ledger(levels, time.perf_counter() - begin, len(index), rounds)
             if not all(finite):
                 self._report_non_finite(x, x_T, index, finite, ledger)
         return Result(x, ledger, x_T)
