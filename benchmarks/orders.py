@@ -4,12 +4,13 @@
 
 Data: an uneven mixture of two correlated Gaussians in three dimensions that overlap (between modes far apart, a sample
 that changes sides makes an error of the size of the data, and a few of those hide every order); cosine schedule; t from
-0.9 to 0.1, so that neither end of the schedule plays a part. Errors are Euclidean distances at t = 0.1 in EDM coordinates `y = x / alpha`.
+0.9 to 0.1, so that neither end of the schedule plays a part. Errors are Euclidean distances at t = 0.1 in EDM
+coordinates `y = x / alpha`.
 
 ODE solvers: against the ODE solved by DOP853 (scipy) to 1e-11. `root mean square` is over starting noises, every one
-with midpoints of its own; `of the mean` is the error of the mean over midpoints from one fixed starting noise, with what
-the finite number of draws adds to its square taken off. Grids: even in t, or even in OU time. SDE solvers: root mean square on
-shared Brownian paths, against many steps of the solver that is their reference.
+with midpoints of its own; `of the mean` is the error of the mean over midpoints from one fixed starting noise, with
+what the finite number of draws adds to its square taken off. Grids: even in t, or even in OU time. SDE solvers: root
+mean square on shared Brownian paths, against many steps of the solver that is their reference.
 
 Every error stands beside the evaluations it took, so columns compare solvers at equal cost. Slopes are those of least
 squares through all points of a row; intervals are 95 percent percentiles of a bootstrap over samples, the same for all
@@ -95,7 +96,8 @@ def main() -> None:
     if not options.quick:
         caption = (
             f"mixture of two Gaussians in 3 dimensions, exact score, cosine schedule, t from {BEGIN} to {END}; "
-            f"{sizes['samples']} starting noises; {sizes['draws']} draws of midpoints; seed 0"
+            f"{sizes['samples']} starting noises; {sizes['draws']} draws of midpoints from one noise; "
+            f"{sizes['paths']} Brownian paths; seed 0"
         )
         draw(tables, Path(__file__).parents[1] / "docs" / "orders.png", caption)
 
@@ -119,8 +121,8 @@ def eps(y: Tensor, place: Place) -> Tensor:
 def interval(grid: str, steps: int) -> list[Point]:
     """Points from BEGIN to END, even in t or in OU time."""
     if grid == "OU":
-        ends = [COSINE.ou_time(t).item() for t in (BEGIN, END)]
-        inner = COSINE.time_from_ou_time(torch.linspace(*ends, steps + 1, dtype=torch.float64)).tolist()
+        first, last = (COSINE.ou_time(t).item() for t in (BEGIN, END))
+        inner = COSINE.time_from_ou_time(torch.linspace(first, last, steps + 1, dtype=torch.float64)).tolist()
         times = (BEGIN, *inner[1:-1], END)
     else:
         times = tuple(BEGIN + (END - BEGIN) * i / steps for i in range(steps + 1))
