@@ -85,7 +85,8 @@ class MixtureDenoiser:
 
     weights: (M,), positive, sum 1; means: (M, d); covariances: (M, d, d), or (M,) variances of round components.
     With `x ~ N(alpha m, C)`, `C = alpha^2 Sigma + sigma^2 I`, the noise estimate is `sigma C^-1 (x - alpha m)`,
-    averaged over components by their posterior weights. Computed in float64. Samples are flat: x is (B, d).
+    averaged over components by their posterior weights. Computed in float64. Samples are flat: x is (B, d). Round
+    components need no matrices: d may be thousands.
     """
 
     any_dtype = True
@@ -93,24 +94,39 @@ class MixtureDenoiser:
     def __init__(self, schedule: NoiseSchedule, weights: Tensor, means: Tensor, covariances: Tensor) -> None:
         self.schedule = schedule
         self.weights, self.means = weights.double(), means.double()
-        if covariances.dim() == 1:
-            covariances = covariances.double()[:, None, None] * torch.eye(means.shape[1], dtype=torch.float64)
-        if covariances.shape != (*means.shape, means.shape[1]) or weights.shape != means.shape[:1]:
+        whole = (*means.shape, means.shape[1])
+        if weights.shape != means.shape[:1] or covariances.shape not in (whole, weights.shape):
             raise ValueError(
-                f"weights (M,), means (M, d) and covariances (M, d, d) must agree, got "
+                f"weights (M,), means (M, d) and covariances (M, d, d) or (M,) must agree, got "
                 f"{tuple(weights.shape)}, {tuple(means.shape)} and {tuple(covariances.shape)}"
             )
-        self._eigenvalues, self._axes = torch.linalg.eigh(covariances.double())
+        self._round = covariances.dim() == 1
+        if self._round:
+            self._variances = covariances.double()
+        else:
+            self._variances, self._axes = torch.linalg.eigh(covariances.double())
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         alpha, sigma = self.schedule.alpha(t.double()), self.schedule.sigma(t.double())
-        offset = x.double()[:, None, :] - alpha[:, None, None] * self.means
+        estimate = self._of_round if self._round else self._of_any
+        return estimate(x.double(), alpha[:, None], sigma[:, None]).to(x.dtype)
+
+    def _of_round(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        variances = alpha**2 * self._variances + sigma**2  # (B, M)
+        # by differences: |x|^2 - 2 alpha x m + |alpha m|^2 would cancel
+        distances = alpha * torch.cdist(x / alpha, self.means, compute_mode="donot_use_mm_for_euclid_dist")
+        log_density = -0.5 * (distances.square() / variances + x.shape[1] * variances.log()) + self.weights.log()
+        pulls = torch.softmax(log_density, dim=1) / variances
+        return sigma * (pulls.sum(1, keepdim=True) * x - alpha * (pulls @ self.means))
+
+    def _of_any(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        offset = x[:, None, :] - alpha[..., None] * self.means
         along = torch.einsum("bmd,mde->bme", offset, self._axes)
-        variances = alpha[:, None, None] ** 2 * self._eigenvalues + sigma[:, None, None] ** 2
+        variances = alpha[..., None] ** 2 * self._variances + sigma[..., None] ** 2
         log_density = -0.5 * (along.square() / variances + variances.log()).sum(-1) + self.weights.log()
         posterior = torch.softmax(log_density, dim=1)
         pulls = torch.einsum("bme,mde->bmd", along / variances, self._axes)
-        return (sigma[:, None] * torch.einsum("bm,bmd->bd", posterior, pulls)).to(x.dtype)
+        return sigma * torch.einsum("bm,bmd->bd", posterior, pulls)
 
 
 def gaussian_denoiser(schedule: NoiseSchedule, mean: Tensor, covariance: Tensor) -> MixtureDenoiser:
