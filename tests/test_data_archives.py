@@ -123,8 +123,8 @@ def children(process: subprocess.Popen) -> list[int]:
 
 
 def test_a_killed_preparation_goes_on_to_the_same_bytes(tmp_path, capsys):
-    zipped = make.celeba(tmp_path, make.faces(1500))
-    options = ["celeba", "--source", str(zipped), "--any-checksum", "--shard-size", "30"]
+    zipped = make.celeba(tmp_path, make.faces(800))
+    options = ["celeba", "--source", str(zipped), "--any-checksum", "--shard-size", "20"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert main([*options, "--out", str(whole)]) == 0
     command = [sys.executable, "-m", "mlem.data", *options, "--workers", "2", "--out", str(killed)]
@@ -149,7 +149,7 @@ def test_a_killed_preparation_goes_on_to_the_same_bytes(tmp_path, capsys):
 
 
 def test_an_interrupt_with_two_processes_is_one_line(tmp_path):
-    zipped = make.celeba(tmp_path, make.faces(3000))
+    zipped = make.celeba(tmp_path, make.faces(1500))
     options = ["celeba", "--source", str(zipped), "--any-checksum", "--shard-size", "30", "--workers", "2"]
     command = [sys.executable, "-m", "mlem.data", *options, "--out", str(tmp_path / "out")]
     options = {"stderr": subprocess.PIPE, "text": True, "env": environment(), "start_new_session": True}

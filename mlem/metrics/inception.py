@@ -56,7 +56,7 @@ def _weights_file(weights: str | Path | None) -> Path:
 def _network(path: Path) -> nn.Module:
     try:  # torch-fidelity would unpickle anything: see first that there are tensors and nothing else
         torch.load(path, map_location="meta", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, IndexError, KeyError) as error:  # of a reader led astray
         raise ValueError(f"{path} is damaged, or holds more than tensors: refused; fetch it again") from error
     try:
         import torch_fidelity  # noqa: F401  # pyright: ignore[reportMissingImports]
