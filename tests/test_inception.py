@@ -118,4 +118,5 @@ def test_png_and_tensor_agree_and_the_reference_is_read_once(results: dict[str, 
 def test_files_that_are_no_inception_are_refused_in_one_line(results: dict[str, Any]) -> None:
     said = results["refusals"]
     assert "does not fit Inception" in said["misfit"]
+    assert "\n" not in said["misfit"] + said["payload"]
     assert "holds more than tensors: refused" in said["payload"]

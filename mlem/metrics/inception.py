@@ -69,8 +69,7 @@ def _network(path: Path) -> nn.Module:
     try:
         network = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(path), antialias=False)
     except RuntimeError as error:
-        raise ValueError(
-            f"{path} does not fit Inception ({str(error)[:200]}); give weights in the layout of {_FILES[1]}"
-        ) from error
+        why = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path} does not fit Inception ({why}); give weights in the layout of {_FILES[1]}") from error
     network.num_features = 2048  # type: ignore[assignment]
     return network
