@@ -9,7 +9,8 @@ parts, m_j the midpoints, d and w the drift and the weight of the clock (`mlem.s
 - end: `y' = y + sum_j w(k_j-1 -> k_j, m_j) e_j`, with the estimates of the last round.
 
 So K counts calls; the paper's iterations are one fewer, its last call being that of the end. The rounds converge to the
-fixed point, which is what solving for one midpoint after the other gives.
+fixed point, which is what solving for one midpoint after the other gives; unlike the paper's they go only a part of
+the way (`_Table.share`), without which they diverge in long parts.
 """
 
 from __future__ import annotations
@@ -143,6 +144,15 @@ class _Table:
         end = self.clock.weight(left, right, middles).expand_as(middles)
         return torch.cat([whole.tril(-1) + inside, end[..., None, :]], -2)
 
+    def share(self, edges: Tensor, middles: Tensor) -> Tensor:
+        """How far each place goes towards what a round says, in (0, 1]: (.., R).
+
+        A place depends on its own estimate, by -d / m times its error where data are one point: the plain iteration
+        diverges when the part is long beside m. Going m / (m + |d|) of the way is exact there. The fixed point is the
+        same.
+        """
+        return middles / (middles + self.clock.drift(edges[..., :-1], middles, middles).abs())
+
     def of_start(self, edges: Tensor, middles: Tensor) -> Tensor:
         """The same where all that is known is the estimate at the start, number 0."""
         start = edges[..., :1]
@@ -195,6 +205,8 @@ class _Flight:
         weights = weights.masked_fill(silent[..., None], 0.0)
         before = self._places
         self._add(weights)
+        share = self._table.share(edges, middles).masked_fill(starting | silent, 1.0)
+        self._places = torch.lerp(before, self._places, share.view(*share.shape, *[1] * (self.base.dim() - 1)))
         self.age += asked
         if not measure:
             return None
