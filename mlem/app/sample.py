@@ -16,6 +16,7 @@ from mlem.app.build import plan_of
 from mlem.app.config import parse_indices
 from mlem.app.find import family_folder
 from mlem.app.measure import (
+    end_with_parent,
     everyone,
     fail_together,
     measure_folder,
@@ -97,6 +98,8 @@ def _make(
         clear_leftovers(out)
         found = survey(out)
     fabric.launch()
+    if not fabric.is_global_zero:
+        end_with_parent()
     if found is not None and (there := len(found.sound.keys() & set(indices))):
         print(f"{there} of {len(indices)} images are there already, in {out}", flush=True)
     if found is not None and found.broken:

@@ -19,6 +19,7 @@ from mlem.files import atomic_write
 FLAT = 1000
 """Samples below this index lie in the folder itself, the others in one sub-folder for each thousand."""
 _CHANNELS = {"L": 1, "RGB": 3}
+_END = b"\0\0\0\0IEND\xaeB`\x82"
 
 
 def sample_path(folder: Path, index: int) -> Path:
@@ -63,9 +64,9 @@ def is_whole(path: Path) -> bool:
     try:
         with Image.open(path, formats=("PNG",)) as image:
             image.verify()
+        return path.read_bytes().endswith(_END)
     except (OSError, SyntaxError, EOFError, ValueError, struct.error):
         return False
-    return True
 
 
 def read_pixels(path: Path, shape: tuple[int, int, int] | None = None) -> Tensor:
