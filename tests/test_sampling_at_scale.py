@@ -46,18 +46,10 @@ def ranks(count: int) -> list[str]:
     return ["trainer=ddp", "trainer.accelerator=cpu", f"trainer.devices={count}"]
 
 
-def started(*options: str, here: Path) -> subprocess.Popen[str]:
+def started(script: str, *options: str, here: Path, **extra: str) -> subprocess.Popen[bytes]:
     """The command as the leader of a process group of its own."""
-    command = [sys.executable, str(REPOSITORY / "sample.py"), *options]
-    return subprocess.Popen(
-        command,
-        cwd=here,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    command = [sys.executable, str(REPOSITORY / script), *options]
+    return subprocess.Popen(command, cwd=here, env=environment(**extra), start_new_session=True)
 
 
 def images(folder: Path) -> dict[str, bytes]:
@@ -69,13 +61,13 @@ def test_killed_three_times_on_two_and_three_ranks(here: Path, monkeypatch: pyte
     cut, whole = here / "cut", here / "whole"
     done, moments = 0, random.Random(0)
     for count in (2, 3, 2):
-        enough = moments.randrange(done + 1, done + (COUNT - done) // 2)
-        with started(*MANY, *ranks(count), f"out={cut}", here=here) as process:
-            wait_until(lambda enough=enough: len(sample_indices(cut)) >= enough, process)
-            os.killpg(process.pid, signal.SIGKILL)
+        moment = moments.randrange(1, (COUNT - done) // (2 * count))  # counted by each rank for itself
+        with started("tests/killed.py", *MANY, *ranks(count), f"out={cut}", here=here, KILL_AT=str(moment)) as process:
+            process.wait(timeout=300)
         assert process.returncode == -signal.SIGKILL
-        done = len(sample_indices(cut))
-        assert enough <= done < COUNT
+        before, done = done, len(sample_indices(cut))
+        assert before + moment - 1 <= done < COUNT
+        assert list(cut.rglob(".*.tmp"))  # killed in the middle of writing
     printed = succeed("sample", *MANY, *ranks(2), f"out={cut}", "format=npz", cwd=here)
     assert f"{done} of {COUNT} images are there already" in printed
     assert verify(cut) == (COUNT, {})
@@ -93,8 +85,8 @@ def test_killed_three_times_on_two_and_three_ranks(here: Path, monkeypatch: pyte
 def test_no_rank_stays_behind_when_the_first_is_killed(here: Path) -> None:
     out = here / "left"
     long = [*OPTIONS, "steps=1000", "seeds=0-99999", f"out={out}"]
-    with started(*long, *ranks(2), here=here) as process:
-        wait_until(lambda: len(sample_indices(out)) > 0, process)
+    with started("sample.py", *long, *ranks(2), here=here) as process:
+        wait_until(lambda: len(sample_indices(out)) > 0, process, seconds=600)
         process.kill()
         process.wait()
         deadline = time.monotonic() + 30
