@@ -97,7 +97,7 @@ def succeed(script: str, *options: str, cwd: Path, **extra: str) -> str:
     return done.stdout
 
 
-def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 120) -> None:
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen[Any], seconds: float = 120) -> None:
     """Poll until `condition` holds while `process` runs."""
     deadline = time.monotonic() + seconds
     while not condition():

@@ -60,7 +60,7 @@ def test_pictures_are_named_by_index_and_hold_the_samples(ten: Path, trained: Pa
     assert torch.equal(quantise(made.x), quantise(stored))
     with Image.open(ten / "grid.png") as grid:
         assert grid.width > 8
-    assert not list(ten.glob(".*"))
+    assert not list(ten.glob(".*.tmp"))
 
 
 def test_the_ledger_tells_true_counts(ten: Path) -> None:
@@ -225,7 +225,7 @@ def test_one_sample_that_is_nan_does_not_spoil_the_others(tmp_path: Path) -> Non
 
     broken = Sampler(denoiser, schedule=schedule, **options)
     claim(tmp_path / "broken", {})
-    ledger, failure = write_samples(broken, range(10), tmp_path / "broken", batch_size=4)
+    ledger, failure, _ = write_samples(broken, range(10), tmp_path / "broken", batch_size=4)
     write_samples(sound, range(10), tmp_path / "sound", batch_size=4)
     assert ledger.images == 10
     assert "sample 5 became NaN or infinite at step 1 of 3 (t = 1), level model" in str(failure)

@@ -94,6 +94,7 @@ _ONE_OF = {
     "model.prediction": ("v", "eps", "x0"),
     "model.tangents": ("exact", "random"),
     "sampler.over": ("samples", "ranks"),
+    "format": ("png", "shards", "npz"),
     "logger.mode": ("auto", "online", "offline", "disabled"),
 }
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import threading
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -154,3 +157,15 @@ def fail_together(failure: Exception | None) -> None:
         raise SystemExit(USAGE)
     if failures:
         raise failure or ValueError(failures[0])
+
+
+def end_with_parent() -> None:
+    """End this process when the one that started it dies: ranks that sample would notice only at the end."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

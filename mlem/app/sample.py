@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from mlem.app.build import plan_of
 from mlem.app.config import parse_indices
 from mlem.app.find import family_folder
 from mlem.app.measure import (
+    end_with_parent,
     everyone,
     fail_together,
     measure_folder,
@@ -24,13 +26,14 @@ from mlem.app.measure import (
     prepared,
     report,
 )
+from mlem.app.progress import SamplingProgress
 from mlem.family import Family, Level
-from mlem.files import first_process, sha256
+from mlem.files import first_process, folder_lock, sha256
 from mlem.ledger import Ledger
 from mlem.metrics import Measure
 from mlem.multilevel.calibrate import Calibration
 from mlem.multilevel.predict import Predictor
-from mlem.outputs import claim, finish, sample_path, write_samples
+from mlem.outputs import claim, clear_leftovers, finish, pack, sample_path, survey, write_samples
 from mlem.sampling import Sampler, solver_of
 from mlem.solvers import Solver
 from mlem.solvers.lipschitz import estimate_lipschitz
@@ -60,7 +63,6 @@ def _sample(config: DictConfig) -> None:
     if config.trainer.compile:
         for level in model.levels if isinstance(model, Family) else [model]:
             level.network.compile()
-    over_ranks = OmegaConf.select(config, "sampler.over") == "ranks"
     sampler = Sampler(
         model,
         solver=_solver(config, model, fabric.device),
@@ -71,22 +73,47 @@ def _sample(config: DictConfig) -> None:
         plan=plan,
         device=fabric.device,
         precision=config.trainer.precision,
-        spread=over_ranks,
+        spread=OmegaConf.select(config, "sampler.over") == "ranks",
     )
     out = Path(config.out or f"{config.root}/samples/{config.sampler.name}_{config.steps}")
     # all that may be refused is refused before there are other ranks, which would wait for this one
     if first_process():
         claim(out, _settings(config, model, folder, sampler))
+    with folder_lock(out) if first_process() else nullcontext():
+        hashes = _make(config, sampler, model, fabric, indices, out)
+        if measure is not None:
+            # from the files, so that samples of earlier runs count too, and the numbers are those of eval=folder
+            report(measure, [sample_path(out, index) for index in indices], fabric, config.batch_size, out)
+        if fabric.is_global_zero and config.format != "png":
+            print(f"packed: {pack(out, indices, hashes, config.format)}")
+
+
+def _make(
+    config: DictConfig, sampler: Sampler, model: Family | Level, fabric: Any, indices: list[int], out: Path
+) -> dict[int, str]:
+    """Make the samples that are missing; on rank 0, index -> SHA-256 of all images in `out`."""
+    over_ranks = OmegaConf.select(config, "sampler.over") == "ranks"
+    found = None
+    if first_process():
+        clear_leftovers(out)
+        found = survey(out)
     fabric.launch()
-    fabric.barrier()
+    if not fabric.is_global_zero:
+        end_with_parent()
+    if found is not None and (there := len(found.sound.keys() & set(indices))):
+        print(f"{there} of {len(indices)} images are there already, in {out}", flush=True)
+    if found is not None and found.broken:
+        print(f"{out}: {found.named()}; those of seeds= are made anew", flush=True)
+    missing = fabric.broadcast(None if found is None else sorted(set(indices) - found.sound.keys()))
     # spread over ranks, all of them work on every batch; else each has its own
     rank, world_size = (0, 1) if over_ranks else (fabric.global_rank, fabric.world_size)
-    with _progress(len(indices), world_size, fabric.is_global_zero) as advance:
-        ledger, failure = write_samples(
+    with SamplingProgress(len(indices), len(indices) - len(missing), world_size, fabric.is_global_zero) as advance:
+        ledger, failure, made = write_samples(
             sampler,
             indices,
             out,
             batch_size=config.batch_size,
+            missing=missing,
             rank=rank,
             world_size=world_size,
             advance=advance,
@@ -94,16 +121,15 @@ def _sample(config: DictConfig) -> None:
         )
     if over_ranks and not fabric.is_global_zero:
         ledger.images, ledger.wall_seconds = 0, 0.0  # the same images: only the calls are this rank's own
-    gathered = Ledger()
-    for one in everyone(ledger.to_dict()):
+    gathered, hashes = Ledger(), {} if found is None else found.noted | found.sound
+    for one, images in everyone((ledger.to_dict(), made)):
         gathered.add(Ledger.from_dict(one))
+        hashes |= images
     if fabric.is_global_zero:
-        _report(finish(out, indices, gathered), gathered, model, sampler, out)
+        _report(finish(out, indices, gathered, hashes), gathered, model, sampler, out)
     fabric.barrier()
     fail_together(failure)
-    if measure is not None:
-        # from the files, so that samples of earlier runs count too, and the numbers are those of eval=folder
-        report(measure, [sample_path(out, index) for index in indices], fabric, config.batch_size, out)
+    return hashes
 
 
 def _solver(config: DictConfig, model: Family | Level, device: torch.device) -> Solver:
@@ -167,32 +193,6 @@ def _settings(config: DictConfig, model: Family | Level, folder: Path, sampler: 
         "batch_size": config.batch_size,
         "precision": config.trainer.precision,
     }
-
-
-class _progress:
-    """A bar of images done, in rank 0; called with the number of images."""
-
-    def __init__(self, total: int, world_size: int, shown: bool) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = (TextColumn("sampling"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}"))
-        self._bar = Progress(*columns, TimeRemainingColumn(), disable=not shown)
-        self._task = self._bar.add_task("sampling", total=total, speed="")
-        self._world_size = world_size
-
-    def __enter__(self) -> _progress:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._bar.stop()
-
-    def __call__(self, images: int) -> None:
-        # ranks go at the same pace: rank 0 speaks for all
-        task = self._bar.tasks[0]
-        done = min(images * self._world_size, int(task.total or 0) - int(task.completed))
-        seconds = max(task.elapsed or 0.0, 1e-9)
-        self._bar.update(self._task, advance=done, speed=f"{(task.completed + done) / seconds:.1f} images/s")
 
 
 def _report(total: dict[str, Any], now: Ledger, model: Family | Level, sampler: Sampler, out: Path) -> None:

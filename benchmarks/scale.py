@@ -1,0 +1,82 @@
+"""What making a folder of 2,000 samples costs beside the network: files, checksums, manifest, packs.
+
+    python benchmarks/scale.py
+
+Level s, 32x32 RGB, untrained, DDIM in 10 steps, batch 100, one rank. `outside` is all the wall time from the empty
+folder to the manifest that is not in the network, by the ledger: the solver's own arithmetic and noise too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from measuring import processor, spread
+
+from mlem.family import Level
+from mlem.files import write_json
+from mlem.network import unet
+from mlem.outputs import claim, finish, pack, sample_path, survey, verify, write_png, write_samples
+from mlem.sampling import Sampler
+from mlem.schedule import NoiseSchedule
+
+SHAPE, BATCH, STEPS = (3, 32, 32), 100, 10
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=2000, help="samples (default 2000)")
+    parser.add_argument("--rounds", type=int, default=3, help="how often a folder is made (default 3)")
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("scale.json"))
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    level = Level("s", unet("s", SHAPE).eval(), NoiseSchedule.cosine(), SHAPE)
+    sampler = Sampler(level, solver="ddim", steps=STEPS)
+    sampler.run(range(BATCH))
+    rounds = [_round(sampler, options.count) for _ in range(options.rounds)]
+    machine = f"{processor()}, torch {torch.__version__}, {torch.get_num_threads()} threads"
+    results: dict[str, Any] = {"machine": machine, "rounds": options.rounds, "images": options.count}
+    results |= {name: spread([one[name] for one in rounds]) for name in rounds[0]}
+    for name, value in results.items():
+        print(f"{name:55s} {value}")
+    write_json(options.out, results)
+
+
+def _seconds(work: Callable[[], Any]) -> float:
+    begin = time.perf_counter()
+    work()
+    return time.perf_counter() - begin
+
+
+def _round(sampler: Sampler, count: int) -> dict[str, float]:
+    with tempfile.TemporaryDirectory() as place:
+        folder, indices = Path(place) / "samples", range(count)
+        begin = time.perf_counter()
+        claim(folder, {})
+        ledger, _, hashes = write_samples(sampler, indices, folder, batch_size=BATCH)
+        finish(folder, indices, ledger, hashes)
+        wall = time.perf_counter() - begin
+        found = {
+            "percent of the wall time outside the network": 100 * (1 - ledger.network_seconds / wall),
+            ".. by the sampler alone": 100 * (ledger.wall_seconds - ledger.network_seconds) / wall,
+            "images/s": count / wall,
+        }
+        pixels = sampler.run(range(BATCH)).x.clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
+        paths = [sample_path(Path(place) / "png", index) for index in range(BATCH)]
+        per_image: dict[str, tuple[Callable[[], Any], int]] = {
+            "writing a PNG and its SHA-256": (lambda: list(map(write_png, paths, pixels)), BATCH),
+            "looking at what is there": (lambda: survey(folder), count),
+            "verify": (lambda: verify(folder), count),
+            "packing as npz": (lambda: pack(folder, indices, hashes, "npz"), count),
+            "packing as shards": (lambda: pack(folder, indices, hashes, "shards"), count),
+        }
+        return found | {f"µs an image: {name}": 1e6 * _seconds(w) / n for name, (w, n) in per_image.items()}
+
+
+if __name__ == "__main__":
+    main()

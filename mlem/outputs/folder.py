@@ -1,0 +1,120 @@
+"""A folder of samples: whose it is, making what is missing, and noting what was made and what that cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mlem.files import atomic_write, read_json, write_json
+from mlem.images import quantise
+from mlem.ledger import Ledger
+from mlem.outputs.images import read_png, sample_path, write_png
+from mlem.outputs.manifest import survey, write_manifest
+from mlem.plots import image_grid
+from mlem.sampling import NonFiniteError, Sampler, blocks
+
+GRID_IMAGES = 64
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], there: str = "there", now: str = "now") -> str:
+    """Both sides of each setting that differs: `steps: 3 there, 2 now`; nothing where they agree."""
+    keys = [*old, *(key for key in new if key not in old)]
+    odd = [key for key in keys if old.get(key) != new.get(key)]
+    return "; ".join(f"{key}: {old.get(key)} {there}, {new.get(key)} {now}" for key in odd)
+
+
+def claim(folder: Path, settings: dict[str, Any]) -> None:
+    """Note `settings` in the folder. Raises ValueError when it holds samples made with other ones."""
+    path = folder / "settings.json"
+    if path.exists():
+        if odd := differences(read_json(path), settings):
+            raise ValueError(f"{folder} holds samples made with other settings ({odd}); choose another out=")
+        return
+    if any(folder.glob("*.png")):
+        raise ValueError(
+            f"{folder} holds images that are not known to be samples (no settings.json); choose another out="
+        )
+    write_json(path, settings)
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Remove the half files of killed runs; only for who holds the folder's lock."""
+    for leftover in folder.rglob(".*.tmp"):
+        leftover.unlink(missing_ok=True)
+
+
+def write_samples(
+    sampler: Sampler,
+    indices: Sequence[int],
+    folder: Path,
+    *,
+    batch_size: int,
+    missing: Collection[int] | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+    advance: Callable[[int], None] = lambda images: None,
+    keeps: bool = True,
+) -> tuple[Ledger, NonFiniteError | None, dict[int, str]]:
+    """Make this rank's missing samples; return what they cost, the first failure, and index -> SHA-256 of the images.
+
+    Batches are cut from `indices` alone, never from what is missing, so that an image is computed in the same
+    batch, and comes out in the same bytes, for any number of ranks and after any interruption. The batches that
+    miss an image are dealt to the ranks in turn.
+    missing: the indices to make, the same on every rank; None: those that are not in the folder, or broken there.
+    advance: told of the images done. keeps: write them; of several ranks that share every batch one does.
+    A batch is written while the next is computed: memory holds two.
+    """
+    wanted = set(missing if missing is not None else set(indices) - survey(folder).sound.keys())
+    ledger, failure, hashes = Ledger(), None, {}
+    writing: Future[dict[int, str]] | None = None
+    with ThreadPoolExecutor(1) as writer:
+        for block in [block for block in blocks(indices, batch_size) if not wanted.isdisjoint(block)][rank::world_size]:
+            try:
+                result, good = sampler.run(block), block
+            except NonFiniteError as error:
+                failure = failure or error
+                result, good = error.result, error.indices
+            ledger.add(result.ledger)
+            pixels = dict(zip(good, quantise(result.x).cpu(), strict=True))
+            if writing is not None:
+                hashes |= writing.result()
+            if keeps:
+                made = {index: image for index, image in pixels.items() if index in wanted}
+                writing = writer.submit(_write, folder, made)
+            advance(len(wanted.intersection(block)))
+        if writing is not None:
+            hashes |= writing.result()
+    return ledger, failure, hashes
+
+
+def _write(folder: Path, images: Mapping[int, Tensor]) -> dict[int, str]:
+    return {index: write_png(sample_path(folder, index), pixels) for index, pixels in images.items()}
+
+
+def finish(folder: Path, indices: Sequence[int], ledger: Ledger, hashes: Mapping[int, str]) -> dict[str, Any]:
+    """Write grid and manifest, and add this run to `ledger.json`; returns what that now holds. Rank 0, after all.
+
+    hashes: index -> SHA-256 of every image that the folder should hold.
+    """
+    write_grid(folder, indices)
+    write_manifest(folder, hashes)
+    path, total = folder / "ledger.json", Ledger()
+    total.add(ledger)
+    if path.exists():
+        total.add(Ledger.from_dict(read_json(path)))
+    if ledger.images:
+        write_json(path, total.to_dict())
+    return total.to_dict()
+
+
+def write_grid(folder: Path, indices: Sequence[int]) -> None:
+    """The first of the samples side by side."""
+    shown = [path for index in indices[:GRID_IMAGES] if (path := sample_path(folder, index)).exists()]
+    if shown:
+        with atomic_write(folder / "grid.png") as file:
+            image_grid(torch.stack([read_png(path) for path in shown])).save(file, format="PNG")

@@ -1,0 +1,105 @@
+"""What a folder of samples must hold, to the byte, and what of it is there.
+
+folder/images.sha256     SHA-256 and path of every image, as `sha256sum` writes them
+folder/manifest.json     count, indices, settings, and the SHA-256 of that list; written last
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlem.files import read_json, sha256, write_json, write_text
+from mlem.outputs.images import is_whole, sample_indices, sample_path
+
+FORMAT = 1
+MANIFEST, LIST = "manifest.json", "images.sha256"
+_READERS = 8  # files read at once: on a network disk most of the time is waiting
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What is in a folder of samples. sound: index -> SHA-256 of the image. broken: index -> what is wrong with it.
+
+    noted: index -> SHA-256 as the manifest has it; nothing where there is no manifest.
+    """
+
+    sound: dict[int, str]
+    broken: dict[int, str]
+    noted: dict[int, str]
+
+    def named(self) -> str:
+        """The first broken images, for one line."""
+        first = [f"sample {index} {why}" for index, why in list(self.broken.items())[:3]]
+        more = f"; and {len(self.broken) - 3} more" if len(self.broken) > 3 else ""
+        return "; ".join(first) + more
+
+
+def survey(folder: Path) -> Survey:
+    """Read every image: it must be what the manifest says, or a whole PNG where the manifest does not know it yet."""
+    noted = _noted(folder)
+    there = sample_indices(folder)
+
+    def look(index: int) -> tuple[str, str | None]:
+        path = sample_path(folder, index)
+        digest = sha256(path)
+        if index in noted:
+            return digest, None if digest == noted[index] else f"differs from its SHA-256 in {LIST}"
+        return digest, None if is_whole(path) else "is no whole PNG"
+
+    with ThreadPoolExecutor(_READERS) as pool:
+        seen = dict(zip(there, pool.map(look, there), strict=True))
+    broken = dict.fromkeys(noted.keys() - seen.keys(), "is missing")
+    broken |= {index: why for index, (_, why) in seen.items() if why is not None}
+    sound = {index: digest for index, (digest, why) in seen.items() if why is None}
+    return Survey(sound, dict(sorted(broken.items())), noted)
+
+
+def write_manifest(folder: Path, hashes: Mapping[int, str]) -> None:
+    """Note that `folder` holds the images with these indices and SHA-256s."""
+    lines = [f"{hashes[index]}  {sample_path(Path(), index).as_posix()}\n" for index in sorted(hashes)]
+    write_text(folder / LIST, "".join(lines))
+    about = {"format": FORMAT, "count": len(hashes), "indices": spans(hashes)}
+    write_json(
+        folder / MANIFEST,
+        about | {"settings": read_json(folder / "settings.json"), "sha256": sha256(folder / LIST)},
+    )
+
+
+def _noted(folder: Path) -> dict[int, str]:
+    """The list, where the manifest vouches for it: a kill between the two leaves an older manifest."""
+    if not (folder / MANIFEST).exists() or not (folder / LIST).exists():
+        return {}
+    listed = (folder / LIST).read_bytes()
+    if read_json(folder / MANIFEST).get("sha256") != hashlib.sha256(listed).hexdigest():
+        return {}
+    lines = (line.split("  ", 1) for line in listed.decode().splitlines())
+    return {int(Path(name).stem): digest for digest, name in lines}
+
+
+def verify(folder: Path) -> tuple[int, dict[int, str]]:
+    """How many images the manifest of `folder` names, and what is wrong: index -> fault, those not in it included.
+
+    Raises FileNotFoundError where there is no manifest and ValueError where it was damaged.
+    """
+    if not (folder / MANIFEST).is_file():
+        raise FileNotFoundError(f"{folder} has no {MANIFEST}: run its sample command again, which ends with writing it")
+    found = survey(folder)
+    if not found.noted:
+        raise ValueError(f"{folder}/{LIST} is not what {MANIFEST} says: run its sample command again")
+    extra = dict.fromkeys(found.sound.keys() - found.noted.keys(), f"is not in {MANIFEST}")
+    return len(found.noted), dict(sorted((found.broken | extra).items()))
+
+
+def spans(indices: Iterable[int]) -> str:
+    """`"0-9,20"`, as `seeds=` takes them."""
+    runs: list[list[int]] = []
+    for index in sorted(indices):
+        if runs and index == runs[-1][1] + 1:
+            runs[-1][1] = index
+        else:
+            runs.append([index, index])
+    return ",".join(f"{first}-{last}" if last > first else f"{first}" for first, last in runs)
