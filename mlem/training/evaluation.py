@@ -22,7 +22,7 @@ from mlem.ledger import Ledger, LevelLedger
 from mlem.metrics import FID, Measure, PathwiseError
 from mlem.metrics.scores import KINDS
 from mlem.multilevel.recipe import Recipe
-from mlem.plots import error_by_noise_level, error_vs_time, image_grid, quality_vs_evaluations
+from mlem.plots import error_by_noise_level, error_vs_time, grid_name, image_grid, quality_vs_evaluations
 from mlem.sampling import Sampler, blocks, solver_of
 from mlem.training.progress import announced
 
@@ -219,8 +219,7 @@ class SamplerEvaluation(pl.Callback):
             names = ("mse", "seconds_per_image", "evaluations", *(name for name in row if name.startswith(KINDS)))
             metrics |= {f"{prefix}/{name}": row[name] for name in names if row[name] is not None}
             picture = image_grid(torch.stack(list(tally.pictures.values())))
-            path = self.folder / "grids" / f"{row['level']}_{row['sampler']}_{point}.png"
-            with atomic_write(path) as file:
+            with atomic_write(self.folder / "grids" / f"{grid_name(row)}.png") as file:
                 picture.save(file, format="PNG")
         write_json(self.folder / "evaluation.json", {"caption": self._caption(family, trainer), "rows": self.rows})
         if drawable := _drawable(self.rows):
