@@ -109,7 +109,7 @@ def _about(folder: Path) -> dict[str, Any]:
 
 
 def _facts(folder: Path, about: Mapping[str, Any]) -> Markup:
-    facts = {"folder": str(folder), "git commit": about.get("commit", "unknown")}
+    facts = {"folder": folder.resolve().name, "git commit": about.get("commit", "unknown")}
     facts |= {"version": about.get("version", "unknown"), "begun": about.get("time", "unknown")}
     return tag("dl", *(join([tag("dt", name), tag("dd", str(value))]) for name, value in facts.items()))
 
