@@ -72,8 +72,11 @@ def world_size_of(config: DictConfig) -> int:
     return world_size
 
 
-def loggers(config: DictConfig, folder: Path, name: str, step: int) -> list[Any]:
-    """JSON lines and W&B. step: the one that is resumed from. Notes in the folder what runs there: code and config."""
+def loggers(config: DictConfig, folder: Path, name: str, step: int | None) -> list[Any]:
+    """JSON lines and W&B. Notes in the folder what runs there: code and config.
+
+    step: the one that is resumed from, 0 for a beginning; None: what is measured is new, whatever was measured before.
+    """
     plain, code = without_secrets(config), provenance()
     if first_process():
         write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(plain)))
@@ -85,10 +88,11 @@ def loggers(config: DictConfig, folder: Path, name: str, step: int) -> list[Any]
         name=f"{config.data.name}/{name}",
         group=plain["root"],
         mode=config.logger.mode,
+        resume_step=step,
     )
     if wandb is not None:
         wandb.log_hyperparams(plain | code)
-    return [JSONLinesLogger(folder / "metrics.jsonl", step), *([wandb] if wandb else [])]
+    return [JSONLinesLogger(folder / "metrics.jsonl", step or 0), *([wandb] if wandb else [])]
 
 
 class LoaderFromStep(pl.LightningDataModule):

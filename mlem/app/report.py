@@ -19,6 +19,7 @@ from mlem.plots import scaling_law
 from mlem.report import write_report
 from mlem.training.denoising import FamilyModule
 from mlem.training.evaluation import noise_level_figure
+from mlem.training.loggers import log_pictures
 
 
 def evaluate_family(config: DictConfig, family: Family, shards: Shards) -> None:
@@ -28,7 +29,7 @@ def evaluate_family(config: DictConfig, family: Family, shards: Shards) -> None:
     samplers = evaluation(config, shards, folder)
     trainer = pl.Trainer(
         **devices(config),
-        logger=loggers(config, folder, "evaluation", 0),
+        logger=loggers(config, folder, "evaluation", None),
         callbacks=[samplers],
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -42,6 +43,8 @@ def evaluate_family(config: DictConfig, family: Family, shards: Shards) -> None:
         if len(family.levels) > 2:
             _scaling_law(family, module, folder / "scaling_law.png")
         noise_level_figure(family, dict(metrics), config.data.held_out, folder / "error_by_noise_level.png")
+        pictures = {f"eval/{name}": folder / f"{name}.png" for name in ("error_by_noise_level", "scaling_law")}
+        log_pictures(trainer.loggers, pictures, 0)
         write_report(folder if whole else folder.parent)
         _report(samplers.rows, family, folder, Path(config.root) / "family" if whole else folder.parent / "level")
 

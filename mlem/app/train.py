@@ -40,6 +40,7 @@ from mlem.training.checkpoints import AtomicCheckpointIO, Checkpoints, saved
 from mlem.training.checkpoints import check as check_checkpoint
 from mlem.training.denoising import DenoisingModule
 from mlem.training.progress import make_progress
+from mlem.training.system import SystemFigures
 
 LIGHTNING_PRECISION = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 
@@ -159,7 +160,8 @@ def _prepare(
         callbacks.append(evaluation(config, shards, folder / "evaluation"))
     # the evaluation stands before the average, and so sees the averaged weights
     callbacks += [make_average(options.average_decay), Checkpoints(folder / "checkpoints", options.checkpoint_every)]
-    callbacks += [make_progress(options.batch_size, level.name), *build_callbacks(config)]
+    callbacks += [SystemFigures(options.batch_size), make_progress(options.batch_size, level.name)]
+    callbacks += build_callbacks(config)
     step = 0 if checkpoint is None else int(checkpoint.stem.removeprefix("step-"))
     trainer = pl.Trainer(
         **devices(config),

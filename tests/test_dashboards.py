@@ -1,0 +1,136 @@
+"""What W&B is told, read back from its files: every series, each step once, one run after a kill and on two ranks."""
+
+from __future__ import annotations
+
+import signal
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlem.provenance import provenance
+from tests.commands import TINY, execute, metrics, start, succeed, wait_until
+from tests.test_loggers import records
+
+AXIS = "trainer/global_step"
+FAMILY = (
+    *TINY[1:],
+    "model=family",
+    "model.levels=[xs,s]",
+    "root=.",
+    "evaluation.every_n_epochs=0",
+    "evaluation.indices=0-3",
+    "calibration.images=2",
+    "calibration.times=4",
+    "calibration.reference_steps=20",
+    "evaluation.samplers=[{solver:ddpm,steps:[2]},{solver:ddpm,steps:[8],plan:{budget:0.6,cost:flops}}]",
+)
+LEARN = (
+    "model=coefficients",
+    "trainer=cpu",
+    "root=.",
+    "family=family",
+    "model.steps=4",
+    "model.budget=0.6",
+    "model.updates=3",
+    "model.batch_size=2",
+    "model.images=4",
+    "model.draws=2",
+    "model.held_out=4",
+    "model.checkpoint_every=1",
+    "evaluation.reference_steps=6",
+)
+RANKS = ("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2")
+TIMES = [f"t0.{digit}5" for digit in range(10)]
+
+
+class Run:
+    """All files of one W&B run: metric -> how often each step has it; config; names of files that were saved."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.files = sorted((folder / "wandb").glob("offline-run-*"))
+        self.records = [record for file in self.files for record in records(file)]
+        self.series: dict[str, Counter[int]] = {}
+        for item in self.all("history"):
+            for name in item["item"]:
+                self.series.setdefault(name, Counter())[item["item"][AXIS]] += 1
+
+    def all(self, kind: str) -> list[dict[str, Any]]:
+        return [record[kind] for record in self.records if record["type"] == kind]
+
+    def check(self, *names: str, steps: list[int]) -> None:
+        """Every one of these series is there, at these steps, once for each."""
+        for name in names:
+            assert self.series.get(name) == Counter(steps), name
+
+    def check_whole(self) -> None:
+        """Nothing is there twice; one run; its axis, config, commit and system figures are known; as metrics.jsonl."""
+        for name, steps in self.series.items():
+            assert name.startswith("_") or name in (AXIS, "epoch") or set(steps.values()) == {1}, name
+        assert len({run["run_id"] for run in self.all("run")}) == 1
+        defined = str(self.all("metric"))
+        assert AXIS in defined
+        assert "step_metric" in defined
+        (config, *_) = [one["update"] for one in self.all("config") if "seed" in one["update"]]
+        assert config["commit"] == provenance()["commit"]
+        assert {"data", "model", "schedule", "trainer", "version"} <= config.keys()
+        assert any("memory" in name for stats in self.all("stats") for name in stats["item"])
+        written: dict[str, set[int]] = {}
+        for line in metrics(self.folder / "metrics.jsonl"):
+            for name in line.keys() - {"step", "time", "epoch"}:
+                written.setdefault(name, set()).add(line["step"])
+        assert {name: set(self.series[name]) for name in written} == written
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A family trained on two ranks, then its coefficients, of which the first process was killed."""
+    folder = tmp_path_factory.mktemp("dashboards")
+    succeed("train", *FAMILY, *RANKS, cwd=folder)
+    return folder
+
+
+def test_training_on_two_ranks_is_one_run(folder: Path) -> None:
+    run = Run(folder / "unet_s")
+    assert len(run.files) == 1
+    run.check_whole()
+    run.check("train/loss", "system/images_per_second", "system/memory_gib", steps=[1, 3])
+    run.check("val/error", *(f"val/error_{time}" for time in TIMES), steps=[1, 3, 4])
+
+
+def test_the_evaluation_shows_error_time_calls_and_pictures(folder: Path) -> None:
+    run = Run(folder)
+    assert len(run.files) == 1
+    run.check_whole()
+    for point in ("xs/ddpm@2", "s/ddpm@2", "mlem/ddpm_hindsight@8_budget0.6"):
+        names = ("mse", "seconds_per_image", "evaluations", "fid_random256@4")
+        run.check(*(f"eval/{point}/{name}" for name in names), steps=[0])
+    run.check(*(f"eval/mlem/ddpm_hindsight@8_budget0.6/calls_{level}" for level in ("xs", "s")), steps=[0])
+    run.check(*(f"test/{level}/error_{time}" for level in ("xs", "s") for time in TIMES), steps=[0])
+    for figure in ("grids", "error_vs_time", "quality_vs_evaluations", "error_by_noise_level"):
+        run.check(f"eval/{figure}.count", steps=[0])
+    (shown,) = [item["item"] for item in run.all("history") if "eval/grids.count" in item["item"]]
+    assert shown["eval/grids.captions"] == ["mlem_ddpm_hindsight_8_budget0.6", "s_ddpm_2", "xs_ddpm_2"]
+    run.check("eval/samplers.nrows", steps=[0])
+
+
+def test_learning_that_is_killed_goes_on_in_the_same_run(folder: Path) -> None:
+    """Killed after logging steps that no checkpoint holds: they are computed again, and told once."""
+    options = (*LEARN, "model.updates=12", "model.checkpoint_every=6")
+    process = start("train", *options, cwd=folder)
+    home = folder / "coefficients"
+    wait_until(lambda: any(line["step"] >= 8 for line in metrics(home / "metrics.jsonl")), process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    before = len(Run(home).series["objective"])
+    done = execute("train", *options, cwd=folder)
+    assert "resuming from" in done.stdout, done.stderr
+    run = Run(home)
+    assert len(run.files) == 2
+    assert before > 6  # past the checkpoint
+    run.check_whole()
+    p = [f"p/s/t{time}" for time in ("0.05", "0.2", "0.35", "0.5", "0.65", "0.8", "0.95")]
+    run.check("objective", "mse", "cost", "alpha/s", "beta/s", *p, steps=list(range(12)))
+    run.check("held_out/objective_after", "p/probabilities.count", steps=[12])
