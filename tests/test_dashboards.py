@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from mlem.provenance import provenance
-from tests.commands import TINY, execute, metrics, start, succeed, wait_until
+from tests.commands import TINY, execute, metrics, succeed
 from tests.test_loggers import records
 
 AXIS = "trainer/global_step"
@@ -33,12 +33,12 @@ LEARN = (
     "family=family",
     "model.steps=4",
     "model.budget=0.6",
-    "model.updates=3",
+    "model.updates=6",
     "model.batch_size=2",
     "model.images=4",
     "model.draws=2",
     "model.held_out=4",
-    "model.checkpoint_every=1",
+    "model.checkpoint_every=3",
     "evaluation.reference_steps=6",
 )
 RANKS = ("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2")
@@ -86,7 +86,7 @@ class Run:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A family trained on two ranks, then its coefficients, of which the first process was killed."""
+    """A family trained on two ranks."""
     folder = tmp_path_factory.mktemp("dashboards")
     succeed("train", *FAMILY, *RANKS, cwd=folder)
     return folder
@@ -117,20 +117,15 @@ def test_the_evaluation_shows_error_time_calls_and_pictures(folder: Path) -> Non
 
 
 def test_learning_that_is_killed_goes_on_in_the_same_run(folder: Path) -> None:
-    """Killed after logging steps that no checkpoint holds: they are computed again, and told once."""
-    options = (*LEARN, "model.updates=12", "model.checkpoint_every=6")
-    process = start("train", *options, cwd=folder)
+    """Killed after steps that no checkpoint holds: they are computed again, and told once."""
+    dying = "callbacks=[{_target_: tests.dying.Dying, at: 5}]"
+    assert execute("train", *LEARN, dying, "allow=[tests]", cwd=folder).returncode == -signal.SIGKILL
     home = folder / "coefficients"
-    wait_until(lambda: any(line["step"] >= 8 for line in metrics(home / "metrics.jsonl")), process)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    before = len(Run(home).series["objective"])
-    done = execute("train", *options, cwd=folder)
-    assert "resuming from" in done.stdout, done.stderr
+    Run(home).check("objective", steps=[0, 1, 2, 3, 4])
+    assert "resuming from coefficients/checkpoints/step-00000003.ckpt" in succeed("train", *LEARN, cwd=folder)
     run = Run(home)
     assert len(run.files) == 2
-    assert before > 6  # past the checkpoint
     run.check_whole()
     p = [f"p/s/t{time}" for time in ("0.05", "0.2", "0.35", "0.5", "0.65", "0.8", "0.95")]
-    run.check("objective", "mse", "cost", "alpha/s", "beta/s", *p, steps=list(range(12)))
-    run.check("held_out/objective_after", "p/probabilities.count", steps=[12])
+    run.check("objective", "mse", "cost", "alpha/s", "beta/s", *p, steps=[0, 1, 2, 3, 4, 5])
+    run.check("held_out/objective_after", "p/probabilities.count", steps=[6])
