@@ -2,30 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 from collections import Counter
 from pathlib import Path
 from typing import Any
-
-import pytest
 
 from mlem.provenance import provenance
 from tests.commands import TINY, execute, metrics, succeed
 from tests.test_loggers import records
 
 AXIS = "trainer/global_step"
-FAMILY = (
-    *TINY[1:],
-    "model=family",
-    "model.levels=[xs,s]",
-    "root=.",
-    "evaluation.every_n_epochs=0",
-    "evaluation.indices=0-3",
-    "calibration.images=2",
-    "calibration.times=4",
-    "calibration.reference_steps=20",
-    "evaluation.samplers=[{solver:ddpm,steps:[2]},{solver:ddpm,steps:[8],plan:{budget:0.6,cost:flops}}]",
-)
 LEARN = (
     "model=coefficients",
     "trainer=cpu",
@@ -43,6 +30,8 @@ LEARN = (
 )
 RANKS = ("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2")
 TIMES = [f"t0.{digit}5" for digit in range(10)]
+POINTS = [f"{sampler}@{steps}" for sampler, steps in (("ddpm", 2), ("ddpm", 3), ("dpm_solver_pp_karras", 2))]
+SCORES = ("mse", "seconds_per_image", "evaluations", "fid_random256@5")
 
 
 class Run:
@@ -84,45 +73,55 @@ class Run:
         assert {name: set(self.series[name]) for name in written} == written
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A family trained on two ranks."""
-    folder = tmp_path_factory.mktemp("dashboards")
-    succeed("train", *FAMILY, *RANKS, cwd=folder)
-    return folder
-
-
-def test_training_on_two_ranks_is_one_run(folder: Path) -> None:
-    run = Run(folder / "unet_s")
+def test_training(trained: Path) -> None:
+    run = Run(trained / "runs/tiny/unet_s")
     assert len(run.files) == 1
     run.check_whole()
     run.check("train/loss", "system/images_per_second", "system/memory_gib", steps=[1, 3])
     run.check("val/error", *(f"val/error_{time}" for time in TIMES), steps=[1, 3, 4])
+    run.check(*(f"eval/s/{point}/{score}" for point in POINTS for score in (*SCORES, "calls_s")), steps=[1, 3])
+    run.check("eval/grids.count", "eval/error_vs_time.count", steps=[1, 3])
 
 
-def test_the_evaluation_shows_error_time_calls_and_pictures(folder: Path) -> None:
-    run = Run(folder)
+def test_evaluation(trained: Path) -> None:
+    """Error by noise level, error against time, FID against evaluations, calls of each level, samples side by side."""
+    run = Run(trained / "runs/tiny")
     assert len(run.files) == 1
     run.check_whole()
-    for point in ("xs/ddpm@2", "s/ddpm@2", "mlem/ddpm_hindsight@8_budget0.6"):
-        names = ("mse", "seconds_per_image", "evaluations", "fid_random256@4")
-        run.check(*(f"eval/{point}/{name}" for name in names), steps=[0])
-    run.check(*(f"eval/mlem/ddpm_hindsight@8_budget0.6/calls_{level}" for level in ("xs", "s")), steps=[0])
-    run.check(*(f"test/{level}/error_{time}" for level in ("xs", "s") for time in TIMES), steps=[0])
+    for level in ("xs", "s"):
+        run.check(*(f"eval/{level}/{point}/{score}" for point in POINTS for score in SCORES), steps=[0])
+        run.check(*(f"eval/{level}/{point}/calls_{level}" for point in POINTS), steps=[0])
+        run.check(*(f"test/{level}/error_{time}" for time in TIMES), steps=[0])
     for figure in ("grids", "error_vs_time", "quality_vs_evaluations", "error_by_noise_level"):
         run.check(f"eval/{figure}.count", steps=[0])
     (shown,) = [item["item"] for item in run.all("history") if "eval/grids.count" in item["item"]]
-    assert shown["eval/grids.captions"] == ["mlem_ddpm_hindsight_8_budget0.6", "s_ddpm_2", "xs_ddpm_2"]
+    assert shown["eval/grids.captions"] == sorted(
+        f"{level}_{point.replace('@', '_')}" for level in ("xs", "s") for point in POINTS
+    )
     run.check("eval/samplers.nrows", steps=[0])
 
 
-def test_learning_that_is_killed_goes_on_in_the_same_run(folder: Path) -> None:
+def test_two_ranks_are_one_run(trained: Path, tmp_path: Path) -> None:
+    options = ("evaluation.every_n_epochs=0", "evaluation.indices=0-3", "evaluation.reference_steps=2")
+    samplers = "evaluation.samplers=[{solver:ddpm,steps:[2]}]"
+    succeed(
+        "train", *TINY, *RANKS, *options, samplers, "root=.", f"data.folder={trained / 'data/digits'}", cwd=tmp_path
+    )
+    run = Run(tmp_path / "unet_xs")
+    assert len(run.files) == 1
+    run.check_whole()
+    run.check("train/loss", "system/images_per_second", steps=[1, 3])
+    run.check("val/error", *(f"val/error_{time}" for time in TIMES), steps=[1, 3, 4])
+
+
+def test_a_killed_run_goes_on_as_the_same_run(trained: Path, tmp_path: Path) -> None:
     """Killed after steps that no checkpoint holds: they are computed again, and told once."""
+    shutil.copytree(trained / "runs/tiny/family", tmp_path / "family")
     dying = "callbacks=[{_target_: tests.dying.Dying, at: 5}]"
-    assert execute("train", *LEARN, dying, "allow=[tests]", cwd=folder).returncode == -signal.SIGKILL
-    home = folder / "coefficients"
+    assert execute("train", *LEARN, dying, "allow=[tests]", cwd=tmp_path).returncode == -signal.SIGKILL
+    home = tmp_path / "coefficients"
     Run(home).check("objective", steps=[0, 1, 2, 3, 4])
-    assert "resuming from coefficients/checkpoints/step-00000003.ckpt" in succeed("train", *LEARN, cwd=folder)
+    assert "resuming from coefficients/checkpoints/step-00000003.ckpt" in succeed("train", *LEARN, cwd=tmp_path)
     run = Run(home)
     assert len(run.files) == 2
     run.check_whole()
