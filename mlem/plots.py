@@ -136,6 +136,41 @@ def quality_vs_evaluations(rows: Sequence[Mapping[str, Any]], path: str | os.Pat
     _save(figure, path)
 
 
+def grid_name(row: Mapping[str, Any]) -> str:
+    """Name of the file that shows the samples of a row of `evaluation.json`, without its suffix."""
+    dial = f"_{row['dial']}" if row.get("dial") else ""
+    return f"{row['level']}_{row['sampler']}_{row['steps']}{dial}"
+
+
+def curves(
+    lines: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    path: str | os.PathLike[str],
+    xlabel: str,
+    ylabel: str,
+    caption: str,
+    logarithmic: bool = False,
+) -> None:
+    """Lines against steps or time: name -> (x, y), each (N,), in the order in which they are joined.
+
+    logarithmic: the y axis, on which values that are not above 0 leave gaps. Labels hold units. Raises ValueError for
+    no lines and lengths that differ.
+    """
+    if not lines:
+        raise ValueError("curves has nothing to draw: no lines")
+    figure, axes = _figure(xlabel, ylabel, caption)
+    if logarithmic:
+        axes.set_yscale("log", nonpositive="mask")
+    # seven colours, then the same seven in another style
+    looks = [(colour, line) for _, line in _STYLES for colour in _COLOURS]
+    for (name, (x, y)), (colour, line) in zip(lines.items(), cycle(looks), strict=False):
+        if len(x) != len(y):
+            raise ValueError(f"line {name!r} needs as many x as y, got {len(x)} and {len(y)}")
+        marker = "o" if len(x) < 30 else None
+        axes.plot(x, y, color=colour, linestyle=line, marker=marker, markersize=3, label=_plain(name))
+    figure.legend(loc="outside right upper", frameon=False)
+    _save(figure, path)
+
+
 def error_by_noise_level(
     curves: Mapping[Any, tuple[ArrayLike, ArrayLike]], path: str | os.PathLike[str], caption: str
 ) -> None:
@@ -252,6 +287,11 @@ def _key(label: str, colour: str, marker: str, line: Any) -> Any:
     from matplotlib.lines import Line2D
 
     return Line2D([], [], color=colour, marker=marker, linestyle=line, label=label)
+
+
+def _plain(text: str) -> str:
+    """Text in which matplotlib sees no mathematics and nothing to hide."""
+    return " " + text.replace("$", r"\$") if text.startswith("_") else text.replace("$", r"\$")
 
 
 def _save(figure: Figure, path: str | os.PathLike[str]) -> None:

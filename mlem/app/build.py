@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ from mlem.app.config import parse_indices, without_secrets
 from mlem.app.measure import measure_of
 from mlem.data import BatchSource, Shards, held_out_batches, make_source, train_loader
 from mlem.family import Family, Level
-from mlem.files import read_json
+from mlem.files import first_process, read_json, write_json, write_text
 from mlem.multilevel.plan import Plan
 from mlem.multilevel.recipe import Recipe, stored_plan
 from mlem.network import unet
+from mlem.provenance import provenance
 from mlem.sampling import solver_of
 from mlem.schedule import NoiseSchedule
 from mlem.training.evaluation import SamplerChoice, SamplerEvaluation
@@ -70,18 +72,27 @@ def world_size_of(config: DictConfig) -> int:
     return world_size
 
 
-def loggers(config: DictConfig, folder: Path, name: str, step: int) -> list[Any]:
-    """JSON lines and W&B. step: the one that is resumed from."""
+def loggers(config: DictConfig, folder: Path, name: str, step: int | None) -> list[Any]:
+    """JSON lines and W&B. Notes in the folder what runs there: code and config.
+
+    step: the one that is resumed from, 0 for a beginning; None: what is measured is new, whatever was measured before.
+    """
+    plain, code = without_secrets(config), provenance()
+    if first_process():
+        write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(plain)))
+        now = datetime.now(UTC).isoformat(sep=" ", timespec="seconds")
+        write_json(folder / "run.json", {"name": f"{plain['data']['name']}/{name}", **code, "time": now})
     wandb = wandb_logger(
         folder,
         project=config.logger.project,
         name=f"{config.data.name}/{name}",
-        group=without_secrets(config)["root"],
+        group=plain["root"],
         mode=config.logger.mode,
+        resume_step=step,
     )
     if wandb is not None:
-        wandb.log_hyperparams(without_secrets(config))
-    return [JSONLinesLogger(folder / "metrics.jsonl", step), *([wandb] if wandb else [])]
+        wandb.log_hyperparams(plain | code)
+    return [JSONLinesLogger(folder / "metrics.jsonl", step or 0), *([wandb] if wandb else [])]
 
 
 class LoaderFromStep(pl.LightningDataModule):

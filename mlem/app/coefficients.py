@@ -22,9 +22,11 @@ from mlem.files import first_process, folder_lock, read_json, write_json
 from mlem.multilevel.coefficients import Coefficients
 from mlem.multilevel.learn import Objective, first_coefficients, frozen
 from mlem.plots import probabilities as probabilities_figure
+from mlem.report import write_report
 from mlem.solvers import Solver, make_solver
 from mlem.training.checkpoints import AtomicCheckpointIO, Checkpoints
 from mlem.training.coefficients import CoefficientsModule, Fit, learning_progress
+from mlem.training.loggers import log_pictures
 
 
 def learn_coefficients(config: DictConfig) -> None:
@@ -55,12 +57,17 @@ def learn_coefficients(config: DictConfig) -> None:
     folder = Path(config.root) / "coefficients"
     with folder_lock(folder) if first_process() else nullcontext():
         _agree(config, folder, _settings(config, family, start, world_size))
+        told: list[Any] = []
         if not (folder / "coefficients.json").exists():
-            _learn(config, folder, family, module)
+            told = _learn(config, folder, family, module)
         elif first_process():
             print(f"coefficients: already learned, in {folder}", flush=True)
         if first_process():
             _hand_over(config, folder, family, where, objective, start)
+            log_pictures(told, {"p/probabilities": folder / "probabilities.png"}, fit.updates)
+            write_report(folder)
+            if (folder.parent / "report.html").exists():
+                write_report(folder.parent)  # which shows what was learned beside what was trained
 
 
 def _ranks(config: DictConfig) -> int:
@@ -101,8 +108,8 @@ def _settings(config: DictConfig, family: Family, start: Tensor, world_size: int
     }
 
 
-def _learn(config: DictConfig, folder: Path, family: Family, module: CoefficientsModule) -> None:
-    """Fit, judge, and write `coefficients.json` into the run's folder."""
+def _learn(config: DictConfig, folder: Path, family: Family, module: CoefficientsModule) -> list[Any]:
+    """Fit, judge, and write `coefficients.json` into the run's folder. The loggers that were told."""
     fit = module.fit_options
     checkpoint = _checkpoint(config, folder)
     step = 0 if checkpoint is None else int(checkpoint.stem.removeprefix("step-"))
@@ -134,6 +141,7 @@ def _learn(config: DictConfig, folder: Path, family: Family, module: Coefficient
         plain = Coefficients(learned.alpha, learned.beta, tuple(family.names), about).to_dict()
         write_json(folder / "coefficients.json", plain)
     trainer.strategy.barrier("coefficients written")
+    return trainer.loggers
 
 
 def _log(trainer: pl.Trainer, judged: dict[str, Any]) -> None:

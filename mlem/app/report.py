@@ -16,8 +16,10 @@ from mlem.family import Family
 from mlem.multilevel.calibrate import Calibration
 from mlem.multilevel.scaling import fit_differences, fit_errors
 from mlem.plots import scaling_law
+from mlem.report import write_report
 from mlem.training.denoising import FamilyModule
 from mlem.training.evaluation import noise_level_figure
+from mlem.training.loggers import log_pictures
 
 
 def evaluate_family(config: DictConfig, family: Family, shards: Shards) -> None:
@@ -27,7 +29,7 @@ def evaluate_family(config: DictConfig, family: Family, shards: Shards) -> None:
     samplers = evaluation(config, shards, folder)
     trainer = pl.Trainer(
         **devices(config),
-        logger=loggers(config, folder, "evaluation", 0),
+        logger=loggers(config, folder, "evaluation", None),
         callbacks=[samplers],
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -41,6 +43,9 @@ def evaluate_family(config: DictConfig, family: Family, shards: Shards) -> None:
         if len(family.levels) > 2:
             _scaling_law(family, module, folder / "scaling_law.png")
         noise_level_figure(family, dict(metrics), config.data.held_out, folder / "error_by_noise_level.png")
+        pictures = {f"eval/{name}": folder / f"{name}.png" for name in ("error_by_noise_level", "scaling_law")}
+        log_pictures(trainer.loggers, pictures, 0)
+        write_report(folder if whole else folder.parent)
         _report(samplers.rows, family, folder, Path(config.root) / "family" if whole else folder.parent / "level")
 
 
@@ -92,6 +97,7 @@ def _report(rows: list[dict[str, Any]], family: Family, folder: Path, artefact: 
         ("error by noise level", folder / "error_by_noise_level.png"),
         ("scaling law", folder / "scaling_law.png"),
         ("metrics", folder / "metrics.jsonl"),
+        ("all of it on one page", artefact.parent / "report.html"),
         ("W&B (offline runs: wandb sync PATH)", folder / "wandb"),
     ):
         if path.exists():

@@ -29,16 +29,18 @@ from mlem.app.measure import new_fid
 from mlem.app.report import evaluate_family
 from mlem.data import Shards, count_of, ensure
 from mlem.family import Family, Level
-from mlem.files import first_process, folder_lock, read_json, write_json, write_text
+from mlem.files import first_process, folder_lock, read_json, write_json
 from mlem.metrics import FewImagesWarning
 from mlem.multilevel.__main__ import calibrate_folder
 from mlem.network import seconds_per_image
+from mlem.report import write_report
 from mlem.sampling import Sampler
 from mlem.training.averaging import averaged_state, make_average
 from mlem.training.checkpoints import AtomicCheckpointIO, Checkpoints, saved
 from mlem.training.checkpoints import check as check_checkpoint
 from mlem.training.denoising import DenoisingModule
 from mlem.training.progress import make_progress
+from mlem.training.system import SystemFigures
 
 LIGHTNING_PRECISION = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 
@@ -158,7 +160,8 @@ def _prepare(
         callbacks.append(evaluation(config, shards, folder / "evaluation"))
     # the evaluation stands before the average, and so sees the averaged weights
     callbacks += [make_average(options.average_decay), Checkpoints(folder / "checkpoints", options.checkpoint_every)]
-    callbacks += [make_progress(options.batch_size, level.name), *build_callbacks(config)]
+    callbacks += [SystemFigures(options.batch_size), make_progress(options.batch_size, level.name)]
+    callbacks += build_callbacks(config)
     step = 0 if checkpoint is None else int(checkpoint.stem.removeprefix("step-"))
     trainer = pl.Trainer(
         **devices(config),
@@ -191,6 +194,7 @@ def _export(trainer: pl.Trainer, module: DenoisingModule, folder: Path, seconds:
         cost = seconds_per_image(module.network.eval(), module.level({}).shape, 64)
         measured = {"error": error, "seconds": cost, "batch_size": 64, "device": trainer.strategy.root_device.type}
         module.level(measured | {"steps": trainer.global_step, "training_seconds": seconds}).save(folder / "level")
+        write_report(folder)
     trainer.strategy.barrier("level written")
 
 
@@ -237,7 +241,6 @@ def _agree(config: DictConfig, folder: Path, settings: dict[str, Any]) -> None:
             )
     if first_process():
         write_json(path, settings)
-        write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(without_secrets(config))))
 
 
 def _dry_run(config: DictConfig, levels: list[Level]) -> None:

@@ -22,8 +22,9 @@ from mlem.ledger import Ledger, LevelLedger
 from mlem.metrics import FID, Measure, PathwiseError
 from mlem.metrics.scores import KINDS
 from mlem.multilevel.recipe import Recipe
-from mlem.plots import error_by_noise_level, error_vs_time, image_grid, quality_vs_evaluations
+from mlem.plots import error_by_noise_level, error_vs_time, grid_name, image_grid, quality_vs_evaluations
 from mlem.sampling import Sampler, blocks, solver_of
+from mlem.training.loggers import log_pictures
 from mlem.training.progress import announced
 
 GRID_IMAGES = 64
@@ -116,7 +117,8 @@ class SamplerEvaluation(pl.Callback):
         self.rows: list[dict[str, Any]] = []
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.sanity_checking or (trainer.current_epoch + 1) % self.every_n_epochs:
+        # not in a validation by itself, such as that of the finished network: its step has been evaluated
+        if trainer.sanity_checking or trainer.state.fn != "fit" or (trainer.current_epoch + 1) % self.every_n_epochs:
             return
         self.evaluate(trainer, pl_module.family(), pl_module.device)  # type: ignore[operator]
 
@@ -219,8 +221,7 @@ class SamplerEvaluation(pl.Callback):
             names = ("mse", "seconds_per_image", "evaluations", *(name for name in row if name.startswith(KINDS)))
             metrics |= {f"{prefix}/{name}": row[name] for name in names if row[name] is not None}
             picture = image_grid(torch.stack(list(tally.pictures.values())))
-            path = self.folder / "grids" / f"{row['level']}_{row['sampler']}_{point}.png"
-            with atomic_write(path) as file:
+            with atomic_write(self.folder / "grids" / f"{grid_name(row)}.png") as file:
                 picture.save(file, format="PNG")
         write_json(self.folder / "evaluation.json", {"caption": self._caption(family, trainer), "rows": self.rows})
         if drawable := _drawable(self.rows):
@@ -235,9 +236,12 @@ class SamplerEvaluation(pl.Callback):
     def _log_pictures(self, logger: WandbLogger, step: int) -> None:
         grids = sorted((self.folder / "grids").glob("*.png"))
         logger.log_image("eval/grids", [str(path) for path in grids], step, caption=[path.stem for path in grids])
-        for name in ("error_vs_time", "quality_vs_evaluations"):
-            if (path := self.folder / f"{name}.png").exists():
-                logger.log_image(f"eval/{name}", [str(path)], step)
+        names = ("error_vs_time", "quality_vs_evaluations")
+        log_pictures([logger], {f"eval/{name}": self.folder / f"{name}.png" for name in names}, step)
+        # one table beside the many panels of single numbers
+        columns = [name for name in self.rows[0] if name != "calls"]
+        cells = [[*(row[name] for name in columns), _told(row["calls"])] for row in self.rows]
+        logger.log_table("eval/samplers", columns=[*columns, "calls"], data=cells, step=step)
 
     def _caption(self, family: Family, trainer: pl.Trainer) -> str:
         top, device = family.level(), trainer.strategy.root_device.type
@@ -246,6 +250,10 @@ class SamplerEvaluation(pl.Callback):
             f"{self.reference_steps} steps, same noise; {device}, batch {len(self.blocks[0])}, "
             f"{trainer.world_size} rank{'s' if trainer.world_size > 1 else ''}; bars: one standard error"
         )
+
+
+def _told(calls: Mapping[str, float]) -> str:
+    return " + ".join(f"{count:.4g} {level}" for level, count in calls.items())
 
 
 def _drawable(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

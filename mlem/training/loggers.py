@@ -6,10 +6,12 @@ import json
 import math
 import os
 import secrets
+import subprocess
+import sys
 import time
 import warnings
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -65,22 +67,40 @@ def _step_of(line: str) -> float:
 
 
 class ForgivingWandbLogger(WandbLogger):
-    """Lightning's W&B logger, which gives up, with one warning, when W&B stops answering in the middle of a run."""
+    """Lightning's W&B logger, which gives up, with one warning, when W&B stops answering in the middle of a run.
 
-    _lost = False
+    run: opened. known: (step, metric) that the run has already, from before it was killed; they are not logged again.
+    """
+
+    def __init__(self, run: Any, known: Set[tuple[int, str]] = frozenset()) -> None:
+        super().__init__(experiment=run)
+        self._lost, self._known = False, known
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        if self._lost:
+        fresh = {name: value for name, value in metrics.items() if (step, name) not in self._known}
+        if self._lost or not fresh:
             return
         try:
-            super().log_metrics(metrics, step)
+            super().log_metrics(fresh, step)
         except Exception as error:  # whatever W&B does, training goes on
             self._lost = True
             warnings.warn(f"W&B is off, it was lost ({error}); metrics.jsonl has everything", stacklevel=2)
 
 
-def wandb_logger(folder: Path, *, project: str, name: str, group: str, mode: str) -> WandbLogger | None:
+def log_pictures(loggers: Sequence[Any], pictures: Mapping[str, Path], step: int) -> None:
+    """Show PNG files, those that exist, to the loggers that take pictures, under these names."""
+    for logger in loggers:
+        for name, path in pictures.items():
+            if isinstance(logger, WandbLogger) and path.exists():
+                logger.log_image(name, [str(path)], step)
+
+
+def wandb_logger(
+    folder: Path, *, project: str, name: str, group: str, mode: str, resume_step: int | None = None
+) -> WandbLogger | None:
     """A W&B logger whose run id is kept in `folder`, so that a resumed run continues it.
+
+    resume_step: what W&B holds of this step and later ones, from before a kill, is not logged again; None: it is.
 
     mode: "auto" (online when a key is present), "online", "offline" or "disabled". W&B failing to start never
     stops a run: it gives one warning and None.
@@ -98,6 +118,7 @@ def wandb_logger(folder: Path, *, project: str, name: str, group: str, mode: str
 
         wandb.finish()  # a run left open in this process would be taken over
         folder.mkdir(parents=True, exist_ok=True)
+        known = frozenset() if resume_step is None else _known(folder, resume_step)
         run = wandb.init(
             project=project,
             name=name,
@@ -111,7 +132,25 @@ def wandb_logger(folder: Path, *, project: str, name: str, group: str, mode: str
     except Exception as error:  # whatever W&B does, training goes on
         warnings.warn(f"W&B is off, it could not start ({error}); metrics.jsonl has everything", stacklevel=2)
         return None
-    return ForgivingWandbLogger(experiment=run)
+    # Lightning sets the axis of its own runs only; W&B's counter starts again with each resume
+    run.define_metric("trainer/global_step")
+    run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
+    return ForgivingWandbLogger(run, known)
+
+
+def _known(folder: Path, step: int) -> frozenset[tuple[int, str]]:
+    """(step, metric) of `step` and later ones in the files that W&B keeps of the run in `folder`, which W&B reads."""
+    found: set[tuple[int, str]] = set()
+    for path in folder.glob(f"wandb/*run-*-{_run_id(folder)}"):
+        command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(path)]
+        # a version that cannot read them: the steps after the checkpoint are there twice, which is no harm to a run
+        lines = subprocess.run(command, capture_output=True, text=True, check=False).stdout.splitlines()
+        items = [json.loads(line).get("history", {}).get("item", {}) for line in lines if line.startswith("{")]
+        for item in items:
+            at = item.get("trainer/global_step", -1)
+            # a picture is told as eval/grids.count, eval/grids.width, ...
+            found |= {(at, one) for name in item for one in (name, name.rpartition(".")[0]) if at >= step}
+    return frozenset(found)
 
 
 def _has_key() -> bool:

@@ -1,0 +1,21 @@
+"""A process that kills itself in mid-course."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import lightning.pytorch as pl
+
+
+class Dying(pl.Callback):
+    """SIGKILL after step `at`, when W&B has had time to write what it was told."""
+
+    def __init__(self, at: int) -> None:
+        self._at = at
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *rest: object) -> None:
+        if trainer.global_step == self._at:
+            time.sleep(3)
+            os.kill(os.getpid(), signal.SIGKILL)
