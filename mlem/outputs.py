@@ -32,8 +32,8 @@ def sample_path(folder: Path, index: int) -> Path:
     return folder / f"{index:08d}.png"
 
 
-def claim(folder: Path, settings: dict[str, Any]) -> None:
-    """Note `settings` in the folder. Raises ValueError when it holds samples made with other ones."""
+def claim(folder: Path, settings: dict[str, Any], what: str = "samples") -> None:
+    """Note `settings` in the folder. Raises ValueError when it holds samples (`what`) made with other ones."""
     path = folder / "settings.json"
     if path.exists():
         old = read_json(path)
@@ -43,7 +43,7 @@ def claim(folder: Path, settings: dict[str, Any]) -> None:
             if old.get(key) != settings.get(key)
         ]
         if odd:
-            raise ValueError(f"{folder} holds samples made with other settings ({'; '.join(odd)}); choose another out=")
+            raise ValueError(f"{folder} holds {what} made with other settings ({'; '.join(odd)}); choose another out=")
         return
     if any(folder.glob("*.png")):
         raise ValueError(
