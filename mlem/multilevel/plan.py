@@ -113,7 +113,7 @@ class Plan:
         What is certain stays certain. Raises ValueError for held corrections, whose rows are chosen, not tossed.
         """
         if self.holds:
-            raise ValueError(f"an estimator of {self.estimator} tosses no coins again; use estimator=jump")
+            raise ValueError(f"{self.estimator} tosses no coins again; use estimator=jump")
         p = torch.sigmoid(torch.logit(self.probabilities) + delta).clamp(min=1e-9)
         p[:, 0] = self.probabilities[:, 0]
         return Plan.draw(p, self.coins, seed, order=self.order, levels=self.levels, per_sample=self.per_sample)
