@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from mlem import Family
+from mlem.experiments.equal_error import Setting, cost_ratio
 from mlem.files import write_json
 from mlem.multilevel.recipe import Recipe
 from mlem.sampling import Sampler, blocks
@@ -171,48 +172,27 @@ def delta_jobs(trials: int) -> Iterator[tuple[str, str, str, str, str, int, Reci
         yield "sde", "learned, systematic", "", "ddpm", "uniform", 64, recipe
 
 
-def envelope(rows: list[dict[str, Any]], weights: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """log cost and log error of the best of `rows`: the lower hull of the points that no other beats in both."""
-    points: dict[tuple[Any, ...], list[tuple[float, float]]] = {}
+def settings(rows: list[dict[str, Any]]) -> list[Setting]:
+    """Rows that differ in nothing but the seed of the coins are draws of one setting."""
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows:
-        errors = np.asarray(row["image_mse"])
-        mean = errors.mean() if weights is None else np.average(errors, weights=weights)
         _, name, level, solver, grid, steps, dial = row["key"]
-        points.setdefault((name, level, solver, grid, steps, dial and (dial[0], dial[2])), []).append(
-            (row["cost"], mean)
-        )
-    means = sorted(tuple(np.log(np.mean(several, axis=0))) for several in points.values())
-    best: list[tuple[float, float]] = []
-    for cost, error in means:
-        if not best or error < best[-1][1]:
-            best.append((cost, error))
-    costs, errors = np.asarray(best).T
-    return costs, errors
-
-
-def cost_at(rows: list[dict[str, Any]], error: float, weights: np.ndarray | None = None) -> float:
-    """Cost at which the best of `rows` has this error, by straight lines in the logarithms; NaN outside."""
-    costs, errors = envelope(rows, weights)
-    if not errors.min() <= math.log(error) <= errors.max():
-        return math.nan
-    return float(np.exp(np.interp(-math.log(error), -errors, costs)))
+        groups.setdefault((name, level, solver, grid, steps, dial and (dial[0], dial[2])), []).append(row)
+    return [
+        Setting(np.array([row["cost"] for row in group]), np.array([row["image_mse"] for row in group]))
+        for group in groups.values()
+    ]
 
 
 def ratios(bench: Bench, kind: str, ours: str, theirs: Any, draws: int = 400) -> list[dict[str, float]]:
     """Cost of theirs over cost of ours at equal error, with a 95 percent interval over images."""
-    mine = [row for row in bench.rows if row["key"][0] == kind and row["key"][1] == ours]
-    others = [row for row in bench.rows if row["key"][0] == kind and theirs(row["key"])]
-    count = len(mine[0]["image_mse"])
+    mine = settings([row for row in bench.rows if row["key"][0] == kind and row["key"][1] == ours])
+    others = settings([row for row in bench.rows if row["key"][0] == kind and theirs(row["key"])])
     random = np.random.default_rng(0)
     found = []
     for error in KINDS[kind][2]:
-        ratio = cost_at(others, error) / cost_at(mine, error)
-        again = []
-        for _ in range(draws):
-            weights = np.bincount(random.integers(0, count, count), minlength=count)
-            again.append(cost_at(others, error, weights) / cost_at(mine, error, weights))
-        low, high = np.nanpercentile(again, (2.5, 97.5)) if np.isfinite(again).any() else (math.nan, math.nan)
-        found.append({"mse": error, "cost": cost_at(mine, error), "ratio": ratio, "low": low, "high": high})
+        one = cost_ratio(others, mine, error, random, draws=draws)
+        found.append({"mse": error, "cost": one.cost, "ratio": one.ratio, "low": one.low, "high": one.high})
     return found
 
 

@@ -109,6 +109,70 @@ def error_vs_time(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str
     _save(figure, path)
 
 
+def coupled_errors(
+    rows: Sequence[Mapping[str, Any]],
+    best: Sequence[Mapping[str, Any]],
+    path: str | os.PathLike[str],
+    caption: str,
+    pictures: Mapping[str, tuple[Mapping[str, Any] | None, Image]],
+) -> None:
+    """Error against time and FLOPs, one sampler at a time alone (lines) and levels together (points, best ones large).
+
+    rows: mappings with sampler, solver, levels, plan (empty: one level alone), delta, steps, wall_seconds, flops, mse,
+    mse_stderr; those of one level and sampler are joined in the order of steps. best: which of the others are marked,
+    and joined in the order of delta. pictures: a letter or name -> the row that it stands at (or None), and its samples
+    side by side. Raises ValueError for no rows, missing columns, and values that a logarithm cannot show.
+    """
+    _need(rows, (*_ERROR_COLUMNS[1:3], "solver", "levels", "plan", "delta", "wall_seconds", "flops", "mse"), "coupled")
+    for row in rows:
+        if not all(_positive(row[column]) for column in ("wall_seconds", "flops", "mse")):
+            raise ValueError(f"coupled_errors needs seconds, flops and mse above 0, got {dict(row)}")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(15, 5.5), dpi=150, layout="constrained")
+    grid = figure.add_gridspec(1, 3, width_ratios=(5, 5, 3.4))
+    alone = [row for row in rows if not row["plan"]]
+    lines = list(dict.fromkeys((row["sampler"], row["solver"], row["levels"]) for row in alone))
+    together = list(dict.fromkeys((row["sampler"], row["solver"]) for row in rows if row["plan"]))
+    several = len({row["solver"] for row in rows}) > 1
+    for place, (column, scale, label) in enumerate((("wall_seconds", 1e3, "time [ms]"), ("flops", 1e-6, "MFLOPs"))):
+        axes = figure.add_subplot(
+            grid[place], xlabel=f"{label} per image", ylabel="mean squared error to the reference"
+        )
+        axes.set(xscale="log", yscale="log")
+        axes.grid(which="major", color="0.9")
+        axes.set_axisbelow(True)
+        for (name, solver, level), shade, (_, line) in zip(lines, _greys(len(lines)), cycle(_STYLES), strict=False):
+            points = [row for row in alone if (row["sampler"], row["solver"], row["levels"]) == (name, solver, level)]
+            points.sort(key=lambda row: row["steps"])
+            x, y = [scale * row[column] for row in points], [row["mse"] for row in points]
+            title = f"{name}, level {level}" + (f" ({solver})" if several else "")
+            bars = [row["mse_stderr"] for row in points]
+            axes.errorbar(x, y, bars, color=shade, linestyle=line, marker=".", elinewidth=0.8, label=title)
+        for (name, solver), colour, (marker, _) in zip(together, cycle(_COLOURS), cycle(_STYLES), strict=False):
+            own = [row for row in rows if row["plan"] and (row["sampler"], row["solver"]) == (name, solver)]
+            x, y = [scale * row[column] for row in own], [row["mse"] for row in own]
+            axes.plot(x, y, marker, color=colour, markersize=3, alpha=0.35, markeredgewidth=0)
+            marked = [row for row in best if (row["sampler"], row["solver"]) == (name, solver)]
+            marked.sort(key=lambda row: (row["levels"], row["steps"], row["delta"] or 0.0))
+            x, y = [scale * row[column] for row in marked], [row["mse"] for row in marked]
+            title = f"{name} ({solver})" if several else name
+            axes.plot(x, y, marker, color=colour, linestyle="-", linewidth=0.6, markeredgecolor="black", label=title)
+        for letter, (row, _) in pictures.items():
+            if row is not None:
+                place_ = (scale * row[column], row["mse"])
+                axes.annotate(letter, place_, (4, 5), textcoords="offset points", fontweight="bold")
+    figure.axes[0].legend(fontsize="x-small", frameon=False)
+    figure.suptitle(fill(caption, 170), fontsize="small", x=0.01, ha="left", color="0.3")
+    strips = grid[2].subgridspec(max(1, len(pictures)), 1)
+    for strip, (letter, (_, image)) in zip(strips, pictures.items(), strict=False):
+        axes = figure.add_subplot(strip)
+        axes.imshow(image, cmap="gray", vmin=0, vmax=255)
+        axes.set_axis_off()
+        axes.set_title(letter, fontsize="small", loc="left", pad=2)
+    _save(figure, path)
+
+
 def quality_vs_evaluations(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str], caption: str) -> None:
     """Error to the reference, and beside it FID where there is one, against network calls for each image.
 
@@ -281,6 +345,11 @@ def _panels(xlabel: str, ylabels: Sequence[str], caption: str) -> tuple[Figure, 
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
     return figure, panels
+
+
+def _greys(count: int) -> list[str]:
+    """Greys from light to black."""
+    return [f"{0.75 * (1 - (number + 1) / count):.2f}" for number in range(count)]
 
 
 def _key(label: str, colour: str, marker: str, line: Any) -> Any:

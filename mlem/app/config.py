@@ -35,6 +35,7 @@ _VALUES: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
             "evaluation.reference_steps",
             "calibration.reference_steps",
             "metric.blocks",
+            *(f"eval.{name}" for name in ("reference_steps", "plan_steps", "trials", "draws")),
             "steps",
             "batch_size",
             *(f"model.{name}" for name in ("steps", "updates", "batch_size", "images", "checkpoint_every")),
@@ -50,6 +51,7 @@ _VALUES: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
             "evaluation.every_n_epochs",
             "data.held_out",
             "calibration.images",
+            "eval.shown",
         ),
     ),
     ("a whole number >= 2", lambda value: _whole(value) and value >= 2, ("model.draws", "model.held_out")),
@@ -64,7 +66,8 @@ _VALUES: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
         ("metric.reference",),
     ),
     ("a number > 0, or null", lambda value: value is None or (_number(value) and value > 0), ("model.lambda",)),
-    ("in (0, 1]", lambda value: _number(value) and 0 < value <= 1, ("model.budget",)),
+    ("in (0, 1]", lambda value: _number(value) and 0 < value <= 1, ("model.budget", "eval.budget")),
+    ("a whole number >= 100", lambda value: _whole(value) and value >= 100, ("eval.replicates",)),
     (
         "a number >= 0",
         lambda value: _number(value) and value >= 0,
@@ -88,13 +91,15 @@ _TEXT_OR_NULL = ("family", "level", "grid", "out", "plan", "model.grid", "folder
 _TEXT_OR_NULL += ("metric.features", "metric.weights", "metric.sha256")
 _GROUPS = ("data", "data.options", "model", "schedule", "trainer", "logger", "metric", "sampler", "eval")
 _GROUPS += ("training", "evaluation", "calibration", "sampler.options")
-_LISTS = ("callbacks", "allow", "evaluation.samplers")
+_LISTS = ("callbacks", "allow", "evaluation.samplers", "eval.samplers", "eval.steps", "eval.deltas")
 _ONE_OF = {
     "trainer.precision": ("fp32", "bf16", "fp16"),
     "model.prediction": ("v", "eps", "x0"),
     "model.tangents": ("exact", "random"),
     "sampler.over": ("samples", "ranks"),
     "format": ("png", "shards", "npz"),
+    "eval.cost": ("flops", "seconds"),
+    "eval.coins": ("systematic", "bernoulli", "nested", "poisson"),
     "logger.mode": ("auto", "online", "offline", "disabled"),
 }
 

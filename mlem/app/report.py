@@ -12,10 +12,8 @@ from omegaconf import DictConfig
 
 from mlem.app.build import LoaderFromStep, devices, evaluation, loggers
 from mlem.data import Shards
+from mlem.experiments.scaling import draw_scaling, scaling_fits
 from mlem.family import Family
-from mlem.multilevel.calibrate import Calibration
-from mlem.multilevel.scaling import fit_differences, fit_errors
-from mlem.plots import scaling_law
 from mlem.report import write_report
 from mlem.training.denoising import FamilyModule
 from mlem.training.evaluation import noise_level_figure
@@ -52,16 +50,8 @@ def evaluate_family(config: DictConfig, family: Family, shards: Shards) -> None:
 def _scaling_law(family: Family, module: FamilyModule, path: Path) -> None:
     """Draw and say how error falls with cost, in FLOPs: denoising error above its floor, and differences of levels."""
     errors = torch.stack([torch.cat(module.image_errors[name]) for name in family.names]).double().numpy()
-    costs = [float(level.flops) for level in family.levels]
-    fits = {"denoising error - floor": fit_errors(errors, costs)}
-    if "calibration" in family.fitted:
-        differences = Calibration.of(family).image_differences.numpy()
-        fits["level differences"] = fit_differences(differences, costs)
-    for name, fit in fits.items():
-        print(f"scaling law, {name}: {fit.verdict}")
-    steps = ", ".join(f"{level.name} {level.measured.get('steps', '?')}" for level in family.levels)
-    caption = f"{family.data}, {errors.shape[1]} held-out images; training steps: {steps}; 95 percent bootstrap bands"
-    scaling_law({name: fit.curve() for name, fit in fits.items()}, path, caption, "FLOPs per image")
+    for line in draw_scaling(family, scaling_fits(family, errors), errors.shape[1], path):
+        print(line)
 
 
 def _report(rows: list[dict[str, Any]], family: Family, folder: Path, artefact: Path) -> None:

@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from mlem.app.build import plan_of
 from mlem.app.config import parse_indices
+from mlem.app.experiment import error_against_time, scaling
 from mlem.app.find import family_folder
 from mlem.app.measure import (
     end_with_parent,
@@ -40,10 +41,11 @@ from mlem.solvers.lipschitz import estimate_lipschitz
 
 
 def run(config: DictConfig) -> None:
-    """What `eval` says: make the samples that are not there yet and measure them, or measure without sampling."""
+    """What `eval` says: make the samples that are not there yet and measure them, measure others, or an experiment."""
     for name in ("lightning.fabric", "lightning.pytorch"):
         logging.getLogger(name).setLevel(logging.WARNING)
     verbs = {"samples": _sample, "folder": measure_folder, "ref": measure_reference}
+    verbs |= {"benchmark": error_against_time, "scaling": scaling}
     verbs[config.eval.name](config)
 
 

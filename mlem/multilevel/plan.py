@@ -107,6 +107,17 @@ class Plan:
         counts[:, 0] = counts[0] = 1
         return Plan(counts.double(), counts, "given", estimator, order, 0, tuple(levels), memory, dict(about or {}))
 
+    def redrawn(self, delta: float = 0.0, seed: int = 0) -> Plan:
+        """The coins tossed again, with delta added to the logits of all p_k but the first ([J], Fig. 1).
+
+        What is certain stays certain. Raises ValueError for held corrections, whose rows are chosen, not tossed.
+        """
+        if self.holds:
+            raise ValueError(f"{self.estimator} tosses no coins again; use estimator=jump")
+        p = torch.sigmoid(torch.logit(self.probabilities) + delta).clamp(min=1e-9)
+        p[:, 0] = self.probabilities[:, 0]
+        return Plan.draw(p, self.coins, seed, order=self.order, levels=self.levels, per_sample=self.per_sample)
+
     @property
     def evaluations(self) -> int:
         """R: how often the denoiser is called for a sample."""

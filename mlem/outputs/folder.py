@@ -28,12 +28,12 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], there: str = "th
     return "; ".join(f"{key}: {old.get(key)} {there}, {new.get(key)} {now}" for key in odd)
 
 
-def claim(folder: Path, settings: dict[str, Any]) -> None:
+def claim(folder: Path, settings: dict[str, Any], what: str = "samples") -> None:
     """Note `settings` in the folder. Raises ValueError when it holds samples made with other ones."""
     path = folder / "settings.json"
     if path.exists():
         if odd := differences(read_json(path), settings):
-            raise ValueError(f"{folder} holds samples made with other settings ({odd}); choose another out=")
+            raise ValueError(f"{folder} holds {what} made with other settings ({odd}); choose another out=")
         return
     if any(folder.glob("*.png")):
         raise ValueError(

@@ -1,0 +1,102 @@
+"""What the same error costs: curves of error against cost, and their ratio with a bootstrap interval over images."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True, eq=False)
+class Setting:
+    """One point of a curve, measured in T draws of the coins: costs (T,), squared errors of N images (T, N)."""
+
+    costs: np.ndarray
+    errors: np.ndarray
+
+    def mean(self, weights: np.ndarray) -> tuple[float, float]:
+        """Cost and error on average over the draws. weights: (N,) of the images."""
+        return self.costs.mean(), (self.errors @ weights).mean() / weights.sum()
+
+    def best(self, weights: np.ndarray) -> tuple[float, float]:
+        """Cost and error of the best draw. One half of the images chooses, the other judges, and in turn.
+
+        So the choice does not flatter itself, as it would if the images that choose also judged.
+        """
+        even = np.arange(len(weights)) % 2 == 0
+        cost = error = 0.0
+        for half in (weights * even, weights * ~even):
+            chosen = (self.errors @ (weights - half)).argmin()
+            cost += self.costs[chosen] * half.sum()
+            error += self.errors[chosen] @ half
+        return cost / weights.sum(), error / weights.sum()
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """ratio: their cost over ours at equal error, with its 95 percent interval; nan where a curve does not go there.
+
+    cost: ours. share: how much of the bootstrap both curves reach that error in; the interval is over these.
+    """
+
+    error: float
+    cost: float
+    ratio: float
+    low: float
+    high: float
+    share: float
+
+    def to_dict(self) -> dict[str, float | None]:
+        """For JSON, which has no nan: None."""
+        return {name: value if math.isfinite(value) else None for name, value in asdict(self).items()}
+
+
+def frontier(
+    settings: Sequence[Setting], weights: np.ndarray | None = None, best: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """Logs of cost and error, both (M,), of the points that no other beats in both; cost rises, error falls.
+
+    weights: of the images. best: of the draws of a setting take the best, not the mean.
+    """
+    weights = np.ones(settings[0].errors.shape[1]) if weights is None else weights
+    points = sorted(setting.best(weights) if best else setting.mean(weights) for setting in settings)
+    kept: list[tuple[float, float]] = []
+    for cost, error in points:
+        if error > 0 and (not kept or error < kept[-1][1]):  # the reference itself, of no error, is no point
+            kept.append((cost, error))
+    costs, errors = np.log(np.asarray(kept).reshape(-1, 2)).T
+    return costs, errors
+
+
+def cost_at(settings: Sequence[Setting], error: float, weights: np.ndarray | None = None, best: bool = False) -> float:
+    """Cost at which this error is reached, by straight lines in the logarithms; nan outside of what was measured."""
+    costs, errors = frontier(settings, weights, best)
+    if not len(errors) or not errors.min() <= math.log(error) <= errors.max():
+        return math.nan
+    return float(np.exp(np.interp(-math.log(error), -errors, costs)))
+
+
+def cost_ratio(
+    theirs: Sequence[Setting],
+    ours: Sequence[Setting],
+    error: float,
+    random: np.random.Generator,
+    *,
+    best: bool = False,
+    draws: int = 400,
+) -> Ratio:
+    """Cost of theirs over cost of ours at this error. Images are resampled for all together: they share their noise.
+
+    best: of our draws of the coins.
+    """
+    count = ours[0].errors.shape[1]
+    cost = cost_at(ours, error, best=best)
+    again = []
+    for _ in range(draws):
+        weights = np.bincount(random.integers(0, count, count), minlength=count)
+        again.append(cost_at(theirs, error, weights) / cost_at(ours, error, weights, best))
+    known = np.isfinite(again)
+    low, high = np.nanpercentile(again, (2.5, 97.5)) if known.any() else (math.nan, math.nan)
+    return Ratio(error, cost, cost_at(theirs, error) / cost, float(low), float(high), float(known.mean()))

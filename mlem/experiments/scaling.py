@@ -1,0 +1,95 @@
+"""The scaling law of a trained family ([J], Fig. 2): both fits, a figure, and plain words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mlem.family import Family
+from mlem.multilevel.calibrate import Calibration
+from mlem.multilevel.scaling import ScalingFit, fit_differences, fit_errors
+from mlem.network import evaluating
+from mlem.plots import scaling_law
+from mlem.training.denoising import denoising_errors
+
+
+def held_out_errors(family: Family, images: Tensor, index: Tensor, seed: int = 0, batch_size: int = 256) -> np.ndarray:
+    """Mean squared error of the noise estimate of each level on each image: (K, N), all levels from the same noise.
+
+    images: (N, C, H, W) in [-1, 1]. index: (N,), which keys the noise; as in the test of a family after training.
+    """
+    table = []
+    for level in family.levels:
+        parts = []
+        with torch.inference_mode(), evaluating(level.network):
+            for part, own in zip(images.split(batch_size), index.split(batch_size), strict=True):
+                errors = denoising_errors(level.denoiser, level.schedule, part, own, seed)
+                parts.append(torch.stack(list(errors.values())).mean(0))
+        table.append(torch.cat(parts).double())
+    return torch.stack(table).numpy()
+
+
+def costs_of(family: Family, unit: str) -> list[float]:
+    """FLOPs or seconds of an image, for each level. Raises ValueError where seconds were not measured."""
+    if unit == "flops":
+        return [float(level.flops) for level in family.levels]
+    missing = [level.name for level in family.levels if "seconds" not in level.measured]
+    if missing:
+        raise ValueError(f"level {missing[0]} was not timed in training; take cost=flops")
+    return [float(level.measured["seconds"]) for level in family.levels]
+
+
+def scaling_fits(
+    family: Family, errors: np.ndarray, unit: str = "flops", replicates: int = 1000
+) -> dict[str, ScalingFit]:
+    """Floor and gamma jointly, from `held_out_errors`; and gamma from the calibrated differences of levels, if any.
+
+    Raises ValueError for fewer than 3 levels.
+    """
+    costs = costs_of(family, unit)
+    fits = {"denoising error - floor": fit_errors(errors, costs, replicates)}
+    if "calibration" in family.fitted:
+        differences = Calibration.of(family).image_differences.numpy()
+        fits["level differences"] = fit_differences(differences, costs, replicates)
+    return fits
+
+
+def draw_scaling(
+    family: Family, fits: dict[str, ScalingFit], images: int, path: Path, unit: str = "flops"
+) -> list[str]:
+    """Draw the fits; returns what they say, a line each, with a warning where gamma is not above 2."""
+    steps = ", ".join(f"{level.name} {level.measured.get('steps', '?')}" for level in family.levels)
+    caption = f"{family.data}, {images} held-out images; training steps: {steps}; 95 percent bootstrap bands"
+    words = {"flops": "FLOPs", "seconds": "seconds"}[unit]
+    scaling_law({name: fit.curve() for name, fit in fits.items()}, path, caption, f"{words} per image")
+    said = []
+    for name, fit in fits.items():
+        warning = "" if 2 < fit.gamma < np.inf else "warning: "
+        said.append(f"{warning}scaling law, {name}: {fit.verdict}")
+    return said
+
+
+def plain_fits(fits: dict[str, ScalingFit], names: Sequence[str]) -> dict[str, Any]:
+    """The fits as plain data, for JSON: None for an infinite gamma."""
+
+    def finite(value: float) -> float | None:
+        return float(value) if np.isfinite(value) else None
+
+    return {
+        name: {
+            "levels": list(names[-len(fit.costs) :]),
+            "costs": fit.costs.tolist(),
+            "values": fit.values.tolist(),
+            "gamma": finite(fit.gamma),
+            "gamma_interval": [finite(end) for end in fit.gamma_interval],
+            "gamma_plotted": finite(fit.gamma_plotted),
+            "floor": fit.floor,
+            "floor_interval": list(fit.floor_interval),
+        }
+        for name, fit in fits.items()
+    }

@@ -1,0 +1,251 @@
+"""The coupled benchmark: columns, coupled noise, resuming, ratios of known answer, mistakes in one line."""
+
+from __future__ import annotations
+
+import csv
+import math
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from mlem.experiments.coupled import KEY, Bench, Entry, best_trials, read_rows
+from mlem.experiments.equal_error import Setting, cost_at, cost_ratio
+from mlem.family import Family, Level
+from mlem.files import read_json
+from mlem.metrics import pathwise_error
+from mlem.multilevel.coefficients import Coefficients
+from mlem.multilevel.plan import Plan
+from mlem.multilevel.recipe import Recipe
+from mlem.network import unet
+from mlem.sampling import sample
+from mlem.schedule import NoiseSchedule
+from tests.commands import configure, run_here, start, wait_until
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of diffusers
+OPTIONS = (
+    "experiment=error_vs_time",
+    "root=runs/tiny",
+    "trainer=cpu",
+    "seeds=0-3",
+    "batch_size=3",
+    "eval.steps=[2,4,6]",
+    "eval.reference_steps=9",
+    "eval.plan_steps=6",
+    "eval.budget=0.4",
+    "eval.deltas=[-2,1]",
+    "eval.trials=2",
+    "eval.draws=20",
+    "eval.shown=2",
+)
+ROWS = 2 * 3 + 2 * 2 * 2
+"""Two levels alone in three numbers of steps; a fixed law and a learned one, at two deltas, in two trials."""
+SECONDS = ("network_seconds", "wall_seconds")
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with runs/tiny/family: random weights, learned coefficients, no calibration."""
+    folder, schedule, shape = tmp_path_factory.mktemp("coupled"), NoiseSchedule.cosine(), (1, 8, 8)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        levels = [Level(size, unet(size, shape), schedule, shape, data="digits") for size in ("xs", "s")]
+    coefficients = Coefficients(torch.tensor([0.0, 0.5]), torch.tensor([40.0, -1.0])).to_dict()
+    Family(levels, {"coefficients": coefficients}).save(folder / "runs/tiny/family")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def measured(family: Path) -> tuple[Path, str]:
+    """What the command leaves, and prints."""
+    from tests.commands import run_in
+
+    printed = run_in(family, lambda: run_here("sample", *OPTIONS))
+    return family / "runs/tiny/error_vs_time", printed
+
+
+def table(path: Path, *without: str) -> list[dict[str, str]]:
+    with open(path, newline="") as file:
+        return [{key: value for key, value in row.items() if key not in without} for row in csv.DictReader(file)]
+
+
+def test_a_row_for_each_run(measured: tuple[Path, str]) -> None:
+    folder, printed = measured
+    rows = read_rows(folder / "runs.csv")
+    costs = ["calls_xs", "calls_s", "flops", *SECONDS, "mse", "mse_stderr", "image_mse"]
+    assert list(rows[0]) == [*KEY, *costs]
+    assert len(rows) == ROWS
+    assert [(row["levels"], row["steps"]) for row in rows[:6]] == [(n, k) for k in (2, 4, 6) for n in ("xs", "s")]
+    for row in rows[6:]:
+        assert (row["levels"], row["steps"], row["coins"]) == ("xs+s", 6, "bernoulli")
+        assert 0 < row["calls_xs"] <= 6
+    for row in rows:
+        assert row["mse"] == pytest.approx(np.mean(row["image_mse"]), rel=1e-5)
+        assert row["wall_seconds"] >= row["network_seconds"] > 0
+    assert {(row["sampler"], row["delta"], row["trial"]) for row in rows[6:]} == {
+        (f"ML-EM, {law}", delta, trial) for law in ("fixed law", "learned") for delta in (-2, 1) for trial in (0, 1)
+    }
+    assert printed.count("left out: ML-EM, calibrated: this family has no calibration; measure it with: ") == 1
+    assert len(printed.split("left out")) == 2
+
+
+def test_figure_and_summary(measured: tuple[Path, str]) -> None:
+    folder, _ = measured
+    assert (folder / "error_vs_time.png").read_bytes().startswith(b"\x89PNG")
+    summary = read_json(folder / "summary.json")
+    assert "4 images, seed 0; reference: level s, 9 steps, same noise" in summary["caption"]
+    # one error (that of 4 steps), two laws, the mean and the best of two trials
+    assert [row["coins"] for row in summary["ratios"]] == ["mean", "best of 2"] * 2
+    assert list(summary["ratios"][0]["against"]) == ["time, largest", "time, any", "FLOPs, largest", "FLOPs, any"]
+
+
+def test_the_noise_is_that_of_sample(measured: tuple[Path, str]) -> None:
+    folder, _ = measured
+    rows = read_rows(folder / "runs.csv")
+    loaded = Family.load(folder.parent / "family")
+    options: dict[str, Any] = {"solver": "ddpm", "indices": range(4), "batch_size": 3}
+    truth = sample(loaded, steps=9, **options).x
+    alone = next(row for row in rows if (row["levels"], row["steps"]) == ("xs", 4))
+    assert pathwise_error(sample(loaded, steps=4, level="xs", **options).x, truth) == pytest.approx(
+        (alone["mse"], alone["mse_stderr"]), rel=1e-6
+    )
+    recipe = Recipe(probabilities="learned", delta=1.0, estimator="jump", coins="bernoulli", seed=1)
+    learned = next(row for row in rows if (row["sampler"], row["delta"], row["trial"]) == ("ML-EM, learned", 1.0, 1))
+    mse, _ = pathwise_error(sample(loaded, steps=6, plan=recipe, **options).x, truth)
+    assert mse == pytest.approx(learned["mse"], rel=1e-6)
+
+
+def test_what_is_there_is_not_run_again(measured: tuple[Path, str], family: Path, monkeypatch: Any) -> None:
+    folder, _ = measured
+    monkeypatch.chdir(family)
+    shutil.copytree(folder, family / "again", dirs_exist_ok=True)
+    before = (folder / "runs.csv").read_bytes()
+    run_here("sample", *OPTIONS, "out=again")
+    assert (family / "again/runs.csv").read_bytes() == before
+    run_here("sample", *OPTIONS, "out=again", "eval.trials=3")
+    after = read_rows(family / "again/runs.csv")
+    assert after[:ROWS] == read_rows(folder / "runs.csv")
+    assert len(after) == ROWS + 4
+    with pytest.raises(ValueError, match=r"holds measurements made with other settings \(reference_steps: 9 there, 8"):
+        run_here("sample", *OPTIONS, "out=again", "eval.reference_steps=8")
+
+
+def test_killed_and_restarted_gives_the_same_rows(measured: tuple[Path, str], family: Path, monkeypatch: Any) -> None:
+    path = family / "cut/runs.csv"
+    with start("sample", *OPTIONS, "out=cut", cwd=family) as process:
+        wait_until(lambda: path.exists() and len(table(path)) >= 2, process)
+        process.send_signal(signal.SIGKILL)
+    cut = table(path)
+    assert len(cut) >= 2
+    monkeypatch.chdir(family)
+    run_here("sample", *OPTIONS, "out=cut")
+    assert table(path)[: len(cut)] == cut
+    assert table(path, *SECONDS) == table(measured[0] / "runs.csv", *SECONDS)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["eval.samplers=[{name: a}]"], r"eval.samplers\[0\] must be \{name: text, solver: name"),
+        (["eval.samplers=[{name: a, solver: ddmp, steps: [2]}]"], r"eval.samplers\[0\]: .*did you mean ddpm"),
+        (["eval.samplers=[{name: a, solver: ddpm, steps: 2}]"], r"eval.samplers\[0\].steps must be a list"),
+        (["eval.samplers=[{name: a, solver: ddpm, steps: [2], trials: 2}]"], "deltas and trials are of coins"),
+        (
+            ["eval.samplers=[{name: a, solver: ddpm, steps: [2], trials: 2, plan: {budget: 0.5}}]"],
+            "add estimator: jump",
+        ),
+        (["eval.samplers=[{name: a, solver: ddpm, steps: [2], levels: [xl]}]"], "level must be one of xs, s, got 'xl'"),
+        (["eval.samplers=[]"], "list at least one sampler"),
+        (["level=xs"], "leave out level=xs"),
+        (["model=unet_xs"], "model=unet_xs is one level: leave it out"),
+        (["family=nowhere"], "nowhere holds no family"),
+        (["seeds=0"], "at least 2 images, got 1"),
+    ],
+)
+def test_mistakes(family: Path, monkeypatch: Any, options: list[str], says: str) -> None:
+    monkeypatch.chdir(family)
+    with pytest.raises((ValueError, FileNotFoundError), match=says) as error:
+        run_here("sample", *OPTIONS, "out=mistake", *options)
+    assert "\n" not in str(error.value)
+    shutil.rmtree("mistake", ignore_errors=True)
+
+
+@pytest.mark.parametrize(
+    ("option", "says"),
+    [
+        ("eval.trials=0", "eval.trials must be a whole number >= 1, got 0"),
+        ("eval.steps=3", "eval.steps must be a list"),
+        ("eval.budget=2", r"eval.budget must be in \(0, 1\], got 2"),
+        ("eval.coins=penny", "eval.coins must be one of systematic, bernoulli"),
+    ],
+)
+def test_bad_values(option: str, says: str) -> None:
+    from mlem.app.config import check
+
+    with pytest.raises(ValueError, match=says):
+        check(configure("sample", "experiment=error_vs_time", option))
+
+
+def test_a_solver_without_a_path_is_refused(family: Path, tmp_path: Path) -> None:
+    bench = Bench(Family.load(family / "runs/tiny/family"), range(2), tmp_path)
+    with pytest.raises(ValueError, match="predictor_corrector shares a law with its reference"):
+        bench.runs(Entry("x", "predictor_corrector", (3,)))
+
+
+def line(costs: Any, exponent: float, factor: float, images: np.ndarray) -> list[Setting]:
+    """Error factor * cost^-exponent on average, times what an image is worth."""
+    return [Setting(np.array([cost]), factor * cost**-exponent * images[None]) for cost in costs]
+
+
+def test_ratios_of_known_curves() -> None:
+    images = np.random.default_rng(0).gamma(4, 0.25, 64)
+    images /= images.mean()
+    theirs, ours = line((1.0, 3.0, 10.0, 30.0), 1.0, 1.0, images), line((0.5, 2.0, 9.0), 1.0, 0.25, images)
+    assert cost_at(theirs, 0.2) == pytest.approx(5.0)
+    found = cost_ratio(theirs, ours, 0.1, np.random.default_rng(1))
+    assert (found.ratio, found.cost) == pytest.approx((4.0, 2.5))
+    assert found.low == pytest.approx(4.0)  # the images weigh on both alike
+    assert found.high == pytest.approx(4.0)
+    assert found.share == 1
+    beyond = cost_ratio(theirs, ours, 1e-4, np.random.default_rng(1)).to_dict()
+    assert (beyond["ratio"], beyond["low"], beyond["share"]) == (None, None, 0.0)
+
+
+def test_an_interval_covers() -> None:
+    random, hits = np.random.default_rng(3), 0
+    for _ in range(100):
+        both = [line((1.0, 2.0, 4.0, 8.0), 1.0, f, random.gamma(4, 0.25, 64)) for f in (1.0, 0.5)]
+        found = cost_ratio(*both, 0.2, np.random.default_rng(0), draws=100)
+        hits += found.low <= 2.0 <= found.high
+    assert 86 <= hits <= 100  # 95 expected of 100, less three standard errors and what a bootstrap lacks
+
+
+def test_the_best_draw_does_not_flatter_itself() -> None:
+    """Draws that differ by chance alone: the smallest mean is too small, that of the other half is not."""
+    random = np.random.default_rng(0)
+    settings = [Setting(np.ones(15), random.gamma(1, 1, (15, 32))) for _ in range(300)]
+    weights = np.ones(32)
+    chosen = np.array([setting.best(weights)[1] for setting in settings])
+    naive = np.array([setting.errors.mean(1).min() for setting in settings])
+    assert naive.mean() < 0.8
+    assert chosen.mean() == pytest.approx(1.0, abs=3 * chosen.std() / math.sqrt(len(chosen)))
+
+
+def test_delta_shifts_logits() -> None:
+    plan = Plan.draw(torch.tensor([[1.0, 0.5, 1.0], [1.0, 0.2, 0.1]]), "bernoulli", levels=("a", "b", "c"))
+    again = plan.redrawn(math.log(4.0), seed=7)
+    expected = torch.tensor([[1.0, 0.8, 1.0], [1.0, 0.5, 4 / 13]], dtype=torch.float64)
+    assert torch.allclose(again.probabilities, expected, atol=1e-7)
+    assert (again.seed, again.levels, again.coins) == (7, plan.levels, "bernoulli")
+    with pytest.raises(ValueError, match="hindsight tosses no coins"):
+        Plan.given(torch.ones(2, 3)).redrawn()
+
+
+def test_the_best_trial_of_each_delta() -> None:
+    common = dict.fromkeys(KEY, "x")
+    rows = [{**common, "delta": d, "trial": t, "mse": abs(t - d)} for d in (0.0, 1.0) for t in (0, 1)]
+    assert [(row["delta"], row["trial"]) for row in best_trials(rows)] == [(0.0, 0), (1.0, 1)]
