@@ -165,8 +165,8 @@ def coupled_errors(
     figure.axes[0].legend(fontsize="x-small", frameon=False)
     figure.suptitle(fill(caption, 170), fontsize="small", x=0.01, ha="left", color="0.3")
     strips = grid[2].subgridspec(max(1, len(pictures)), 1)
-    for strip, (letter, (_, image)) in zip(strips, pictures.items(), strict=False):
-        axes = figure.add_subplot(strip)
+    for number, (letter, (_, image)) in enumerate(pictures.items()):
+        axes = figure.add_subplot(strips[number])
         axes.imshow(image, cmap="gray", vmin=0, vmax=255)
         axes.set_axis_off()
         axes.set_title(letter, fontsize="small", loc="left", pad=2)

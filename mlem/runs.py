@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import fcntl
 import json
+import math
 import os
 import re
 import sys
@@ -138,11 +139,8 @@ def _ago(seconds: float) -> str:
 
 
 def _human(size: float) -> str:
-    for unit in _SIZES:
-        if size < 1000 or unit == _SIZES[-1]:
-            break
-        size /= 1000
-    return f"{size:.3g} {unit}"
+    power = min(len(_SIZES) - 1, int(math.log10(max(size, 1))) // 3)
+    return f"{size / 1000**power:.3g} {_SIZES[power]}"
 
 
 def _show(found: Sequence[Run], root: Path) -> None:

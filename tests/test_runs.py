@@ -33,7 +33,7 @@ def test_the_runs_of_a_family_are_listed(trained: Path) -> None:
         assert run.fid_name.endswith(" fid_random256@5")
         files = [path for path in Path(run.path).rglob("*") if path.is_file()]
         assert run.bytes >= sum(path.stat().st_size for path in files)
-        assert run.changed == max(path.stat().st_mtime for path in files)
+        assert run.changed == max(path.lstat().st_mtime for path in files)
 
 
 def test_a_run_without_a_result_is_interrupted_or_training(unet: Path) -> None:

@@ -81,7 +81,7 @@ def draw(bench: Bench, runs: Sequence[Run], path: Path, shown: int) -> None:
 
 def selected(
     bench: Bench, pairs: Sequence[tuple[Run, dict[str, Any]]], best: Sequence[Mapping[str, Any]]
-) -> list[tuple[Run, Mapping[str, Any]]]:
+) -> Sequence[tuple[Run, Mapping[str, Any]]]:
     """Whose samples are shown: the largest level in the fewest steps and in twice those or so, then of each sampler
 
     with coins the best trial whose cost is nearest to the first of these.
