@@ -76,7 +76,7 @@ def browser() -> Iterator[Any]:
         pytest.skip("no Chromium here: install it (apt-get install chromium) to open reports in a browser")
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install -e .[dev]")
     with playwright.sync_playwright() as driver:
-        opened = driver.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        opened = driver.chromium.launch(executable_path=program, args=["--no-sandbox"], timeout=120_000)
         yield opened
         opened.close()
 
@@ -85,6 +85,7 @@ def browser() -> Iterator[Any]:
 def opened(browser: Any, run: Path) -> Iterator[Any]:
     """The report on a laptop, with everything that it asks for and complains of."""
     with browser.new_context(viewport={"width": 1280, "height": 800}) as context:
+        context.set_default_timeout(120_000)  # milliseconds, for a busy machine
         page = context.new_page()
         page.asked, page.errors = [], []
         page.on("request", lambda request: page.asked.append(request.url))

@@ -41,13 +41,13 @@ def write_report(folder: str | os.PathLike[str]) -> Path:
         raise ValueError(f"{folder} holds no run: no metrics.jsonl and no evaluation.json in it or one floor below")
     about = _about(folder)
     sections = [
-        section("Samplers", *_samplers(evaluated)),
         section("Error, time and calls", *_pictures(folder, evaluated), class_="plots"),
+        section("Samplers", *_samplers(evaluated)),
+        section("Samples", *_grids(evaluated), class_="grids"),
         section("Levels", *_levels(folder)),
         section("Training", *_training(runs), class_="plots"),
         section("Coefficients", *_coefficients(runs), class_="plots"),
         section("System", *_system(runs), class_="plots"),
-        section("Samples", *_grids(evaluated), class_="grids"),
         section("Config", *_config(folder)),
     ]
     title = f"{about.get('name', folder.resolve().name)} · mlem"
