@@ -120,8 +120,8 @@ def coupled_errors(
 
     rows: mappings with sampler, solver, levels, plan (empty: one level alone), delta, steps, wall_seconds, flops, mse,
     mse_stderr; those of one level and sampler are joined in the order of steps. best: which of the others are marked,
-    and joined in the order of delta. pictures: a letter or name -> the row that it stands at (or None), and its samples
-    side by side. Raises ValueError for no rows, missing columns, and values that a logarithm cannot show.
+    and joined in the order of delta. pictures: "A: words", or a name -> the row that it stands at (or None), and its
+    samples side by side. Raises ValueError for no rows, missing columns, and values that a logarithm cannot show.
     """
     _need(rows, (*_ERROR_COLUMNS[1:3], "solver", "levels", "plan", "delta", "wall_seconds", "flops", "mse"), "coupled")
     for row in rows:
@@ -161,7 +161,7 @@ def coupled_errors(
         for letter, (row, _) in pictures.items():
             if row is not None:
                 place_ = (scale * row[column], row["mse"])
-                axes.annotate(letter, place_, (4, 5), textcoords="offset points", fontweight="bold")
+                axes.annotate(letter.partition(":")[0], place_, (4, 5), textcoords="offset points", fontweight="bold")
     figure.axes[0].legend(fontsize="x-small", frameon=False)
     figure.suptitle(fill(caption, 170), fontsize="small", x=0.01, ha="left", color="0.3")
     strips = grid[2].subgridspec(max(1, len(pictures)), 1)

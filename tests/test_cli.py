@@ -56,9 +56,9 @@ def test_every_group_belongs_to_a_command() -> None:
 
 @pytest.mark.parametrize(("group", "choice"), CHOICES)
 def test_every_config_composes(group: str, choice: str) -> None:
-    of_sampling = group == "experiment" and "override /eval" in (CONFIGS / group / f"{choice}.yaml").read_text()
+    sampling = "override /eval:" in (CONFIGS / group / f"{choice}.yaml").read_text()
     for name in COMMANDS:
-        if group in groups(name) and (group != "experiment" or of_sampling == (name == "sample")):
+        if group in groups(name) and (group != "experiment" or sampling == (name == "sample")):
             check(configure(name, f"{group}={choice}", *NEEDED.get((group, choice), [])))
 
 

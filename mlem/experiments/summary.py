@@ -27,7 +27,7 @@ def ratios(bench: Bench, runs: Sequence[Run], draws: int = 400) -> list[dict[str
         rows = [(run, row) for run in runs if run.solver.reference == solver and (row := bench.row(run))]
         alone = [row for run, row in rows if run.plan is None]
         top = [row for row in alone if row["levels"] == bench.family.level().name]
-        errors = sorted({row["mse"] for row in top}, reverse=True)
+        errors = sorted({row["mse"] for row in top if row["mse"] > 0}, reverse=True)
         errors = errors[1:-1] if len(errors) > 2 else errors
         shared = [row for run, row in rows if run.plan is not None]
         for name in dict.fromkeys((row["sampler"], row["solver"]) for row in shared):

@@ -1,0 +1,64 @@
+"""`sample.py experiment=scaling_law`: the figure, both fits, plain warnings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mlem.experiments.scaling import draw_scaling, plain_fits, scaling_fits
+from mlem.family import Family, Level
+from mlem.files import read_json
+from mlem.network import unet
+from mlem.schedule import NoiseSchedule
+from tests.commands import run_here, run_in
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of diffusers
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with runs/demo/family: three levels with random weights, timed but not calibrated."""
+    folder, schedule, shape = tmp_path_factory.mktemp("scaling"), NoiseSchedule.cosine(), (1, 8, 8)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        levels = [Level(size, unet(size, shape), schedule, shape, data="digits") for size in ("xs", "s", "m")]
+    for number, level in enumerate(levels, 1):
+        level.measured["seconds"] = 0.1 * number
+    Family(levels).save(folder / "runs/demo/family")
+    return folder
+
+
+def test_the_command_writes_figure_and_numbers(folder: Path) -> None:
+    options = ("experiment=scaling_law", "data.held_out=12", "eval.replicates=100", "eval.cost=seconds")
+    printed = run_in(folder, lambda: run_here("sample", *options))
+    out = folder / "runs/demo/scaling_law"
+    assert (out / "scaling_law.png").read_bytes().startswith(b"\x89PNG")
+    found = read_json(out / "scaling_law.json")
+    assert (found["data"], found["images"], found["unit"]) == ("digits", 12, "seconds")
+    fit = found["fits"]["denoising error - floor"]
+    assert fit["levels"] == ["xs", "s", "m"]
+    assert fit["costs"] == pytest.approx([0.1, 0.2, 0.3])
+    assert "scaling law, denoising error - floor: " in printed
+    assert "left out: level differences: this family has no calibration; measure it with: python -m mlem" in printed
+
+
+def test_another_data_set_is_refused(folder: Path) -> None:
+    options = ("experiment=scaling_law", "data=dead_leaves", "data.options.count=20", "data.options.size=8")
+    with pytest.raises(ValueError, match=r"data=dead_leaves has images .*the family is of digits"):
+        run_in(folder, lambda: run_here("sample", *options))
+
+
+@pytest.mark.parametrize(("gamma", "warns"), [(1.5, True), (4.0, False)])
+def test_a_small_gamma_is_warned_of(folder: Path, tmp_path: Path, gamma: float, warns: bool) -> None:
+    family = Family.load(folder / "runs/demo/family")
+    costs = np.array([level.flops for level in family.levels])
+    images = np.random.default_rng(0).gamma(50, 1 / 50, (3, 200))
+    fits = scaling_fits(family, (0.1 + (costs / costs[0]) ** (-2 / gamma))[:, None] * images, replicates=100)
+    (said,) = draw_scaling(family, fits, 200, tmp_path / "law.png")
+    assert said.startswith("warning: scaling law") == warns
+    plain = plain_fits(fits, family.names)["denoising error - floor"]
+    assert plain["gamma"] == pytest.approx(gamma, rel=0.5)
+    assert plain["gamma_plotted"] == plain["gamma"] / 2
