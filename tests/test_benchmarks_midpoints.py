@@ -84,3 +84,11 @@ def test_parallel_on_an_untrained_family(tmp_path: Path, monkeypatch: pytest.Mon
         assert row["mse"] <= ours[0]["mse"]
         assert row["ratio"]["lowest"] <= row["ratio"]["median"] <= row["ratio"]["highest"]
     assert all(row["rounds"] < row["calls"] for row in ours)
+
+
+@pytest.mark.usefixtures("float64")
+def test_modes_far_apart_are_told_apart() -> None:
+    """The share of exact samples nearest to a mean is its weight: 4 standard errors."""
+    for d in (2, 16):
+        problem = midpoints.Problem(d, distance=3.0, deviation=0.2, apart=1.0)
+        assert problem.weights(problem.exact(20_000, 0)).abs().max() < 4
