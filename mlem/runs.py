@@ -22,7 +22,6 @@ from mlem.files import read_json
 _RUN = {"settings.json", "config.yaml"}
 _OTHER = {"settings.json", "family.json", "manifest.json"}  # samples, families and data sets hold no runs
 _RESULTS = ("level/mlem.json", "coefficients.json")  # what a finished run has
-_SIZES = ("B", "KB", "MB", "GB", "TB")
 
 
 @dataclass(frozen=True)
@@ -138,11 +137,11 @@ def _ago(seconds: float) -> str:
 
 
 def _human(size: float) -> str:
-    for unit in _SIZES:
-        if size < 1000 or unit == _SIZES[-1]:
-            break
+    for unit in ("B", "KB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
         size /= 1000
-    return f"{size:.3g} {unit}"
+    return f"{size:.3g} TB"
 
 
 def _show(found: Sequence[Run], root: Path) -> None:
