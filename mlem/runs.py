@@ -146,9 +146,9 @@ def _human(size: float) -> str:
 
 def _show(found: Sequence[Run], root: Path) -> None:
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    table = Table("run", "state", "step", "error", "FID", "size", "changed")
+    table = Table(Column("run", overflow="fold"), "state", "step", "error", Column("FID", overflow="fold"), "size", "changed")
     for run in found:
         steps = "" if run.steps is None else f" of {run.steps}"
         error = "" if run.error is None else f"{run.error:.4g}"
