@@ -148,7 +148,8 @@ def _show(found: Sequence[Run], root: Path) -> None:
     from rich.console import Console
     from rich.table import Column, Table
 
-    table = Table(Column("run", overflow="fold"), "state", "step", "error", Column("FID", overflow="fold"), "size", "changed")
+    long = [Column(header, overflow="fold") for header in ("run", "FID")]
+    table = Table(long[0], "state", "step", "error", long[1], "size", "changed")
     for run in found:
         steps = "" if run.steps is None else f" of {run.steps}"
         error = "" if run.error is None else f"{run.error:.4g}"
