@@ -32,6 +32,7 @@ bench: setup  ## the figures of benchmarks/README.md
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/theory.py
 	$(BIN)/python benchmarks/data.py
+	$(BIN)/python benchmarks/scale.py
 	$(BIN)/python train.py experiment=dead_leaves16
 	$(BIN)/python benchmarks/multilevel.py runs/dead_leaves16/family
 

@@ -2,7 +2,7 @@
 
     python benchmarks/scale.py
 
-Level s, 32x32 RGB, untrained, DDIM in 10 steps, batch 100, one rank. `outside` is all the wall time from the empty
+Level s, 16x16 RGB, untrained, DDIM in 20 steps, batch 100, one rank. `outside` is all the wall time from the empty
 folder to the manifest that is not in the network, by the ledger: the solver's own arithmetic and noise too.
 """
 
@@ -25,7 +25,7 @@ from mlem.outputs import claim, finish, pack, sample_path, survey, verify, write
 from mlem.sampling import Sampler
 from mlem.schedule import NoiseSchedule
 
-SHAPE, BATCH, STEPS = (3, 32, 32), 100, 10
+SHAPE, BATCH, STEPS = (3, 16, 16), 100, 20
 
 
 def main() -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import fcntl
 import json
-import math
 import os
 import re
 import sys
@@ -23,7 +22,6 @@ from mlem.files import read_json
 _RUN = {"settings.json", "config.yaml"}
 _OTHER = {"settings.json", "family.json", "manifest.json"}  # samples, families and data sets hold no runs
 _RESULTS = ("level/mlem.json", "coefficients.json")  # what a finished run has
-_SIZES = ("B", "KB", "MB", "GB", "TB")
 
 
 @dataclass(frozen=True)
@@ -139,15 +137,19 @@ def _ago(seconds: float) -> str:
 
 
 def _human(size: float) -> str:
-    power = min(len(_SIZES) - 1, int(math.log10(max(size, 1))) // 3)
-    return f"{size / 1000**power:.3g} {_SIZES[power]}"
+    for unit in ("B", "KB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} TB"
 
 
 def _show(found: Sequence[Run], root: Path) -> None:
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    table = Table("run", "state", "step", "error", "FID", "size", "changed")
+    long = [Column(header, overflow="fold") for header in ("run", "FID")]
+    table = Table(long[0], "state", "step", "error", long[1], "size", "changed")
     for run in found:
         steps = "" if run.steps is None else f" of {run.steps}"
         error = "" if run.error is None else f"{run.error:.4g}"
