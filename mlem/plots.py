@@ -120,8 +120,8 @@ def coupled_errors(
 
     rows: mappings with sampler, solver, levels, plan (empty: one level alone), delta, steps, wall_seconds, flops, mse,
     mse_stderr; those of one level and sampler are joined in the order of steps. best: which of the others are marked,
-    and joined in the order of delta. pictures: "A: words", or a name -> the row that it stands at (or None), and its samples
-    side by side. Raises ValueError for no rows, missing columns, and values that a logarithm cannot show.
+    and joined in the order of delta. pictures: "A: words", or a name -> the row that it stands at (or None), and its
+    samples side by side. Raises ValueError for no rows, missing columns, and values that a logarithm cannot show.
     """
     _need(rows, (*_ERROR_COLUMNS[1:3], "solver", "levels", "plan", "delta", "wall_seconds", "flops", "mse"), "coupled")
     for row in rows:
@@ -165,8 +165,8 @@ def coupled_errors(
     figure.axes[0].legend(fontsize="x-small", frameon=False)
     figure.suptitle(fill(caption, 170), fontsize="small", x=0.01, ha="left", color="0.3")
     strips = grid[2].subgridspec(max(1, len(pictures)), 1)
-    for strip, (letter, (_, image)) in zip(strips, pictures.items(), strict=False):
-        axes = figure.add_subplot(strip)
+    for number, (letter, (_, image)) in enumerate(pictures.items()):
+        axes = figure.add_subplot(strips[number])
         axes.imshow(image, cmap="gray", vmin=0, vmax=255)
         axes.set_axis_off()
         axes.set_title(letter, fontsize="small", loc="left", pad=2)
