@@ -46,9 +46,12 @@ def test_the_command_writes_figure_and_numbers(folder: Path) -> None:
 
 
 def test_another_data_set_is_refused(folder: Path) -> None:
-    options = ("experiment=scaling_law", "data=dead_leaves", "data.options.count=20", "data.options.size=8")
-    with pytest.raises(ValueError, match=r"data=dead_leaves has images .*the family is of digits"):
-        run_in(folder, lambda: run_here("sample", *options))
+    levels = Family.load(folder / "runs/demo/family").levels
+    for level in levels:
+        level.data = "leaves"
+    Family(levels).save(folder / "other")
+    with pytest.raises(ValueError, match=r"data=digits has images \(1, 8, 8\), the family is of leaves"):
+        run_in(folder, lambda: run_here("sample", "experiment=scaling_law", "family=other"))
 
 
 @pytest.mark.parametrize(("gamma", "warns"), [(1.5, True), (4.0, False)])

@@ -82,13 +82,12 @@ def draw(bench: Bench, runs: Sequence[Run], path: Path, shown: int) -> None:
 def selected(
     bench: Bench, pairs: Sequence[tuple[Run, dict[str, Any]]], best: Sequence[Mapping[str, Any]]
 ) -> Sequence[tuple[Run, Mapping[str, Any]]]:
-    """Whose samples are shown: the largest level in the fewest steps and in twice those or so, then of each sampler
-
-    with coins the best trial whose cost is nearest to the first of these.
+    """Whose samples are shown: the largest level in the two smallest numbers of steps, then of every sampler with coins
+    the best trial whose cost is nearest to the first of these.
     """
     top = bench.family.level().name
     alone = sorted((row["steps"], i) for i, (_, row) in enumerate(pairs) if not row["plan"] and row["levels"] == top)
-    chosen = [pairs[i] for _, i in alone[:2]]
+    chosen: list[tuple[Run, Mapping[str, Any]]] = [pairs[i] for _, i in alone[:2]]
     target = chosen[0][1]["flops"] if chosen else 0.0
     for name in dict.fromkeys((row["sampler"], row["solver"]) for row in best):
         own = [row for row in best if (row["sampler"], row["solver"]) == name]
