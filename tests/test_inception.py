@@ -71,8 +71,8 @@ def test_inception_gets_three_channels_and_the_original_resize(
     found = ORIGINAL if original else "0a" * 32
     monkeypatch.setattr("mlem.metrics.inception.find_spec", lambda name: True)
     monkeypatch.setattr("mlem.metrics.inception.sha256_of", lambda path: found)
-    monkeypatch.setitem(sys.modules, "torch_fidelity", sys)
     monkeypatch.setattr("torchmetrics.image.fid.NoTrainInceptionV3", StandIn)
+    monkeypatch.setitem(sys.modules, "torch_fidelity", sys)
     fid = FID("inception", (1, 8, 8), weights, None if original else found[:9].upper())
     fid.update(digits()[:5])
     assert seen == {"features": ["2048"], "path": str(weights), "antialias": False, "shape": (5, 3, 8, 8)}
