@@ -29,8 +29,26 @@ def draw_midpoints(indices: Tensor, seed: int, count: int, midpoints: str) -> Te
     )
 
 
-class RandomizedMidpoint(Solver):
-    """Two evaluations a step. State: the fractions of the steps to come, (steps, B).
+class _TwoCalls(Solver):
+    """What both methods share. State: the fractions of the steps to come, (steps, B)."""
+
+    midpoints: str
+
+    @staticmethod
+    def _checked(midpoints: str) -> str:
+        if midpoints not in MIDPOINTS:
+            raise ValueError(f"midpoints must be one of {', '.join(MIDPOINTS)}, got {midpoints!r}")
+        return midpoints
+
+    def evaluations(self, grid: TimeGrid) -> int:
+        return 2 * grid.steps
+
+    def init(self, points: list[Point], indices: Tensor, seed: int) -> Tensor:
+        return draw_midpoints(indices, seed, len(points) - 1, self.midpoints)
+
+
+class RandomizedMidpoint(_TwoCalls):
+    """Two evaluations a step.
 
     clock: what midpoints are uniform in, `kappa` or `ou`. midpoints: every sample its `own`, or one `shared` by all.
     Root-mean-square order 3/2; the mean over midpoints has order 2.
@@ -42,17 +60,9 @@ class RandomizedMidpoint(Solver):
     reference = "dpm_solver_pp"
 
     def __init__(self, clock: str = "kappa", midpoints: str = "own") -> None:
-        if midpoints not in MIDPOINTS:
-            raise ValueError(f"midpoints must be one of {', '.join(MIDPOINTS)}, got {midpoints!r}")
-        self.clock, self.midpoints = make_clock(clock), midpoints
+        self.clock, self.midpoints = make_clock(clock), self._checked(midpoints)
         if clock == "ou":
             self.default_grid = "ou_halving"  # pyright: ignore[reportAttributeAccessIssue]
-
-    def evaluations(self, grid: TimeGrid) -> int:
-        return 2 * grid.steps
-
-    def init(self, points: list[Point], indices: Tensor, seed: int) -> Tensor:
-        return draw_midpoints(indices, seed, len(points) - 1, self.midpoints)
 
     def step(
         self, eps: Estimate, y: Tensor, state: Tensor, here: Point, there: Point, path: BrownianPath
@@ -63,7 +73,7 @@ class RandomizedMidpoint(Solver):
         return y + expand_like(weight, y) * eps(y_mid, middle), state[1:]
 
 
-class SDERandomizedMidpoint(Solver):
+class SDERandomizedMidpoint(_TwoCalls):
     """The same for the reverse SDE, midpoint uniform in kappa and on the same Brownian path.
 
     The path is as rough as its noise, so one midpoint leaves h^(3/2) of a step unknown: strong order 1, and measured
@@ -79,15 +89,7 @@ class SDERandomizedMidpoint(Solver):
     reference = "euler_maruyama"
 
     def __init__(self, midpoints: str = "own") -> None:
-        if midpoints not in MIDPOINTS:
-            raise ValueError(f"midpoints must be one of {', '.join(MIDPOINTS)}, got {midpoints!r}")
-        self.midpoints = midpoints
-
-    def evaluations(self, grid: TimeGrid) -> int:
-        return 2 * grid.steps
-
-    def init(self, points: list[Point], indices: Tensor, seed: int) -> Tensor:
-        return draw_midpoints(indices, seed, len(points) - 1, self.midpoints)
+        self.midpoints = self._checked(midpoints)
 
     def step(
         self, eps: Estimate, y: Tensor, state: Tensor, here: Point, there: Point, path: BrownianPath
