@@ -186,7 +186,9 @@ def quality_vs_evaluations(rows: Sequence[Mapping[str, Any]], path: str | os.Pat
     fid = next((name for name in rows[0] if name.startswith("fid_") and not name.endswith("_std")), None)
     measures = [("mse", "mean squared error to the reference"), *([(fid, fid)] if fid else [])]
     figure, panels = _panels("network calls per image", [label for _, label in measures], f"level {largest}; {caption}")
-    looks = dict(zip(_distinct(rows, "sampler"), zip(cycle(_COLOURS), cycle(_STYLES), strict=False), strict=False))
+    # the eighth has the first colour again, with another marker and line
+    pairs = [(_COLOURS[i % len(_COLOURS)], _STYLES[(i + i // len(_COLOURS)) % len(_STYLES)]) for i in range(49)]
+    looks = dict(zip(_distinct(rows, "sampler"), cycle(pairs), strict=False))
     for axes, (column, _) in zip(panels, measures, strict=True):
         axes.set(xscale="log", yscale="log")
         for sampler, (colour, (marker, line)) in looks.items():
