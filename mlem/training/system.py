@@ -21,7 +21,11 @@ class SystemFigures(pl.Callback):
     def __init__(self, batch_size: int) -> None:
         self._batch_size = batch_size
 
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # not at the start of an epoch, which a run that is resumed within one never sees
+        self._start = time.perf_counter(), trainer.global_step
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._start = time.perf_counter(), trainer.global_step
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
