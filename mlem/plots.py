@@ -131,46 +131,55 @@ def coupled_errors(
 
     figure = Figure(figsize=(15, 5.5), dpi=150, layout="constrained")
     grid = figure.add_gridspec(1, 3, width_ratios=(5, 5, 3.4))
-    alone = [row for row in rows if not row["plan"]]
-    lines = list(dict.fromkeys((row["sampler"], row["solver"], row["levels"]) for row in alone))
-    together = list(dict.fromkeys((row["sampler"], row["solver"]) for row in rows if row["plan"]))
-    several = len({row["solver"] for row in rows}) > 1
+    letters = {words.partition(":")[0]: row for words, (row, _) in pictures.items() if row is not None}
     for place, (column, scale, label) in enumerate((("wall_seconds", 1e3, "time [ms]"), ("flops", 1e-6, "MFLOPs"))):
-        axes = figure.add_subplot(
-            grid[place], xlabel=f"{label} per image", ylabel="mean squared error to the reference"
-        )
-        axes.set(xscale="log", yscale="log")
+        axes = figure.add_subplot(grid[place], xlabel=f"{label} per image")
+        axes.set(xscale="log", yscale="log", ylabel="mean squared error to the reference")
         axes.grid(which="major", color="0.9")
         axes.set_axisbelow(True)
-        for (name, solver, level), shade, (_, line) in zip(lines, _greys(len(lines)), cycle(_STYLES), strict=False):
-            points = [row for row in alone if (row["sampler"], row["solver"], row["levels"]) == (name, solver, level)]
-            points.sort(key=lambda row: row["steps"])
-            x, y = [scale * row[column] for row in points], [row["mse"] for row in points]
-            title = f"{name}, level {level}" + (f" ({solver})" if several else "")
-            bars = [row["mse_stderr"] for row in points]
-            axes.errorbar(x, y, bars, color=shade, linestyle=line, marker=".", elinewidth=0.8, label=title)
-        for (name, solver), colour, (marker, _) in zip(together, cycle(_COLOURS), cycle(_STYLES), strict=False):
-            own = [row for row in rows if row["plan"] and (row["sampler"], row["solver"]) == (name, solver)]
-            x, y = [scale * row[column] for row in own], [row["mse"] for row in own]
-            axes.plot(x, y, marker, color=colour, markersize=3, alpha=0.35, markeredgewidth=0)
-            marked = [row for row in best if (row["sampler"], row["solver"]) == (name, solver)]
-            marked.sort(key=lambda row: (row["levels"], row["steps"], row["delta"] or 0.0))
-            x, y = [scale * row[column] for row in marked], [row["mse"] for row in marked]
-            title = f"{name} ({solver})" if several else name
-            axes.plot(x, y, marker, color=colour, linestyle="-", linewidth=0.6, markeredgecolor="black", label=title)
-        for letter, (row, _) in pictures.items():
-            if row is not None:
-                place_ = (scale * row[column], row["mse"])
-                axes.annotate(letter.partition(":")[0], place_, (4, 5), textcoords="offset points", fontweight="bold")
+        _coupled_panel(axes, rows, best, column, scale)
+        for letter, row in letters.items():
+            at = (scale * row[column], row["mse"])
+            axes.annotate(letter, at, (4, 5), textcoords="offset points", fontweight="bold")
     figure.axes[0].legend(fontsize="x-small", frameon=False)
     figure.suptitle(fill(caption, 170), fontsize="small", x=0.01, ha="left", color="0.3")
     strips = grid[2].subgridspec(max(1, len(pictures)), 1)
-    for number, (letter, (_, image)) in enumerate(pictures.items()):
+    for number, (words, (_, image)) in enumerate(pictures.items()):
         axes = figure.add_subplot(strips[number])
         axes.imshow(image, cmap="gray", vmin=0, vmax=255)
         axes.set_axis_off()
-        axes.set_title(letter, fontsize="small", loc="left", pad=2)
+        axes.set_title(words, fontsize="small", loc="left", pad=2)
     _save(figure, path)
+
+
+def _coupled_panel(
+    axes: Axes, rows: Sequence[Mapping[str, Any]], best: Sequence[Mapping[str, Any]], column: str, scale: float
+) -> None:
+    """Lines of what ran alone and points of what shared the work, against `column`."""
+    solvers = _distinct(rows, "solver")
+
+    def named(name: str, solver: str) -> str:
+        return f"{name} ({solver})" if len(solvers) > 1 else name
+
+    def against(points: Sequence[Mapping[str, Any]]) -> tuple[list[float], list[float]]:
+        return [scale * row[column] for row in points], [row["mse"] for row in points]
+
+    alone = [row for row in rows if not row["plan"]]
+    lines = list(dict.fromkeys((row["sampler"], row["solver"], row["levels"]) for row in alone))
+    for key, shade, (_, line) in zip(lines, _greys(len(lines)), cycle(_STYLES), strict=False):
+        points = [row for row in alone if (row["sampler"], row["solver"], row["levels"]) == key]
+        points.sort(key=lambda row: row["steps"])
+        bars, label = [row["mse_stderr"] for row in points], named(f"{key[0]}, level {key[2]}", key[1])
+        axes.errorbar(*against(points), bars, color=shade, linestyle=line, marker=".", elinewidth=0.8, label=label)
+    together = list(dict.fromkeys((row["sampler"], row["solver"]) for row in rows if row["plan"]))
+    for key, colour, (marker, _) in zip(together, cycle(_COLOURS), cycle(_STYLES), strict=False):
+        own, marked = (
+            [row for row in some if row["plan"] and (row["sampler"], row["solver"]) == key] for some in (rows, best)
+        )
+        axes.plot(*against(own), marker, color=colour, markersize=3, alpha=0.35, markeredgewidth=0)
+        marked.sort(key=lambda row: (row["levels"], row["steps"], row["delta"] or 0.0))
+        style = {"color": colour, "linestyle": "-", "linewidth": 0.6, "markeredgecolor": "black"}
+        axes.plot(*against(marked), marker, label=named(*key), **style)
 
 
 def quality_vs_evaluations(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str], caption: str) -> None:

@@ -119,8 +119,7 @@ class Sampler:
         if plan is None:
             return None
         assert isinstance(model, Family)
-        if not self.solver.sequential:
-            raise ValueError(f"{self.solver.name} evaluates many times at once, a plan once a row; leave plan= out")
+        check_estimator(self.solver, self.grid, plan.estimator)
         if isinstance(plan, Recipe):
             plan = plan.plan(model, self.solver, self.grid)
         evaluations = self.solver.evaluations(self.grid)
@@ -128,11 +127,6 @@ class Sampler:
             raise ValueError(
                 f"the plan has {plan.evaluations} rows, but {self.solver.name} in {self.grid.steps} steps evaluates "
                 f"{evaluations} times; draw it for these steps, or pass family.plan(...), which fits any"
-            )
-        if plan.estimator == "hindsight" and (self.solver.name not in SOLVERS or evaluations != self.grid.steps):
-            name = self.solver.name
-            raise ValueError(
-                f"hindsight needs a solver of mlem's that evaluates once a step, not {name}; use estimator=held"
             )
         return plan
 
@@ -284,6 +278,16 @@ def solver_of(solver: str | Solver, **options: Any) -> Solver:
 
         return DiffusersSolver(solver.removeprefix("diffusers:"), **options)
     return make_solver(solver, **options)
+
+
+def check_estimator(solver: Solver, grid: TimeGrid, estimator: str) -> None:
+    """Raise ValueError where this solver cannot follow a plan, or not one of this estimator."""
+    if not solver.sequential:
+        raise ValueError(f"{solver.name} evaluates many times at once, a plan once a row; leave plan= out")
+    if estimator == "hindsight" and (solver.name not in SOLVERS or solver.evaluations(grid) != grid.steps):
+        raise ValueError(
+            f"hindsight needs a solver of mlem's that evaluates once a step, not {solver.name}; use estimator=held"
+        )
 
 
 def blocks(indices: Sequence[int], batch_size: int) -> list[list[int]]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import midpoints, orders, parallel
+from benchmarks import midpoints, mixtures, orders, parallel
 from mlem.family import Family
 from mlem.files import read_json
 from tests.problems import level
@@ -60,10 +60,10 @@ def test_midpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("float64")
 def test_exact_samples_are_as_near_the_law_as_they_can_be() -> None:
     """The mean of the squared distance falls as 1/N, and the quantiles of a Gaussian alone are those of the normal."""
-    problem = midpoints.Problem(2, distance=0.0, deviation=1.0)
+    problem = mixtures.Problem(2, distance=0.0, deviation=1.0)
     squares = {
         count: sum(
-            midpoints.distance(problem.slices(problem.exact(count, seed)), problem.quantiles(count)) ** 2
+            mixtures.distance(problem.slices(problem.exact(count, seed)), problem.quantiles(count)) ** 2
             for seed in range(10)
         )
         for count in (200, 3200)
@@ -90,5 +90,5 @@ def test_parallel_on_an_untrained_family(tmp_path: Path, monkeypatch: pytest.Mon
 def test_modes_far_apart_are_told_apart() -> None:
     """The share of exact samples nearest to a mean is its weight: 4 standard errors."""
     for d in (2, 16):
-        problem = midpoints.Problem(d, distance=3.0, deviation=0.2, apart=1.0)
+        problem = mixtures.Problem(d, distance=3.0, deviation=0.2, apart=1.0)
         assert problem.weights(problem.exact(20_000, 0)).abs().max() < 4

@@ -143,9 +143,19 @@ def test_a_bad_plan_names_its_entry(entry: str, says: str, tmp_path: Path, monke
     assert not list(tmp_path.iterdir())
 
 
+def test_a_plan_that_its_solver_cannot_follow_is_refused_before_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    says = r"^evaluation\.samplers\[0\]: hindsight needs a solver of mlem's that evaluates once a step, not heun"
+    with pytest.raises(ValueError, match=says):
+        run_here("train", *TRAIN, "evaluation.samplers=[{solver:heun,steps:[2],plan:{budget:0.5}}]")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_plan_without_calibration_is_refused_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    says = r"^evaluation\.samplers\[1\] has a plan, which needs calibration\.images >= 1, got 0$"
+    says = r"^evaluation\.samplers\[1\] has a plan, which needs calibration\.images >= 2, got 0$"
     with pytest.raises(ValueError, match=says):
         run_here("train", *TRAIN, "calibration.images=0")
     assert not list(tmp_path.iterdir())

@@ -62,6 +62,11 @@ def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, *opt
         (("budget=0.5", "model=unet_xs"), "budget= shares work among levels, and model= is one; leave it out"),
         (("budget=0.5", "level=s"), "level=s runs one level, budget= several; give one"),
         (("mse=1e-9",), "mse=1e-09: the error of ddim in 50 steps on the uniform grid alone is "),
+        (("plan=best", "coins=nested"), "plan=best is made already: leave out coins="),
+        (("plan=best", "levels=[xs,s]"), "plan=best is made already: leave out levels="),
+        (("plan=best", "per_sample=true"), "plan=best is made already: leave out per_sample="),
+        (("plan=best", "sampler=mlem", "estimator=jump"), "plan=best is made already: leave out estimator="),
+        (("plan=best", "sampler=mlem", "mse=0.1"), "plan=best is made already: leave out mse="),
         (("budget=0.5", "coins=dice"), "coins must be one of systematic, bernoulli, nested, poisson, got 'dice'"),
         (("budget=0.5", "estimator=guess"), "estimator must be one of jump, held, hindsight, got 'guess'"),
         (
@@ -125,6 +130,19 @@ def test_a_family_that_is_not_calibrated_gets_one_line(
     # numbers need no calibration
     run_here("sample", "trainer=cpu", *options, "budget=0.9", "probabilities=[1,0.5]", "steps=8", "seeds=0")
     assert set(calls(out)) == {"xs", "s"}
+
+
+def test_a_device_that_is_not_here_gets_one_line(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["mlem.multilevel", "calibrate", str(FAMILY), "--device", "gpu"])
+    with pytest.raises(SystemExit) as stop:
+        multilevel.main()
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("mlem.multilevel: --device gpu cannot be used (")
+    assert said.endswith("); take cpu, or another device\n")
+    assert said.count("\n") == 1
 
 
 def test_the_tool_runs_as_a_module(here: Path, tmp_path: Path) -> None:

@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from mlem.family import Family
-from mlem.multilevel.calibrate import Calibration, Response
+from mlem.multilevel.calibrate import Calibration, Response, calibrate
 from mlem.multilevel.coefficients import CERTAIN, Coefficients
 from mlem.multilevel.coins import COINS
+from mlem.multilevel.memorise import memorise
 from mlem.multilevel.plan import Plan
 from mlem.multilevel.recipe import Recipe, stored_plan
 from mlem.sampling import Sampler, sample
@@ -116,6 +117,52 @@ def test_a_budget_is_spent_on_average(coins: str, budget: float) -> None:
     assert (scaled[1] / scaled[0]).item() == pytest.approx((costs[2] / costs[1]).item() ** -(0.5 + 1 / 3), rel=1e-9)
 
 
+def test_budgets_of_a_family_that_was_not_timed_are_in_flops() -> None:
+    """And the plan says so, although cost is seconds by default."""
+    family = pair()
+    plan = Sampler(family, steps=6, plan=family.plan(probabilities=(1.0, 0.5), estimator="jump")).plan
+    assert plan is not None
+    assert plan.about["cost_unit"] == "flops"
+    family.fitted["calibration"] = calibration(family).to_dict()
+    plan = Sampler(family, steps=6, plan=family.plan(probabilities=(1.0, 0.5), estimator="jump")).plan
+    assert plan is not None
+    assert plan.about["cost_unit"] == "seconds"
+
+
+def test_learned_coefficients_are_of_their_own_levels() -> None:
+    """As many numbers as levels are not enough."""
+    family = closed_family()
+    smaller = tuple(family.names[:2])
+    learned = Coefficients(torch.zeros(2), torch.tensor([CERTAIN, 0.0]), smaller)
+    family.fitted["coefficients"] = learned.to_dict()
+    solver = make_solver("ddim")
+    grid = solver.grid(COSINE, 4)
+    assert family.plan(probabilities="learned", levels=smaller).plan(family, solver, grid).levels == smaller
+    others = (family.names[0], family.names[2])
+    with pytest.raises(ValueError, match=f"^learned coefficients are of {', '.join(smaller)}, got levels="):
+        family.plan(probabilities="learned", levels=others).plan(family, solver, grid)
+
+
+def test_memorising_needs_coins() -> None:
+    with pytest.raises(ValueError, match=r"^this recipe tosses no coins, so that all its draws are equal; add coins="):
+        memorise(pair(), budget=0.5)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"images": 1}, "images of a calibration must be >= 2, got 1"),
+        ({"times": 2}, "times of a calibration must be >= 3, got 2"),
+        ({"batch_sizes": ()}, "batch sizes of a calibration must be one or more numbers >= 1, got []"),
+        ({"batch_sizes": (8, 0)}, "batch sizes of a calibration must be one or more numbers >= 1, got [8, 0]"),
+    ],
+    ids=str,
+)
+def test_calibrations_too_small_to_say_anything_are_refused(options: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(says)}$"):
+        calibrate(pair(), **options)
+
+
 def test_plans_are_found_by_name() -> None:
     family = pair()
     with pytest.raises(ValueError, match=r"^plan=best: there are none; memorise one with: "):
@@ -125,6 +172,9 @@ def test_plans_are_found_by_name() -> None:
     assert stored_plan(family, "best").to_dict() == plan.to_dict()
     with pytest.raises(ValueError, match=r"^plan=other: there are best, cheap; memorise one with: "):
         stored_plan(family, "other")
+    family.fitted["plans"] = {"best": plan.to_dict() | {"about": {"weights": "others"}}}
+    with pytest.raises(ValueError, match=r"^plan=best was memorised for other weights: python -m mlem\.multilevel mem"):
+        stored_plan(family, "best")
 
 
 # --- what is stored with a family ----------------------------------------------------------------------------------

@@ -58,6 +58,14 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         text = "".join(json.dumps(line) + "\n" for line in lines)
         (folder / name / "metrics.jsonl").write_text(text + '{"step": 3, "train')
     curves({"a": ([1, 2], [1, 2])}, folder / "error_vs_time.png", "x", "y", "caption")
+    (folder / "error_vs_time").mkdir()
+    curves({"a": ([1, 2], [1, 2])}, folder / "error_vs_time" / "error_vs_time.png", "x", "y", "caption")
+    against = {
+        "time, largest": {"ratio": 2.5, "low": 2.0, "high": 3.0},
+        "FLOPs, any": dict.fromkeys(("ratio", "low", "high")),
+    }
+    ratio = {"sampler": EVIL, "solver": "ddpm", "coins": "mean", "mse": 1e-3, "against": against}
+    (folder / "error_vs_time" / "summary.json").write_text(json.dumps({"caption": "32 images", "ratios": [ratio]}))
     (folder / "grids").mkdir()
     for one in ROWS:
         if "/" not in one["sampler"]:
@@ -99,7 +107,7 @@ def test_it_asks_for_nothing_and_all_pictures_load(opened: Any, run: Path) -> No
     assert [url for url in opened.asked if not url.startswith("data:")] == [(run / "report.html").as_uri()]
     assert opened.errors == []
     pictures = opened.evaluate("[...document.images].map(one => [one.naturalWidth, one.alt])")
-    assert len(pictures) == 1 + 3 + 4 + 1 + 3
+    assert len(pictures) == 1 + 1 + 3 + 4 + 1 + 3
     assert all(width > 0 and len(alt) > 10 for width, alt in pictures)
 
 
@@ -141,7 +149,7 @@ def test_a_press_on_a_header_sorts(opened: Any) -> None:
     assert column(3) == ["100", "20", "10", "9"]
     assert states().count("none") == len(states()) - 1
     assert states()[2] == "descending"
-    error = opened.get_by_role("button", name="MSE", exact=True)
+    error = opened.get_by_role("button", name="MSE", exact=True).first
     error.focus()
     opened.keyboard.press("Enter")
     assert column(10) == ["0.001", "0.02", "0.3", "–"]
@@ -149,6 +157,20 @@ def test_a_press_on_a_header_sorts(opened: Any) -> None:
     assert column(10) == ["0.3", "0.02", "0.001", "–"]
     opened.get_by_role("button", name="level", exact=True).first.click()
     assert column(1) == ["mlem", "s", "xs", "xs"]
+
+
+def test_ratios_at_equal_error_are_told(run: Path) -> None:
+    text = (run / "report.html").read_text()
+    assert "<h2>Samplers at equal error</h2>" in text
+    for words in (
+        "32 images",
+        "the largest level alone",
+        ">2.50<",
+        "2.00 to 3.00",
+        "the best single level",
+        "not reached",
+    ):
+        assert words in text
 
 
 def test_a_real_run_leaves_its_report(trained: Path) -> None:

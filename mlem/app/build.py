@@ -147,8 +147,8 @@ def plan_of(config: DictConfig, model: Family | Level) -> Plan | Recipe | None:
     """What `plan=`, `budget=` and their like ask for; None for one level. Raises ValueError for what does not fit."""
     plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
     options = {key: plain[key] for key in _RECIPE if key in plain and key not in ("batch_size", "seed")}
-    others = any(plain[key] is not None for key in ("mse", "delta", "plan"))
-    if others and plain["budget"] == plain["sampler"].get("budget"):
+    own_dial = any(plain[key] is not None for key in ("mse", "delta", "plan"))
+    if own_dial and plain["budget"] == plain["sampler"].get("budget"):
         options["budget"] = plain["budget"] = None  # the sampler's own budget gives way
     dials = [key for key in (*DIALS, "plan") if plain[key] is not None]
     if not dials and plain["probabilities"] != "learned":
@@ -164,8 +164,11 @@ def plan_of(config: DictConfig, model: Family | Level) -> Plan | Recipe | None:
         raise ValueError(f"level={config.level} runs one level, {(dials or ['probabilities'])[0]}= several; give one")
     if plain["plan"] is None:
         return recipe_of(options | {"batch_size": plain["batch_size"], "seed": plain["seed"]}, "")
-    if len(dials) > 1:
-        raise ValueError(f"plan={plain['plan']} is made already: leave out {dials[0]}=")
+    shaping = [key for key in ("levels", "coins", "probabilities", "order") if plain[key] is not None]
+    shaping += ["per_sample"] if plain["per_sample"] else []
+    shaping += ["estimator"] if plain["estimator"] != plain["sampler"].get("estimator") else []
+    if others := [key for key in dials if key != "plan"] + shaping:
+        raise ValueError(f"plan={plain['plan']} is made already: leave out {others[0]}=")
     path = str(plain["plan"])
     return Plan.load(path) if path.endswith(".json") else stored_plan(model, path)
 

@@ -50,9 +50,19 @@ _VALUES: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
             "training.workers",
             "evaluation.every_n_epochs",
             "data.held_out",
-            "calibration.images",
             "eval.shown",
         ),
+    ),
+    (
+        "a whole number >= 2, or 0 for none",
+        lambda value: _whole(value) and (value >= 2 or value == 0),
+        ("calibration.images",),
+    ),
+    ("a whole number >= 3", lambda value: _whole(value) and value >= 3, ("calibration.times",)),
+    (
+        "a list of whole numbers >= 1",
+        lambda value: isinstance(value, list) and bool(value) and all(_whole(n) and n >= 1 for n in value),
+        ("calibration.batch_sizes",),
     ),
     ("a whole number >= 2", lambda value: _whole(value) and value >= 2, ("model.draws", "model.held_out")),
     (

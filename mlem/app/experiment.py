@@ -19,6 +19,7 @@ from mlem.experiments.scaling import draw_scaling, held_out_errors, plain_fits, 
 from mlem.experiments.summary import draw, ratios
 from mlem.family import Family
 from mlem.files import folder_lock, write_json
+from mlem.report import write_report
 from mlem.sampling import solver_of
 
 _ENTRY = ("name", "solver", "steps", "grid", "options", "levels", "plan", "deltas", "trials")
@@ -55,11 +56,13 @@ def error_against_time(config: DictConfig) -> None:
         runs = [run for entry in entries for run in bench.runs(entry)]
         if not runs:
             raise ValueError("eval.samplers: nothing is left to run; list at least one sampler")
-        with _progress(sum(run.cost for run in runs)) as advance:
+        with _progress(bench.cost(runs)) as advance:
             bench.measure(runs, advance)
         found = ratios(bench, runs, config.eval.draws)
         draw(bench, runs, out / "error_vs_time.png", config.eval.shown)
         write_json(out / "summary.json", {"caption": bench.caption, "ratios": found})
+    if (out.parent / "report.html").exists():
+        write_report(out.parent)  # which shows it too
     for message in dict.fromkeys(str(warning.message) for warning in caught):
         print(f"warning: {message}")
     _table(found, bench)

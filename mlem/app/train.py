@@ -34,7 +34,7 @@ from mlem.metrics import FewImagesWarning
 from mlem.multilevel.__main__ import calibrate_folder
 from mlem.network import seconds_per_image
 from mlem.report import write_report
-from mlem.sampling import Sampler
+from mlem.sampling import Sampler, check_estimator
 from mlem.training.averaging import averaged_state, make_average
 from mlem.training.checkpoints import AtomicCheckpointIO, Checkpoints, saved
 from mlem.training.checkpoints import check as check_checkpoint
@@ -104,10 +104,12 @@ def _check_jobs(config: DictConfig, level: Level) -> None:
     parse_indices(config.evaluation.indices, "evaluation.indices")
     for number, choice in enumerate(sampler_choices(config)):
         if choice.recipe is not None and "levels" in config.model and not config.calibration.images:
-            raise ValueError(f"evaluation.samplers[{number}] has a plan, which needs calibration.images >= 1, got 0")
+            raise ValueError(f"evaluation.samplers[{number}] has a plan, which needs calibration.images >= 2, got 0")
         for steps in choice.steps:
             try:
-                Sampler(level, solver=choice.solver, steps=steps, grid=choice.grid)
+                sampler = Sampler(level, solver=choice.solver, steps=steps, grid=choice.grid)
+                if choice.recipe is not None:
+                    check_estimator(sampler.solver, sampler.grid, choice.recipe.estimator)
             except ValueError as error:
                 raise ValueError(f"evaluation.samplers[{number}]: {error}") from error
     new_fid(config, image_shape(config))

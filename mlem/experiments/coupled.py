@@ -160,14 +160,25 @@ class Bench:
         """What was measured of this run, or None."""
         return next((row for row in self.rows if _identity(row) == _identity(run.key)), None)
 
-    def measure(self, runs: Sequence[Run], progress: Callable[[float], None] = lambda cost: None) -> None:
-        """Add the rows that are not there. progress: told of the cost that is behind us."""
+    def missing(self, runs: Sequence[Run]) -> list[Run]:
+        """Those that have no row."""
         known = {_identity(row) for row in self.rows}
-        missing = [run for run in runs if _identity(run.key) not in known]
-        progress(sum(run.cost for run in runs) - sum(run.cost for run in missing))
+        return [run for run in runs if _identity(run.key) not in known]
+
+    def cost(self, runs: Sequence[Run]) -> float:
+        """What `measure` has to do, in evaluations of the largest level for an image."""
+        missing = self.missing(runs)
+        references = {run.solver.reference for run in missing}
+        todo = [name for name in references if name not in self._truths and not self._reference(name).exists()]
+        return sum(run.cost for run in missing) + self.reference_steps * len(todo)
+
+    def measure(self, runs: Sequence[Run], progress: Callable[[float], None] = lambda cost: None) -> None:
+        """Add the rows that are not there. progress: told of what is behind us, in all `cost(runs)`."""
+        missing = self.missing(runs)
         if missing:
             self._warm_up()
         for run in missing:
+            self.truth(run.solver.reference, progress)
             self.rows.append(self._measured(run))
             write_text(self.path, _csv(self.rows))
             progress(run.cost)
@@ -184,16 +195,22 @@ class Bench:
             return self.truth(run)[:count]
         return self.sampler(run).run(self.blocks[0]).x[:count].cpu()
 
-    def truth(self, reference: str) -> Tensor:
+    def _reference(self, name: str) -> Path:
+        return self.folder / f"reference_{name}.safetensors"
+
+    def truth(self, reference: str, progress: Callable[[float], None] = lambda cost: None) -> Tensor:
         """The samples of the reference solver, made once: (N, C, H, W)."""
         from safetensors.torch import load_file, save
 
-        path = self.folder / f"reference_{reference}.safetensors"
+        path = self._reference(reference)
         if reference not in self._truths and not path.exists():
             sampler = Sampler(self.family.level(), solver=reference, steps=self.reference_steps, **self._common)
-            x = torch.cat([sampler.run(block).x.cpu() for block in self.blocks])
+            parts = []
+            for block in self.blocks:
+                parts.append(sampler.run(block).x.cpu())
+                progress(self.reference_steps * len(block) / self.count)
             with atomic_write(path) as file:
-                file.write(save({"x": x.contiguous()}))
+                file.write(save({"x": torch.cat(parts).contiguous()}))
         return self._truths.setdefault(reference, load_file(path)["x"])
 
     def _warm_up(self) -> None:

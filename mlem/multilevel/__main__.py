@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mlem.family import Family
 from mlem.multilevel.calibrate import Calibration, calibrate
 from mlem.multilevel.memorise import memorise
@@ -44,6 +46,7 @@ def main() -> None:
     options = _parser().parse_args()
     try:
         family = Family.load(options.family)
+        _check_device(getattr(options, "device", "cpu"))
         {"calibrate": _calibrate, "report": _report, "memorise": _memorise}[options.verb](family, options)
     except (ValueError, OSError) as error:
         print(f"mlem.multilevel: {' '.join(str(error).split())}", file=sys.stderr)
@@ -83,6 +86,15 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--reference-steps", type=int, default=1000)
     one.add_argument("--device", default="cpu")
     return parser
+
+
+def _check_device(name: str) -> None:
+    """Raise ValueError for a device that is not here."""
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device {name} cannot be used ({reason}); take cpu, or another device") from error
 
 
 def _calibrate(family: Family, options: argparse.Namespace) -> None:

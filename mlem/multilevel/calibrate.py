@@ -51,7 +51,7 @@ class Calibration:
 
     names, flops: of the levels. seconds: batch size -> seconds per image of each level. log_snr: (T,), rising.
     differences: (T, K, K), E|f^j - f^k|^2 per pixel. image_differences: (K-1, B), of neighbours, the mean over times
-    for each trajectory. responses: "ode" and "sde". discretisation: "solver/grid" ->
+    and both trajectories of each starting noise. responses: "ode" and "sde". discretisation: "solver/grid" ->
     {steps: mean squared error}. pilots: "sde/hindsight" and so on -> [predicted, measured] errors of plans.
     about: number of images, seed, device, hash of the weights.
     """
@@ -142,8 +142,15 @@ def calibrate(
     """Measure a family.
 
     images: trajectories, with indices of their own, so that no sample shares their noise. times: T. batch_sizes: at
-    which levels are timed. progress: told what is being done. Raises ValueError for a family of one level.
+    which levels are timed. progress: told what is being done. Raises ValueError for a family of one level, and for
+    fewer than 2 images or 3 times.
     """
+    if images < 2:
+        raise ValueError(f"images of a calibration must be >= 2, got {images}")
+    if times < 3:
+        raise ValueError(f"times of a calibration must be >= 3, got {times}")
+    if not batch_sizes or min(batch_sizes) < 1:
+        raise ValueError(f"batch sizes of a calibration must be one or more numbers >= 1, got {list(batch_sizes)}")
     if len(family.levels) < 2:
         raise ValueError("calibration compares levels, and this family has one; train another: model.levels=[xs,s]")
     networks = torch.nn.ModuleList(level.network for level in family.levels).to(device)
@@ -190,7 +197,8 @@ def measure(
         by_image.append(outputs.diff(dim=1).square().flatten(3).mean((0, 3)))
         responses[kind] = _response(outputs, changes, grid, schedule)
     log_snr = schedule.log_snr(torch.tensor(grid.times[:-1:2], dtype=torch.float64))
-    mean, by_image = torch.stack(differences).mean(0).cpu(), torch.cat(by_image, 1).cpu()
+    # the two trajectories of an index share their noise: one image, not two
+    mean, by_image = torch.stack(differences).mean(0).cpu(), torch.stack(by_image).mean(0).cpu()
     return log_snr, mean, by_image, responses
 
 

@@ -32,13 +32,15 @@ def memorise(
 
     recipe: fields of `Recipe`; its seed is that of the first draw. `about` of the plan says the error it was chosen by
     (chosen_mse), its error on as many other samples (judged_mse), and theirs of all draws, mean and standard deviation
-    (others_mse, others_spread). Raises ValueError for fewer than two draws.
+    (others_mse, others_spread). Raises ValueError for fewer than two draws, and for a recipe that tosses no coins.
     """
     if draws < 2:
         raise ValueError(f"draws must be >= 2, got {draws}; the best is chosen among them")
+    first = Recipe(**recipe)  # type: ignore[arg-type]
+    if first.searched:
+        raise ValueError("this recipe tosses no coins, so that all its draws are equal; add coins=systematic")
     method = make_solver(solver)
     times = method.grid(family.schedule, steps, grid)
-    first = Recipe(**recipe)  # type: ignore[arg-type]
     plans = [replace(first, seed=first.seed + number).plan(family, method, times) for number in range(draws)]
     networks = torch.nn.ModuleList(level.network for level in family.levels).to(device)
     errors = []

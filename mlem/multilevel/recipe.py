@@ -89,6 +89,11 @@ class Recipe:
         if self.delta is not None and self.probabilities != "learned":
             raise ValueError("delta shifts learned coefficients; say probabilities=learned, or give budget=")
 
+    @property
+    def searched(self) -> bool:
+        """Whether rows are searched for: no coin is tossed, and every seed gives the same plan."""
+        return self.estimator != "jump" and self.probabilities == "calibrated" and self.coins is None
+
     def plan(self, family: Family, solver: Solver, grid: TimeGrid) -> Plan:
         """The plan for this family, solver and grid. Raises ValueError where the family was not fitted for it."""
         return _Planner(self, family, solver, grid).plan()
@@ -113,11 +118,11 @@ class _Planner:
         if calibrated or recipe.probabilities == "calibrated" or recipe.mse is not None:
             calibration = Calibration.of(family)
             self.predictor = Predictor(calibration, family.schedule, solver, grid)
-            self.costs = calibration.costs(recipe.cost, recipe.batch_size)
+            self.costs, self.unit = calibration.costs(recipe.cost, recipe.batch_size), recipe.cost
         else:
             self.predictor = None
             flops = torch.tensor([level.flops for level in family.levels], dtype=torch.float64)
-            self.costs = flops / flops[-1]
+            self.costs, self.unit = flops / flops[-1], "flops"  # seconds are known of calibrated families only
 
     def plan(self) -> Plan:
         """The plan, with what is predicted of it in `about`."""
@@ -132,7 +137,7 @@ class _Planner:
     def _about(self, plan: Plan) -> dict[str, object]:
         costs = self._costs_of(plan.levels)
         about: dict[str, object] = {"solver": self.solver.name, "steps": self.grid.steps, "grid": self.grid.name}
-        about |= {"cost": plan.cost(costs), "expected_cost": plan.expected_cost(costs), "cost_unit": self.recipe.cost}
+        about |= {"cost": plan.cost(costs), "expected_cost": plan.expected_cost(costs), "cost_unit": self.unit}
         if self.predictor is not None and bool((plan.probabilities[:, 0] == 1).all()):
             about["predicted_mse_of_plan"] = self.predictor.error(plan)
             if self.predictor.discretisation is not None:
@@ -168,8 +173,7 @@ class _Planner:
     def _best(self, levels: tuple[str, ...], budget: float) -> Plan | None:
         """The plan on these levels that spends at most `budget`, in evaluations of the largest level."""
         recipe = self.recipe
-        searched = recipe.estimator != "jump" and recipe.probabilities == "calibrated" and recipe.coins is None
-        if searched:
+        if recipe.searched:
             assert self.predictor is not None
             return Search(self.predictor, levels, self.costs, self.order, recipe.estimator).plan(budget)
         costs = self._costs_of(levels)
@@ -197,8 +201,11 @@ class _Planner:
         recipe = self.recipe
         if recipe.probabilities == "learned":
             delta = recipe.delta if recipe.delta is not None else math.log(dial)
-            times = [point.t for point in self.points]
-            return Coefficients.of(self.family).probabilities(self.family.schedule, times, delta)
+            learned = Coefficients.of(self.family)
+            fitted = learned.levels or tuple(self.family.names)
+            if tuple(levels) != fitted:
+                raise ValueError(f"learned coefficients are of {', '.join(fitted)}, got levels={', '.join(levels)}")
+            return learned.probabilities(self.family.schedule, [point.t for point in self.points], delta)
         if recipe.probabilities == "calibrated":
             assert self.predictor is not None
             table = self.predictor.allocation(levels, self.costs)
@@ -252,4 +259,7 @@ def stored_plan(family: Family, name: str) -> Plan:
     if name not in plans:
         kept = f"there are {', '.join(plans)}" if plans else "there are none"
         raise ValueError(f"plan={name}: {kept}; memorise one with: python -m mlem.multilevel memorise FAMILY")
-    return Plan.from_dict(plans[name])
+    plan = Plan.from_dict(plans[name])
+    if plan.about.get("weights") not in (None, family.weights_hash):
+        raise ValueError(f"plan={name} was memorised for other weights: python -m mlem.multilevel memorise FAMILY")
+    return plan

@@ -43,6 +43,7 @@ def write_report(folder: str | os.PathLike[str]) -> Path:
     sections = [
         section("Error, time and calls", *_pictures(folder, evaluated), class_="plots"),
         section("Samplers", *_samplers(evaluated)),
+        section("Samplers at equal error", *_equal_error(folder)),
         section("Samples", *_grids(evaluated), class_="grids"),
         section("Levels", *_levels(folder)),
         section("Training", *_training(runs), class_="plots"),
@@ -167,6 +168,29 @@ def _samplers(home: Path | None) -> list[Markup]:
             ]
         )
     return [table(f"{found['caption']}; press a header to sort", columns, rows)]
+
+
+def _equal_error(folder: Path) -> list[Markup]:
+    """Figures and ratios of `sample.py experiment=error_vs_time`."""
+    shown = []
+    for path in sorted(folder.glob("*/summary.json")):
+        found = read_json(path)
+        for picture in sorted(path.parent.glob("*.png")):
+            words = "Error against time and FLOPs of single levels and of levels that share the work"
+            shown.append(figure(picture.read_bytes(), f"Figure: {words}", f"{words}; {found['caption']}.", "plot wide"))
+        names = {"largest": "the largest level alone", "any": "the best single level"}
+        columns = ["sampler", "solver", "coins", "MSE", "cost in", "against", "its cost over ours", "95 % interval"]
+        rows = []
+        for one in found["ratios"]:
+            for what, ratio in one["against"].items():
+                unit, rival = what.split(", ")
+                known = None not in (ratio["low"], ratio["high"])
+                interval = f"{ratio['low']:.2f} to {ratio['high']:.2f}" if known else "not reached"
+                texts = [_text(one[name]) for name in ("sampler", "solver", "coins")]
+                texts += [_number(one["mse"], ".2g"), _text(unit), _text(names[rival])]
+                rows.append([*texts, _number(ratio["ratio"], ".2f"), Cell(interval, ratio["low"])])
+        shown.append(table(f"{found['caption']}; press a header to sort", columns, rows))
+    return shown
 
 
 def _pictures(folder: Path, home: Path | None) -> list[Markup]:

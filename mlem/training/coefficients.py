@@ -88,7 +88,9 @@ class CoefficientsModule(pl.LightningModule):
         super().__init__()
         self.alpha, self.beta = nn.Parameter(start[0].clone()), nn.Parameter(start[1].clone())
         # nan: to be measured; kept in the checkpoint, so that a resumed run goes on with the same
-        self.register_buffer("weight", torch.tensor(fit.weight or torch.nan, dtype=torch.float64))
+        self.register_buffer(
+            "weight", torch.tensor(torch.nan if fit.weight is None else fit.weight, dtype=torch.float64)
+        )
         self.objective, self.first, self.fit_options, self.names = objective, start.clone(), fit, names
         self._truths: dict[int, Tensor] = {}
 
