@@ -269,6 +269,7 @@ def test_hindsight_is_refused_where_the_state_cannot_be_moved() -> None:
         ValueError, match=r"^hindsight needs a solver of mlem's .* not diffusers:.*; use estimator=held$"
     ):
         sample(networks(), indices=[0], solver="diffusers:DDIMScheduler", steps=8, plan=plan)
+    plan = measured(8, [0, 4], estimator="held")
     with pytest.raises(
         ValueError, match=r"^the plan has 8 rows, but diffusers:DDIMScheduler in 4 steps evaluates 4 ti"
     ):

@@ -8,7 +8,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
@@ -59,6 +59,18 @@ def _main(name: str, job: Callable[[DictConfig], None]) -> None:
         if debug:
             raise
         _stop(name, str(error).split("\n    full_key")[0])
+    finally:
+        _leave_the_ranks()
+
+
+def _leave_the_ranks() -> None:
+    """Close torch's process group while Python still runs: its threads may abort a process that just ends.
+
+    See https://github.com/pytorch/pytorch/issues/190489.
+    """
+    distributed: Any = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def _stop(name: str, message: str) -> NoReturn:
