@@ -269,11 +269,11 @@ def test_hindsight_is_refused_where_the_state_cannot_be_moved() -> None:
         ValueError, match=r"^hindsight needs a solver of mlem's .* not diffusers:.*; use estimator=held$"
     ):
         sample(networks(), indices=[0], solver="diffusers:DDIMScheduler", steps=8, plan=plan)
-    plan = measured(8, [0, 4], estimator="held")
+    held = measured(8, [0, 4], estimator="held")
     with pytest.raises(
         ValueError, match=r"^the plan has 8 rows, but diffusers:DDIMScheduler in 4 steps evaluates 4 ti"
     ):
-        sample(networks(), indices=[0], solver="diffusers:DDIMScheduler", steps=4, plan=plan)
+        sample(networks(), indices=[0], solver="diffusers:DDIMScheduler", steps=4, plan=held)
     multilevel = MultilevelDenoiser(denoisers(2), plan, schedule=COSINE)
     with pytest.raises(ValueError, match=r"^hindsight moves the state between calls, .*; use estimator=held$"):
         multilevel(noise(2), at(1.0, 2))
