@@ -99,8 +99,8 @@ def test_figure_and_summary(measured: tuple[Path, str]) -> None:
     assert (folder / "error_vs_time.png").read_bytes().startswith(b"\x89PNG")
     summary = read_json(folder / "summary.json")
     assert "4 images, seed 0; reference: level s, 9 steps, same noise" in summary["caption"]
-    # one error (that of 4 steps), two laws, the mean and the best of two trials
-    assert [row["coins"] for row in summary["ratios"]] == ["mean", "best of 2"] * 2
+    # two errors (between those of 2, 4 and 6 steps), two laws, the mean and the best of two trials
+    assert [row["coins"] for row in summary["ratios"]] == ["mean", "mean", "best of 2", "best of 2"] * 2
     assert list(summary["ratios"][0]["against"]) == ["time, largest", "time, any", "FLOPs, largest", "FLOPs, any"]
 
 

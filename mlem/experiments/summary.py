@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ COSTS = {"time": "wall_seconds", "FLOPs": "flops"}
 def ratios(bench: Bench, runs: Sequence[Run], draws: int = 400) -> list[dict[str, Any]]:
     """For each sampler whose levels share the work: what single levels cost over what it costs, at equal error.
 
-    The errors are those of the largest level alone, in each of its numbers of steps but the least and the most. Single
+    The errors lie half-way, in the logarithm, between those of the largest level alone in its numbers of steps. Single
     levels are the largest one, and whichever is best; draws of coins count on average, and the best of each setting.
     """
     table = []
@@ -28,7 +30,7 @@ def ratios(bench: Bench, runs: Sequence[Run], draws: int = 400) -> list[dict[str
         alone = [row for run, row in rows if run.plan is None]
         top = [row for row in alone if row["levels"] == bench.family.level().name]
         errors = sorted({row["mse"] for row in top if row["mse"] > 0}, reverse=True)
-        errors = errors[1:-1] if len(errors) > 2 else errors
+        errors = [math.sqrt(high * low) for high, low in itertools.pairwise(errors)] or errors
         shared = [row for run, row in rows if run.plan is not None]
         for name in dict.fromkeys((row["sampler"], row["solver"]) for row in shared):
             own = [row for row in shared if (row["sampler"], row["solver"]) == name]
