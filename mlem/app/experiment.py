@@ -166,7 +166,7 @@ class _progress:
         from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
         columns = (TextColumn("samplers"), BarColumn(), TaskProgressColumn())
-        self._bar = Progress(*columns, TimeRemainingColumn(elapsed_when_finished=True))
+        self._bar = Progress(*columns, TimeRemainingColumn(elapsed_when_finished=True), disable=not total)
         self._task = self._bar.add_task("samplers", total=total)
 
     def __enter__(self) -> Any:
@@ -189,8 +189,14 @@ def _table(found: list[dict[str, Any]], bench: Bench) -> None:
     def cell(one: dict[str, Any]) -> str:
         return "not reached" if one["ratio"] is None else f"{one['ratio']:.2f} [{one['low']:.2f}, {one['high']:.2f}]"
 
+    unreached: dict[str, list[str]] = {}
     for row in found:
-        table.add_row(
-            row["sampler"], row["coins"], f"{row['mse']:.1e}", *(cell(one) for one in row["against"].values())
-        )
-    Console(width=None if os.isatty(1) else 140).print(table)
+        error, ratios_ = f"{row['mse']:.1e}", row["against"].values()
+        if all(one["ratio"] is None for one in ratios_):
+            unreached.setdefault(f"{row['sampler']}, {row['coins']}", []).append(error)
+        else:
+            table.add_row(row["sampler"], row["coins"], error, *(cell(one) for one in ratios_))
+    if table.row_count:
+        Console(width=None if os.isatty(1) else 140).print(table)
+    for name, errors in unreached.items():
+        print(f"no ratio, one side was not measured down there: {name}: MSE {', '.join(errors)}")
