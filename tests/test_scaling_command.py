@@ -54,6 +54,15 @@ def test_another_data_set_is_refused(folder: Path) -> None:
         run_in(folder, lambda: run_here("sample", "experiment=scaling_law", "family=other"))
 
 
+def test_errors_that_do_not_level_off_are_warned_of(folder: Path, tmp_path: Path) -> None:
+    family = Family.load(folder / "runs/demo/family")
+    images = np.random.default_rng(0).gamma(50, 1 / 50, (3, 200))
+    fits = scaling_fits(family, np.array([0.19, 0.16, 0.12])[:, None] * images, replicates=100)
+    (said,) = draw_scaling(family, fits, 200, tmp_path / "law.png")
+    assert said.startswith("warning: scaling law")
+    assert said.endswith("; but the floor may be 0, its bound, and then this gamma says little")
+
+
 @pytest.mark.parametrize(("gamma", "warns"), [(1.5, True), (4.0, False)])
 def test_a_small_gamma_is_warned_of(folder: Path, tmp_path: Path, gamma: float, warns: bool) -> None:
     family = Family.load(folder / "runs/demo/family")
@@ -62,6 +71,7 @@ def test_a_small_gamma_is_warned_of(folder: Path, tmp_path: Path, gamma: float, 
     fits = scaling_fits(family, (0.1 + (costs / costs[0]) ** (-2 / gamma))[:, None] * images, replicates=100)
     (said,) = draw_scaling(family, fits, 200, tmp_path / "law.png")
     assert said.startswith("warning: scaling law") == warns
+    assert "the floor may be 0" not in said
     plain = plain_fits(fits, family.names)["denoising error - floor"]
     assert plain["gamma"] == pytest.approx(gamma, rel=0.5)
     assert plain["gamma_plotted"] == plain["gamma"] / 2

@@ -15,7 +15,7 @@ from mlem.app.config import parse_indices
 from mlem.app.find import family_folder
 from mlem.app.measure import measure_of, new_fabric, prepared
 from mlem.experiments.coupled import Bench, Entry
-from mlem.experiments.scaling import draw_scaling, held_out_errors, plain_fits, scaling_fits
+from mlem.experiments.scaling import ERRORS, draw_scaling, held_out_errors, plain_fits, scaling_fits
 from mlem.experiments.summary import draw, ratios
 from mlem.family import Family
 from mlem.files import folder_lock, write_json
@@ -89,7 +89,7 @@ def scaling(config: DictConfig) -> None:
         print(line)
     if "level differences" not in fits:
         print(f"left out: level differences: this family has no calibration; {_REMEDY['calibration']}")
-    floor = fits["denoising error - floor"]
+    floor = fits[ERRORS]
     low, high = floor.floor_interval
     print(f"floor {floor.floor:.4f} ({low:.4f} to {high:.4f}); read from a plot as [J] does, gamma is half of ours")
     plain = {"data": family.data, "images": len(index), "unit": unit, "fits": plain_fits(fits, family.names)}

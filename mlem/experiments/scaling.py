@@ -17,6 +17,9 @@ from mlem.network import evaluating
 from mlem.plots import scaling_law
 from mlem.training.denoising import denoising_errors
 
+ERRORS = "denoising error - floor"
+"""Name of the fit of floor and gamma jointly."""
+
 
 def held_out_errors(family: Family, images: Tensor, index: Tensor, seed: int = 0, batch_size: int = 256) -> np.ndarray:
     """Mean squared error of the noise estimate of each level on each image: (K, N), all levels from the same noise.
@@ -52,7 +55,7 @@ def scaling_fits(
     Raises ValueError for fewer than 3 levels.
     """
     costs = costs_of(family, unit)
-    fits = {"denoising error - floor": fit_errors(errors, costs, replicates)}
+    fits = {ERRORS: fit_errors(errors, costs, replicates)}
     if "calibration" in family.fitted:
         differences = Calibration.of(family).image_differences.numpy()
         fits["level differences"] = fit_differences(differences, costs, replicates)
@@ -69,8 +72,11 @@ def draw_scaling(
     scaling_law({name: fit.curve() for name, fit in fits.items()}, path, caption, f"{words} per image")
     said = []
     for name, fit in fits.items():
-        warning = "" if 2 < fit.gamma < np.inf else "warning: "
-        said.append(f"{warning}scaling law, {name}: {fit.verdict}")
+        # the errors do not level off: a floor and a power law cannot be told apart
+        bounded = name == ERRORS and fit.floor_interval[0] < 1e-3 * fit.values.min()
+        warning = "" if 2 < fit.gamma < np.inf and not bounded else "warning: "
+        doubt = "; but the floor may be 0, its bound, and then this gamma says little" if bounded else ""
+        said.append(f"{warning}scaling law, {name}: {fit.verdict}{doubt}")
     return said
 
 
