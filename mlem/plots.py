@@ -120,7 +120,7 @@ def coupled_errors(
 
     rows: mappings with sampler, solver, levels, plan (empty: one level alone), delta, steps, wall_seconds, flops, mse,
     mse_stderr; those of one level and sampler are joined in the order of steps. best: which of the others are marked,
-    and joined in the order of delta. pictures: "A: words", or a name -> the row that it stands at (or None), and its
+    and joined in the order of steps and delta. pictures: "A: words", or a name -> the row that it stands at (or None), and its
     samples side by side. Raises ValueError for no rows, missing columns, and values that a logarithm cannot show.
     """
     _need(rows, (*_ERROR_COLUMNS[1:3], "solver", "levels", "plan", "delta", "wall_seconds", "flops", "mse"), "coupled")
@@ -177,7 +177,7 @@ def _coupled_panel(
             [row for row in some if row["plan"] and (row["sampler"], row["solver"]) == key] for some in (rows, best)
         )
         axes.plot(*against(own), marker, color=colour, markersize=3, alpha=0.35, markeredgewidth=0)
-        marked.sort(key=lambda row: (row["levels"], row["steps"], row["delta"] or 0.0))
+        marked.sort(key=lambda row: (row["steps"], row["delta"] or 0.0))
         style = {"color": colour, "linestyle": "-", "linewidth": 0.6, "markeredgecolor": "black"}
         axes.plot(*against(marked), marker, label=named(*key), **style)
 
