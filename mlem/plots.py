@@ -120,8 +120,8 @@ def coupled_errors(
 
     rows: mappings with sampler, solver, levels, plan (empty: one level alone), delta, steps, wall_seconds, flops, mse,
     mse_stderr; those of one level and sampler are joined in the order of steps. best: which of the others are marked,
-    and joined in the order of steps and delta. pictures: "A: words", or a name -> the row that it stands at (or None), and its
-    samples side by side. Raises ValueError for no rows, missing columns, and values that a logarithm cannot show.
+    and joined in the order of steps and delta. pictures: "A: words", or a name -> the row that it stands at (or None),
+    and its samples. Raises ValueError for no rows, missing columns, and values that a logarithm cannot show.
     """
     _need(rows, (*_ERROR_COLUMNS[1:3], "solver", "levels", "plan", "delta", "wall_seconds", "flops", "mse"), "coupled")
     for row in rows:
