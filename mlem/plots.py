@@ -166,7 +166,8 @@ def _coupled_panel(
 
     alone = [row for row in rows if not row["plan"]]
     lines = list(dict.fromkeys((row["sampler"], row["solver"], row["levels"]) for row in alone))
-    for key, shade, (_, line) in zip(lines, _greys(len(lines)), cycle(_STYLES), strict=False):
+    greys = [f"{0.75 * (1 - number / len(lines)):.2f}" for number in range(1, len(lines) + 1)]  # from light to black
+    for key, shade, (_, line) in zip(lines, greys, cycle(_STYLES), strict=False):
         points = [row for row in alone if (row["sampler"], row["solver"], row["levels"]) == key]
         points.sort(key=lambda row: row["steps"])
         bars, label = [row["mse_stderr"] for row in points], named(f"{key[0]}, level {key[2]}", key[1])
@@ -356,11 +357,6 @@ def _panels(xlabel: str, ylabels: Sequence[str], caption: str) -> tuple[Figure, 
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
     return figure, panels
-
-
-def _greys(count: int) -> list[str]:
-    """Greys from light to black."""
-    return [f"{0.75 * (1 - (number + 1) / count):.2f}" for number in range(count)]
 
 
 def _key(label: str, colour: str, marker: str, line: Any) -> Any:

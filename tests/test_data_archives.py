@@ -165,7 +165,7 @@ def test_a_worker_that_dies_is_an_error_and_no_hang():
 
 def test_workers_do_not_wait_for_torch():
     code = "import sys, mlem.data.writing, mlem.data.celeba; sys.exit('torch' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], env=environment(), check=True)
+    assert subprocess.run([sys.executable, "-c", code], env=environment()).returncode == 0
 
 
 # --- the right files ---
