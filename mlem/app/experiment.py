@@ -61,7 +61,7 @@ def error_against_time(config: DictConfig) -> None:
         found = ratios(bench, runs, config.eval.draws)
         draw(bench, runs, out / "error_vs_time.png", config.eval.shown)
         write_json(out / "summary.json", {"caption": bench.caption, "ratios": found})
-    if (out.parent / "report.html").exists():
+    if out.parent == Path(config.root) and (out.parent / "report.html").exists():
         write_report(out.parent)  # which shows it too
     for message in dict.fromkeys(str(warning.message) for warning in caught):
         print(f"warning: {message}")
