@@ -12,7 +12,7 @@ import torch
 from omegaconf import OmegaConf
 
 from mlem.app import cli
-from mlem.app.cli import CONFIGS, sweep
+from mlem.app.cli import CONFIGS, compose, sweep
 from mlem.app.config import build_callbacks, check, parse_indices, without_secrets
 from mlem.denoiser import MixtureDenoiser
 from mlem.sampling import Sampler, solver_of
@@ -136,6 +136,18 @@ def test_a_callback_may_come_from_a_module_that_is_allowed() -> None:
 def test_settings_of_hydra_are_refused(arguments: list[str]) -> None:
     with pytest.raises(ValueError, match=r"there is no such flag|settings of Hydra itself"):
         sweep(arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "nearest"),
+    [
+        ("train", ["model=family", "model.levls=[xs]"], "model.levels"),
+        ("sample", ["experiment=error_vs_time", "eval.trals=3"], "eval.trials"),
+    ],
+)
+def test_the_nearest_option_is_one_of_the_chosen_groups(name: str, overrides: list[str], nearest: str) -> None:
+    with pytest.raises(ValueError, match=rf"there is no such option; did you mean {nearest}\?$"):
+        compose(name, overrides)
 
 
 # option, and what the line must hold

@@ -136,12 +136,13 @@ def _explain(name: str, overrides: list[str], error: Exception) -> str:
     for group, choice in (override.lstrip("+").split("=", 1) for override in overrides if "=" in override):
         if group in _groups() and choice not in _choices(group) and not choice.startswith("["):
             return f"{group}={choice}: there is no such {group}{_nearest(choice, _choices(group))}"
+    chosen = [override for override in overrides if override.split("=", 1)[0] in _groups()]
     key = re.search(r"Could not override '([^']+)'|Key '([^']+)' is not in struct", text)
     if group := re.search(r"Could not override '([^']+)'\.\s*No match in the defaults list", text):
-        return f"{group[1]}=: there is no such option{_nearest(group[1], _options(name))}"
+        return f"{group[1]}=: there is no such option{_nearest(group[1], _options(name, chosen))}"
     if key:
         wrong = key[1] or next((o.split("=")[0] for o in overrides if key[2] in o), key[2])
-        return f"{wrong}: there is no such option{_nearest(wrong, _options(name))}"
+        return f"{wrong}: there is no such option{_nearest(wrong, _options(name, chosen))}"
     if isinstance(error, OverrideParseException):
         return f"{error.override}: cannot be read; write option=value, and quote a value with special characters twice"
     if ambiguous := re.search(r"Ambiguous value for argument '([^']+)'", text):
@@ -166,8 +167,8 @@ def _choices(group: str) -> list[str]:
     return sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
 
 
-def _options(name: str) -> list[str]:
-    """Dotted names of all options of a command, and its groups."""
+def _options(name: str, chosen: list[str]) -> list[str]:
+    """Dotted names of all options of a command, with these choices of groups, and its groups."""
     from hydra import compose as hydra_compose
 
     def names(node: DictConfig, prefix: str = "") -> list[str]:
@@ -179,7 +180,7 @@ def _options(name: str) -> list[str]:
                 found += names(inner, f"{prefix}{key}.")
         return found
 
-    return names(hydra_compose(name)) + _groups()
+    return names(hydra_compose(name, chosen)) + _groups()
 
 
 def _first_comment(path: Path) -> str:
