@@ -373,6 +373,10 @@ def _plain(text: str) -> str:
 def _save(figure: Figure, path: str | os.PathLike[str]) -> None:
     if Path(path).suffix != ".png":
         raise ValueError(f"figures are PNG files, got {path}")
+    for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):
+        low, high = axis.get_view_interval()
+        if axis.get_scale() == "log" and high < 2 * low:  # one value alone: no width, and a layout that divides by it
+            axis.set_view_interval(math.sqrt(low * high) / 2, 2 * math.sqrt(low * high), ignore=True)
     with atomic_write(path) as file:
         figure.savefig(file, format="png")
 

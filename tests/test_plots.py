@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 from mlem.plots import GUTTER, error_by_noise_level, error_vs_time, image_grid, probabilities, scaling_law
@@ -102,6 +103,22 @@ def figure_of(monkeypatch, draw):
     monkeypatch.setattr("mlem.plots._save", lambda figure, path: figures.append(figure))
     draw()
     return figures[0]
+
+
+@pytest.mark.parametrize(("seconds", "mse"), [(0.0133383956673, 0.00510820720), (0.69, 0.0145), (0.000157, 0.146)])
+def test_one_point_alone_has_axes_with_room(seconds, mse, tmp_path, monkeypatch):
+    row = {**ROWS[0], "seconds_per_image": seconds, "mse": mse, "mse_stderr": 0.1 * mse}
+    saved, savefig = [], Figure.savefig
+
+    def save(figure, *args, **options):
+        saved.append(figure)
+        savefig(figure, *args, **options)
+
+    monkeypatch.setattr(Figure, "savefig", save)
+    error_vs_time([row], tmp_path / "a.png", "one")  # a warning of the layout is an error here
+    axes = saved[0].axes[0]
+    for (low, high), value in ((axes.get_xlim(), 1e3 * seconds), (axes.get_ylim(), mse)):
+        assert 1.4 * low < value < high / 1.4
 
 
 def test_error_vs_time_shows_the_numbers_with_units(monkeypatch):
