@@ -1,4 +1,4 @@
-"""The figures: sample grids, error against time, error by noise level, scaling laws, p_k. Rows of numbers in, PNG out.
+"""The figures: error against time, error by noise level, scaling laws, p_k. Rows of numbers in, PNG out.
 
 Drawn with Figure objects, never pyplot: no global state, no display. Files appear whole or not at all.
 """
@@ -20,9 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from numpy.typing import ArrayLike
     from PIL.Image import Image
-    from torch import Tensor
 
-GUTTER = 200  # the grey between images, told apart from black and white pictures alike
 # Okabe and Ito (2008), distinct for all common kinds of colour blindness; yellow left out: too pale on white
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _STYLES = (
@@ -36,37 +34,6 @@ _STYLES = (
 )
 _ERROR_COLUMNS = ("level", "sampler", "steps", "seconds_per_image", "mse", "mse_stderr")
 _SCALING_COLUMNS = ("cost", "value", "line_cost", "line", "low", "high", "gamma", "interval")
-
-
-def image_grid(images: Tensor, columns: int | None = None, scale: int | None = None) -> Image:
-    """Images side by side, row by row, every pixel enlarged to a scale x scale square, between grey gutters.
-
-    images: (N, C, H, W), C 1 or 3, in [-1, 1] (clamped and rounded by `quantise`) or uint8. columns: nearest to a
-    square by default. scale: by default what brings the smaller side to 64 pixels or more. The gutters are 2 pixels,
-    around the whole too. Raises ValueError for other shapes, no images, columns or scale below 1.
-    """
-    import torch
-    from PIL import Image as pillow
-
-    from mlem.images import quantise
-
-    if images.ndim != 4 or images.shape[1] not in (1, 3) or images.numel() == 0:
-        raise ValueError(f"images must be (N, C, H, W) with C 1 or 3 and none of them 0, got {tuple(images.shape)}")
-    count, channels, height, width = images.shape
-    columns = math.ceil(math.sqrt(count)) if columns is None else columns
-    scale = math.ceil(64 / min(height, width)) if scale is None else scale
-    if columns < 1 or scale < 1:
-        raise ValueError(f"columns and scale must be >= 1, got {columns} and {scale}")
-    pixels = images if images.dtype == torch.uint8 else quantise(images)
-    pixels = pixels.cpu().repeat_interleave(scale, 2).repeat_interleave(scale, 3)
-    gap, tall, wide = 2, height * scale, width * scale
-    rows = math.ceil(count / columns)
-    canvas = torch.full((channels, gap + rows * (tall + gap), gap + columns * (wide + gap)), GUTTER, dtype=torch.uint8)
-    for index, picture in enumerate(pixels):
-        top, left = gap + index // columns * (tall + gap), gap + index % columns * (wide + gap)
-        canvas[:, top : top + tall, left : left + wide] = picture
-    array = canvas[0] if channels == 1 else canvas.permute(1, 2, 0)
-    return pillow.fromarray(array.contiguous().numpy())
 
 
 def error_vs_time(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str], caption: str) -> None:

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from mlem.plots import curves, grid_name, image_grid
+from mlem.images import image_grid
+from mlem.plots import curves, grid_name
 from mlem.provenance import provenance
 from mlem.report import write_report
 from mlem.report.__main__ import main

@@ -12,7 +12,8 @@ import numpy as np
 
 from mlem.experiments.coupled import Bench, Run, best_trials, settings
 from mlem.experiments.equal_error import cost_ratio
-from mlem.plots import coupled_errors, image_grid
+from mlem.images import image_grid
+from mlem.plots import coupled_errors
 
 COSTS = {"time": "wall_seconds", "FLOPs": "flops"}
 """What cost is counted in, and the column that holds it."""

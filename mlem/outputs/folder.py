@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from mlem.files import atomic_write, read_json, write_json
-from mlem.images import quantise
+from mlem.images import image_grid, quantise
 from mlem.ledger import Ledger
 from mlem.outputs.images import read_png, sample_path, write_png
 from mlem.outputs.manifest import survey, write_manifest
-from mlem.plots import image_grid
 from mlem.sampling import NonFiniteError, Sampler, blocks
 
 GRID_IMAGES = 64

@@ -18,11 +18,12 @@ from torch import Tensor
 
 from mlem.family import Family, Level
 from mlem.files import atomic_write, write_json
+from mlem.images import image_grid
 from mlem.ledger import Ledger, LevelLedger
 from mlem.metrics import FID, Measure, PathwiseError
 from mlem.metrics.scores import KINDS
 from mlem.multilevel.recipe import Recipe
-from mlem.plots import error_by_noise_level, error_vs_time, grid_name, image_grid, quality_vs_evaluations
+from mlem.plots import error_by_noise_level, error_vs_time, grid_name, quality_vs_evaluations
 from mlem.sampling import Sampler, blocks, solver_of
 from mlem.training.loggers import log_pictures
 from mlem.training.progress import announced
