@@ -81,7 +81,8 @@ class NoiseSchedule(ABC):
     def from_diffusers(config: Mapping[str, Any]) -> NoiseSchedule:
         """The schedule of a diffusers scheduler config (DDPM's betas in any of their forms).
 
-        Raises ValueError for schedulers that are not variance preserving (EDM, flow matching).
+        Raises ValueError for schedulers that are not variance preserving (EDM, flow matching), and for other numbers
+        of timesteps than the 1000 that networks are asked at.
         """
         kind = str(config.get("_class_name", ""))
         # EDM, flow-matching and consistency schedulers have no betas; the multistep ones can be switched to flows
@@ -97,7 +98,12 @@ class NoiseSchedule(ABC):
             fields["trained_betas"] = [float(beta) for beta in config["trained_betas"]]
         # 2^-24 is what diffusers itself puts in the place of a zero signal
         signal = DDPMScheduler(**fields).alphas_cumprod.double().clamp(min=2.0**-24)
-        return TabulatedSchedule(-0.5 * signal.log(), {"kind": "diffusers", "config": fields})
+        found = TabulatedSchedule(-0.5 * signal.log(), {"kind": "diffusers", "config": fields})
+        if len(signal) != NUM_TIMESTEPS:
+            raise ValueError(
+                f"num_train_timesteps is {len(signal)}: networks are asked at {NUM_TIMESTEPS} timesteps here"
+            )
+        return found
 
     @staticmethod
     def from_config(config: Mapping[str, Any]) -> NoiseSchedule:

@@ -104,6 +104,14 @@ def test_figure_and_summary(measured: tuple[Path, str]) -> None:
     assert list(summary["ratios"][0]["against"]) == ["time, largest", "time, any", "FLOPs, largest", "FLOPs, any"]
 
 
+def test_schedulers_of_diffusers_have_rows_if_they_share_the_path(family: Path, tmp_path: Path) -> None:
+    bench = Bench(Family.load(family / "runs/tiny/family"), range(2), tmp_path, reference_steps=9)
+    bench.measure(bench.runs(Entry("UniPC", "diffusers:UniPCMultistepScheduler", (3,), levels=("xs",))))
+    assert [(row["solver"], row["grid"]) for row in bench.rows] == [("diffusers:UniPCMultistepScheduler", "diffusers")]
+    with pytest.raises(ValueError, match="DDPMScheduler shares a law with its reference, not a path"):
+        bench.runs(Entry("DDPM", "diffusers:DDPMScheduler", (3,)))
+
+
 def test_the_noise_is_that_of_sample(measured: tuple[Path, str]) -> None:
     folder, _ = measured
     rows = read_rows(folder / "runs.csv")

@@ -13,7 +13,7 @@ from torch import Tensor
 from mlem.noise import BrownianPath
 from mlem.sampling import Sampler, sample
 from mlem.schedule import GRIDS, NoiseSchedule, TimeGrid
-from mlem.solvers import SOLVERS, make_solver
+from mlem.solvers import SOLVERS, Point, make_solver, model_input
 from tests.problems import COVARIANCE, MEAN, gaussian, gaussian_flow, point_mass, rms, slope, solve
 
 COSINE = NoiseSchedule.cosine()
@@ -126,6 +126,23 @@ def test_strong_order_of_sde_solvers(name: str) -> None:
 
 
 # --- what every solver must do -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [(name, {}) for name, solver in SOLVERS.items() if solver.sequential]
+    + [("randomized_midpoint", {"clock": "ou"}), ("randomized_midpoint", {"midpoints": "shared"})]
+    + [("predictor_corrector", {"clock": "ou", "corrector": corrector}) for corrector in ("midpoint", "parallel")],
+)
+def test_steps_stay_on_the_device_and_never_wait_for_it(name: str, options: dict[str, str]) -> None:
+    """On torch's `meta` device, which has no numbers: mixing devices and reading a value back are both errors."""
+    solver, indices = make_solver(name, **options), torch.arange(3, device="meta")
+    points = Point.of(COSINE, solver.grid(COSINE, 6))
+    walk = BrownianPath(COSINE, 0, indices, (3, 4, 4), torch.float32)
+    y = torch.ones(3, 3, 4, 4, device="meta", dtype=torch.float64)
+    end = solver.integrate(lambda y, place: model_input(COSINE, y, place)[0].cos(), y, points, walk, indices, 0)
+    assert end.device.type == "meta"
+    assert end.shape == y.shape
 
 
 @pytest.mark.parametrize("steps", [1, 2, 7])

@@ -18,7 +18,7 @@ from mlem.interop.diffusers import DiffusersSolver
 from mlem.noise import BrownianPath
 from mlem.sampling import Sampler, sample
 from mlem.schedule import NoiseSchedule, TimeGrid
-from mlem.solvers import Point, make_solver
+from mlem.solvers import Point, make_solver, response
 from mlem.solvers.ddpm import ancestral_noise
 from tests.problems import level
 
@@ -191,6 +191,31 @@ def test_adapter_samples_have_noise_of_their_own() -> None:
         for generator in sampler.solver.init(points, torch.arange(5), seed)[2]
     ]
     assert len(set(seeds)) == 10
+
+
+@pytest.mark.parametrize("name", ["DDIMScheduler", "UniPCMultistepScheduler", "DPMSolverMultistepScheduler"])
+def test_what_each_estimate_adds_is_known_of_deterministic_schedulers(name: str) -> None:
+    """So that plans can be searched for them: any estimates, added with these weights, are the result."""
+    solver = DiffusersSolver(name)
+    points = Point.of(SCHEDULE, solver.grid(SCHEDULE, 6))
+    weights, asked = response(solver, SCHEDULE, points)
+    assert solver.coupled
+    assert asked == points[:-1]
+    eps = iter(torch.randn(6, 2, 1, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
+    kept = []
+    path = BrownianPath(SCHEDULE, 0, torch.arange(2), (1, 4, 4), torch.float64)
+    start = torch.zeros(2, 1, 4, 4, dtype=torch.float64)
+    end = solver.integrate(lambda y, at: kept.append(next(eps)) or kept[-1], start, points, path, torch.arange(2), 0)
+    torch.testing.assert_close(end, torch.einsum("r,r...->...", weights, torch.stack(kept)), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["DDPMScheduler", "EulerAncestralDiscreteScheduler"])
+def test_schedulers_with_noise_of_their_own_have_no_reference_and_no_plan(name: str) -> None:
+    solver = DiffusersSolver(name)
+    points = Point.of(SCHEDULE, solver.grid(SCHEDULE, 6))
+    assert not solver.coupled
+    with pytest.raises(ValueError, match=f"^diffusers:{name} is not linear in its noise estimates: no plan"):
+        response(solver, SCHEDULE, points)
 
 
 def test_adapter_options_reach_the_scheduler() -> None:

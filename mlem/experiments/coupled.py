@@ -74,6 +74,7 @@ class Run:
     level: str | None
     plan: Plan | None
     solver: Solver
+    grid: str | None
     cost: float
 
 
@@ -126,21 +127,21 @@ class Bench:
     def runs(self, entry: Entry) -> list[Run]:
         """Every run of an entry. Raises ValueError for what does not fit the family or the solver."""
         solver = solver_of(entry.solver, **entry.options)
-        if not solver.coupled:
-            raise ValueError(
-                f"solver {solver.name} shares a law with its reference, not a path: its error means nothing"
-            )
         options = ", ".join(f"{key}={value}" for key, value in entry.options.items())
         label = f"{entry.solver}({options})" if options else entry.solver
         found = []
         for steps in entry.steps:
             grid = solver.grid(self.family.schedule, steps, entry.grid)
+            if not solver.coupled:
+                raise ValueError(
+                    f"solver {solver.name} shares a law with its reference, not a path: its error means nothing"
+                )
             key = {"sampler": entry.name, "solver": label, "steps": steps, "grid": grid.name}
             if entry.recipe is None:
                 for level in entry.levels or self.family.names:
                     cost = solver.evaluations(grid) * self.family.level(level).flops / self.family.level().flops
                     own = {"levels": level, "coins": "", "plan": "", "delta": None, "trial": None}
-                    found.append(Run(key | own, level, None, solver, cost))
+                    found.append(Run(key | own, level, None, solver, entry.grid, cost))
                 continue
             plan = entry.recipe.plan(self.family, solver, grid)
             table = json.dumps(plan.to_dict() | {"about": {}, "seed": entry.recipe.seed}, sort_keys=True)
@@ -153,7 +154,7 @@ class Bench:
                     tossed = delta is not None or trial is not None
                     drawn = plan.redrawn(delta or 0.0, entry.recipe.seed + (trial or 0)) if tossed else plan
                     cost = drawn.cost(flops / self.family.level().flops)
-                    found.append(Run(key | {"delta": delta, "trial": trial}, None, drawn, solver, cost))
+                    found.append(Run(key | {"delta": delta, "trial": trial}, None, drawn, solver, entry.grid, cost))
         return found
 
     def row(self, run: Run) -> dict[str, Any] | None:
@@ -186,7 +187,7 @@ class Bench:
     def sampler(self, run: Run) -> Sampler:
         """The sampler of this run."""
         model = self.family if run.plan is not None else self.family.level(run.level)
-        options = {"steps": run.key["steps"], "grid": run.key["grid"], **self._common}
+        options = {"steps": run.key["steps"], "grid": run.grid, **self._common}
         return Sampler(model, solver=run.solver, plan=run.plan, **options)
 
     def pictures(self, run: Run | str, count: int) -> Tensor:
@@ -203,7 +204,9 @@ class Bench:
         from safetensors.torch import load_file, save
 
         path = self._reference(reference)
-        if reference not in self._truths and not path.exists():
+        if reference in self._truths:
+            return self._truths[reference]
+        if not path.exists():
             sampler = Sampler(self.family.level(), solver=reference, steps=self.reference_steps, **self._common)
             parts = []
             for block in self.blocks:
@@ -211,7 +214,8 @@ class Bench:
                 progress(self.reference_steps * len(block) / self.count)
             with atomic_write(path) as file:
                 file.write(save({"x": torch.cat(parts).contiguous()}))
-        return self._truths.setdefault(reference, load_file(path)["x"])
+        self._truths[reference] = load_file(path)["x"]
+        return self._truths[reference]
 
     def _warm_up(self) -> None:
         """The first call for a batch size sets up kernels: it must not be in anybody's time."""

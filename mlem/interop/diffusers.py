@@ -61,7 +61,16 @@ class DiffusersSolver(Solver):
         timesteps = self._scheduler(schedule, steps).timesteps.double()
         # some schedulers list a time twice, once for each of their two calls
         times = dict.fromkeys(((timesteps + 1) / NUM_TIMESTEPS).tolist())
-        return TimeGrid("diffusers", (*times, 0.0)) if len(times) == len(timesteps) else self._refuse_two_calls()
+        found = TimeGrid("diffusers", (*times, 0.0)) if len(times) == len(timesteps) else self._refuse_two_calls()
+        self.coupled = self.linear = not self._tosses(found)  # pyright: ignore[reportAttributeAccessIssue]
+        return found
+
+    def _tosses(self, grid: TimeGrid) -> bool:
+        """Whether the scheduler draws noise of its own: from nothing, with no noise estimate, it makes something."""
+        nothing, index = torch.zeros(1, 1, 1, 1), torch.zeros(1, dtype=torch.int64)
+        path = BrownianPath(self._schedule, 0, index, (1, 1, 1), nothing.dtype)
+        points = Point.of(self._schedule, grid)
+        return bool(self.integrate(lambda y, place: torch.zeros_like(y), nothing, points, path, index, 0).any())
 
     def _refuse_two_calls(self) -> TimeGrid:
         raise ValueError(f"{self._class.__name__} calls the network twice at one time; use solver=heun instead")

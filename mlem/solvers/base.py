@@ -154,8 +154,10 @@ def response(
             t = schedule.time_from_kappa(place)
             place = Point(t.item(), schedule.alpha(t).item(), place.item())
         asked.append(place)
-        return torch.zeros(size, dtype=torch.float64).index_fill_(0, torch.tensor([len(asked) - 1]), 1.0)
+        return torch.zeros_like(nothing).index_fill_(2, torch.tensor([len(asked) - 1]), 1.0)
 
     still: Any = _NoNoise()
-    nothing, index = torch.zeros(size, dtype=torch.float64), torch.zeros(1, dtype=torch.int64)
-    return solver.integrate(unit, nothing, points, still, index, 0, watch=watch)[: len(asked)], asked
+    # one image, for schedulers of other libraries, in which a pixel stands for each estimate
+    nothing, index = torch.zeros(1, 1, size, 1, dtype=torch.float64), torch.zeros(1, dtype=torch.int64)
+    seen = None if watch is None else lambda step, y: watch(step, y.flatten())
+    return solver.integrate(unit, nothing, points, still, index, 0, watch=seen).flatten()[: len(asked)], asked

@@ -58,7 +58,7 @@ class KappaClock(Clock):
         return _float64(there) - kappa
 
     def weight(self, kappa: Kappa, there: Kappa, middle: Kappa) -> Tensor:
-        return _float64(there) - kappa
+        return torch.zeros_like(_float64(middle)) + (there - kappa)  # like the midpoints, on their device
 
 
 class OUClock(Clock):
