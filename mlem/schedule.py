@@ -98,12 +98,10 @@ class NoiseSchedule(ABC):
             fields["trained_betas"] = [float(beta) for beta in config["trained_betas"]]
         # 2^-24 is what diffusers itself puts in the place of a zero signal
         signal = DDPMScheduler(**fields).alphas_cumprod.double().clamp(min=2.0**-24)
-        found = TabulatedSchedule(-0.5 * signal.log(), {"kind": "diffusers", "config": fields})
         if len(signal) != NUM_TIMESTEPS:
-            raise ValueError(
-                f"num_train_timesteps is {len(signal)}: networks are asked at {NUM_TIMESTEPS} timesteps here"
-            )
-        return found
+            asked = f"networks are asked at {NUM_TIMESTEPS} timesteps here"
+            raise ValueError(f"num_train_timesteps is {len(signal)}, but {asked}; take a model of that many")
+        return TabulatedSchedule(-0.5 * signal.log(), {"kind": "diffusers", "config": fields})
 
     @staticmethod
     def from_config(config: Mapping[str, Any]) -> NoiseSchedule:
