@@ -8,8 +8,8 @@ from __future__ import annotations
 import copy
 import operator
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -252,18 +252,44 @@ class Sampler:
                 bad = ~torch.isfinite(y.flatten(1)).all(1)
                 found.extend((step, int(index[row])) for row in bad.nonzero().flatten().tolist())
 
-        self._solve(x_T, index, watch)
+        with _suspected(self._meters) as suspects:
+            self._solve(x_T, index, watch)
         self._collect(0)  # the second run is no part of what the samples cost
         step, sample = found[0] if found else (self.grid.steps - 1, int(index[finite.index(False)]))
+        level = "+".join(suspects[:1] or self._meters)
         error = NonFiniteError(
             f"sample {sample} became NaN or infinite at step {step + 1} of {self.grid.steps} "
-            f"(t = {self.grid.times[step]:.4g}), level {'+'.join(self._meters)}; {finite.count(False)} of "
-            f"{len(finite)} samples of this batch are lost; try precision=fp32 or another solver"
+            f"(t = {self.grid.times[step]:.4g}), level {level}; {finite.count(False)} of {len(finite)} samples of this "
+            f"batch are lost; try precision=fp32 or another solver"
         )
         keep = [row for row, good in enumerate(finite) if good]
         error.result = Result(x[keep], ledger, x_T[keep])
         error.indices = index[keep].tolist()
         raise error
+
+
+@contextmanager
+def _suspected(meters: Mapping[str, Meter]) -> Iterator[list[str]]:
+    """Names of the networks that make what is not finite of what is, in the order in which they do."""
+    found: list[str] = []
+
+    def watched(name: str, network: Callable[..., Any]) -> Callable[..., Any]:
+        def call(x: Tensor, t: Tensor) -> Any:
+            output = network(x, t)
+            if torch.isfinite(x).all() and not torch.isfinite(getattr(output, "sample", output)).all():
+                found.append(name)
+            return output
+
+        return call
+
+    networks = {name: meter.network for name, meter in meters.items()}
+    try:
+        for name, meter in meters.items():
+            meter.network = watched(name, networks[name])
+        yield found
+    finally:
+        for name, meter in meters.items():
+            meter.network = networks[name]
 
 
 def _device_of(network: nn.Module) -> torch.device:

@@ -173,6 +173,8 @@ class Objective:
         paid = counts.bool().cpu()
         # a level of weight 0 whose neighbours both fell runs too: its weight may have a derivative
         runs = paid | torch.cat([paid[..., 1:], torch.zeros_like(paid[..., :1])], -1)
+        # copied to the device before the first step, not while a step waits
+        draws_of = [[one.nonzero().flatten().to(indices.device) for one in row.unbind(1)] for row in runs.unbind(1)]
         row = iter(range(weights.shape[1]))
 
         def eps(y: Tensor, place: Place) -> Tensor:
@@ -180,7 +182,7 @@ class Objective:
             x, t = (part.view(draws, size, *part.shape[1:]) for part in model_input(self.schedule, y, place))
             total = torch.zeros_like(x)
             for k, denoiser in enumerate(self.denoisers):
-                some = runs[:, i, k].nonzero().flatten().to(x.device)
+                some = draws_of[i][k]
                 if len(some):
                     output = denoiser(x[some].flatten(0, 1), t[some].flatten()).view(-1, size, *self.shape)
                     weight = weights[:, i, k][some].view(-1, 1, *[1] * len(self.shape))
