@@ -233,6 +233,21 @@ def test_an_interval_covers() -> None:
     assert 86 <= hits <= 100  # 95 expected of 100, less three standard errors and what a bootstrap lacks
 
 
+def test_an_interval_covers_the_chance_of_the_coins() -> None:
+    """Coins that all images share move a draw by 30 percent: over images alone 1 interval of 10 would cover."""
+    random, hits = np.random.default_rng(4), 0
+    for _ in range(50):
+        images = random.gamma(4, 0.25, 200)
+        theirs = line((1.0, 2.0, 4.0, 8.0), 1.0, 1.0, images)
+        coins = [random.lognormal(-0.045, 0.3, (8, 1)) for _ in range(4)]
+        ours = [
+            Setting(np.full(8, c), 0.5 / c * many * images) for c, many in zip((1.0, 2.0, 4.0, 8.0), coins, strict=True)
+        ]
+        found = cost_ratio(theirs, ours, 0.2, np.random.default_rng(0), draws=60)
+        hits += found.low <= 2.0 <= found.high
+    assert 36 <= hits <= 49
+
+
 def test_the_best_draw_does_not_flatter_itself() -> None:
     """Draws that differ by chance alone: the smallest mean is too small, that of the other half is not."""
     random = np.random.default_rng(0)

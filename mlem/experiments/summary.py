@@ -76,7 +76,7 @@ def draw(bench: Bench, runs: Sequence[Run], path: Path, shown: int) -> None:
                 words += f"{row['steps']} steps" + (f", Δ = {row['delta']:g}" if row["delta"] is not None else "")
                 pictures[words] = (row, image_grid(bench.pictures(run, columns), columns))
         trials = max((row["trial"] or 0) for row in rows) + 1
-        caption = f"{bench.caption}; bars: one standard error"
+        caption = f"{bench.caption}; bars: one standard error over images"
         caption += f"; {trials} trials of the coins, the best by these images large" if trials > 1 else ""
         own = path if len(references) == 1 else path.with_name(f"{path.stem}_{name}.png")
         coupled_errors(rows, best, own, caption, pictures)
