@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from mlem import Family
-from mlem.experiments.equal_error import Setting, cost_ratio
+from mlem.experiments.equal_error import Setting, cost_ratio, frontier
 from mlem.files import write_json
 from mlem.multilevel.recipe import Recipe
 from mlem.sampling import Sampler, blocks
@@ -268,53 +268,59 @@ def paired(bench: Bench, rounds: int) -> list[dict[str, Any]]:
     return found
 
 
+STYLES = {
+    "hindsight": ("#D55E00", "o"),
+    "held": ("#E69F00", "s"),
+    "jump, systematic": ("#009E73", "^"),
+    "jump, bernoulli": ("#CC79A7", "v"),
+    "learned, systematic": ("#56B4E9", "D"),
+}
+LINES = {"ddpm": "-", "ddim": "-.", "dpm_solver_pp": "-", "dpm_solver_pp_sde": "--", "heun": ":"}
+
+
 def draw(bench: Bench, path: Path) -> None:
     """The error-against-cost figure: one panel each for the SDE and the ODE."""
     import matplotlib.pyplot as plt
 
     figure, panels = plt.subplots(1, 2, figsize=(11, 4.8), layout="constrained", dpi=150)
-    styles = {"hindsight": ("#D55E00", "o"), "held": ("#E69F00", "s"), "jump, systematic": ("#009E73", "^")}
-    styles |= {"jump, bernoulli": ("#CC79A7", "v"), "learned, systematic": ("#56B4E9", "D")}
-    top = bench.family.level().name
     for axes, kind in zip(panels, KINDS, strict=True):
-        rows = [row for row in bench.rows if row["key"][0] == kind]
-        plain: dict[tuple[str, ...], list[tuple[float, float]]] = {}
-        for row in rows:
-            if row["key"][1] == "plain":
-                plain.setdefault(tuple(row["key"][2:5]), []).append((row["cost"], row["mse"]))
-        for (level, solver, grid), points in plain.items():
-            shade = "0.2" if level == top else "0.75"
-            style = {"ddpm": "-", "ddim": "-.", "dpm_solver_pp": "-", "dpm_solver_pp_sde": "--", "heun": ":"}[solver]
-            if grid != "karras":
-                axes.plot(
-                    *zip(*sorted(points), strict=True),
-                    style,
-                    color=shade,
-                    linewidth=1,
-                    label=f"{level}: {solver}, {grid}",
-                )
-        for name, (colour, marker) in styles.items():
-            points = [(row["cost"], row["mse"]) for row in rows if row["key"][1] == name]
+        _draw_levels(axes, bench, kind)
+        for name, (colour, marker) in STYLES.items():
+            points = [row for row in bench.rows if row["key"][:2] == [kind, name]]
             if points:
-                axes.plot(
-                    *zip(*sorted(points), strict=True),
-                    marker,
-                    color=colour,
-                    markersize=4,
-                    label=f"levels together: {name}",
-                )
+                bars = [np.std(row["image_mse"], ddof=1) / math.sqrt(len(row["image_mse"])) for row in points]
+                places = [row["cost"] for row in points], [row["mse"] for row in points]
+                style = {"color": colour, "markersize": 4, "elinewidth": 0.6}
+                axes.errorbar(*places, bars, fmt=marker, label=f"levels together: {name}", **style)
+        solver, steps, _ = KINDS[kind]
+        top = bench.family.level().name
         axes.set(xscale="log", yscale="log", xlabel=f"cost of a sample [evaluations of level {top}, by FLOPs]")
-        axes.set_ylabel("mean squared error to the many-step reference")
-        axes.set_title({"sde": "SDE (DDPM)", "ode": "ODE"}[kind])
+        axes.set_ylabel("mean squared error to the reference")
+        title = {"sde": "SDE", "ode": "ODE"}[kind]
+        axes.set_title(f"{title}; reference: {solver}, level {top}, {steps} steps, same noise", fontsize=9)
         axes.grid(which="major", color="0.9")
         axes.legend(fontsize=6, frameon=False)
     ratios_ = " : ".join(f"{level.flops / bench.family.levels[0].flops:.0f}" for level in bench.family.levels)
+    names = ", ".join(bench.family.names)
     figure.suptitle(
-        f"{bench.family.data}, levels {', '.join(bench.family.names)} (FLOPs {ratios_}), "
-        f"{bench.about['images']} images, seed 0, same noise; {bench.about['device']}",
+        f"{bench.family.data}, levels {names} (FLOPs {ratios_}), {bench.about['images']} images, seed 0; "
+        f"{bench.about['device']}; alone: the best grid; bars: one standard error over images; a point a draw of coins",
         fontsize=9,
     )
     figure.savefig(path)
+
+
+def _draw_levels(axes: Any, bench: Bench, kind: str) -> None:
+    """A line for each solver and level alone: the best of its grids at every cost."""
+    plain: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in bench.rows:
+        if row["key"][:2] == [kind, "plain"]:
+            plain.setdefault((row["key"][2], row["key"][3]), []).append(row)
+    for (level, solver), rows in plain.items():
+        costs, errors = frontier(settings(rows))
+        shade = "0.2" if level == bench.family.level().name else "0.75"
+        label = f"level {level} alone: {solver}"
+        axes.plot(np.exp(costs), np.exp(errors), LINES[solver], color=shade, linewidth=1, label=label)
 
 
 def main() -> None:
