@@ -28,11 +28,14 @@ lint: setup
 
 check: lint test  ## what continuous integration runs
 
-bench: setup  ## the figures of benchmarks/README.md
+bench: setup  ## the figures of benchmarks/README.md, but for those that need the family of `make demo`
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/theory.py
 	$(BIN)/python benchmarks/data.py
 	$(BIN)/python benchmarks/scale.py
+	$(BIN)/python benchmarks/orders.py
+	$(BIN)/python benchmarks/logconcave.py
+	$(BIN)/python benchmarks/midpoints.py
 	$(BIN)/python train.py experiment=dead_leaves16
 	$(BIN)/python benchmarks/multilevel.py runs/dead_leaves16/family
 
