@@ -23,7 +23,7 @@ import torch
 
 from mlem import Family
 from mlem.experiments.equal_error import Setting, cost_ratio, frontier
-from mlem.files import write_json
+from mlem.files import write_text
 from mlem.multilevel.recipe import Recipe
 from mlem.sampling import Sampler, blocks
 
@@ -128,12 +128,22 @@ class Bench:
                 "predicted_cost": about.get("expected_cost"),
             }
         )
-        write_json(self.out, {"about": self.about, "rows": self.rows})
+        write_rows(self.out, {"about": self.about, "rows": self.rows})
         words = f"{name:22s} {level or '+'.join(calls):10s} {solver} {grid} {steps}"
         print(
             f"{words:60s} cost {flops:6.2f}  MSE {errors.mean():.2e}  predicted {about.get('predicted_mse') or 0:.2e}",
             flush=True,
         )
+
+
+def write_rows(path: Path, found: dict[str, Any]) -> None:
+    """JSON with a line for each row of its lists: indented, the errors of the images would take one each."""
+    parts = []
+    for name, value in found.items():
+        lines = [json.dumps(one, allow_nan=False) for one in value] if isinstance(value, list) else []
+        text = "[\n" + ",\n".join(lines) + "\n]" if lines else json.dumps(value, allow_nan=False)
+        parts.append(f"{json.dumps(name)}: {text}")
+    write_text(path, "{" + ",\n".join(parts) + "}\n")
 
 
 def jobs(bench: Bench, plans: int) -> Iterator[tuple[str, str, str, str, str, int, Recipe | None]]:
@@ -342,7 +352,7 @@ def main() -> None:
         if not options.only or job[0] == options.only:
             bench.measure(*job)
     found = {"about": bench.about, "summary": summary(bench), "paired": paired(bench, options.rounds)}
-    write_json(options.out, found | {"rows": bench.rows})
+    write_rows(options.out, found | {"rows": bench.rows})
     draw(bench, options.figure)
 
 

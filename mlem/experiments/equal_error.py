@@ -118,6 +118,7 @@ def cost_ratio(
         weights = np.bincount(random.integers(0, count, count), minlength=count)
         coins = random.random(most)
         again.append(cost_at(theirs, error, weights, coins=coins) / cost_at(ours, error, weights, best, coins))
-    known = np.isfinite(again)
-    low, high = np.nanpercentile(again, (2.5, 97.5)) if known.any() else (math.nan, math.nan)
-    return Ratio(error, cost, cost_at(theirs, error) / cost, float(low), float(high), float(known.mean()))
+    ratio, known = cost_at(theirs, error) / cost, np.isfinite(again)
+    there = known.any() and math.isfinite(ratio)  # an interval of the luckier resamplings alone would mislead
+    low, high = np.nanpercentile(again, (2.5, 97.5)) if there else (math.nan, math.nan)
+    return Ratio(error, cost, ratio, float(low), float(high), float(known.mean()))
