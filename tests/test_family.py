@@ -265,9 +265,57 @@ def test_broken_json_is_named(folder: Path, name: str) -> None:
         Level.load(folder)
 
 
+@pytest.mark.parametrize("name", ["mlem.json", "config.json"])
+@pytest.mark.parametrize("plain", [[], "text", 3, None], ids=str)
+def test_json_of_another_kind_is_named(folder: Path, name: str, plain: object) -> None:
+    (folder / name).write_text(json.dumps(plain))
+    with pytest.raises(ValueError, match=rf"^{folder / name} holds a JSON \w+, no object; restore it or"):
+        Level.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("mlem.json", {"schedule": []}),
+        ("mlem.json", {"schedule": {"kind": "cosine", "ofset": 1}}),
+        ("mlem.json", {"shape": None}),
+        ("mlem.json", {"shape": [1, 8]}),
+        ("mlem.json", {"shape": [1, 8, "8"]}),
+        ("mlem.json", {"name": 3}),
+        ("mlem.json", {"name": "../xs"}),
+        ("mlem.json", {"prediction": []}),
+        ("mlem.json", {"measured": 3}),
+        ("config.json", {"in_channels": "one"}),
+        ("config.json", {"block_out_channels": 8}),
+        ("config.json", {"down_block_types": ["Nothing", "Nothing"]}),
+    ],
+    ids=str,
+)
+def test_fields_of_another_kind_are_named(folder: Path, name: str, change: dict[str, Any]) -> None:
+    edit_json(folder / name, lambda about: about.update(change))
+    with pytest.raises(ValueError, match=rf"^{folder / name} is damaged \([^\n]*\); copy it again or train [^\n]*$"):
+        Level.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("plain", "says"),
+    [
+        ([], "holds a JSON list, no object; "),
+        ({}, "has format None, this version reads 1; copy the family again or make it again: python train.py"),
+        ({"format": 1}, r"is damaged \(no 'levels'\); copy the family again or make it again: python train.py"),
+        ({"format": 1, "levels": 3}, r"is damaged \(.*\); copy the family again or make it again: python train.py"),
+    ],
+    ids=str,
+)
+def test_a_damaged_family_is_named(tmp_path: Path, plain: object, says: str) -> None:
+    (tmp_path / "family.json").write_text(json.dumps(plain))
+    with pytest.raises(ValueError, match=rf"^{tmp_path}/family.json {says}"):
+        Family.load(tmp_path)
+
+
 def test_another_format_is_refused(folder: Path) -> None:
     edit_json(folder / "mlem.json", lambda about: about.update(format=2))
-    with pytest.raises(ValueError, match=r"mlem.json has format 2, this version reads 1$"):
+    with pytest.raises(ValueError, match=r"mlem.json has format 2, this version reads 1; copy it again or"):
         Level.load(folder)
 
 

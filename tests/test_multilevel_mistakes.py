@@ -106,7 +106,7 @@ def test_plans_of_other_steps_or_levels_get_one_line(
         plan.save(path)
         assert says in refused(monkeypatch, capsys, "steps=8", f"plan={path}", f"out={out}")
     write_json(path, {"format": 0})
-    assert "a plan of format 0; this version reads 1" in refused(monkeypatch, capsys, f"plan={path}", f"out={out}")
+    assert "plan.json has format 0, this version reads 1" in refused(monkeypatch, capsys, f"plan={path}", f"out={out}")
     assert not out.exists()
 
 
@@ -130,6 +130,22 @@ def test_a_family_that_is_not_calibrated_gets_one_line(
     # numbers need no calibration
     run_here("sample", "trainer=cpu", *options, "budget=0.9", "probabilities=[1,0.5]", "steps=8", "seeds=0")
     assert set(calls(out)) == {"xs", "s"}
+
+
+@pytest.mark.parametrize("plain", [[], {}, {"format": 1}, {"format": 1, "names": 3}], ids=str)
+def test_a_damaged_calibration_gets_one_line(
+    here: Path, tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, plain: object
+) -> None:
+    family = Path(shutil.copytree(here / FAMILY, tmp_path / "family"))
+    write_json(family / "calibration.json", plain)
+    said = refused(monkeypatch, capsys, f"family={family}", "budget=0.5", f"out={out}")
+    assert "calibration.json " in said
+    assert not out.exists()
+    monkeypatch.setattr(sys, "argv", ["mlem.multilevel", "report", str(family)])
+    with pytest.raises(SystemExit) as stop:
+        multilevel.main()
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == said.replace("sample.py", "mlem.multilevel")
 
 
 def test_a_device_that_is_not_here_gets_one_line(

@@ -172,6 +172,9 @@ def test_plans_are_found_by_name() -> None:
     assert stored_plan(family, "best").to_dict() == plan.to_dict()
     with pytest.raises(ValueError, match=r"^plan=other: there are best, cheap; memorise one with: "):
         stored_plan(family, "other")
+    family.fitted["plans"] = {"best": {"format": 1}}
+    with pytest.raises(ValueError, match=r"^plans/best\.json is damaged \(no 'counts'\); draw it again: "):
+        stored_plan(family, "best")
     family.fitted["plans"] = {"best": plan.to_dict() | {"about": {"weights": "others"}}}
     with pytest.raises(ValueError, match=r"^plan=best was memorised for other weights: python -m mlem\.multilevel mem"):
         stored_plan(family, "best")
@@ -241,5 +244,7 @@ def test_what_was_fitted_to_other_weights_is_refused() -> None:
     with pytest.raises(ValueError, match=r"^the coefficients are of other weights; fit them again: "):
         Coefficients.of(other)
     other.fitted["calibration"] = stored | {"format": 0}
-    with pytest.raises(ValueError, match=r"^a calibration of format 0, this version reads 1; calibrate again$"):
+    with pytest.raises(
+        ValueError, match=r"^calibration\.json has format 0, this version reads 1; calibrate again: python"
+    ):
         Calibration.of(other)

@@ -259,7 +259,7 @@ def stored_plan(family: Family, name: str) -> Plan:
     if name not in plans:
         kept = f"there are {', '.join(plans)}" if plans else "there are none"
         raise ValueError(f"plan={name}: {kept}; memorise one with: python -m mlem.multilevel memorise FAMILY")
-    plan = Plan.from_dict(plans[name])
+    plan = Plan.from_dict(plans[name], f"plans/{name}.json")
     if plan.about.get("weights") not in (None, family.weights_hash):
         raise ValueError(f"plan={name} was memorised for other weights: python -m mlem.multilevel memorise FAMILY")
     return plan
