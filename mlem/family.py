@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from mlem.denoiser import NetworkDenoiser, check_prediction
-from mlem.files import atomic_write, check_format, damaged, read_object, sha256, write_json
+from mlem.files import atomic_write, check_format, damaged, read_object, remove, sha256, write_json
 from mlem.network import flops, parameters
 from mlem.schedule import NoiseSchedule
 
@@ -121,7 +121,8 @@ class Level:
         read_weights(folder / WEIGHTS, network, about["sha256"])
         with damaged(folder / "mlem.json", _REMEDY):
             schedule = NoiseSchedule.from_config(about["schedule"])
-            own = {name: about[name] for name in names} | {"measured": dict(about["measured"])}
+            own = {name: about[name] for name in names}
+            own["measured"] = dict(about["measured"])
             level = Level(network=network.eval(), schedule=schedule, **own)
             _check_shape(level.shape)
         if schedule.fingerprint != about["schedule_hash"]:
@@ -216,17 +217,36 @@ class Family:
         return Recipe(**options)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write the family; `family.json` last, so that a family is there whole or not at all."""
+        """Write the family, which is there whole or not at all; the one that was there stays until all is written.
+
+        The levels are written in a folder aside. Then `family.json` is taken away, levels take the place of levels, and
+        the new `family.json` comes last: cut short in between, there is no family, and never one of old and new levels.
+        """
         folder = Path(folder)
-        for level in self.levels:
-            level.save(folder / f"level_{level.name}")
+        aside = folder / ".saving"
+        shutil.rmtree(aside, ignore_errors=True)  # of a save that was killed
+        try:
+            for level in self.levels:
+                level.save(aside / f"level_{level.name}")
+        except BaseException:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
+        remove(folder / "family.json")
+        for old in folder.glob("level_*"):
+            shutil.rmtree(old)
+        for new in aside.iterdir():
+            os.replace(new, folder / new.name)
+        aside.rmdir()
         self.save_fitted(folder)
         write_json(folder / "family.json", {"format": FORMAT, "levels": self.names, **self.levels[0]._common()})
-        for stale in set(folder.glob("level_*")) - {folder / f"level_{name}" for name in self.names}:
-            shutil.rmtree(stale)
 
     def save_fitted(self, folder: str | os.PathLike[str]) -> None:
-        """Write what was fitted: `calibration.json`, `coefficients.json`, `plans/NAME.json`."""
+        """Write what was fitted: `calibration.json`, `coefficients.json`, `plans/NAME.json`.
+
+        Raises ValueError, before anything is written, for a name of a plan that cannot be a file's.
+        """
+        for name in self.fitted.get("plans", {}):
+            check_name("name of a plan", name)
         for name in FITTED:
             if name in self.fitted:
                 write_json(Path(folder) / f"{name}.json", self.fitted[name])

@@ -73,6 +73,14 @@ def _fsync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def remove(path: str | os.PathLike[str]) -> None:
+    """Delete the file `path`, if it is there, for good: it is not back after a power cut."""
+    path = Path(path)
+    if path.exists():
+        path.unlink()
+        _fsync_folder(path.parent)
+
+
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write `text` (UTF-8) to `path` atomically."""
     with atomic_write(path) as file:
