@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from mlem.multilevel.calibrate import Calibration, Response, calibrate
 from mlem.multilevel.coefficients import CERTAIN, Coefficients
 from mlem.multilevel.coins import COINS
 from mlem.multilevel.memorise import memorise
+from mlem.multilevel.pilot import pilot
 from mlem.multilevel.plan import Plan
 from mlem.multilevel.recipe import Recipe, stored_plan
 from mlem.sampling import Sampler, sample
@@ -146,6 +148,43 @@ def test_learned_coefficients_are_of_their_own_levels() -> None:
 def test_memorising_needs_coins() -> None:
     with pytest.raises(ValueError, match=r"^this recipe tosses no coins, so that all its draws are equal; add coins="):
         memorise(pair(), budget=0.5)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"images": 0}, "images must be >= 1, got 0; the best is chosen by its error on them"),
+        ({"images": -1}, "images must be >= 1, got -1; the best is chosen by its error on them"),
+        ({"reference_steps": 0}, "reference_steps must be a whole number >= 1, got 0"),
+        ({"solver": "heun"}, "hindsight needs a solver of mlem's that evaluates once a step, not heun; use estimator="),
+        (
+            {"solver": "parallel_midpoint"},
+            "parallel_midpoint evaluates many times at once, a plan once a row; leave plan= out",
+        ),
+    ],
+    ids=str,
+)
+def test_bad_choices_are_refused_before_any_plan_is_tried(
+    options: dict[str, Any], says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules[memorise.__module__], "trial", None)
+    recipe: dict[str, Any] = {"coins": "systematic", "probabilities": (1.0, 0.5)}
+    with pytest.raises(ValueError, match=f"^{re.escape(says)}"):
+        memorise(pair(), **{"steps": 4} | recipe | options)
+
+
+def test_pilots_need_reference_steps() -> None:
+    with pytest.raises(ValueError, match=r"^reference_steps must be a whole number >= 1, got 0$"):
+        pilot(pair(), calibration(pair()), reference_steps=0)
+
+
+@pytest.mark.parametrize("name", ["../../x", "a/b", "", ".x"])
+def test_a_plan_is_stored_nowhere_else(name: str, tmp_path: Path) -> None:
+    family = pair()
+    family.fitted = {"calibration": calibration(family).to_dict(), "plans": {name: {}}}
+    with pytest.raises(ValueError, match=rf"^name of a plan must be letters, digits, .*, got '{name}'$"):
+        family.save_fitted(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

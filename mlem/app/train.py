@@ -32,9 +32,10 @@ from mlem.family import Family, Level
 from mlem.files import damaged, first_process, folder_lock, read_object, write_json
 from mlem.metrics import FewImagesWarning
 from mlem.multilevel.__main__ import calibrate_folder
+from mlem.multilevel.recipe import check_estimator
 from mlem.network import seconds_per_image
 from mlem.report import write_report
-from mlem.sampling import Sampler, check_estimator
+from mlem.sampling import Sampler
 from mlem.training.averaging import averaged_state, make_average
 from mlem.training.checkpoints import AtomicCheckpointIO, Checkpoints, saved
 from mlem.training.checkpoints import check as check_checkpoint
