@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from mlem.denoiser import NetworkDenoiser, check_prediction
-from mlem.files import atomic_write, read_json, sha256, write_json
+from mlem.files import atomic_write, check_format, damaged, read_object, remove, sha256, write_json
 from mlem.network import flops, parameters
 from mlem.schedule import NoiseSchedule
 
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 FORMAT = 1
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 FITTED = ("calibration", "coefficients")
+_REMEDY = "copy it again or train this level again"
 
 
 @dataclass
@@ -58,9 +59,7 @@ class Level:
 
     def __post_init__(self) -> None:
         check_prediction(self.prediction)
-        # the name becomes a folder's
-        if not re.fullmatch(r"\w[\w.+-]*", self.name):
-            raise ValueError(f"level name must be letters, digits, or any of _ . + -, got {self.name!r}")
+        check_name("level name", self.name)
         self.shape = tuple(self.shape)
         self.network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
@@ -109,22 +108,39 @@ class Level:
             raise FileNotFoundError(
                 f"{folder} holds no level (no mlem.json); train one with: python train.py model=unet_s"
             )
-        about = read_json(folder / "mlem.json")
-        if about.get("format") != FORMAT:
-            raise ValueError(f"{folder}/mlem.json has format {about.get('format')!r}, this version reads {FORMAT}")
+        about = read_object(folder / "mlem.json")
+        check_format(about, FORMAT, folder / "mlem.json", _REMEDY)
         names = ("name", "prediction", "shape", "data", "measured")
         for field_name in (*names, "schedule", "schedule_hash", "sha256"):
             if field_name not in about:
-                raise ValueError(f"{folder}/mlem.json has no {field_name}; copy it again or train this level again")
-        network = UNet2DModel.from_config(read_json(folder / "config.json"))
+                raise ValueError(f"{folder}/mlem.json has no {field_name}; {_REMEDY}")
+        config = read_object(folder / "config.json")
+        with damaged(folder / "config.json", _REMEDY):
+            network = UNet2DModel.from_config(config)
         assert isinstance(network, nn.Module)
         read_weights(folder / WEIGHTS, network, about["sha256"])
-        schedule = NoiseSchedule.from_config(about["schedule"])
+        with damaged(folder / "mlem.json", _REMEDY):
+            schedule = NoiseSchedule.from_config(about["schedule"])
+            own = {name: about[name] for name in names}
+            own["measured"] = dict(about["measured"])
+            level = Level(network=network.eval(), schedule=schedule, **own)
+            _check_shape(level.shape)
         if schedule.fingerprint != about["schedule_hash"]:
             raise ValueError(
                 f"{folder}/mlem.json was edited: its schedule does not match its schedule_hash; train it again"
             )
-        return Level(network=network.eval(), schedule=schedule, **{name: about[name] for name in names})
+        return level
+
+
+def check_name(what: str, name: str) -> None:
+    """Raise ValueError unless `name` can be that of a file or folder, and of nothing outside of where it is put."""
+    if not re.fullmatch(r"\w[\w.+-]*", name):
+        raise ValueError(f"{what} must be letters, digits, or any of _ . + -, got {name!r}")
+
+
+def _check_shape(shape: Sequence[Any]) -> None:
+    if len(shape) != 3 or not all(isinstance(size, int) and size > 0 for size in shape):
+        raise ValueError(f"shape must be three whole numbers >= 1, got {list(shape)}")
 
 
 class Family:
@@ -201,17 +217,36 @@ class Family:
         return Recipe(**options)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write the family; `family.json` last, so that a family is there whole or not at all."""
+        """Write the family, which is there whole or not at all; the one that was there stays until all is written.
+
+        The levels are written in a folder aside. Then `family.json` is taken away, levels take the place of levels, and
+        the new `family.json` comes last: cut short in between, there is no family, and never one of old and new levels.
+        """
         folder = Path(folder)
-        for level in self.levels:
-            level.save(folder / f"level_{level.name}")
+        aside = folder / ".saving"
+        shutil.rmtree(aside, ignore_errors=True)  # of a save that was killed
+        try:
+            for level in self.levels:
+                level.save(aside / f"level_{level.name}")
+        except BaseException:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
+        remove(folder / "family.json")
+        for old in folder.glob("level_*"):
+            shutil.rmtree(old)
+        for new in aside.iterdir():
+            os.replace(new, folder / new.name)
+        aside.rmdir()
         self.save_fitted(folder)
         write_json(folder / "family.json", {"format": FORMAT, "levels": self.names, **self.levels[0]._common()})
-        for stale in set(folder.glob("level_*")) - {folder / f"level_{name}" for name in self.names}:
-            shutil.rmtree(stale)
 
     def save_fitted(self, folder: str | os.PathLike[str]) -> None:
-        """Write what was fitted: `calibration.json`, `coefficients.json`, `plans/NAME.json`."""
+        """Write what was fitted: `calibration.json`, `coefficients.json`, `plans/NAME.json`.
+
+        Raises ValueError, before anything is written, for a name of a plan that cannot be a file's.
+        """
+        for name in self.fitted.get("plans", {}):
+            check_name("name of a plan", name)
         for name in FITTED:
             if name in self.fitted:
                 write_json(Path(folder) / f"{name}.json", self.fitted[name])
@@ -226,14 +261,16 @@ class Family:
             raise FileNotFoundError(
                 f"{folder} holds no family (no family.json); make one with: python train.py model=family"
             )
-        about = read_json(folder / "family.json")
-        if about.get("format") != FORMAT:
-            raise ValueError(f"{folder}/family.json has format {about.get('format')!r}, this version reads {FORMAT}")
+        remedy = "copy the family again or make it again: python train.py model=family"
+        about = read_object(folder / "family.json")
+        check_format(about, FORMAT, folder / "family.json", remedy)
+        with damaged(folder / "family.json", remedy):
+            folders = [folder / f"level_{name}" for name in about["levels"]]
         fitted: dict[str, Any] = {
-            name: read_json(folder / f"{name}.json") for name in FITTED if (folder / f"{name}.json").is_file()
+            name: read_object(folder / f"{name}.json") for name in FITTED if (folder / f"{name}.json").is_file()
         }
-        fitted["plans"] = {path.stem: read_json(path) for path in sorted((folder / "plans").glob("*.json"))}
-        return Family([Level.load(folder / f"level_{name}") for name in about["levels"]], fitted)
+        fitted["plans"] = {path.stem: read_object(path) for path in sorted((folder / "plans").glob("*.json"))}
+        return Family([Level.load(one) for one in folders], fitted)
 
 
 def write_weights(path: str | os.PathLike[str], weights: Mapping[str, Tensor]) -> None:

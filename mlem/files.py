@@ -15,6 +15,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+_REMEDY = "restore it or delete it and make it again"
+_OF_ANOTHER_KIND = (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError, RuntimeError)
+
 
 def first_process() -> bool:
     """Whether this process is rank 0 of a run; known before there is a process group."""
@@ -70,6 +73,14 @@ def _fsync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def remove(path: str | os.PathLike[str]) -> None:
+    """Delete the file `path`, if it is there, for good: it is not back after a power cut."""
+    path = Path(path)
+    if path.exists():
+        path.unlink()
+        _fsync_folder(path.parent)
+
+
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write `text` (UTF-8) to `path` atomically."""
     with atomic_write(path) as file:
@@ -86,7 +97,35 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); restore it or delete it and make it again") from error
+        raise ValueError(f"{path} is not valid JSON ({error}); {_REMEDY}") from error
+
+
+def read_object(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a JSON file that must hold an object. Raises ValueError that names the file when it holds another thing."""
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a JSON {type(value).__name__}, no object; {_REMEDY}")
+    return value
+
+
+def check_format(plain: Any, known: int, what: str | os.PathLike[str], remedy: str) -> None:
+    """Raise ValueError that names `what` and the remedy unless `plain` is an object of the format `known`."""
+    found = repr(plain.get("format")) if isinstance(plain, dict) else f"{type(plain).__name__}, no object"
+    if found != repr(known):
+        raise ValueError(f"{what} has format {found}, this version reads {known}; {remedy}")
+
+
+@contextmanager
+def damaged(what: str | os.PathLike[str], remedy: str = _REMEDY) -> Iterator[None]:
+    """Within the block what was read is taken apart: if it is of another kind, one ValueError names `what` and remedy.
+
+    Only for plain data: an error of the program itself would be taken for one of the file.
+    """
+    try:
+        yield
+    except _OF_ANOTHER_KIND as error:
+        said = f"no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
+        raise ValueError(f"{what} is damaged ({said}); {remedy}") from error
 
 
 def sha256(path: str | os.PathLike[str]) -> str:

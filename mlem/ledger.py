@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mlem.files import damaged
+
 
 @dataclass
 class LevelLedger:
@@ -59,10 +61,22 @@ class Ledger:
         return own | totals | {"levels": {name: dict(vars(cost)) for name, cost in self.levels.items()}}
 
     @staticmethod
-    def from_dict(plain: Mapping[str, Any]) -> Ledger:
-        """The ledger that `to_dict` described."""
-        levels = {name: LevelLedger(**cost) for name, cost in plain["levels"].items()}
-        return Ledger(levels, plain["wall_seconds"], plain["images"], plain.get("rounds", 0.0))
+    def from_dict(plain: Mapping[str, Any], where: str = "the ledger") -> Ledger:
+        """The ledger that `to_dict` described. Raises ValueError, which names `where`, for other data."""
+        with damaged(where):
+            levels = {
+                name: LevelLedger(**{key: _number(value) for key, value in cost.items()})
+                for name, cost in plain["levels"].items()
+            }
+            rounds = _number(plain.get("rounds", 0.0))
+            return Ledger(levels, _number(plain["wall_seconds"]), _number(plain["images"]), rounds)
+
+
+def _number(value: Any) -> Any:
+    """`value` itself, an int still an int. Raises TypeError for what is no number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{value!r} is no number")
+    return value
 
 
 class Meter:

@@ -21,11 +21,11 @@ from mlem.family import Family, Level
 from mlem.ledger import Ledger, LevelLedger, Meter
 from mlem.multilevel.denoiser import MultilevelDenoiser
 from mlem.multilevel.plan import Plan
-from mlem.multilevel.recipe import Recipe
+from mlem.multilevel.recipe import Recipe, check_estimator
 from mlem.network import evaluating
 from mlem.noise import BrownianPath, NoiseStream
 from mlem.schedule import NoiseSchedule, TimeGrid
-from mlem.solvers import SOLVERS, Place, Point, Solver, make_solver, model_input, response
+from mlem.solvers import Place, Point, Solver, make_solver, model_input, response
 
 PRECISIONS: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Names of what the network may be computed in (autocast); times, noise and the sum over steps stay full."""
@@ -100,6 +100,8 @@ class Sampler:
         self.schedule, self.shape = schedule, tuple(shape)
         self.grid = self.solver.grid(schedule, steps, grid)
         self.plan = self._check_plan(model, plan)
+        if spread and self.plan is not None:
+            _refuse_spread(self.plan)
         self._meters: dict[str, Meter] = {}
         self._denoiser = self._metered(model)
         self._refuse_other_schedule()
@@ -119,9 +121,9 @@ class Sampler:
         if plan is None:
             return None
         assert isinstance(model, Family)
-        check_estimator(self.solver, self.grid, plan.estimator)
         if isinstance(plan, Recipe):
             plan = plan.plan(model, self.solver, self.grid)
+        check_estimator(self.solver, self.grid, plan.estimator)
         evaluations = self.solver.evaluations(self.grid)
         if plan.evaluations != evaluations:
             raise ValueError(
@@ -292,6 +294,13 @@ def _suspected(meters: Mapping[str, Meter]) -> Iterator[list[str]]:
             meter.network = networks[name]
 
 
+def _refuse_spread(plan: Plan) -> None:
+    """Raise ValueError for a plan that needs all rows of a call on one rank."""
+    if plan.estimator == "hindsight" or plan.per_sample:
+        kind = "coins of each sample's own" if plan.per_sample else "estimator=hindsight"
+        raise ValueError(f"spread=True deals the rows of a call to the ranks, and {kind} needs all; leave spread out")
+
+
 def _device_of(network: nn.Module) -> torch.device:
     parameter = next(network.parameters(), None)
     return torch.device("cpu") if parameter is None else parameter.device
@@ -304,16 +313,6 @@ def solver_of(solver: str | Solver, **options: Any) -> Solver:
 
         return DiffusersSolver(solver.removeprefix("diffusers:"), **options)
     return make_solver(solver, **options)
-
-
-def check_estimator(solver: Solver, grid: TimeGrid, estimator: str) -> None:
-    """Raise ValueError where this solver cannot follow a plan, or not one of this estimator."""
-    if not solver.sequential:
-        raise ValueError(f"{solver.name} evaluates many times at once, a plan once a row; leave plan= out")
-    if estimator == "hindsight" and (solver.name not in SOLVERS or solver.evaluations(grid) != grid.steps):
-        raise ValueError(
-            f"hindsight needs a solver of mlem's that evaluates once a step, not {solver.name}; use estimator=held"
-        )
 
 
 def blocks(indices: Sequence[int], batch_size: int) -> list[list[int]]:

@@ -11,6 +11,7 @@ All of it is computed in float64, whatever the dtype of the input, and returned 
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import math
 from abc import ABC, abstractmethod
@@ -105,17 +106,24 @@ class NoiseSchedule(ABC):
 
     @staticmethod
     def from_config(config: Mapping[str, Any]) -> NoiseSchedule:
-        """The schedule that `to_config` described. Raises ValueError for an unknown kind."""
+        """The schedule that `to_config` described. Raises ValueError for an unknown kind and options it cannot have."""
         makers: dict[str, Callable[..., NoiseSchedule]] = {
             "cosine": NoiseSchedule.cosine,
             "linear": NoiseSchedule.linear,
             "diffusers": NoiseSchedule.from_diffusers,
         }
+        if not isinstance(config, Mapping):
+            raise ValueError(f"a schedule is an object with its kind, such as cosine, got {config!r}")
         options = dict(config)
         kind = options.pop("kind", None)
-        if kind not in makers:
+        if kind not in [*makers]:
             raise ValueError(f"schedule kind must be one of {', '.join(makers)}, got {kind!r}")
-        return makers[kind](**options)
+        known = ", ".join(inspect.signature(makers[kind]).parameters)
+        try:
+            return makers[kind](**options)
+        except (TypeError, AttributeError, RuntimeError) as error:
+            said = " ".join(str(error).split())
+            raise ValueError(f"schedule {kind} cannot be made ({said}); its options are {known}") from error
 
     def __repr__(self) -> str:
         return f"NoiseSchedule({self.to_config()})"

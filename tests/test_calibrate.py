@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import fields
 
 import pytest
 import torch
@@ -102,7 +103,20 @@ def test_a_calibration_is_kept_as_json_of_these_weights() -> None:
     other = Family([level(1, 0.03, 1), level(2, 0.01, 4), level(3, 0.0, 3)], {"calibration": plain})
     with pytest.raises(ValueError, match=r"^the calibration is of other weights: python -m mlem\.multilevel calibrate"):
         Calibration.of(other)
-    with pytest.raises(ValueError, match=r"^a calibration of format 0, this version reads 1; calibrate again$"):
+    with pytest.raises(
+        ValueError, match=r"^the calibration has format 0, this version reads 1; calibrate again: python -m"
+    ):
         Calibration.from_dict(plain | {"format": 0})
     with pytest.raises(ValueError, match=r"points is not calibrated: python -m mlem\.multilevel calibrate FAMILY$"):
         Calibration.of(Family(other.levels))
+
+
+@pytest.mark.parametrize("field", [one.name for one in fields(Calibration)])
+def test_a_damaged_calibration_gets_one_line(field: str) -> None:
+    """A field that is missing, that is of another kind, or that does not fit the others."""
+    plain = family().fitted["calibration"]
+    short = {"names": ["1"], "log_snr": plain["log_snr"][1:], "seconds": {}, "responses": {}}
+    others = [None, 3, short.get(field, "x")]
+    for other in [{key: plain[key] for key in plain if key != field}, *(plain | {field: value} for value in others)]:
+        with pytest.raises(ValueError, match=r"^calibration\.json is damaged \([^\n]*\); calibrate again: [^\n]*$"):
+            Calibration.of(Family(family().levels, {"calibration": other}))

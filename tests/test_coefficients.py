@@ -54,3 +54,11 @@ def test_delta_shifts_all_but_the_first_level() -> None:
 def test_bad_coefficients_are_refused(alpha: list[float], beta: list[float], message: str) -> None:
     with pytest.raises(ValueError, match=f"^{message}"):
         Coefficients(torch.tensor(alpha), torch.tensor(beta))
+
+
+@pytest.mark.parametrize("field", ["alpha", "beta", "levels", "about"])
+def test_damaged_coefficients_get_one_line(field: str) -> None:
+    plain = Coefficients(torch.zeros(2), torch.ones(2)).to_dict()
+    for other in ({key: plain[key] for key in plain if key != field}, plain | {field: 3}, plain | {field: None}):
+        with pytest.raises(ValueError, match=r"^here is damaged \(.*\); fit them again: python train\.py model=coeff"):
+            Coefficients.from_dict(other, "here")

@@ -205,6 +205,20 @@ def test_a_solver_without_a_path_is_refused(family: Path, tmp_path: Path) -> Non
         bench.runs(Entry("x", "predictor_corrector", (3,)))
 
 
+@pytest.mark.parametrize(
+    ("solver", "says"),
+    [
+        ("heun", "^hindsight needs a solver of mlem's that evaluates once a step"),
+        ("parallel_midpoint", "leave plan= out$"),
+    ],
+)
+def test_a_plan_that_its_solver_cannot_follow_is_refused(family: Path, tmp_path: Path, solver: str, says: str) -> None:
+    """When runs are listed, before anything is measured."""
+    bench = Bench(Family.load(family / "runs/tiny/family"), range(2), tmp_path)
+    with pytest.raises(ValueError, match=says):
+        bench.runs(Entry("x", solver, (3,), recipe=Recipe(probabilities=(1.0, 0.5))))
+
+
 def line(costs: Any, exponent: float, factor: float, images: np.ndarray) -> list[Setting]:
     """Error factor * cost^-exponent on average, times what an image is worth."""
     return [Setting(np.array([cost]), factor * cost**-exponent * images[None]) for cost in costs]

@@ -151,6 +151,21 @@ def test_damaged_shard_alone_is_remade(tmp_path):
     assert contents(tmp_path) == before
 
 
+@pytest.mark.parametrize("count", [0, 9, 11, -1])
+def test_a_damaged_count_is_mended(tmp_path, count):
+    folder = tmp_path / "d"
+    prepare("dead_leaves", folder, size=8, count=25, shard_size=10, progress=False)
+    path, before = folder / "manifest.json", (folder / "manifest.json").read_bytes()
+    value = json.loads(before)
+    value["shards"][1]["count"] = count
+    path.write_text(json.dumps(value))
+    with pytest.raises(ValueError, match="prepare the data set again"):
+        Shards.open(folder)
+    assert prepare("dead_leaves", folder, size=8, count=25, shard_size=10, progress=False) == 10
+    assert path.read_bytes() == before
+    assert len(Shards.open(folder)) == 25
+
+
 def test_other_data_in_the_folder_are_refused(tmp_path):
     ensure("dead_leaves", tmp_path, progress=False, size=8, count=20)
     assert len(ensure("dead_leaves", tmp_path, size=8, count=20)) == 20

@@ -134,6 +134,8 @@ def test_memory_that_cannot_be_written_is_left_out(folder):
         ('"count": 30', '"count": 31', "count is 31, its shards hold 30"),
         ('"file": "shard-000000.tar"', '"file": "../shard-000000.tar"', "is not the name of a shard"),
         ('"file": "shard-000000.tar"', '"file": "pipe:touch x.tar"', "is not the name of a shard"),
+        ('"left_out": {}', '"left_out": {"abc": "x"}', "left_out names 'abc', no image of 31; restore the file"),
+        ('"left_out": {}', '"left_out": {"00000031": "x"}', "left_out names '00000031', no image of 31; restore"),
         ("{", "", "is not valid JSON"),
     ],
 )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -18,6 +20,7 @@ from diffusers import UNet2DModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from mlem import family as family_module
 from mlem.family import WEIGHTS, Family, Level, read_weights
 from mlem.files import sha256
 from mlem.schedule import NoiseSchedule
@@ -98,6 +101,61 @@ def test_saving_again_replaces(tmp_path: Path) -> None:
     assert again.names == ["s"]
     assert_same_weights(again.levels[0].network, level("s", seed=1).network)
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["family.json", "level_s"]
+
+
+@functools.cache
+def pair(seed: int) -> Family:
+    return Family([level("xs", seed=seed), level("s", seed=seed)])
+
+
+def test_a_save_that_fails_leaves_the_old_family(tmp_path: Path) -> None:
+    old, new = pair(0), Family([level("xs", seed=1), level("s", seed=1)])
+    old.save(tmp_path)
+    with torch.no_grad():
+        next(new.levels[1].network.parameters()).view(-1)[0] = float("nan")
+    with pytest.raises(ValueError, match="hold NaN or infinity; not saved to "):
+        new.save(tmp_path)
+    assert Family.load(tmp_path).weights_hash == old.weights_hash
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["family.json", "level_s", "level_xs"]
+
+
+@pytest.mark.parametrize("done", [0, 1, 2, 4, 5])
+def test_a_save_that_is_killed_leaves_the_old_family_or_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, done: int
+) -> None:
+    """At every removal and move on the way; and never old beside new levels."""
+    old, new, steps = pair(0), pair(1), 0
+    old.save(tmp_path)
+
+    def until(act: Callable[..., Any]) -> Callable[..., Any]:
+        def step(path: Path, *rest: Any, **options: Any) -> Any:
+            nonlocal steps
+            if str(path).endswith(".tmp") or options:  # of a file that is written, or nothing to remove
+                return act(path, *rest, **options)
+            steps += 1
+            if steps > done:
+                raise KeyboardInterrupt
+            return act(path, *rest)
+
+        return step
+
+    with monkeypatch.context() as patched:
+        patched.setattr("mlem.family.remove", until(family_module.remove))
+        patched.setattr("shutil.rmtree", until(shutil.rmtree))
+        patched.setattr("os.replace", until(os.replace))
+        if done < 5:
+            with pytest.raises(KeyboardInterrupt):
+                new.save(tmp_path)
+        else:
+            new.save(tmp_path)
+    if done == 0:
+        assert Family.load(tmp_path).weights_hash == old.weights_hash
+    elif done < 5:
+        with pytest.raises(FileNotFoundError, match=r"holds no family \(no family.json\); make one with: "):
+            Family.load(tmp_path)
+    new.save(tmp_path)
+    assert Family.load(tmp_path).weights_hash == new.weights_hash
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["family.json", "level_s", "level_xs"]
 
 
 # --- families that do not fit together -----------------------------------------------------------------------------
@@ -265,9 +323,57 @@ def test_broken_json_is_named(folder: Path, name: str) -> None:
         Level.load(folder)
 
 
+@pytest.mark.parametrize("name", ["mlem.json", "config.json"])
+@pytest.mark.parametrize("plain", [[], "text", 3, None], ids=str)
+def test_json_of_another_kind_is_named(folder: Path, name: str, plain: object) -> None:
+    (folder / name).write_text(json.dumps(plain))
+    with pytest.raises(ValueError, match=rf"^{folder / name} holds a JSON \w+, no object; restore it or"):
+        Level.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("mlem.json", {"schedule": []}),
+        ("mlem.json", {"schedule": {"kind": "cosine", "ofset": 1}}),
+        ("mlem.json", {"shape": None}),
+        ("mlem.json", {"shape": [1, 8]}),
+        ("mlem.json", {"shape": [1, 8, "8"]}),
+        ("mlem.json", {"name": 3}),
+        ("mlem.json", {"name": "../xs"}),
+        ("mlem.json", {"prediction": []}),
+        ("mlem.json", {"measured": 3}),
+        ("config.json", {"in_channels": "one"}),
+        ("config.json", {"block_out_channels": 8}),
+        ("config.json", {"down_block_types": ["Nothing", "Nothing"]}),
+    ],
+    ids=str,
+)
+def test_fields_of_another_kind_are_named(folder: Path, name: str, change: dict[str, Any]) -> None:
+    edit_json(folder / name, lambda about: about.update(change))
+    with pytest.raises(ValueError, match=rf"^{folder / name} is damaged \([^\n]*\); copy it again or train [^\n]*$"):
+        Level.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("plain", "says"),
+    [
+        ([], "holds a JSON list, no object; "),
+        ({}, "has format None, this version reads 1; copy the family again or make it again: python train.py"),
+        ({"format": 1}, r"is damaged \(no 'levels'\); copy the family again or make it again: python train.py"),
+        ({"format": 1, "levels": 3}, r"is damaged \(.*\); copy the family again or make it again: python train.py"),
+    ],
+    ids=str,
+)
+def test_a_damaged_family_is_named(tmp_path: Path, plain: object, says: str) -> None:
+    (tmp_path / "family.json").write_text(json.dumps(plain))
+    with pytest.raises(ValueError, match=rf"^{tmp_path}/family.json {says}"):
+        Family.load(tmp_path)
+
+
 def test_another_format_is_refused(folder: Path) -> None:
     edit_json(folder / "mlem.json", lambda about: about.update(format=2))
-    with pytest.raises(ValueError, match=r"mlem.json has format 2, this version reads 1$"):
+    with pytest.raises(ValueError, match=r"mlem.json has format 2, this version reads 1; copy it again or"):
         Level.load(folder)
 
 

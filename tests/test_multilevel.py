@@ -16,6 +16,7 @@ from mlem.family import Family
 from mlem.multilevel.coins import COINS, toss
 from mlem.multilevel.denoiser import PADDING, MultilevelDenoiser
 from mlem.multilevel.plan import Plan
+from mlem.multilevel.recipe import Recipe
 from mlem.sampling import Sampler, sample
 from mlem.solvers import make_solver
 from tests.hierarchy import ALL, COSINE, TABLE, TIMES, at, call, denoisers, measured, networks, noise, trajectory
@@ -329,3 +330,20 @@ def test_a_level_that_becomes_nan_is_named() -> None:
     plan = measured(4, [0])
     with pytest.raises(NonFiniteError, match=r"sample 0 became NaN .* at step 1 of 4 .*, level s; 2 of 2 samples"):
         sample(broken, indices=range(2), steps=4, plan=plan)
+
+
+@pytest.mark.parametrize(
+    ("plan", "says"),
+    [
+        (Plan.draw(torch.ones(4, 2), per_sample=True), "coins of each sample's own"),
+        (Recipe(probabilities=(1.0, 0.5), estimator="jump", per_sample=True), "coins of each sample's own"),
+        (Plan.given(torch.ones(4, 2)), "estimator=hindsight"),
+    ],
+    ids=["plan", "recipe", "hindsight"],
+)
+def test_rows_that_belong_together_are_not_spread(plan: Plan | Recipe, says: str) -> None:
+    says = f"spread=True deals the rows of a call to the ranks, and {says} needs all; leave spread out"
+    with pytest.raises(ValueError, match=f"^{re.escape(says)}$"):
+        Sampler(networks(), steps=4, plan=plan, spread=True)
+    Sampler(networks(), steps=4, plan=plan)
+    Sampler(networks(), steps=4, plan=Plan.given(torch.ones(4, 2), estimator="held"), spread=True)

@@ -106,7 +106,7 @@ def test_plans_of_other_steps_or_levels_get_one_line(
         plan.save(path)
         assert says in refused(monkeypatch, capsys, "steps=8", f"plan={path}", f"out={out}")
     write_json(path, {"format": 0})
-    assert "a plan of format 0; this version reads 1" in refused(monkeypatch, capsys, f"plan={path}", f"out={out}")
+    assert "plan.json has format 0, this version reads 1" in refused(monkeypatch, capsys, f"plan={path}", f"out={out}")
     assert not out.exists()
 
 
@@ -130,6 +130,56 @@ def test_a_family_that_is_not_calibrated_gets_one_line(
     # numbers need no calibration
     run_here("sample", "trainer=cpu", *options, "budget=0.9", "probabilities=[1,0.5]", "steps=8", "seeds=0")
     assert set(calls(out)) == {"xs", "s"}
+
+
+@pytest.mark.parametrize("plain", [[], {}, {"format": 1}, {"format": 1, "names": 3}], ids=str)
+def test_a_damaged_calibration_gets_one_line(
+    here: Path, tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, plain: object
+) -> None:
+    family = Path(shutil.copytree(here / FAMILY, tmp_path / "family"))
+    write_json(family / "calibration.json", plain)
+    said = refused(monkeypatch, capsys, f"family={family}", "budget=0.5", f"out={out}")
+    assert "calibration.json " in said
+    assert not out.exists()
+    monkeypatch.setattr(sys, "argv", ["mlem.multilevel", "report", str(family)])
+    with pytest.raises(SystemExit) as stop:
+        multilevel.main()
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == said.replace("sample.py", "mlem.multilevel")
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("memorise", "--name", "../../x"), "--name must be letters, digits, or any of _ . + -, got '../../x'"),
+        (("memorise", "--name", "a/b"), "--name must be letters, digits, or any of _ . + -, got 'a/b'"),
+        (("memorise", "--name", "a.json"), "--name must not end in .json, or plan= would take it for a path, got 'a."),
+        (("memorise", "--images", "0"), "images must be >= 1, got 0; the best is chosen by its error on them"),
+        (("memorise", "--images", "-1"), "images must be >= 1, got -1; the best is chosen by its error on them"),
+        (
+            ("memorise", "--solver", "heun", "--estimator", "hindsight"),
+            "hindsight needs a solver of mlem's that evaluates once a step, not heun; use estimator=held",
+        ),
+        (("calibrate", "--reference-steps", "0"), "reference_steps must be a whole number >= 1, got 0"),
+    ],
+    ids=str,
+)
+def test_bad_options_of_the_tool_get_one_line(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, options: tuple[str, ...], says: str
+) -> None:
+    """At once: nothing is measured."""
+    monkeypatch.setattr(multilevel, "calibrate", None)
+    before = {path: path.read_bytes() for path in FAMILY.rglob("*.json")}
+    monkeypatch.setattr(sys, "argv", ["mlem.multilevel", options[0], str(FAMILY), "--coins", "nested", *options[1:]])
+    if options[0] == "calibrate":
+        sys.argv[3:5] = []
+    with pytest.raises(SystemExit) as stop:
+        multilevel.main()
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"mlem.multilevel: {says}")
+    assert said.count("\n") == 1
+    assert {path: path.read_bytes() for path in FAMILY.rglob("*.json")} == before
 
 
 def test_a_device_that_is_not_here_gets_one_line(

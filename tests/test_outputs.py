@@ -250,6 +250,18 @@ def other_pixels(folder: Path) -> None:
             "cannot be merged: steps: 2 in {whole}, 3 in {copy}",
         ),
         (lambda copy: (copy / "settings.json").unlink(), "{copy} holds no samples (no settings.json)"),
+        (lambda copy: write_json(copy / "settings.json", []), "{copy}/settings.json holds a JSON list, no object; "),
+        (lambda copy: write_json(copy / "manifest.json", []), "{copy}/manifest.json holds a JSON list, no object; "),
+        (lambda copy: write_json(copy / "ledger.json", []), "{copy}/ledger.json holds a JSON list, no object; "),
+        (lambda copy: write_json(copy / "ledger.json", {}), "{copy}/ledger.json is damaged (no 'levels'); restore it"),
+        (
+            lambda copy: write_json(copy / "ledger.json", {"levels": {}, "wall_seconds": "1", "images": 1}),
+            "{copy}/ledger.json is damaged ('1' is no number); restore it or delete it",
+        ),
+        (
+            lambda copy: write_json(copy / "ledger.json", {"levels": {"xs": {"cost": 1}}}),
+            "{copy}/ledger.json is damaged (",
+        ),
     ],
 )
 def test_parts_that_do_not_fit_are_refused_in_one_line(
@@ -259,6 +271,23 @@ def test_parts_that_do_not_fit_are_refused_in_one_line(
     assert main(["merge", str(tmp_path / "out"), str(whole), str(copy)]) == 2
     assert says.format(whole=whole, copy=copy) in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "settings.json", "ledger.json"])
+def test_json_of_another_kind_is_named_and_nothing_lost(copy: Path, whole: Path, name: str) -> None:
+    write_json(copy / name, [])
+    with pytest.raises(ValueError, match=rf"^{copy / name} holds a JSON list, no object; restore it or delete it"):
+        make(copy, range(14))
+    assert images(copy).items() >= images(whole).items()
+
+
+@pytest.mark.parametrize("name", ["000000009.png", "00001/000001001.png", "000001/00001001.png", "00001/00000005.png"])
+def test_a_file_that_is_named_otherwise_is_no_sample(copy: Path, whole: Path, name: str) -> None:
+    """A zero too many, or in another folder."""
+    (copy / name).parent.mkdir(exist_ok=True)
+    shutil.copy(sample_path(whole, 1), copy / name)
+    assert list(survey(copy).sound) == [*range(12)]
+    assert verify(make(copy, range(12))) == (12, {})
 
 
 def test_a_folder_that_was_sampled_into_is_no_place_to_merge(whole: Path, copy: Path) -> None:

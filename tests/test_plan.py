@@ -182,10 +182,53 @@ def test_a_plan_is_plain_data(plan: Plan, tmp_path: Path) -> None:
 def test_files_that_are_no_plan(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"none\.json is no plan; make one with: "):
         Plan.load(tmp_path / "none.json")
-    for other in ({"format": 7}, {}):
-        (tmp_path / "plan.json").write_text(json.dumps(other))
-        with pytest.raises(ValueError, match=r"^a plan of format .*; this version reads 1, draw it again$"):
-            Plan.load(tmp_path / "plan.json")
+    path = tmp_path / "plan.json"
+    for other, found in (({"format": 7}, "format 7"), ({}, "format None")):
+        path.write_text(json.dumps(other))
+        with pytest.raises(ValueError, match=rf"^{path} has {found}, this version reads 1; draw it again: python -m "):
+            Plan.load(path)
+    path.write_text("[]")
+    with pytest.raises(ValueError, match=rf"^{path} holds a JSON list, no object; restore it or delete it"):
+        Plan.load(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"counts": [[1, 1]]}, "counts and probabilities must be of one shape, got (1, 2) and (4, 3)"),
+        ({"counts": [[1, 1, -1]] * 4}, "counts must be whole numbers >= 0, got -1 among"),
+        ({"counts": [[1, 1, 0.5]] * 4}, "counts must be whole numbers >= 0, got 0.5 among"),
+        ({"counts": [[1, 1]] * 3 + [[1]]}, ""),
+        ({"counts": [[1, 1, 2**70]] * 4}, ""),
+        ({"counts": "many"}, ""),
+        ({"counts": None, "coins": "dice"}, "coins must be one of"),
+        ({"probabilities": [0.5, 0.5]}, "probabilities must be a table (evaluations, levels), got shape (2,)"),
+        ({"probabilities": None}, ""),
+        ({"estimator": "held", "counts": [[1, 1, 0]] * 4}, "held corrections must all be measured at the first row"),
+        ({"estimator": "held", "probabilities": [[2.0, 1, 1]] * 4}, "probabilities must be a table"),
+        ({"seed": "0"}, "'str' object cannot be interpreted as an integer"),
+        ({"memory": "long"}, ""),
+        ({"about": 3}, ""),
+        ({"levels": None}, ""),
+    ],
+    ids=str,
+)
+def test_a_damaged_plan_gets_one_line(change: dict[str, Any], says: str, tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps(Plan.draw(TABLE).to_dict() | change))
+    with pytest.raises(
+        ValueError, match=rf"^{path} is damaged \({re.escape(says)}.*\); draw it again: python -m"
+    ) as no:
+        Plan.load(path)
+    assert "\n" not in str(no.value)
+
+
+@pytest.mark.parametrize("field", sorted(Plan.draw(TABLE).to_dict().keys() - {"format"}))
+def test_a_missing_field_of_a_plan_is_named(field: str) -> None:
+    plain = Plan.draw(TABLE).to_dict()
+    del plain[field]
+    with pytest.raises(ValueError, match=rf"^the plan is damaged \(no '{field}'\); draw it again: "):
+        Plan.from_dict(plain)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from mlem.multilevel.calibrate import Calibration, Response, calibrate
 from mlem.multilevel.coefficients import CERTAIN, Coefficients
 from mlem.multilevel.coins import COINS
 from mlem.multilevel.memorise import memorise
+from mlem.multilevel.pilot import pilot
 from mlem.multilevel.plan import Plan
 from mlem.multilevel.recipe import Recipe, stored_plan
 from mlem.sampling import Sampler, sample
@@ -151,6 +153,43 @@ def test_memorising_needs_coins() -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
+        ({"images": 0}, "images must be >= 1, got 0; the best is chosen by its error on them"),
+        ({"images": -1}, "images must be >= 1, got -1; the best is chosen by its error on them"),
+        ({"reference_steps": 0}, "reference_steps must be a whole number >= 1, got 0"),
+        ({"solver": "heun"}, "hindsight needs a solver of mlem's that evaluates once a step, not heun; use estimator="),
+        (
+            {"solver": "parallel_midpoint"},
+            "parallel_midpoint evaluates many times at once, a plan once a row; leave plan= out",
+        ),
+    ],
+    ids=str,
+)
+def test_bad_choices_are_refused_before_any_plan_is_tried(
+    options: dict[str, Any], says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules[memorise.__module__], "trial", None)
+    recipe: dict[str, Any] = {"coins": "systematic", "probabilities": (1.0, 0.5)}
+    with pytest.raises(ValueError, match=f"^{re.escape(says)}"):
+        memorise(pair(), **{"steps": 4} | recipe | options)
+
+
+def test_pilots_need_reference_steps() -> None:
+    with pytest.raises(ValueError, match=r"^reference_steps must be a whole number >= 1, got 0$"):
+        pilot(pair(), calibration(pair()), reference_steps=0)
+
+
+@pytest.mark.parametrize("name", ["../../x", "a/b", "", ".x"])
+def test_a_plan_is_stored_nowhere_else(name: str, tmp_path: Path) -> None:
+    family = pair()
+    family.fitted = {"calibration": calibration(family).to_dict(), "plans": {name: {}}}
+    with pytest.raises(ValueError, match=rf"^name of a plan must be letters, digits, .*, got '{name}'$"):
+        family.save_fitted(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
         ({"images": 1}, "images of a calibration must be >= 2, got 1"),
         ({"times": 2}, "times of a calibration must be >= 3, got 2"),
         ({"batch_sizes": ()}, "batch sizes of a calibration must be one or more numbers >= 1, got []"),
@@ -172,6 +211,9 @@ def test_plans_are_found_by_name() -> None:
     assert stored_plan(family, "best").to_dict() == plan.to_dict()
     with pytest.raises(ValueError, match=r"^plan=other: there are best, cheap; memorise one with: "):
         stored_plan(family, "other")
+    family.fitted["plans"] = {"best": {"format": 1}}
+    with pytest.raises(ValueError, match=r"^plans/best\.json is damaged \(no 'counts'\); draw it again: "):
+        stored_plan(family, "best")
     family.fitted["plans"] = {"best": plan.to_dict() | {"about": {"weights": "others"}}}
     with pytest.raises(ValueError, match=r"^plan=best was memorised for other weights: python -m mlem\.multilevel mem"):
         stored_plan(family, "best")
@@ -241,5 +283,7 @@ def test_what_was_fitted_to_other_weights_is_refused() -> None:
     with pytest.raises(ValueError, match=r"^the coefficients are of other weights; fit them again: "):
         Coefficients.of(other)
     other.fitted["calibration"] = stored | {"format": 0}
-    with pytest.raises(ValueError, match=r"^a calibration of format 0, this version reads 1; calibrate again$"):
+    with pytest.raises(
+        ValueError, match=r"^calibration\.json has format 0, this version reads 1; calibrate again: python"
+    ):
         Calibration.of(other)

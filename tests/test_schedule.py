@@ -169,6 +169,19 @@ def test_edm_and_flow_configs_are_refused(config: dict[str, object]) -> None:
         (lambda: NoiseSchedule.from_diffusers({"num_train_timesteps": 4000}), "num_train_timesteps is 4000, but"),
         (lambda: NoiseSchedule.from_config({"kind": "sine"}), "one of cosine, linear, diffusers, got 'sine'"),
         (lambda: NoiseSchedule.from_config({}), "got None"),
+        (lambda: NoiseSchedule.from_config({"kind": []}), "one of cosine, linear, diffusers, got []"),
+        (lambda: NoiseSchedule.from_config(["cosine"]), "an object with its kind, such as cosine, got ['cosine']"),
+        (
+            lambda: NoiseSchedule.from_config({"kind": "cosine", "ofset": 1}),
+            "'ofset'); its options are offset, log_snr",
+        ),
+        (lambda: NoiseSchedule.from_config({"kind": "cosine", "offset": "a"}), "schedule cosine cannot be made ("),
+        (lambda: NoiseSchedule.from_config({"kind": "linear", "num_timesteps": -1}), "schedule linear cannot be made"),
+        (lambda: NoiseSchedule.from_config({"kind": "diffusers", "config": []}), "schedule diffusers cannot be made"),
+        (
+            lambda: NoiseSchedule.from_config({"kind": "diffusers", "config": {"beta_schedule": "sine"}}),
+            "sine is not implemented",
+        ),
     ],
 )
 def test_bad_schedules_are_refused(make: object, message: str) -> None:

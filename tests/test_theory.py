@@ -100,6 +100,24 @@ def test_bad_constants_are_refused(name, value):
         theory(**{name: value})
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"L": 1000.0}, {"L": 355.0}, {"L": 1e200, "T": 1e200}, {"eps": 1e-200}, {"L": 300.0, "eps": 1e-60}],
+    ids=str,
+)
+def test_numbers_that_overflow_are_refused(options):
+    with pytest.raises(
+        ValueError, match=r"^e\^\(2 L T\) / eps\^2 is too large a number for L T = .*; take a shorter T"
+    ):
+        theory(**options)
+
+
+def test_a_long_run_that_does_not_overflow_is_none_of_them():
+    chosen = theory(L=200.0)
+    assert torch.isfinite(chosen.rates(chosen.levels)).all()
+    assert ((chosen.probabilities(1e-3) > 0) & (chosen.probabilities(1e-3) <= 1)).all()
+
+
 @pytest.mark.parametrize("eta", [0.0, -0.1, 1.1, math.nan])
 def test_bad_steps_are_refused(eta):
     with pytest.raises(ValueError, match=rf"eta must be in \(0, T\] with T = 1, got {eta}"):

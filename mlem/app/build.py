@@ -16,7 +16,7 @@ from mlem.app.config import parse_indices, without_secrets
 from mlem.app.measure import measure_of
 from mlem.data import BatchSource, Shards, held_out_batches, make_source, train_loader
 from mlem.family import Family, Level
-from mlem.files import first_process, read_json, write_json, write_text
+from mlem.files import first_process, read_object, write_json, write_text
 from mlem.multilevel.plan import Plan
 from mlem.multilevel.recipe import Recipe, stored_plan
 from mlem.network import unet
@@ -36,11 +36,8 @@ def schedule(config: DictConfig) -> NoiseSchedule:
     """The schedule that `schedule` describes."""
     options: dict[str, Any] = OmegaConf.to_container(config.schedule, resolve=True)  # type: ignore[assignment]
     if options["kind"] == "diffusers":
-        options = {"kind": "diffusers", "config": read_json(options["file"])}
-    try:
-        return NoiseSchedule.from_config(options)
-    except TypeError as error:
-        raise ValueError(f"schedule: {error}; see configs/schedule/{options['kind']}.yaml") from error
+        options = {"kind": "diffusers", "config": read_object(options["file"])}
+    return NoiseSchedule.from_config(options)
 
 
 def new_level(config: DictConfig, size: str) -> Level:

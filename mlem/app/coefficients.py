@@ -18,7 +18,7 @@ from mlem.app.config import build_callbacks, without_secrets
 from mlem.app.find import family_folder
 from mlem.app.train import _agree, _checkpoint
 from mlem.family import Family
-from mlem.files import first_process, folder_lock, read_json, write_json
+from mlem.files import first_process, folder_lock, read_object, write_json
 from mlem.multilevel.coefficients import Coefficients
 from mlem.multilevel.learn import Objective, first_coefficients, frozen
 from mlem.plots import probabilities as probabilities_figure
@@ -176,11 +176,11 @@ def _hand_over(
     config: DictConfig, folder: Path, family: Family, where: Path, objective: Objective, start: Tensor
 ) -> None:
     """Put the coefficients beside the family, draw them, and say what came of it."""
-    plain = read_json(folder / "coefficients.json")
+    plain = read_object(folder / "coefficients.json")
     # nothing else: a calibration may have been written since this family was read
     family.fitted = {"coefficients": plain}
     family.save_fitted(where)
-    learned = Coefficients.from_dict(plain)
+    learned = Coefficients.from_dict(plain, str(folder / "coefficients.json"))
     before, after = (
         one.probabilities(family.schedule, objective.times).T.tolist()
         for one in (objective.coefficients(start), learned)

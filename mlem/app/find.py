@@ -6,7 +6,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from mlem.files import read_json
+from mlem.files import read_object
 
 
 def family_folder(config: DictConfig) -> Path:
@@ -26,4 +26,4 @@ def family_folder(config: DictConfig) -> Path:
 
 
 def _data(path: Path) -> str:
-    return read_json(path).get("data", "")
+    return read_object(path).get("data", "")

@@ -228,7 +228,8 @@ def _report_plan(now: Ledger, family: Family, sampler: Sampler) -> None:
     )
     predicted = plan.about.get("predicted_mse")
     own = {"solver": sampler.solver.name, "steps": sampler.grid.steps, "grid": sampler.grid.name}
-    known = family.fitted.get("calibration", {}).get("about", {}).get("weights") == family.weights_hash
+    about = family.fitted.get("calibration", {}).get("about")
+    known = isinstance(about, dict) and about.get("weights") == family.weights_hash
     # a memorised plan may run where it was not made for, or with a family that was calibrated no more
     if predicted is not None and known and own.items() <= plan.about.items():
         predictor = Predictor(Calibration.of(family), family.schedule, sampler.solver, sampler.grid)

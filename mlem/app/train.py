@@ -29,12 +29,13 @@ from mlem.app.measure import new_fid
 from mlem.app.report import evaluate_family
 from mlem.data import Shards, count_of, ensure
 from mlem.family import Family, Level
-from mlem.files import first_process, folder_lock, read_json, write_json
+from mlem.files import damaged, first_process, folder_lock, read_object, write_json
 from mlem.metrics import FewImagesWarning
 from mlem.multilevel.__main__ import calibrate_folder
+from mlem.multilevel.recipe import check_estimator
 from mlem.network import seconds_per_image
 from mlem.report import write_report
-from mlem.sampling import Sampler, check_estimator
+from mlem.sampling import Sampler
 from mlem.training.averaging import averaged_state, make_average
 from mlem.training.checkpoints import AtomicCheckpointIO, Checkpoints, saved
 from mlem.training.checkpoints import check as check_checkpoint
@@ -77,8 +78,11 @@ def _save_family(config: DictConfig, family: Family) -> None:
     """Write the family; calibrate it where that was not done for these weights, by the process that came first."""
     folder = Path(config.root) / "family"
     known = folder / "calibration.json"
-    if known.exists() and read_json(known)["about"]["weights"] == family.weights_hash:
-        family.fitted["calibration"] = read_json(known)
+    if known.exists():
+        found = read_object(known)
+        with damaged(known):
+            fits = found["about"]["weights"] == family.weights_hash
+        family.fitted |= {"calibration": found} if fits else {}
     family.save(folder)
     if len(family.levels) > 1 and config.calibration.images and "calibration" not in family.fitted:
         device = "cuda" if torch.cuda.is_available() and config.trainer.accelerator != "cpu" else "cpu"
@@ -235,7 +239,7 @@ def _agree(config: DictConfig, folder: Path, settings: dict[str, Any]) -> None:
     """Raise ValueError when the run in `folder` was started with other settings, unless resume=force."""
     path = folder / "settings.json"
     if path.exists() and config.resume != "force":
-        found = _differences(read_json(path), settings)
+        found = _differences(read_object(path), settings)
         if found:
             raise ValueError(
                 f"{folder} holds a run with other settings ({'; '.join(found)}); change them back, choose another "

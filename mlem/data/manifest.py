@@ -73,6 +73,12 @@ class Manifest:
         for record in records:
             if not re.fullmatch(r"[\w-][\w.-]*\.tar", record.file):
                 raise ValueError(f"{path}: {record.file!r} is not the name of a shard in this folder")
+        for key in left_out:
+            if not re.fullmatch(r"[0-9]{8,}", key) or int(key) >= manifest.total:
+                raise ValueError(
+                    f"{path}: left_out names {key!r}, no image of {manifest.total}; restore the file, or delete the "
+                    "folder and prepare the data set again"
+                )
         if channels not in (1, 3):
             raise ValueError(f"{path}: shape has {channels} channels; grey (1) and RGB (3) images are read")
         return manifest

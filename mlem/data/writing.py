@@ -118,9 +118,12 @@ def _finished(folder: Path, wanted: Manifest) -> Manifest:
             raise ValueError(f"{folder} holds {foreign[0].name} but no {MANIFEST}; choose an empty folder")
         wanted.write(folder / UNFINISHED)
     state = wanted
+    size = wanted.shard_size
+    sizes = {_file_of(i, wanted): min(size, wanted.total - i) for i in range(0, wanted.total, size)}
     for record in records.values():
-        if _whole(folder / record.file, record):
-            faults = {key: why for key, why in left_out.items() if _file_of(int(key), wanted) == record.file}
+        faults = {key: why for key, why in left_out.items() if _file_of(int(key), wanted) == record.file}
+        due = sizes.get(record.file, 0) - len(faults)
+        if record.count == due and _whole(folder / record.file, record):
             state = _with_shard(state, record, faults)
     return state
 

@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 
-from mlem.family import Family
+from mlem.family import Family, check_name
 from mlem.multilevel.calibrate import Calibration, calibrate
 from mlem.multilevel.memorise import memorise
 from mlem.multilevel.pilot import pilot
 from mlem.multilevel.report import report
+from mlem.multilevel.trial import check_reference_steps
 
 
 def calibrate_folder(
@@ -26,6 +27,8 @@ def calibrate_folder(
     """
     from rich.console import Console
 
+    if "reference_steps" in options:  # of the pilots, which come after all the rest
+        check_reference_steps(options["reference_steps"])
     console = Console()
     with console.status("calibrating") as status:
 
@@ -109,6 +112,9 @@ def _report(family: Family, options: argparse.Namespace) -> None:
 
 
 def _memorise(family: Family, options: argparse.Namespace) -> None:
+    check_name("--name", options.name)
+    if options.name.endswith(".json"):
+        raise ValueError(f"--name must not end in .json, or plan= would take it for a path, got {options.name!r}")
     names = ("solver", "steps", "grid", "budget", "estimator", "coins", "cost", "draws", "images", "reference_steps")
     levels = None if options.levels is None else tuple(options.levels)
     chosen = {name: getattr(options, name) for name in names}

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from mlem.denoiser import Denoiser
 from mlem.family import Family
+from mlem.files import check_format, damaged
 from mlem.multilevel.trial import CALIBRATION, estimate, start, trial_indices
 from mlem.network import evaluating, seconds_per_image
 from mlem.noise import BrownianPath
@@ -27,6 +28,8 @@ from mlem.schedule import NoiseSchedule, TimeGrid
 from mlem.solvers import Point, Solver, make_solver
 
 FORMAT = 1
+_COMMAND = "python -m mlem.multilevel calibrate FAMILY"
+_REMEDY = f"calibrate again: {_COMMAND}"
 UNITS = ("seconds", "flops")
 """What cost is counted in."""
 
@@ -85,39 +88,62 @@ class Calibration:
         return _plain(plain)
 
     @staticmethod
-    def from_dict(plain: dict[str, Any]) -> Calibration:
-        """The calibration that `to_dict` described. Raises ValueError for another format."""
-        if plain.get("format") != FORMAT:
-            raise ValueError(
-                f"a calibration of format {plain.get('format')!r}, this version reads {FORMAT}; calibrate again"
-            )
+    def from_dict(plain: dict[str, Any], where: str = "the calibration") -> Calibration:
+        """The calibration that `to_dict` described. Raises ValueError, which names `where`, for other data."""
+        check_format(plain, FORMAT, where, _REMEDY)
 
         def tensor(values: Any) -> Tensor:
             return torch.tensor(values, dtype=torch.float64)
 
-        return Calibration(
-            tuple(plain["names"]),
-            tuple(plain["flops"]),
-            {int(size): tuple(values) for size, values in plain["seconds"].items()},
-            tensor(plain["log_snr"]),
-            tensor(plain["differences"]),
-            tensor(plain["image_differences"]),
-            {kind: Response(**{key: tensor(v) for key, v in one.items()}) for kind, one in plain["responses"].items()},
-            plain["about"],
-            {name: {int(n): mse for n, mse in errors.items()} for name, errors in plain["discretisation"].items()},
-            plain["pilots"],
-        )
+        def response(one: dict[str, Any]) -> Response:
+            return Response(**{key: tensor(values) for key, values in one.items()})
+
+        def by_number(values: dict[str, Any]) -> dict[int, float]:
+            return {int(number): float(value) for number, value in values.items()}
+
+        with damaged(where, _REMEDY):
+            found = Calibration(
+                tuple(map(str, plain["names"])),
+                tuple(map(float, plain["flops"])),
+                {int(size): tuple(map(float, values)) for size, values in plain["seconds"].items()},
+                tensor(plain["log_snr"]),
+                tensor(plain["differences"]),
+                tensor(plain["image_differences"]),
+                {kind: response(one) for kind, one in plain["responses"].items()},
+                dict(plain["about"]),
+                {name: by_number(errors) for name, errors in plain["discretisation"].items()},
+                {name: [[*map(float, pair)] for pair in pairs] for name, pairs in plain["pilots"].items()},
+            )
+            found._check_shapes()
+        return found
+
+    def _check_shapes(self) -> None:
+        """Raise ValueError where tables do not fit together."""
+        levels, times = len(self.names), len(self.log_snr)
+        shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
+            "flops": ((len(self.flops),), (levels,)),
+            "differences": (tuple(self.differences.shape), (times, levels, levels)),
+            "image_differences": (tuple(self.image_differences.shape[:1]), (levels - 1,)),
+        }
+        shapes |= {f"seconds of {size}": ((len(values),), (levels,)) for size, values in self.seconds.items()}
+        for kind in ("ode", "sde"):
+            one, row = self.responses[kind], (levels - 1, times)
+            shapes[f"gain of {kind}"] = tuple(one.gain.shape), row
+            shapes[f"inner of {kind}"] = tuple(one.inner.shape), row + row
+            shapes[f"roughness of {kind}"] = tuple(one.roughness.shape), row[:1]
+        if odd := [f"{name} has shape {there}, not {due}" for name, (there, due) in shapes.items() if there != due]:
+            raise ValueError(odd[0])
+        if not self.seconds:
+            raise ValueError("no seconds")
 
     @staticmethod
     def of(family: Family) -> Calibration:
         """The calibration stored with a family. Raises ValueError with the remedy when there is none that fits."""
         if "calibration" not in family.fitted:
-            raise ValueError(
-                f"this family of {family.data} is not calibrated: python -m mlem.multilevel calibrate FAMILY"
-            )
-        found = Calibration.from_dict(family.fitted["calibration"])
-        if found.about["weights"] != family.weights_hash:
-            raise ValueError("the calibration is of other weights: python -m mlem.multilevel calibrate FAMILY")
+            raise ValueError(f"this family of {family.data} is not calibrated: {_COMMAND}")
+        found = Calibration.from_dict(family.fitted["calibration"], "calibration.json")
+        if found.about.get("weights") != family.weights_hash:
+            raise ValueError(f"the calibration is of other weights: {_COMMAND}")
         return found
 
 

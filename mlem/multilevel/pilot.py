@@ -14,7 +14,7 @@ from mlem.multilevel.denoiser import MultilevelDenoiser
 from mlem.multilevel.plan import Plan
 from mlem.multilevel.predict import Predictor
 from mlem.multilevel.recipe import Recipe
-from mlem.multilevel.trial import PILOT, trial, trial_indices
+from mlem.multilevel.trial import PILOT, check_reference_steps, trial, trial_indices
 from mlem.network import evaluating
 from mlem.solvers import Solver, make_solver
 
@@ -52,6 +52,7 @@ def pilot(
 
     images: samples, none of which calibration or a user has seen. reference_steps: of the run they are compared with.
     """
+    check_reference_steps(reference_steps)
     networks = torch.nn.ModuleList(level.network for level in family.levels).to(device)
     family = Family(family.levels, {"calibration": calibration.to_dict()})
     with torch.inference_mode(), evaluating(networks):

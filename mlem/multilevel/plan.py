@@ -17,6 +17,7 @@ weight zero is not run, unless a held correction has to be measured.
 from __future__ import annotations
 
 import itertools
+import operator
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -26,11 +27,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mlem.files import read_json, write_json
+from mlem.files import check_format, damaged, read_object, write_json
 from mlem.multilevel.coins import check_coins, check_probabilities, toss
 
 FORMAT = 1
 _OPTIONS = ("coins", "estimator", "order", "seed", "memory", "about")
+_REMEDY = "draw it again: python -m mlem.multilevel memorise FAMILY"
 ESTIMATORS = ("jump", "held", "hindsight")
 
 
@@ -60,14 +62,37 @@ class Plan:
             raise ValueError(f"order of a held correction must be 0 or 1, got {self.order!r}")
         if self.memory is not None and not self.memory > 0:
             raise ValueError(f"memory of a held correction must be positive, got {self.memory!r}")
+        self._check_probabilities()
         if self.levels and len(self.levels) != self.probabilities.shape[1]:
             raise ValueError(
                 f"probabilities have {self.probabilities.shape[1]} columns, but levels are {', '.join(self.levels)}"
             )
-        if not self.holds:
-            check_probabilities(self.probabilities)
         if self.holds and self.counts is None:
             raise ValueError("held corrections need one plan for all samples; leave per_sample out, or estimator=jump")
+        if self.counts is None:
+            check_coins(self.coins)
+        else:
+            self._check_counts(self.counts)
+
+    def _check_probabilities(self) -> None:
+        p = self.probabilities
+        if not self.holds:
+            check_probabilities(p)
+        elif p.dim() != 2 or p.numel() == 0 or not bool(((p >= 0) & (p <= 1)).all()):  # 0 where rows are chosen
+            raise ValueError(
+                f"probabilities must be a table (evaluations, levels) of numbers in [0, 1], got shape {tuple(p.shape)}"
+            )
+
+    def _check_counts(self, counts: Tensor) -> None:
+        if counts.shape != self.probabilities.shape:
+            raise ValueError(
+                f"counts and probabilities must be of one shape, got {tuple(counts.shape)} and "
+                f"{tuple(self.probabilities.shape)}; draw the plan again"
+            )
+        if counts.dtype != torch.int64 or bool((counts < 0).any()):
+            raise ValueError(f"counts must be whole numbers >= 0, got {counts.min().item()} among {counts.dtype}")
+        if self.holds and not bool(counts[0].all() and counts[:, 0].all()):
+            raise ValueError("held corrections must all be measured at the first row, the cheapest level at every row")
 
     @staticmethod
     def draw(
@@ -216,14 +241,15 @@ class Plan:
         return {"format": FORMAT, "levels": list(self.levels)} | plain | tables
 
     @staticmethod
-    def from_dict(plain: dict[str, Any]) -> Plan:
-        """The plan that `to_dict` described. Raises ValueError for another format."""
-        if plain.get("format") != FORMAT:
-            raise ValueError(f"a plan of format {plain.get('format')!r}; this version reads {FORMAT}, draw it again")
-        counts = None if plain["counts"] is None else torch.tensor(plain["counts"], dtype=torch.int64)
-        options = {name: plain[name] for name in _OPTIONS}
-        probabilities = torch.tensor(plain["probabilities"], dtype=torch.float64)
-        return Plan(probabilities, counts, levels=tuple(plain["levels"]), **options)
+    def from_dict(plain: dict[str, Any], where: str = "the plan") -> Plan:
+        """The plan that `to_dict` described. Raises ValueError, which names `where`, for other data."""
+        check_format(plain, FORMAT, where, _REMEDY)
+        with damaged(where, _REMEDY):
+            counts = None if plain["counts"] is None else torch.tensor(plain["counts"])
+            options = {name: plain[name] for name in _OPTIONS}
+            options |= {"about": dict(plain["about"]), "seed": operator.index(plain["seed"])}
+            probabilities = torch.tensor(plain["probabilities"], dtype=torch.float64)
+            return Plan(probabilities, counts, levels=tuple(map(str, plain["levels"])), **options)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as JSON."""
@@ -234,7 +260,7 @@ class Plan:
         """Read a plan. Raises FileNotFoundError or ValueError with the remedy."""
         if not os.path.isfile(path):
             raise FileNotFoundError(f"{path} is no plan; make one with: python -m mlem.multilevel memorise FAMILY")
-        return Plan.from_dict(read_json(path))
+        return Plan.from_dict(read_object(path), os.fspath(path))
 
 
 def collect(paid: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from mlem.multilevel.coins import COINS, check_coins
 from mlem.multilevel.plan import ESTIMATORS, Plan
 from mlem.multilevel.predict import Predictor, Search
 from mlem.schedule import TimeGrid
-from mlem.solvers import Point, Solver, response
+from mlem.solvers import SOLVERS, Point, Solver, response
 
 PROBABILITIES = ("calibrated", "learned", "theory")
 
@@ -95,7 +95,11 @@ class Recipe:
         return self.estimator != "jump" and self.probabilities == "calibrated" and self.coins is None
 
     def plan(self, family: Family, solver: Solver, grid: TimeGrid) -> Plan:
-        """The plan for this family, solver and grid. Raises ValueError where the family was not fitted for it."""
+        """The plan for this family, solver and grid.
+
+        Raises ValueError where the family was not fitted for it, or the solver could not follow it.
+        """
+        check_estimator(solver, grid, self.estimator)
         return _Planner(self, family, solver, grid).plan()
 
 
@@ -253,13 +257,23 @@ class _Planner:
         return self._for_budget(high * self.rows)
 
 
+def check_estimator(solver: Solver, grid: TimeGrid, estimator: str) -> None:
+    """Raise ValueError where this solver cannot follow a plan, or not one of this estimator."""
+    if not solver.sequential:
+        raise ValueError(f"{solver.name} evaluates many times at once, a plan once a row; leave plan= out")
+    if estimator == "hindsight" and (solver.name not in SOLVERS or solver.evaluations(grid) != grid.steps):
+        raise ValueError(
+            f"hindsight needs a solver of mlem's that evaluates once a step, not {solver.name}; use estimator=held"
+        )
+
+
 def stored_plan(family: Family, name: str) -> Plan:
     """The plan kept with the family under this name. Raises ValueError with the names there are."""
     plans = family.fitted.get("plans", {})
     if name not in plans:
         kept = f"there are {', '.join(plans)}" if plans else "there are none"
         raise ValueError(f"plan={name}: {kept}; memorise one with: python -m mlem.multilevel memorise FAMILY")
-    plan = Plan.from_dict(plans[name])
+    plan = Plan.from_dict(plans[name], f"plans/{name}.json")
     if plan.about.get("weights") not in (None, family.weights_hash):
         raise ValueError(f"plan={name} was memorised for other weights: python -m mlem.multilevel memorise FAMILY")
     return plan

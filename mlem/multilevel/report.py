@@ -17,7 +17,7 @@ def report(found: Calibration, console: Console) -> None:
     """Print what was measured, in the manner of a multilevel Monte Carlo report."""
     from rich.table import Table
 
-    levels = Table(title=f"levels ({found.about['images']} trajectories, {found.about['device']})")
+    levels = Table(title=f"levels ({found.about.get('images')} trajectories, {found.about.get('device')})")
     batches = sorted(found.seconds)
     columns = ["level", "MFLOPs", *(f"ms/image, batch {size}" for size in batches)]
     columns += ["E|f^k - f^(k-1)|²", "E|f^K - f^k|²", "reaches ODE samples by", "SDE samples by"]

@@ -22,7 +22,8 @@ class Theory:
     """The choice of [J, Thm 1] for an error of order eps against Euler-Maruyama with f itself, step by step.
 
     gamma: exponent of the cost, > 0. c: scale of the cost, > 0. L: Lipschitz constant of f, > 0. T: length of the run,
-    > 0. eps: root-mean-square error wanted at the end, > 0. Raises ValueError for other numbers; warns when gamma <= 2.
+    > 0. eps: root-mean-square error wanted at the end, > 0. Raises ValueError for other numbers and where
+    e^(2 L T) / eps^2 overflows; warns when gamma <= 2.
 
     **What is implemented, and why.** Let r_n be the root-mean-square distance, after n steps, between the run with
     `F = sum_k B_k/p_k (f^k - f^(k-1))` and the run with f, same noise. Coins are independent from step to step, F has
@@ -69,9 +70,21 @@ class Theory:
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{name} must be a finite number > 0, got {value}")
+        self._refuse_overflow()
         if self.gamma <= 2:
             reason = "[J, Thm 1] promises no speed-up, and levels that always run carry the cost"
             warnings.warn(f"gamma = {self.gamma:g} <= 2: {reason}", stacklevel=3)
+
+    def _refuse_overflow(self) -> None:
+        try:
+            finite = bool(torch.isfinite(self.rates(self.levels)).all())
+        except (ArithmeticError, ValueError):  # e^(L T) too large, eps too small for a float
+            finite = False
+        if not finite:
+            raise ValueError(
+                f"e^(2 L T) / eps^2 is too large a number for L T = {self.L * self.T:g}, eps = {self.eps:g} and "
+                f"gamma = {self.gamma:g}; take a shorter T, a smaller L or a larger eps"
+            )
 
     @property
     def levels(self) -> range:

@@ -22,6 +22,13 @@ def trial_indices(first: int, count: int, device: str | torch.device = "cpu") ->
     return torch.arange(first, first + count, device=device)
 
 
+def check_reference_steps(steps: int) -> int:
+    """`steps` of a reference themselves. Raises ValueError unless they are a whole number >= 1."""
+    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
+        raise ValueError(f"reference_steps must be a whole number >= 1, got {steps!r}")
+    return steps
+
+
 def estimate(denoiser: Denoiser, schedule: NoiseSchedule) -> Estimate:
     """The denoiser as a solver calls it, in float64."""
 

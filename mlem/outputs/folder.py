@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mlem.files import atomic_write, read_json, write_json
+from mlem.files import atomic_write, read_object, write_json
 from mlem.images import image_grid, quantise
 from mlem.ledger import Ledger
 from mlem.outputs.images import read_png, sample_path, write_png
@@ -31,7 +31,7 @@ def claim(folder: Path, settings: dict[str, Any], what: str = "samples") -> None
     """Note `settings` in the folder. Raises ValueError when it holds samples made with other ones."""
     path = folder / "settings.json"
     if path.exists():
-        if odd := differences(read_json(path), settings):
+        if odd := differences(read_object(path), settings):
             raise ValueError(f"{folder} holds {what} made with other settings ({odd}); choose another out=")
         return
     if any(folder.glob("*.png")):
@@ -105,7 +105,7 @@ def finish(folder: Path, indices: Sequence[int], ledger: Ledger, hashes: Mapping
     path, total = folder / "ledger.json", Ledger()
     total.add(ledger)
     if path.exists():
-        total.add(Ledger.from_dict(read_json(path)))
+        total.add(Ledger.from_dict(read_object(path), str(path)))
     if ledger.images:
         write_json(path, total.to_dict())
     return total.to_dict()

@@ -34,13 +34,17 @@ def sample_indices(folder: Path) -> list[int]:
         return []
     found = []
     for name in _names(folder, r"(\d{8,})\.png"):
-        found.append(index := int(name.removesuffix(".png")))
+        index = int(name.removesuffix(".png"))
+        if name != sample_path(folder, index).name:  # a zero too many: none of ours
+            continue
+        found.append(index)
         if index >= FLAT:
             sample_path(folder, index).parent.mkdir(exist_ok=True)
             os.replace(folder / name, sample_path(folder, index))
     for thousand in _names(folder, r"\d{5,}"):
-        named = [int(name.removesuffix(".png")) for name in _names(folder / thousand, r"(\d{8,})\.png")]
-        found += [index for index in named if index >= FLAT and index // FLAT == int(thousand)]
+        for name in _names(folder / thousand, r"(\d{8,})\.png"):
+            index = int(name.removesuffix(".png"))
+            found += [index] if sample_path(folder, index) == folder / thousand / name else []
     return sorted(set(found))
 
 

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlem.files import read_json, sha256, write_json, write_text
+from mlem.files import read_object, sha256, write_json, write_text
 from mlem.outputs.images import is_whole, sample_indices, sample_path
 
 FORMAT = 1
@@ -65,7 +65,7 @@ def write_manifest(folder: Path, hashes: Mapping[int, str]) -> None:
     about = {"format": FORMAT, "count": len(hashes), "indices": spans(hashes)}
     write_json(
         folder / MANIFEST,
-        about | {"settings": read_json(folder / "settings.json"), "sha256": sha256(folder / LIST)},
+        about | {"settings": read_object(folder / "settings.json"), "sha256": sha256(folder / LIST)},
     )
 
 
@@ -74,7 +74,7 @@ def _noted(folder: Path) -> dict[int, str]:
     if not (folder / MANIFEST).exists() or not (folder / LIST).exists():
         return {}
     listed = (folder / LIST).read_bytes()
-    if read_json(folder / MANIFEST).get("sha256") != hashlib.sha256(listed).hexdigest():
+    if read_object(folder / MANIFEST).get("sha256") != hashlib.sha256(listed).hexdigest():
         return {}
     lines = (line.split("  ", 1) for line in listed.decode().splitlines())
     return {int(Path(name).stem): digest for digest, name in lines}

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mlem.files import atomic_write, folder_lock, read_json, write_json
+from mlem.files import atomic_write, folder_lock, read_object, write_json
 from mlem.ledger import Ledger
 from mlem.outputs.folder import claim, clear_leftovers, differences, write_grid
 from mlem.outputs.images import sample_path
@@ -21,9 +21,9 @@ def merge(out: Path, parts: Sequence[Path]) -> int:
     under one index, and when a part has broken images or `out` was sampled into.
     """
     ledger = out / "ledger.json"
-    if ledger.exists() and "merged" not in read_json(ledger):
+    if ledger.exists() and "merged" not in read_object(ledger):
         raise ValueError(f"{out} holds samples of its own; name it as a part, and merge into a new folder")
-    settings = _common_settings(parts)
+    settings, total = _common_settings(parts), _total(parts)
     sources: dict[int, tuple[Path, str]] = {}
     for part in parts:
         found = survey(part)
@@ -42,10 +42,6 @@ def merge(out: Path, parts: Sequence[Path]) -> int:
                     file.write(sample_path(part, index).read_bytes())
         hashes = there.noted | there.sound | {index: digest for index, (_, digest) in sources.items()}
         write_grid(out, sorted(hashes))
-        total = Ledger()
-        for part in parts:
-            if (part / "ledger.json").exists():  # not where the first run was killed
-                total.add(Ledger.from_dict(read_json(part / "ledger.json")))
         write_json(ledger, total.to_dict() | {"merged": [str(part) for part in parts]})
         write_manifest(out, hashes)
     return len(hashes)
@@ -55,11 +51,20 @@ def _common_settings(parts: Sequence[Path]) -> dict[str, Any]:
     for part in parts:
         if not (part / "settings.json").is_file():
             raise FileNotFoundError(f"{part} holds no samples (no settings.json); name folders that sample.py wrote")
-    first = read_json(parts[0] / "settings.json")
+    first = read_object(parts[0] / "settings.json")
     for part in parts[1:]:
-        if odd := differences(first, read_json(part / "settings.json"), f"in {parts[0]}", f"in {part}"):
+        if odd := differences(first, read_object(part / "settings.json"), f"in {parts[0]}", f"in {part}"):
             raise ValueError(f"samples made with other settings cannot be merged: {odd}")
     return first
+
+
+def _total(parts: Sequence[Path]) -> Ledger:
+    """What the samples of `parts` cost."""
+    total = Ledger()
+    for path in (part / "ledger.json" for part in parts):
+        if path.exists():  # not where the first run was killed
+            total.add(Ledger.from_dict(read_object(path), str(path)))
+    return total
 
 
 def _refuse_others(sources: Mapping[int, tuple[Path, str]], folder: Path, hashes: Mapping[int, str]) -> None:
