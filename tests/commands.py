@@ -106,6 +106,11 @@ def wait_until(condition: Callable[[], bool], process: subprocess.Popen[Any], se
         time.sleep(0.005)
 
 
+def reached(checkpoints: Path, step: int) -> bool:
+    """Whether a whole checkpoint of this step or of a later one is there."""
+    return any(int(path.name.split(".")[0].removeprefix("step-")) >= step for path in checkpoints.glob("*.sha256"))
+
+
 def metrics(path: Path) -> list[dict[str, Any]]:
     """The complete lines of a metrics.jsonl."""
     lines = path.read_text().splitlines() if path.exists() else []
