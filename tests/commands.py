@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -65,10 +66,19 @@ TRAIN = (
 """A family of two levels, trained and calibrated in seconds."""
 
 
+FOREIGN = re.compile(
+    r"(SLURM|TORCHELASTIC|PMI|JSM_NAMESPACE)_.*|((LOCAL|GROUP|ROLE|NODE)_)?RANK|((LOCAL|GROUP|ROLE)_)?WORLD_SIZE"
+    r"|MASTER_(ADDR|PORT)|FORCE_COLOR|TTY_(COMPATIBLE|INTERACTIVE)"
+)
+"""Variables of a cluster's job or of a terminal around the tests, which would change what they see."""
+
+
 def environment(**extra: str) -> dict[str, str]:
-    """No W&B key, one thread, this checkout."""
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("WANDB", "NETRC"))}
-    return kept | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "NETRC": "/nonexistent"} | extra
+    """No W&B key, one thread, this checkout, no cluster, no terminal."""
+    own = re.compile(rf"WANDB.*|NETRC.*|{FOREIGN.pattern}")
+    kept = {key: value for key, value in os.environ.items() if not own.fullmatch(key)}
+    fixed = {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "NETRC": "/nonexistent", "COLUMNS": "160"}
+    return kept | fixed | extra
 
 
 def start(script: str, *options: str, cwd: Path, **extra: str) -> subprocess.Popen[str]:
