@@ -7,16 +7,18 @@ import io
 import json
 import os
 import re
+import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
 
 from mlem.app.cli import compose
+from tests.warm import Forked, start_server
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -81,16 +83,14 @@ def environment(**extra: str) -> dict[str, str]:
     return kept | fixed | extra
 
 
-def start(script: str, *options: str, cwd: Path, **extra: str) -> subprocess.Popen[str]:
+@cache
+def _server() -> socket.socket:
+    return start_server(environment())
+
+
+def start(script: str, *options: str, cwd: Path, **extra: str) -> Forked:
     """`python <script>.py options`, running."""
-    return subprocess.Popen(
-        [sys.executable, str(REPOSITORY / f"{script}.py"), *options],
-        cwd=cwd,
-        env=environment(**extra),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    return Forked([str(REPOSITORY / f"{script}.py"), *options], cwd, environment(**extra), _server())
 
 
 def execute(script: str, *options: str, cwd: Path, **extra: str) -> subprocess.CompletedProcess[str]:
@@ -107,12 +107,14 @@ def succeed(script: str, *options: str, cwd: Path, **extra: str) -> str:
     return done.stdout
 
 
-def wait_until(condition: Callable[[], bool], process: subprocess.Popen[Any], seconds: float = 120) -> None:
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen[Any] | Forked, seconds: float = 240) -> None:
     """Poll until `condition` holds while `process` runs."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, f"it ended first: {process.communicate()}"
-        assert time.monotonic() < deadline, "it took too long"
+        if time.monotonic() > deadline:
+            process.kill()
+            raise AssertionError(f"not after {seconds} s")
         time.sleep(0.005)
 
 
