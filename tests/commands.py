@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -65,10 +66,19 @@ TRAIN = (
 """A family of two levels, trained and calibrated in seconds."""
 
 
+FOREIGN = re.compile(
+    r"(SLURM|TORCHELASTIC|PMI|JSM_NAMESPACE)_.*|((LOCAL|GROUP|ROLE|NODE)_)?RANK|((LOCAL|GROUP|ROLE)_)?WORLD_SIZE"
+    r"|MASTER_(ADDR|PORT)|FORCE_COLOR|TTY_(COMPATIBLE|INTERACTIVE)"
+)
+"""Variables of a cluster's job or of a terminal around the tests, which would change what they see."""
+
+
 def environment(**extra: str) -> dict[str, str]:
-    """No W&B key, one thread, this checkout."""
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("WANDB", "NETRC"))}
-    return kept | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "NETRC": "/nonexistent"} | extra
+    """No W&B key, one thread, this checkout, no cluster, no terminal."""
+    own = re.compile(rf"WANDB.*|NETRC.*|{FOREIGN.pattern}")
+    kept = {key: value for key, value in os.environ.items() if not own.fullmatch(key)}
+    fixed = {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "NETRC": "/nonexistent", "COLUMNS": "160"}
+    return kept | fixed | extra
 
 
 def start(script: str, *options: str, cwd: Path, **extra: str) -> subprocess.Popen[str]:
@@ -97,13 +107,20 @@ def succeed(script: str, *options: str, cwd: Path, **extra: str) -> str:
     return done.stdout
 
 
-def wait_until(condition: Callable[[], bool], process: subprocess.Popen[Any], seconds: float = 120) -> None:
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen[Any], seconds: float = 240) -> None:
     """Poll until `condition` holds while `process` runs."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, f"it ended first: {process.communicate()}"
-        assert time.monotonic() < deadline, "it took too long"
+        if time.monotonic() > deadline:
+            process.kill()
+            raise AssertionError(f"not after {seconds} s")
         time.sleep(0.005)
+
+
+def reached(checkpoints: Path, step: int) -> bool:
+    """Whether a whole checkpoint of this step or of a later one is there."""
+    return any(int(path.name.split(".")[0].removeprefix("step-")) >= step for path in checkpoints.glob("*.sha256"))
 
 
 def metrics(path: Path) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,8 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.commands import TINY, TRAIN, run_here, run_in, succeed
+from tests.commands import FOREIGN, TINY, TRAIN, run_here, run_in, succeed
 
+for variable in filter(FOREIGN.fullmatch, [*os.environ]):
+    del os.environ[variable]  # Lightning, imported later, would read them
+os.environ["COLUMNS"] = "160"
 torch.set_num_threads(1)
 # A shell starts its background jobs with SIGINT ignored, and what we start would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -22,7 +22,7 @@ from mlem.network import unet
 from mlem.sampling import Sampler
 from mlem.schedule import NoiseSchedule
 from mlem.training.coefficients import CoefficientsModule, Fit
-from tests.commands import configure, execute, metrics, run_here, start, succeed, wait_until
+from tests.commands import configure, execute, metrics, reached, run_here, start, succeed, wait_until
 from tests.test_learn import objective
 
 OPTIONS = (
@@ -148,7 +148,7 @@ def test_killed_and_resumed(family: Path, learned: tuple[Path, str], tmp_path: P
     """SIGKILL in mid-course: the same coefficients, the same curves."""
     _place(family, tmp_path)
     process = start("train", *OPTIONS, cwd=tmp_path)
-    wait_until((tmp_path / RUN / "checkpoints/step-00000004.ckpt.sha256").exists, process)
+    wait_until(lambda: reached(tmp_path / RUN / "checkpoints", 4), process)
     process.kill()
     process.communicate()
     assert process.returncode == -signal.SIGKILL

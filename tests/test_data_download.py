@@ -16,6 +16,13 @@ from mlem.data.__main__ import main
 from tests import archives as make
 
 
+@pytest.fixture(autouse=True)
+def _no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Our own server is asked directly."""
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.setenv(name, "127.0.0.1")
+
+
 class Server(http.server.BaseHTTPRequestHandler):
     data = b""
     ranges = True

@@ -27,7 +27,6 @@ from tests.evaluating import CHOICES, COUNT, make, trainer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::mlem.metrics.FewImagesWarning"),
-    pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers"),
     pytest.mark.filterwarnings("ignore:It is recommended to use `self.log"),
     pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated"),
 ]
@@ -79,7 +78,7 @@ def run_test(evaluation: SamplerEvaluation, family: Family, shards: Shards, out:
     import warnings
 
     with warnings.catch_warnings():  # also when called from a fixture, where marks have no effect
-        for text in ("The '.*' does not have many", "It is recommended", "`isinstance.treespec"):
+        for text in ("It is recommended", "`isinstance.treespec"):
             warnings.filterwarnings("ignore", text)
         warnings.filterwarnings("ignore", ".*random256.*")
         loader = held_out_batches(shards, shards.split(16)[1], 8)

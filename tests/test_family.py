@@ -24,6 +24,7 @@ from mlem import family as family_module
 from mlem.family import WEIGHTS, Family, Level, read_weights
 from mlem.files import sha256
 from mlem.schedule import NoiseSchedule
+from tests.commands import environment
 from tests.problems import level
 
 
@@ -400,10 +401,8 @@ def test_a_save_beyond_the_file_size_limit_keeps_the_old_file(folder: Path) -> N
     new.save({str(folder)!r})
     """
     files = {path.name: path.read_bytes() for path in folder.iterdir()}
-    root = str(Path(__file__).parents[1])
-    environment = os.environ | {"PYTHONPATH": root}
     command = [sys.executable, "-c", textwrap.dedent(code)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), check=False)
     assert done.returncode == 1
     assert "OSError: [Errno 27] File too large" in done.stderr
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == files

@@ -7,7 +7,7 @@ import os
 import random
 import select
 import signal
-import socket
+import time
 import traceback
 from pathlib import Path
 from typing import Any, Never
@@ -15,6 +15,7 @@ from typing import Any, Never
 import pytest
 import torch
 from diffusers.models.unets.unet_2d import UNet2DModel
+from torch.distributed import TCPStore
 
 from mlem.family import Level
 from mlem.files import read_json
@@ -29,6 +30,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning"),
 ]
 COUNT = 2000
+STORES: dict[int, TCPStore] = {}
+"""Where the ranks of a leader meet: kept open here as torchrun does it, so that nobody else can take the port."""
 OPTIONS = ["root=runs", "model=unet_xs", "sampler=ddpm"]
 MANY = [*OPTIONS, "batch_size=50", "steps=2", f"seeds=0-{COUNT - 1}", "format=npz"]
 
@@ -51,19 +54,19 @@ def start_ranks(count: int, *options: str, kill_at: int | None = None) -> int:
     Forked, since to import everything for each would take ten times as long. kill_at: the group is killed when one of
     the ranks is about to finish its image of this number.
     """
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     leader = os.fork()
     if leader == 0:
         os.setsid()
         rank = next((rank for rank in range(1, count) if os.fork() == 0), 0)
         about = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "GROUP_RANK": 0}
-        about |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
+        about |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port, "TORCHELASTIC_RUN_ID": "test"}
+        about |= {"TORCHELASTIC_USE_AGENT_STORE": True}
         os.environ |= {key: str(value) for key, value in about.items()}
         if kill_at is not None:
             die_at(kill_at)
         run_and_exit("trainer=ddp", "trainer.accelerator=cpu", f"trainer.devices={count}", *options)
+    STORES[leader] = store
     return leader
 
 
@@ -90,8 +93,16 @@ def run_and_exit(*options: str) -> Never:
         os._exit(code)
 
 
-def status(leader: int) -> int:
-    return os.waitstatus_to_exitcode(os.waitpid(leader, 0)[1])
+def status(leader: int, seconds: float = 240) -> int:
+    """The exit code; a group that takes longer is killed."""
+    deadline = time.monotonic() + seconds
+    while not (ended := os.waitpid(leader, os.WNOHANG))[0]:
+        if time.monotonic() > deadline:
+            os.killpg(leader, signal.SIGKILL)
+            os.waitpid(leader, 0)
+            pytest.fail(f"the ranks were not done after {seconds} s")
+        time.sleep(0.005)
+    return os.waitstatus_to_exitcode(ended[1])
 
 
 def images(folder: Path) -> dict[str, bytes]:
@@ -124,8 +135,12 @@ def test_no_rank_stays_behind_when_the_first_is_killed(here: Path) -> None:
     out, (gone, alive) = here / "left", os.pipe()  # which ends when the last process that inherits it does
     leader = start_ranks(2, *OPTIONS, "batch_size=2", "steps=500", "seeds=0-99999", f"out={out}")
     os.close(alive)
+    deadline = time.monotonic() + 120
     while not sample_indices(out):
         assert not select.select([gone], [], [], 0.01)[0], "it ended first"
+        if time.monotonic() > deadline:
+            os.killpg(leader, signal.SIGKILL)
+            pytest.fail("no sample after 120 s")
     os.kill(leader, signal.SIGKILL)
     assert status(leader) == -signal.SIGKILL
     assert select.select([gone], [], [], 30)[0], "the second rank goes on alone"

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -17,6 +18,9 @@ from mlem.multilevel.pilot import pilot
 from mlem.multilevel.report import report
 from mlem.multilevel.trial import check_reference_steps
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
 
 def calibrate_folder(
     family: Family, folder: Path, *, times: int, batch_sizes: Sequence[int], **options: Any
@@ -25,11 +29,9 @@ def calibrate_folder(
 
     times, batch_sizes: see `calibrate`; options: see `pilot`, and images, seed and device are for both.
     """
-    from rich.console import Console
-
     if "reference_steps" in options:  # of the pilots, which come after all the rest
         check_reference_steps(options["reference_steps"])
-    console = Console()
+    console = _console()
     with console.status("calibrating") as status:
 
         def progress(text: str) -> None:
@@ -42,6 +44,13 @@ def calibrate_folder(
     family.save_fitted(folder)
     report(found, console)
     return found
+
+
+def _console() -> Console:
+    """As wide as the terminal; off it, wide enough for a report of three levels."""
+    from rich.console import Console
+
+    return Console(width=None if os.isatty(1) else 140)
 
 
 def main() -> None:
@@ -106,9 +115,7 @@ def _calibrate(family: Family, options: argparse.Namespace) -> None:
 
 
 def _report(family: Family, options: argparse.Namespace) -> None:
-    from rich.console import Console
-
-    report(Calibration.of(family), Console())
+    report(Calibration.of(family), _console())
 
 
 def _memorise(family: Family, options: argparse.Namespace) -> None:
