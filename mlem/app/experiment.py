@@ -182,7 +182,8 @@ def _table(found: list[dict[str, Any]], bench: Bench) -> None:
     from rich.table import Table
 
     top = bench.family.level().name
-    table = Table(title=f"EM's cost over ML-EM's at equal error, with 95 percent intervals over {bench.count} images")
+    title = f"EM's cost over ML-EM's at equal error, with 95 percent intervals over {bench.count} images and the mean's coins"
+    table = Table(title=title)
     for column in ("sampler", "coins", "MSE", f"time, level {top}", "time, any level", f"FLOPs, {top}", "FLOPs, any"):
         table.add_column(column)
 
