@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 
-from mlem.app.config import parse_indices, without_secrets
+from mlem.app.config import on_devices, parse_indices, without_secrets
 from mlem.app.measure import measure_of
 from mlem.data import BatchSource, Shards, held_out_batches, make_source, train_loader
 from mlem.family import Family, Level
@@ -52,17 +52,10 @@ def new_level(config: DictConfig, size: str) -> Level:
     return Level(size, network, schedule(config), shape, prediction=config.model.prediction, data=config.data.name)
 
 
-def devices(config: DictConfig) -> dict[str, Any]:
-    """What Lightning's Trainer and Fabric want to know of the machine."""
-    return {name: config.trainer[name] for name in ("accelerator", "devices", "strategy")}
-
-
 def world_size_of(config: DictConfig) -> int:
     """How many ranks there will be. Raises ValueError when the batch cannot be shared by them."""
-    try:
-        world_size = pl.Trainer(**devices(config), logger=False, enable_checkpointing=False).world_size
-    except MisconfigurationException as error:
-        raise ValueError(f"trainer: {error}") from error
+    trainer = on_devices(config, partial(pl.Trainer, logger=False, enable_checkpointing=False))
+    world_size = trainer.world_size
     share = world_size * config.training.accumulate
     if config.training.batch_size % share:
         raise ValueError(

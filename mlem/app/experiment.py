@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from mlem.app.build import recipe_of
 from mlem.app.config import parse_indices
-from mlem.app.find import family_folder
+from mlem.app.find import family_folder, out_folder
 from mlem.app.measure import measure_of, new_fabric, prepared
 from mlem.experiments.coupled import Bench, Entry
 from mlem.experiments.scaling import ERRORS, draw_scaling, held_out_errors, plain_fits, scaling_fits
@@ -27,7 +27,7 @@ _ENTRY = ("name", "solver", "steps", "grid", "options", "levels", "plan", "delta
 
 def error_against_time(config: DictConfig) -> None:
     """`eval=benchmark`: run what is not there yet, then the figure, the ratios of costs, and where they are."""
-    family, out = _family(config), Path(config.out or f"{config.root}/error_vs_time")
+    family, out = _family(config), out_folder(config)
     entries = [_entry(number, entry) for number, entry in enumerate(config.eval.samplers)]
     fabric = new_fabric(config)
     if fabric.world_size > 1:
@@ -72,7 +72,7 @@ def error_against_time(config: DictConfig) -> None:
 
 def scaling(config: DictConfig) -> None:
     """`eval=scaling`: gamma of the family from held-out denoising errors and from the differences of its levels."""
-    family, out = _family(config), Path(config.out or f"{config.root}/scaling_law")
+    family, out = _family(config), out_folder(config)
     shards = prepared(config)
     if config.data.name != family.data or tuple(shards.shape) != tuple(family.shape):
         raise ValueError(

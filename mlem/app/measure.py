@@ -17,6 +17,7 @@ import torch
 from omegaconf import DictConfig
 
 from mlem.app.cli import USAGE
+from mlem.app.config import on_devices
 from mlem.data import Shards, ensure
 from mlem.files import first_process, write_json
 from mlem.metrics import FID, Measure, Score, reference_path
@@ -133,12 +134,8 @@ def _scores(measure: Measure, paths: Sequence[Path], fabric: Any, batch_size: in
 def new_fabric(config: DictConfig) -> Any:
     """Lightning's Fabric on the devices of `trainer`, not launched yet. Raises ValueError where they are not there."""
     from lightning.fabric import Fabric
-    from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-    try:
-        return Fabric(**{name: config.trainer[name] for name in ("accelerator", "devices", "strategy")})
-    except MisconfigurationException as error:
-        raise ValueError(f"trainer: {error}") from error
+    return on_devices(config, Fabric)
 
 
 def everyone(mine: Any) -> list[Any]:

@@ -16,7 +16,6 @@ from omegaconf import DictConfig, OmegaConf
 
 from mlem.app.build import (
     LoaderFromStep,
-    devices,
     evaluation,
     image_shape,
     loggers,
@@ -24,7 +23,8 @@ from mlem.app.build import (
     sampler_choices,
     world_size_of,
 )
-from mlem.app.config import build_callbacks, parse_indices, without_secrets
+from mlem.app.config import build_callbacks, devices, parse_indices, without_secrets
+from mlem.app.find import run_folder
 from mlem.app.measure import new_fid
 from mlem.app.report import evaluate_family
 from mlem.data import Shards, count_of, ensure
@@ -63,7 +63,7 @@ def run(config: DictConfig) -> None:
     shards = ensure(config.data.source, config.data.folder, **config.data.options)
     for level in levels:
         train_level(config, level, shards)
-    family = Family([Level.load(_run_folder(config, level) / "level") for level in levels])
+    family = Family([Level.load(run_folder(config, level.name) / "level") for level in levels])
     if "levels" in config.model:
         if first_process():
             _save_family(config, family)
@@ -118,13 +118,9 @@ def _check_jobs(config: DictConfig, level: Level) -> None:
         raise ValueError(f"data.held_out must be in [2, {count - 1}], got {config.data.held_out}")
 
 
-def _run_folder(config: DictConfig, level: Level) -> Path:
-    return Path(config.root) / f"unet_{level.name}"
-
-
 def train_level(config: DictConfig, level: Level, shards: Shards) -> None:
     """Train one level in its run folder, resuming what is there; nothing to do when it is finished."""
-    folder = _run_folder(config, level)
+    folder = run_folder(config, level.name)
     # only rank 0 takes the lock: the others belong to it
     with folder_lock(folder) if first_process() else nullcontext():
         world_size = world_size_of(config)
