@@ -8,6 +8,7 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from mlem.app import cli
 from mlem.app.build import world_size_of
 from mlem.app.cli import compose, refuse_one_folder, sweep
 from mlem.app.config import CONFIGS, build_callbacks, check, devices, parse_indices, without_secrets
-from mlem.app.find import training
+from mlem.app.find import folders, run_folder, training
 from mlem.app.measure import new_fabric
 from mlem.denoiser import MixtureDenoiser
 from mlem.sampling import Sampler, solver_of
@@ -309,6 +310,14 @@ LATE = [
         "evaluation.samplers=[{solver:randomized_midpoint,steps:[2],options:{clock:sun}}]",
         "evaluation.samplers[0]: clock must be one of kappa, ou, got 'sun'",
     ),
+    ("evaluation.samplers=[]", "evaluation.samplers is empty: list one or more, such as [{solver: ddim, steps: [20]}]"),
+    ("evaluation.samplers=[{solver:ddpm,steps:[8],plan:{budget:0.5}}]", "plans alone, which need several levels, and"),
+    (
+        "evaluation.samplers=[{solver:ddim,steps:[2]},{solver:ddim,steps:[3,2]}]",
+        "evaluation.samplers[0] and evaluation.samplers[1]: ddim at 2 steps is listed twice; list it once",
+    ),
+    ("evaluation.indices=0", "evaluation.indices must be 2 samples or more, such as 0-63, for a standard error, got 0"),
+    ("metric.blocks=4", "metric.blocks must be in [1, 2] for 5 images, got 4"),
     ("evaluation.indices=3-1", "evaluation.indices must be ranges such as 0-63"),
     ("data.held_out=1797", "data.held_out must be in [2, 1796], got 1797"),
     ("data.held_out=1", "data.held_out must be in [2, 1796], got 1"),
@@ -340,6 +349,24 @@ def test_a_missing_schedule_file_is_named(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(FileNotFoundError, match=r"scheduler_config\.json"):
         run_here("train", *TINY, "schedule=diffusers", "schedule.file=scheduler_config.json")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_level_is_evaluated_where_it_was_trained(monkeypatch: pytest.MonkeyPatch) -> None:
+    """model.size= takes another folder, and so leaves the results of unet_xs alone."""
+    from mlem.app import report
+
+    places: list[Path] = []
+
+    def evaluation(config: object, shards: object, folder: Path) -> None:
+        places.append(folder)
+        raise InterruptedError
+
+    monkeypatch.setattr(report, "evaluation", evaluation)
+    config = configure("train", "model=unet_xs", "model.size=s")
+    with pytest.raises(InterruptedError):
+        report.evaluate_family(config, SimpleNamespace(names=["s"]), None)  # type: ignore[arg-type]
+    assert places == [run_folder(config, "s") / "evaluation"] == [Path("runs/digits/unet_s/evaluation")]
+    assert folders(config) == [Path("runs/digits/unet_s")]
 
 
 def test_ranks_must_divide_the_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -244,6 +244,11 @@ def on_devices(config: DictConfig, make: Callable[..., Any]) -> Any:
         raise ValueError(f"trainer: {str(error).splitlines()[0]} ({options})") from error
 
 
+def written(value: Any) -> str:
+    """A value as the command line has it."""
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
 def refuse_targets(config: DictConfig) -> None:
     """Raise ValueError for a `_target_` anywhere but in `callbacks`, or from a module that is not allowed."""
     allowed = (*ALLOWED, *(OmegaConf.select(config, "allow", default=None) or ()))

@@ -7,7 +7,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from mlem.app.config import CONFIGS
+from mlem.app.config import CONFIGS, written
 from mlem.files import read_json
 
 _DEFAULT = {"samples": "samples/{sampler}_{steps}", "benchmark": "error_vs_time", "scaling": "scaling_law"}
@@ -74,13 +74,9 @@ def training(config: DictConfig, model: str) -> str:
     path = CONFIGS / "data" / f"{data.source}.yaml"
     usual: Any = OmegaConf.load(path).options if path.is_file() else {}
     given = [f"model={model}", f"data={data.source}"]
-    given += [f"data.options.{key}={_word(value)}" for key, value in data.options.items() if value != usual.get(key)]
+    given += [f"data.options.{key}={written(value)}" for key, value in data.options.items() if value != usual.get(key)]
     given += [f"root={config.root}"] if config.root != f"runs/{data.name}" else []
     return " ".join(["python train.py", *given])
-
-
-def _word(value: Any) -> str:
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _data(path: Path) -> str:

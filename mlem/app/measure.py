@@ -85,6 +85,15 @@ def measure_of(config: DictConfig, shards: Shards) -> Measure | None:
     return Measure(fid, reals, key, Path(metric.cache), metric.kid, metric.precision_recall, metric.blocks)
 
 
+def check_measure(config: DictConfig, shape: tuple[int, int, int], reals: int, count: int) -> None:
+    """Raise ValueError where `count` images, or `reals` real ones, are too few for `metric`; as `new_fid` too."""
+    metric, fid = config.metric, new_fid(config, shape)
+    if fid is not None:
+        key = {"count": min(reals, metric.reference or reals)}
+        options = {"kid": metric.kid, "precision_recall": metric.precision_recall, "blocks": metric.blocks}
+        Measure(fid, (), key, **options).check(count)
+
+
 class _RealImages:
     """Batches (indices, images) of the first real images, this rank's share, read anew at every iteration."""
 
