@@ -32,6 +32,8 @@ _STYLES = (
     ("P", (0, (3, 1, 1, 1))),
     ("X", (0, (1, 1))),
 )
+MULTILEVEL = "mlem"
+"""What stands in the place of a level's name where several share the work."""
 _ERROR_COLUMNS = ("level", "sampler", "steps", "seconds_per_image", "mse", "mse_stderr")
 _SCALING_COLUMNS = ("cost", "value", "line_cost", "line", "low", "high", "gamma", "interval")
 
@@ -155,10 +157,13 @@ def quality_vs_evaluations(rows: Sequence[Mapping[str, Any]], path: str | os.Pat
 
     rows: mappings with level, sampler, steps, evaluations, mse, mse_stderr (None where a sampler has no reference) and
     maybe fid_*; a line for each sampler, those of the last level that runs alone. caption: as for `error_vs_time`.
-    Raises ValueError for no rows and missing columns.
+    Raises ValueError for no rows, none of a level that runs alone, and missing columns.
     """
     _need(rows, ("level", "sampler", "steps", "evaluations", "mse", "mse_stderr"), "quality_vs_evaluations")
-    largest = [row["level"] for row in rows if not row.get("dial")][-1]
+    alone = [row["level"] for row in rows if row["level"] != MULTILEVEL]
+    if not alone:
+        raise ValueError("quality_vs_evaluations has nothing to draw: no level runs alone")
+    largest = alone[-1]
     rows = [row for row in rows if row["level"] == largest]
     fid = next((name for name in rows[0] if name.startswith("fid_") and not name.endswith("_std")), None)
     measures = [("mse", "mean squared error to the reference"), *([(fid, fid)] if fid else [])]

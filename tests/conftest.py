@@ -46,8 +46,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
     options = [*TINY[1:], "model=family", "model.levels=[xs,s]", "root=runs/tiny", "data.held_out=16"]
     options += ["callbacks=[{_target_: lightning.pytorch.callbacks.LearningRateMonitor}]"]
-    options += ["allow=['${oc.env:MLEM_SECRET}','a ${oc.env:MLEM_SECRET} b','${allow.0}','${oc.${x}:MLEM_SECRET}']"]
-    printed = succeed("train", *options, "+x=env", cwd=folder, MLEM_SECRET=SECRET)
+    options += [
+        "allow=['${oc.env:MLEM_SECRET}','a ${oc.env:MLEM_SECRET} b','${allow.0}','${oc.${logger.project}:MLEM_SECRET}']"
+    ]
+    printed = succeed("train", *options, "logger.project=env", cwd=folder, MLEM_SECRET=SECRET)
     (folder / "printed.txt").write_text(printed)
     return folder
 

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import itertools
+import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from omegaconf import OmegaConf
 
 from mlem.app import cli
-from mlem.app.cli import CONFIGS, compose, sweep
-from mlem.app.config import build_callbacks, check, parse_indices, without_secrets
+from mlem.app.build import world_size_of
+from mlem.app.cli import compose, refuse_one_folder, sweep
+from mlem.app.config import CONFIGS, build_callbacks, check, devices, parse_indices, without_secrets
+from mlem.app.find import folders, run_folder, training
+from mlem.app.measure import new_fabric
 from mlem.denoiser import MixtureDenoiser
 from mlem.sampling import Sampler, solver_of
 from mlem.schedule import NoiseSchedule
@@ -29,6 +35,11 @@ def groups(name: str) -> dict[str, str]:
     """The groups of a command and their defaults."""
     defaults = OmegaConf.load(CONFIGS / f"{name}.yaml").defaults
     return {key: value for entry in defaults if entry != "_self_" for key, value in entry.items()}
+
+
+def sampling(experiment: str) -> bool:
+    """Whether it is one of sample.py."""
+    return "override /eval:" in (CONFIGS / "experiment" / f"{experiment}.yaml").read_text()
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -47,7 +58,8 @@ def test_help_lists_every_choice_without_torch(name: str, tmp_path: Path) -> Non
             comments = [line[2:] for line in (CONFIGS / group / f"{choice}.yaml").read_text().splitlines()]
             described = next(line for line in comments if not line.startswith("@package"))
             assert described, f"configs/{group}/{choice}.yaml says nothing of itself"
-            assert any(line.split() == [choice, *described.split()] for line in done.stdout.splitlines())
+            listed = any(line.split() == [choice, *described.split()] for line in done.stdout.splitlines())
+            assert listed == (group != "experiment" or sampling(choice) == (name == "sample"))
 
 
 def test_every_group_belongs_to_a_command() -> None:
@@ -56,9 +68,8 @@ def test_every_group_belongs_to_a_command() -> None:
 
 @pytest.mark.parametrize(("group", "choice"), CHOICES)
 def test_every_config_composes(group: str, choice: str) -> None:
-    sampling = "override /eval:" in (CONFIGS / group / f"{choice}.yaml").read_text()
     for name in COMMANDS:
-        if group in groups(name) and (group != "experiment" or sampling == (name == "sample")):
+        if group in groups(name) and (group != "experiment" or sampling(choice) == (name == "sample")):
             check(configure(name, f"{group}={choice}", *NEEDED.get((group, choice), [])))
 
 
@@ -158,6 +169,24 @@ MISTAKES = {
         ("training.stpes=3", "training.stpes: there is no such option; did you mean training.steps?"),
         ("evaluation.reference_step=3", "did you mean evaluation.reference_steps?"),
         ("data=null", "data=null: there is no such data; there are: celeba, cifar10, dead_leaves, digits, folder"),
+        ("experiment=error_vs_time", "is one of sample.py: python sample.py experiment=error_vs_time"),
+        ("experiment=dmo", "experiment=dmo: there is no such experiment; did you mean demo?"),
+        ("eval=benchmark", "eval=benchmark: train.py has no eval=, it is of sample.py; leave it out"),
+        ("+training.step=5", "+training.step=5: there is no such option; did you mean training.steps? (+ adds only to"),
+        ("+foo.bar=3", "+foo.bar=3: there is no such option (+ adds only to schedule, data.options, sampler.options)"),
+        ("++training={stpes: 3}", "there is no such option; did you mean training.steps?"),
+        (
+            "trainer.devices=foo",
+            "trainer.devices must be a whole number >= 1, a list of device numbers, or auto",
+        ),
+        (
+            "trainer.devices=null",
+            "device numbers, or auto, got None",
+        ),
+        ("trainer.accelerator=null", "trainer.accelerator must be text, got None"),
+        ("trainer.num_nodes=0", "trainer.num_nodes must be a whole number >= 1, got 0"),
+        ("trainer.num_nodes=2", "trainer.num_nodes=2 needs torchrun or srun on every machine: see docs/cluster.md"),
+        ("schedule.offset=abc", "schedule.offset must be a number, got 'abc'"),
         ("training.steps=0", "training.steps must be a whole number >= 1, got 0"),
         ("training.steps=-1", "training.steps must be a whole number >= 1, got -1"),
         ("training.steps=2.5", "training.steps must be a whole number >= 1, got 2.5"),
@@ -187,6 +216,9 @@ MISTAKES = {
         ("steps=2.5", "steps must be a whole number >= 1, got 2.5"),
         ("grid=3", "grid must be text, got 3"),
         ("trainer=gpus", "did you mean gpu?"),
+        ("experiment=demo", "experiment=demo is one of train.py: python train.py experiment=demo"),
+        ("eval.name=foldr", "eval.name must be one of samples, folder, ref, benchmark, scaling, got 'foldr'"),
+        ("eval.name=benchmark", "eval.name=benchmark has options of its own, which eval=benchmark brings"),
     ],
 }
 
@@ -208,6 +240,61 @@ def test_a_mistake_is_one_line(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (
+            ["model=family", "model.levels=null"],
+            "model.levels must be a list of one or more sizes, such as [xs,s], got N",
+        ),
+        (
+            ["model=family", "model.levels=xs"],
+            "model.levels must be a list of one or more sizes, such as [xs,s], got 'x",
+        ),
+        (
+            ["model=family", "model.levels=[]"],
+            "model.levels must be a list of one or more sizes, such as [xs,s], got []",
+        ),
+        (
+            ["schedule=linear", "schedule.num_timesteps=abc"],
+            "schedule.num_timesteps must be a whole number >= 2, got 'a",
+        ),
+    ],
+)
+def test_a_mistake_in_a_chosen_group(overrides: list[str], says: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(says)):
+        check(configure("train", *overrides))
+
+
+def test_options_may_be_added_where_they_are_read() -> None:
+    config = configure("sample", "+sampler.options.order=2", "++data.options.x=1", "++steps=7")
+    assert (config.sampler.options.order, config.data.options.x, config.steps) == (2, 1, 7)
+    assert configure("train", "+schedule.offset_=1").schedule.offset_ == 1
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+def test_several_machines_reach_lightning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    for name, ranks in (
+        ("train", lambda config: world_size_of(config)),
+        ("sample", lambda c: new_fabric(c).world_size),
+    ):
+        config = configure(name, "trainer=cpu", "trainer.num_nodes=2", "trainer.devices=4", "trainer.strategy=ddp")
+        check(config)
+        assert devices(config) == {"accelerator": "cpu", "devices": 4, "strategy": "ddp", "num_nodes": 2}
+        monkeypatch.delenv("RANK")
+        assert ranks(config) == 8
+        monkeypatch.setenv("RANK", "0")
+
+
+def test_what_lightning_refuses_is_one_line() -> None:
+    for name, make in (("train", world_size_of), ("sample", new_fabric)):
+        with pytest.raises(
+            ValueError, match=r"^trainer: .*devices.* \(accelerator=cpu, devices=\[0, 1\], strategy=auto"
+        ):
+            make(configure(name, "trainer=cpu", "trainer.devices=[0,1]"))
+
+
 # found by what needs torch, before anything is written
 LATE = [
     (
@@ -223,6 +310,14 @@ LATE = [
         "evaluation.samplers=[{solver:randomized_midpoint,steps:[2],options:{clock:sun}}]",
         "evaluation.samplers[0]: clock must be one of kappa, ou, got 'sun'",
     ),
+    ("evaluation.samplers=[]", "evaluation.samplers is empty: list one or more, such as [{solver: ddim, steps: [20]}]"),
+    ("evaluation.samplers=[{solver:ddpm,steps:[8],plan:{budget:0.5}}]", "plans alone, which need several levels, and"),
+    (
+        "evaluation.samplers=[{solver:ddim,steps:[2]},{solver:ddim,steps:[3,2]}]",
+        "evaluation.samplers[0] and evaluation.samplers[1]: ddim at 2 steps is listed twice; list it once",
+    ),
+    ("evaluation.indices=0", "evaluation.indices must be 2 samples or more, such as 0-63, for a standard error, got 0"),
+    ("metric.blocks=4", "metric.blocks must be in [1, 2] for 5 images, got 4"),
     ("evaluation.indices=3-1", "evaluation.indices must be ranges such as 0-63"),
     ("data.held_out=1797", "data.held_out must be in [2, 1796], got 1797"),
     ("data.held_out=1", "data.held_out must be in [2, 1796], got 1"),
@@ -254,6 +349,24 @@ def test_a_missing_schedule_file_is_named(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(FileNotFoundError, match=r"scheduler_config\.json"):
         run_here("train", *TINY, "schedule=diffusers", "schedule.file=scheduler_config.json")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_level_is_evaluated_where_it_was_trained(monkeypatch: pytest.MonkeyPatch) -> None:
+    """model.size= takes another folder, and so leaves the results of unet_xs alone."""
+    from mlem.app import report
+
+    places: list[Path] = []
+
+    def evaluation(config: object, shards: object, folder: Path) -> None:
+        places.append(folder)
+        raise InterruptedError
+
+    monkeypatch.setattr(report, "evaluation", evaluation)
+    config = configure("train", "model=unet_xs", "model.size=s")
+    with pytest.raises(InterruptedError):
+        report.evaluate_family(config, SimpleNamespace(names=["s"]), None)  # type: ignore[arg-type]
+    assert places == [run_folder(config, "s") / "evaluation"] == [Path("runs/digits/unet_s/evaluation")]
+    assert folders(config) == [Path("runs/digits/unet_s")]
 
 
 def test_ranks_must_divide_the_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -299,6 +412,57 @@ def test_a_sweep_runs_every_point(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
     done = execute("train", "-m", "training.steps=1,0", "dry_run=true", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")  # nothing was run
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "says"),
+    [
+        (
+            "train",
+            ["seed=0,1"],
+            "-m: seed=0 and seed=1 both write into runs/digits/unet_s: give each a folder of its own",
+        ),
+        ("train", ["model=family,unet_m"], "with 'root=runs/${model.name}'"),
+        (
+            "train",
+            ["model=unet_xs", "model.size=xs,s", "seed=0,1"],
+            "seed=0 and seed=1 both write into runs/digits/unet_xs",
+        ),
+        (
+            "sample",
+            ["level=xs,s"],
+            "both write into runs/digits/samples/ddim_50: give each a folder of its own, as with 'out=",
+        ),
+        ("sample", ["eval=scaling", "seed=0,1"], "seed=0 and seed=1 both write into runs/digits/scaling_law"),
+        ("train", ["seed=0,1", "root=runs/${seed}"], None),
+        ("train", ["seed=0,1", "dry_run=true"], None),
+        ("train", ["model=unet_xs,unet_s"], None),
+        ("sample", ["steps=10,20"], None),
+        ("sample", ["seeds='0-3','4-7'", "format=png,npz"], None),
+        ("sample", ["eval=folder", "folder=a,b"], None),
+    ],
+)
+def test_jobs_of_a_sweep_have_their_own_folders(name: str, arguments: list[str], says: str | None) -> None:
+    points = sweep(["-m", *arguments])
+    configs = [compose(name, point) for point in points]
+    with nullcontext() if says is None else pytest.raises(ValueError, match=re.escape(says)):
+        refuse_one_folder(points, configs)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "command"),
+    [
+        ([], "python train.py model=family data=digits"),
+        (["data=dead_leaves", "data.options.size=16"], "data=dead_leaves data.options.size=16"),
+        (["data=folder", "data.options.crop=false", "root=a/b"], "data=folder data.options.crop=false root=a/b"),
+    ],
+)
+def test_the_remedy_trains_on_the_same_data(overrides: list[str], command: str) -> None:
+    said = training(configure("sample", *overrides), "family")
+    assert said.startswith("python train.py model=family data=")
+    assert said.endswith(command)
+    again = configure("train", *said.split()[2:])
+    assert (again.data.name, again.root) == (configure("sample", *overrides).data.name, again.root)
 
 
 def test_a_sweep_spans_all_its_commas() -> None:

@@ -199,6 +199,25 @@ def test_bad_values(option: str, says: str) -> None:
         check(configure("sample", "experiment=error_vs_time", option))
 
 
+@pytest.mark.parametrize(
+    ("option", "says"),
+    [
+        ("budget=0.5", "does not use budget=0.5: leave it out, or say eval.budget="),
+        ("steps=9", "does not use steps=9: leave it out, or say eval.steps="),
+        ("sampler=heun", "does not use sampler=heun: leave it out, or say eval.solver="),
+        ("coins=nested", "does not use coins=nested: leave it out, or say eval.coins="),
+        ("levels=[xs]", r"does not use levels=\['xs'\]: leave it out, or see eval.samplers"),
+        ("format=npz", "does not use format=npz: leave it out"),
+        ("per_sample=true", "does not use per_sample=true: leave it out"),
+    ],
+)
+def test_options_of_samples_are_refused(family: Path, option: str, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(family)
+    with pytest.raises(ValueError, match=f"^eval=benchmark {says}"):
+        run_here("sample", *OPTIONS, "out=elsewhere", option)
+    assert not (family / "elsewhere").exists()
+
+
 def test_a_solver_without_a_path_is_refused(family: Path, tmp_path: Path) -> None:
     bench = Bench(Family.load(family / "runs/tiny/family"), range(2), tmp_path)
     with pytest.raises(ValueError, match="predictor_corrector shares a law with its reference"):

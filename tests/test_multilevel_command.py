@@ -104,6 +104,22 @@ def test_a_calibrated_family_is_not_calibrated_again(
     assert asked == [{"images": 2, "times": 4, "batch_sizes": [64], "reference_steps": 20, "device": "cpu"}]
 
 
+def test_a_calibration_that_is_kept_says_how_to_have_another(capsys: pytest.CaptureFixture) -> None:
+    from mlem.app.train import _say_other_options
+
+    found = {"about": {"images": 2, "reference_steps": 20}, "log_snr": [0.0] * 4, "seconds": {"64": []}}
+    for options in ([], ["calibration.images=0"]):
+        _say_other_options(configure("train", *TRAIN, *options), found, FAMILY)
+    assert not capsys.readouterr().out
+    changed = ("calibration.images=3", "calibration.batch_sizes=[64,8]")
+    _say_other_options(configure("train", *TRAIN, *changed), found, FAMILY)
+    assert capsys.readouterr().out == (
+        "runs/digits/family/calibration.json is kept (calibration.images 2 there, 3 now; calibration.batch_sizes [64] "
+        "there, [8, 64] now); to have it anew: python -m mlem.multilevel calibrate runs/digits/family --images 3 "
+        "--times 4 --reference-steps 20 --batch-sizes 8 64, then this again\n"
+    )
+
+
 def test_a_plan_is_evaluated_beside_the_levels(
     made: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -140,6 +156,30 @@ def test_a_bad_plan_names_its_entry(entry: str, says: str, tmp_path: Path, monke
     entry = f"evaluation.samplers=[{{solver:ddpm,steps:[2],plan:{entry}}}]"
     with pytest.raises(ValueError, match=f"^{re.escape(says)}"):
         run_here("train", *TRAIN, entry)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("entry", "says"),
+    [
+        ("{budget:0.6,levels:[xs,m]}", "level must be one of xs, s, got 'm'"),
+        ("{budget:0.6,levels:[s,xs]}", "levels must be different and the cheapest first, as in xs, s; got s, xs"),
+        ("{probabilities:[1,0.5,0.1]}", "probabilities= must be 2 numbers, for xs, s, got 3"),
+        ("{probabilities:learned,delta:0}", "learned probabilities are of a trained family, and runs/digits/family is"),
+        ("{budget:0.01,cost:flops}", "budget=0.01 is too small for 2 steps of xs, s: no plan costs less than 0."),
+        (
+            "{budget:0.01,cost:flops,estimator:jump}",
+            "budget=0.01 is too small for 2 steps of xs, s: no plan costs less",
+        ),
+    ],
+)
+def test_a_plan_that_no_calibration_mends_is_refused_before_training(
+    entry: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    samplers = f"evaluation.samplers=[{{solver:ddpm,steps:[2]}},{{solver:ddpm,steps:[2],plan:{entry}}}]"
+    with pytest.raises(ValueError, match=rf"^evaluation\.samplers\[1\]: {re.escape(says)}"):
+        run_here("train", *TRAIN, samplers)
     assert not list(tmp_path.iterdir())
 
 

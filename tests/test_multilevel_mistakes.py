@@ -51,6 +51,8 @@ def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, *opt
         (("plan=nothing",), "plan=nothing: there are none; memorise one with: python -m mlem.multilevel memorise"),
         (("plan=nothing.json",), "nothing.json is no plan; make one with: python -m mlem.multilevel memorise FAMILY"),
         (("coins=systematic",), "coins=systematic shapes a multilevel plan: add budget=, such as budget=0.25"),
+        (("per_sample=true",), "per_sample=true shapes a multilevel plan: add budget=, such as budget=0.25"),
+        (("cost=flops",), "cost=flops shapes a multilevel plan: add budget=, such as budget=0.25"),
         (("budget=0",), "budget must be in (0, 1], a share of the largest level's cost, got 0"),
         (("budget=2",), "budget must be in (0, 1], a share of the largest level's cost, got 2"),
         (

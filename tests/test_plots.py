@@ -7,7 +7,7 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from mlem.plots import error_by_noise_level, error_vs_time, probabilities, scaling_law
+from mlem.plots import error_by_noise_level, error_vs_time, probabilities, quality_vs_evaluations, scaling_law
 
 ROWS = [
     {
@@ -93,6 +93,17 @@ def test_error_vs_time_shows_the_numbers_with_units(monkeypatch):
     looks = {(line.get_color(), line.get_marker(), line.get_linestyle()) for line in lines}
     assert len(looks) == 4
     assert len({line.get_color() for line in lines}) == 2
+
+
+def test_quality_is_of_the_largest_level_that_runs_alone(monkeypatch, tmp_path):
+    alone = [{**row, "evaluations": row["steps"], "dial": ""} for row in ROWS]
+    shared = [{**row, "level": "mlem", "sampler": "ddpm_jump_probabilities-learned"} for row in alone[:2]]  # no dial
+    figure = figure_of(monkeypatch, lambda: quality_vs_evaluations([*alone, *shared], "x.png", "digits"))
+    assert figure.axes[0].get_title(loc="left") == "level m; digits"
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["ddpm", "ddim"]
+    with pytest.raises(ValueError, match="nothing to draw: no level runs alone"):
+        quality_vs_evaluations(shared, tmp_path / "x.png", "digits")
+    assert not list(tmp_path.iterdir())
 
 
 def test_scaling_law_shows_points_lines_bands_and_gamma(monkeypatch):

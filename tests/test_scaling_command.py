@@ -45,6 +45,12 @@ def test_the_command_writes_figure_and_numbers(folder: Path) -> None:
     assert "left out: level differences: this family has no calibration; measure it with: python -m mlem" in printed
 
 
+@pytest.mark.parametrize("option", ["seeds=0-3", "budget=0.5", "batch_size=3", "metric=fid_random256"])
+def test_options_of_samples_are_refused(folder: Path, option: str) -> None:
+    with pytest.raises(ValueError, match=f"^eval=scaling does not use {option.split('=')[0]}=.*: leave it out$"):
+        run_in(folder, lambda: run_here("sample", "experiment=scaling_law", option))
+
+
 def test_another_data_set_is_refused(folder: Path) -> None:
     levels = Family.load(folder / "runs/demo/family").levels
     for level in levels:

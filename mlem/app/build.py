@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 
-from mlem.app.config import parse_indices, without_secrets
+from mlem.app.config import on_devices, parse_indices, without_secrets, written
 from mlem.app.measure import measure_of
 from mlem.data import BatchSource, Shards, held_out_batches, make_source, train_loader
 from mlem.family import Family, Level
@@ -23,7 +23,7 @@ from mlem.network import unet
 from mlem.provenance import provenance
 from mlem.sampling import solver_of
 from mlem.schedule import NoiseSchedule
-from mlem.training.evaluation import SamplerChoice, SamplerEvaluation
+from mlem.training.evaluation import SamplerChoice, SamplerEvaluation, refuse_twins
 from mlem.training.loggers import JSONLinesLogger, wandb_logger
 
 
@@ -49,17 +49,10 @@ def new_level(config: DictConfig, size: str) -> Level:
     return Level(size, network, schedule(config), shape, prediction=config.model.prediction, data=config.data.name)
 
 
-def devices(config: DictConfig) -> dict[str, Any]:
-    """What Lightning's Trainer and Fabric want to know of the machine."""
-    return {name: config.trainer[name] for name in ("accelerator", "devices", "strategy")}
-
-
 def world_size_of(config: DictConfig) -> int:
     """How many ranks there will be. Raises ValueError when the batch cannot be shared by them."""
-    try:
-        world_size = pl.Trainer(**devices(config), logger=False, enable_checkpointing=False).world_size
-    except MisconfigurationException as error:
-        raise ValueError(f"trainer: {error}") from error
+    trainer = on_devices(config, partial(pl.Trainer, logger=False, enable_checkpointing=False))
+    world_size = trainer.world_size
     share = world_size * config.training.accumulate
     if config.training.batch_size % share:
         raise ValueError(
@@ -149,9 +142,11 @@ def plan_of(config: DictConfig, model: Family | Level) -> Plan | Recipe | None:
         options["budget"] = plain["budget"] = None  # the sampler's own budget gives way
     dials = [key for key in (*DIALS, "plan") if plain[key] is not None]
     if not dials and plain["probabilities"] != "learned":
-        for key in ("levels", "coins", "probabilities", "estimator", "order"):
-            if plain[key] is not None:
-                raise ValueError(f"{key}={plain[key]} shapes a multilevel plan: add budget=, such as budget=0.25")
+        shaping = [key for key in ("levels", "coins", "probabilities", "estimator", "order") if plain[key] is not None]
+        shaping += [key for key, usual in (("per_sample", False), ("cost", "seconds")) if plain[key] != usual]
+        if shaping:
+            key, value = shaping[0], written(plain[shaping[0]])
+            raise ValueError(f"{key}={value} shapes a multilevel plan: add budget=, such as budget=0.25")
         return None
     if not isinstance(model, Family):
         raise ValueError(
@@ -185,6 +180,9 @@ def sampler_choices(config: DictConfig) -> list[SamplerChoice]:
         if not OmegaConf.is_list(steps) or not steps or not all(isinstance(n, int) and n >= 1 for n in steps):
             raise ValueError(f"{name}.steps must be a list of step counts >= 1, got {steps}")
         choices.append(_choice(name, entry))
+    if not choices:
+        raise ValueError("evaluation.samplers is empty: list one or more, such as [{solver: ddim, steps: [20]}]")
+    refuse_twins(choices)
     return choices
 
 

@@ -13,9 +13,10 @@ from typing import Any, NoReturn
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from mlem.app.config import check
+from mlem.app.config import CONFIGS, check
+from mlem.app.find import folders, same_job
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+COMMANDS = ("train", "sample")
 USAGE = 2
 """Exit status for bad input."""
 
@@ -49,10 +50,12 @@ def _main(name: str, job: Callable[[DictConfig], None]) -> None:
         return
     debug = "debug=true" in (argument.lower() for argument in arguments)
     try:
-        configs = [compose(name, overrides) for overrides in sweep(arguments)]
+        points = sweep(arguments)
+        configs = [compose(name, overrides) for overrides in points]
         # before torch is imported, and all of them before the first is run
         for config in configs:
             check(config)
+        refuse_one_folder(points, configs)
         for config in configs:
             job(config)
     except (ValueError, OSError, FloatingPointError, OmegaConfBaseException) as error:
@@ -109,6 +112,24 @@ def sweep(arguments: list[str]) -> list[list[str]]:
     return [list(point) for point in itertools.product(*axes)]
 
 
+def refuse_one_folder(points: list[list[str]], configs: list[DictConfig]) -> None:
+    """Raise ValueError where two jobs of a sweep would write into one folder: what one left is lost or in the way."""
+    owners: dict[Path, int] = {}
+    for number, config in enumerate(configs):
+        for folder in folders(config):
+            first = owners.setdefault(folder, number)
+            changed = [pair for pair in zip(points[first], points[number], strict=True) if pair[0] != pair[1]]
+            if not changed or same_job(configs[first], config):
+                continue
+            one, other = (" ".join(side) for side in zip(*changed, strict=True))
+            key = changed[0][0].lstrip("+").split("=")[0]
+            option, value = "out" if "out" in config else "root", f"{key}.name" if key in _groups() else key
+            raise ValueError(
+                f"-m: {one} and {other} both write into {folder}: give each a folder of its own, as with "
+                f"'{option}=runs/${{{value}}}'"
+            )
+
+
 _INDICES = re.compile(r"^(seeds|evaluation\.indices)=([-\d, ]*,[-\d, ]*)$")
 """Lists of indices, whose commas would be a sweep to Hydra."""
 
@@ -119,13 +140,49 @@ def compose(name: str, overrides: list[str]) -> DictConfig:
     from hydra import initialize_config_dir
     from hydra.errors import HydraException
 
+    _refuse_the_others(name, overrides)
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         try:
             config = hydra_compose(name, overrides)
+            _refuse_added(name, overrides, config)
             OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
         except (HydraException, OmegaConfBaseException, ValueError) as error:
             raise ValueError(_explain(name, overrides, error)) from error
     return config
+
+
+def _refuse_the_others(name: str, overrides: list[str]) -> None:
+    """Raise ValueError for an experiment or a group of the other command."""
+    for group, choice in (override.lstrip("+").split("=", 1) for override in overrides if "=" in override):
+        other = _other_command(name, choice) if group == "experiment" else None
+        if other:
+            raise ValueError(f"experiment={choice} is one of {other}.py: python {other}.py experiment={choice}")
+        if group in _groups() and group not in _groups(name):
+            command = next(one for one in COMMANDS if group in _groups(one))
+            raise ValueError(f"{group}={choice}: {name}.py has no {group}=, it is of {command}.py; leave it out")
+
+
+def _refuse_added(name: str, overrides: list[str], config: DictConfig) -> None:
+    """Raise ValueError for an option that was added (+) where nothing would read it."""
+    added = [override for override in overrides if override.startswith("+")]
+    known = _options(name, _chosen(overrides)) if added else []
+    extra = [key for key in _names(config) if key not in known and not f"{key}.".startswith(_OPEN)] if added else []
+    if extra:
+        key = next(key for key in extra if not any(other.startswith(f"{key}.") for other in extra))
+        given = next(text for text in added if f"{key}.".startswith(f"{text.lstrip('+').split('=')[0]}."))
+        places = ", ".join(place.rstrip(".") for place in _OPEN)
+        near = _near(key, known)
+        raise _Unknown(
+            f"{given}: there is no such option{f'; did you mean {near}?' if near else ''} (+ adds only to {places})"
+        )
+
+
+_OPEN = ("schedule.", "data.options.", "sampler.options.")
+"""Where options may be added: what reads them refuses those that it does not know."""
+
+
+class _Unknown(ValueError):
+    """An option that is not there, explained already."""
 
 
 def _explain(name: str, overrides: list[str], error: Exception) -> str:
@@ -133,10 +190,12 @@ def _explain(name: str, overrides: list[str], error: Exception) -> str:
     from hydra.errors import OverrideParseException
 
     text = str(error)
+    if isinstance(error, _Unknown):
+        return text
     for group, choice in (override.lstrip("+").split("=", 1) for override in overrides if "=" in override):
         if group in _groups() and choice not in _choices(group) and not choice.startswith("["):
-            return f"{group}={choice}: there is no such {group}{_nearest(choice, _choices(group))}"
-    chosen = [override for override in overrides if override.split("=", 1)[0] in _groups()]
+            return f"{group}={choice}: there is no such {group}{_nearest(choice, _choices(group, name))}"
+    chosen = _chosen(overrides)
     key = re.search(r"Could not override '([^']+)'|Key '([^']+)' is not in struct", text)
     if group := re.search(r"Could not override '([^']+)'\.\s*No match in the defaults list", text):
         return f"{group[1]}=: there is no such option{_nearest(group[1], _options(name, chosen))}"
@@ -152,35 +211,76 @@ def _explain(name: str, overrides: list[str], error: Exception) -> str:
     return f"{text.splitlines()[0]}; see python {name}.py --help"
 
 
+def _chosen(overrides: list[str]) -> list[str]:
+    """The overrides that choose in a group."""
+    return [override for override in overrides if override.lstrip("+").split("=", 1)[0] in _groups()]
+
+
 def _nearest(wrong: str, known: list[str]) -> str:
+    near = _near(wrong, known)
+    return f"; did you mean {near}?" if near else f"; there are: {', '.join(known)}"
+
+
+def _near(wrong: str, known: list[str]) -> str | None:
     near = difflib.get_close_matches(wrong, known, 1, 0.5)
     # `training.stepz` is nearest to `training.steps`, but `steps` alone may live deeper
-    near = near or [option for option in known if option.rpartition(".")[2] == wrong.rpartition(".")[2]][:1]
-    return f"; did you mean {near[0]}?" if near else f"; there are: {', '.join(known)}"
+    near = near or [option for option in known if option.rpartition(".")[2] == wrong.rpartition(".")[2]]
+    return near[0] if near else None
 
 
-def _groups() -> list[str]:
+def _groups(name: str | None = None) -> list[str]:
+    """All groups, or those of one command."""
+    if name is not None:
+        defaults = OmegaConf.load(CONFIGS / f"{name}.yaml").defaults
+        return sorted(str(group) for entry in defaults if OmegaConf.is_dict(entry) for group in entry)
     return sorted(path.name for path in CONFIGS.iterdir() if path.is_dir() and any(path.glob("*.yaml")))
 
 
-def _choices(group: str) -> list[str]:
-    return sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
+def _choices(group: str, name: str | None = None) -> list[str]:
+    """The files of a group; name: those of this command alone, where it matters."""
+    choices = sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
+    if name is None or group != "experiment":
+        return choices
+    return [choice for choice in choices if not _other_command(name, choice)]
+
+
+def _other_command(name: str, experiment: str) -> str | None:
+    """The command that an experiment is for, where that is not `name`: it sets options that `name` lacks."""
+    path = CONFIGS / "experiment" / f"{experiment}.yaml"
+    if not path.is_file() or _fits(path, name):
+        return None
+    return next((other for other in COMMANDS if _fits(path, other)), None)
+
+
+def _fits(path: Path, name: str) -> bool:
+    """Whether a command has the groups and the options that an experiment sets."""
+    own: Any = OmegaConf.load(path)
+    groups = set(_groups(name))
+    changed = [str(key) for entry in own.get("defaults", ()) if OmegaConf.is_dict(entry) for key in entry]
+    asked = {key.rpartition("/")[2] for key in changed}
+    return asked <= groups and set(own) - {"defaults"} <= groups | set(OmegaConf.load(CONFIGS / f"{name}.yaml"))
 
 
 def _options(name: str, chosen: list[str]) -> list[str]:
     """Dotted names of all options of a command, with these choices of groups, and its groups."""
     from hydra import compose as hydra_compose
+    from hydra.errors import HydraException
 
-    def names(node: DictConfig, prefix: str = "") -> list[str]:
-        found = []
-        for key in node:
-            found.append(f"{prefix}{key}")
-            inner = None if OmegaConf.is_missing(node, key) else node._get_node(key)
-            if isinstance(inner, DictConfig) and not inner._is_none():
-                found += names(inner, f"{prefix}{key}.")
-        return found
+    try:
+        return _names(hydra_compose(name, chosen)) + _groups(name)
+    except HydraException:  # the choices do not compose either
+        return _names(hydra_compose(name)) + _groups(name)
 
-    return names(hydra_compose(name, chosen)) + _groups()
+
+def _names(node: DictConfig, prefix: str = "") -> list[str]:
+    """Dotted names of all options of a config."""
+    found = []
+    for key in node:
+        found.append(f"{prefix}{key}")
+        inner = None if OmegaConf.is_missing(node, key) else node._get_node(key)
+        if isinstance(inner, DictConfig) and not inner._is_none():
+            found += _names(inner, f"{prefix}{key}.")
+    return found
 
 
 def _first_comment(path: Path) -> str:
@@ -191,13 +291,12 @@ def _first_comment(path: Path) -> str:
 def _help(name: str) -> str:
     used = (CONFIGS / f"{name}.yaml").read_text()
     lines = [f"{_first_comment(CONFIGS / f'{name}.yaml')}", "", f"usage: python {name}.py [option=value ...]", ""]
-    for group in _groups():
-        if re.search(rf"^  - {group}:", used, re.MULTILINE):
-            default = re.search(rf"^  - {group}: (\S+)", used, re.MULTILINE)
-            lines.append(f"{group}=  (default {default[1] if default else 'null'})")
-            lines += [
-                f"  {choice:24s}{_first_comment(CONFIGS / group / f'{choice}.yaml')}" for choice in _choices(group)
-            ]
+    for group in _groups(name):
+        default = re.search(rf"^  - {group}: (\S+)", used, re.MULTILINE)
+        lines.append(f"{group}=  (default {default[1] if default else 'null'})")
+        lines += [
+            f"  {choice:24s}{_first_comment(CONFIGS / group / f'{choice}.yaml')}" for choice in _choices(group, name)
+        ]
     body = used.split("\n\n", 1)[1]
     lines += ["", "options (a dot joins the names of inner ones, as in training.steps=500):", body.rstrip(), ""]
     lines += ["-m, --multirun  a sweep, one job for each value between commas: -m seed=0,1 'root=runs/seed${seed}'"]

@@ -13,8 +13,8 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from mlem.app.build import devices, loggers, world_size_of
-from mlem.app.config import build_callbacks, without_secrets
+from mlem.app.build import loggers, world_size_of
+from mlem.app.config import build_callbacks, devices, without_secrets
 from mlem.app.find import family_folder
 from mlem.app.train import _agree, _checkpoint
 from mlem.family import Family

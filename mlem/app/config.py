@@ -5,13 +5,16 @@ from __future__ import annotations
 import importlib
 import inspect
 import math
+import os
 import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.resolvers import oc
 
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 ALLOWED = ("mlem", "torch", "lightning", "torchmetrics", "diffusers")
 """Modules from which a `_target_` may come."""
 
@@ -24,17 +27,31 @@ def _number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def _from_1(value: Any) -> bool:
+    return _whole(value) and value >= 1
+
+
+def _devices(value: Any) -> bool:
+    listed = isinstance(value, list) and bool(value) and all(_whole(n) and n >= 0 for n in value)
+    return listed or value in ("auto", -1) or _from_1(value)
+
+
+def _sizes(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(name, str) for name in value)
+
+
 _FROM_1 = ("steps", "batch_size", "accumulate", "epoch_steps", "checkpoint_every")
 _VALUES: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
     (
         "a whole number >= 1",
-        lambda value: _whole(value) and value >= 1,
+        _from_1,
         (
             *(f"training.{name}" for name in _FROM_1),
             "evaluation.batch_size",
             "evaluation.reference_steps",
             "calibration.reference_steps",
             "metric.blocks",
+            "trainer.num_nodes",
             *(f"eval.{name}" for name in ("reference_steps", "plan_steps", "trials", "draws")),
             "steps",
             "batch_size",
@@ -65,6 +82,18 @@ _VALUES: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
         ("calibration.batch_sizes",),
     ),
     ("a whole number >= 2", lambda value: _whole(value) and value >= 2, ("model.draws", "model.held_out")),
+    ("a whole number >= 1, a list of device numbers, or auto", _devices, ("trainer.devices",)),
+    ("a list of one or more sizes, such as [xs,s]", _sizes, ("model.levels",)),
+    (
+        "a whole number >= 2",
+        lambda value: _whole(value) and value >= 2,
+        ("schedule.num_timesteps",),
+    ),
+    (
+        "a number",
+        lambda value: isinstance(value, (int, float)) and not isinstance(value, bool),
+        tuple(f"schedule.{name}" for name in ("offset", "log_snr_min", "beta_start", "beta_end")),
+    ),
     (
         "a number > 0",
         lambda value: _number(value) and value > 0,
@@ -96,7 +125,7 @@ _VALUES: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
 )
 """What a value must be, how to tell, and the options that this holds for."""
 _TEXT = ("root", "resume", "data.name", "data.source", "data.folder", "schedule.kind", "sampler.name", "sampler.solver")
-_TEXT += ("model.name", "model.solver", "metric.cache")
+_TEXT += ("model.name", "model.solver", "metric.cache", "trainer.accelerator", "trainer.strategy")
 _TEXT_OR_NULL = ("family", "level", "grid", "out", "plan", "model.grid", "folder")
 _TEXT_OR_NULL += ("metric.features", "metric.weights", "metric.sha256")
 _GROUPS = ("data", "data.options", "model", "schedule", "trainer", "logger", "metric", "sampler", "eval")
@@ -108,6 +137,7 @@ _ONE_OF = {
     "model.tangents": ("exact", "random"),
     "sampler.over": ("samples", "ranks"),
     "format": ("png", "shards", "npz"),
+    "eval.name": ("samples", "folder", "ref", "benchmark", "scaling"),
     "eval.cost": ("flops", "seconds"),
     "eval.coins": ("systematic", "bernoulli", "nested", "poisson"),
     "logger.mode": ("auto", "online", "offline", "disabled"),
@@ -128,6 +158,10 @@ def check(config: DictConfig) -> None:
         for _, value in _given(plain, (name,)):
             if value not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+    _check_eval(plain.get("eval", {}))
+    nodes = plain["trainer"]["num_nodes"]
+    if nodes > 1 and not plain.get("dry_run") and not {"RANK", "SLURM_PROCID"} & os.environ.keys():
+        raise ValueError(f"trainer.num_nodes={nodes} needs torchrun or srun on every machine: see docs/cluster.md")
     training = plain.get("training", {"batch_size": 1, "accumulate": 1})
     batch, accumulate = training["batch_size"], training["accumulate"]
     if batch % accumulate:
@@ -135,6 +169,13 @@ def check(config: DictConfig) -> None:
     model = plain.get("model")
     if isinstance(model, dict) and model.get("name") == "coefficients":
         _check_coefficients(model, plain["trainer"])
+
+
+def _check_eval(options: dict[str, Any]) -> None:
+    """`eval.name` alone brings none of the options of the other choices."""
+    name = options.get("name")
+    if name is not None and {"benchmark": "samplers", "scaling": "replicates"}.get(name, "name") not in options:
+        raise ValueError(f"eval.name={name} has options of its own, which eval={name} brings: give that in its place")
 
 
 def _check_coefficients(model: dict[str, Any], trainer: dict[str, Any]) -> None:
@@ -183,6 +224,29 @@ def parse_indices(text: Any, option: str) -> list[int]:
     if len(set(numbers)) < len(numbers):
         raise ValueError(f"{option} names an index twice: {text}")
     return numbers
+
+
+def devices(config: DictConfig) -> dict[str, Any]:
+    """What Lightning's Trainer and Fabric want to know of the machines."""
+    trainer: dict[str, Any] = OmegaConf.to_container(config.trainer, resolve=True)  # type: ignore[assignment]
+    return {name: trainer[name] for name in ("accelerator", "devices", "strategy", "num_nodes")}
+
+
+def on_devices(config: DictConfig, make: Callable[..., Any]) -> Any:
+    """`make(accelerator=..., devices=..., ...)`: a Trainer or Fabric. Raises ValueError where it cannot be had."""
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+    given = devices(config)
+    try:
+        return make(**given)
+    except (MisconfigurationException, ValueError, TypeError) as error:
+        options = ", ".join(f"{name}={value}" for name, value in given.items())
+        raise ValueError(f"trainer: {str(error).splitlines()[0]} ({options})") from error
+
+
+def written(value: Any) -> str:
+    """A value as the command line has it."""
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def refuse_targets(config: DictConfig) -> None:

@@ -11,8 +11,9 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from mlem.app.build import recipe_of
-from mlem.app.config import parse_indices
-from mlem.app.find import family_folder
+from mlem.app.cli import compose
+from mlem.app.config import parse_indices, written
+from mlem.app.find import family_folder, out_folder
 from mlem.app.measure import measure_of, new_fabric, prepared
 from mlem.experiments.coupled import Bench, Entry
 from mlem.experiments.scaling import ERRORS, draw_scaling, held_out_errors, plain_fits, scaling_fits
@@ -27,7 +28,7 @@ _ENTRY = ("name", "solver", "steps", "grid", "options", "levels", "plan", "delta
 
 def error_against_time(config: DictConfig) -> None:
     """`eval=benchmark`: run what is not there yet, then the figure, the ratios of costs, and where they are."""
-    family, out = _family(config), Path(config.out or f"{config.root}/error_vs_time")
+    family, out = _family(config), out_folder(config)
     entries = [_entry(number, entry) for number, entry in enumerate(config.eval.samplers)]
     fabric = new_fabric(config)
     if fabric.world_size > 1:
@@ -72,7 +73,7 @@ def error_against_time(config: DictConfig) -> None:
 
 def scaling(config: DictConfig) -> None:
     """`eval=scaling`: gamma of the family from held-out denoising errors and from the differences of its levels."""
-    family, out = _family(config), Path(config.out or f"{config.root}/scaling_law")
+    family, out = _family(config), out_folder(config)
     shards = prepared(config)
     if config.data.name != family.data or tuple(shards.shape) != tuple(family.shape):
         raise ValueError(
@@ -98,6 +99,28 @@ def scaling(config: DictConfig) -> None:
         print(f"{what:38s}{out / name}", flush=True)
 
 
+_SAMPLES = ("sampler.name", "sampler.solver", "sampler.options", "steps", "grid", "format", "budget", "mse", "delta")
+_SAMPLES += ("estimator", "order", "probabilities", "coins", "levels", "cost", "per_sample")
+_UNUSED = {
+    "benchmark": _SAMPLES,
+    "scaling": (*_SAMPLES, "seeds", "batch_size", "metric.features"),
+}
+"""What is of samples, and does nothing in the experiments."""
+
+
+def _refuse_unused(config: DictConfig) -> None:
+    """Raise ValueError for an option that was given and would do nothing, with the one that does."""
+    name, usual = config.eval.name, compose("sample", [])
+    for option in _UNUSED[name]:
+        value = OmegaConf.select(config, option)
+        if value == OmegaConf.select(usual, option):
+            continue
+        own = {"sampler.solver": "solver", "sampler.name": "solver"}.get(option, option)
+        instead = f", or say eval.{own}=" if own in config.eval else ", or see eval.samplers" * (name == "benchmark")
+        said = {"sampler.name": "sampler", "metric.features": "metric"}.get(option, option)
+        raise ValueError(f"eval={name} does not use {said}={written(value)}: leave it out{instead}")
+
+
 _REMEDY = {
     "coefficients": "learn them with: python train.py model=coefficients family=FOLDER",
     "calibration": "measure it with: python -m mlem.multilevel calibrate FOLDER",
@@ -111,6 +134,7 @@ def _family(config: DictConfig) -> Family:
     for name in ("level", "folder", "plan"):
         if config[name] is not None:
             raise ValueError(f"{verb} runs all levels of a family: leave out {name}={config[name]}")
+    _refuse_unused(config)
     return Family.load(family_folder(config))
 
 
@@ -182,7 +206,9 @@ def _table(found: list[dict[str, Any]], bench: Bench) -> None:
     from rich.table import Table
 
     top = bench.family.level().name
-    title = f"EM's cost over ML-EM's at equal error, with 95 percent intervals over {bench.count} images and the mean's coins"
+    title = (
+        f"EM's cost over ML-EM's at equal error, 95 percent intervals over {bench.count} images and the mean's coins"
+    )
     table = Table(title=title)
     for column in ("sampler", "coins", "MSE", f"time, level {top}", "time, any level", f"FLOPs, {top}", "FLOPs, any"):
         table.add_column(column)

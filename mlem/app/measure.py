@@ -17,6 +17,7 @@ import torch
 from omegaconf import DictConfig
 
 from mlem.app.cli import USAGE
+from mlem.app.config import on_devices
 from mlem.data import Shards, ensure
 from mlem.files import first_process, write_json
 from mlem.metrics import FID, Measure, Score, reference_path
@@ -84,6 +85,15 @@ def measure_of(config: DictConfig, shards: Shards) -> Measure | None:
     return Measure(fid, reals, key, Path(metric.cache), metric.kid, metric.precision_recall, metric.blocks)
 
 
+def check_measure(config: DictConfig, shape: tuple[int, int, int], reals: int, count: int) -> None:
+    """Raise ValueError where `count` images, or `reals` real ones, are too few for `metric`; as `new_fid` too."""
+    metric, fid = config.metric, new_fid(config, shape)
+    if fid is not None:
+        key = {"count": min(reals, metric.reference or reals)}
+        options = {"kid": metric.kid, "precision_recall": metric.precision_recall, "blocks": metric.blocks}
+        Measure(fid, (), key, **options).check(count)
+
+
 class _RealImages:
     """Batches (indices, images) of the first real images, this rank's share, read anew at every iteration."""
 
@@ -133,12 +143,8 @@ def _scores(measure: Measure, paths: Sequence[Path], fabric: Any, batch_size: in
 def new_fabric(config: DictConfig) -> Any:
     """Lightning's Fabric on the devices of `trainer`, not launched yet. Raises ValueError where they are not there."""
     from lightning.fabric import Fabric
-    from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-    try:
-        return Fabric(**{name: config.trainer[name] for name in ("accelerator", "devices", "strategy")})
-    except MisconfigurationException as error:
-        raise ValueError(f"trainer: {error}") from error
+    return on_devices(config, Fabric)
 
 
 def everyone(mine: Any) -> list[Any]:

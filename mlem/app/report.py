@@ -10,7 +10,9 @@ import lightning.pytorch as pl
 import torch
 from omegaconf import DictConfig
 
-from mlem.app.build import LoaderFromStep, devices, evaluation, loggers
+from mlem.app.build import LoaderFromStep, evaluation, loggers
+from mlem.app.config import devices
+from mlem.app.find import run_folder
 from mlem.data import Shards
 from mlem.experiments.scaling import draw_scaling, scaling_fits
 from mlem.family import Family
@@ -23,7 +25,7 @@ from mlem.training.loggers import log_pictures
 def evaluate_family(config: DictConfig, family: Family, shards: Shards) -> None:
     """Every sampler on every level; pictures, figures, a table, and where to look."""
     whole = "levels" in config.model
-    folder = Path(config.root) if whole else Path(config.root) / config.model.name / "evaluation"
+    folder = Path(config.root) if whole else run_folder(config, family.names[0]) / "evaluation"
     samplers = evaluation(config, shards, folder)
     trainer = pl.Trainer(
         **devices(config),

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from mlem.app.build import plan_of
 from mlem.app.config import parse_indices
 from mlem.app.experiment import error_against_time, scaling
-from mlem.app.find import family_folder
+from mlem.app.find import family_folder, out_folder, run_folder, training
 from mlem.app.measure import (
     end_with_parent,
     everyone,
@@ -77,7 +77,7 @@ def _sample(config: DictConfig) -> None:
         precision=config.trainer.precision,
         spread=OmegaConf.select(config, "sampler.over") == "ranks",
     )
-    out = Path(config.out or f"{config.root}/samples/{config.sampler.name}_{config.steps}")
+    out = out_folder(config)
     # all that may be refused is refused before there are other ranks, which would wait for this one
     if first_process():
         claim(out, _settings(config, model, folder, sampler))
@@ -169,9 +169,10 @@ def find_model(config: DictConfig) -> tuple[Path, Family | Level]:
     if model is not None:
         if "size" not in config.model:
             raise ValueError(f"model={model} is no level by itself: leave it out, and family= or data= name a family")
-        folder = Path(config.root) / model / "level"
+        size = config.model.size
+        folder = run_folder(config, size) / "level"
         if not folder.is_dir():
-            raise FileNotFoundError(f"{folder} does not exist; make it with: python train.py model={model}")
+            raise FileNotFoundError(f"{folder} does not exist; make it with: {training(config, f'unet_{size}')}")
         return folder, Level.load(folder)
     folder = family_folder(config)
     return folder, Family.load(folder)

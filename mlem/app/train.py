@@ -16,7 +16,6 @@ from omegaconf import DictConfig, OmegaConf
 
 from mlem.app.build import (
     LoaderFromStep,
-    devices,
     evaluation,
     image_shape,
     loggers,
@@ -24,18 +23,20 @@ from mlem.app.build import (
     sampler_choices,
     world_size_of,
 )
-from mlem.app.config import build_callbacks, parse_indices, without_secrets
-from mlem.app.measure import new_fid
+from mlem.app.config import build_callbacks, devices, parse_indices, without_secrets
+from mlem.app.find import run_folder
+from mlem.app.measure import check_measure, new_fid
 from mlem.app.report import evaluate_family
 from mlem.data import Shards, count_of, ensure
 from mlem.family import Family, Level
 from mlem.files import damaged, first_process, folder_lock, read_object, write_json
 from mlem.metrics import FewImagesWarning
 from mlem.multilevel.__main__ import calibrate_folder
+from mlem.multilevel.coefficients import Coefficients
 from mlem.multilevel.recipe import check_estimator
 from mlem.network import seconds_per_image
 from mlem.report import write_report
-from mlem.sampling import Sampler
+from mlem.sampling import Sampler, solver_of
 from mlem.training.averaging import averaged_state, make_average
 from mlem.training.checkpoints import AtomicCheckpointIO, Checkpoints, saved
 from mlem.training.checkpoints import check as check_checkpoint
@@ -56,15 +57,15 @@ def run(config: DictConfig) -> None:
         return
     sizes = list(config.model.levels) if "levels" in config.model else [config.model.size]
     levels = [new_level(config, size) for size in sizes]
-    Family(levels)  # refuses an odd list before anything is trained
-    _check_jobs(config, levels[0])
+    # an odd list of levels is refused before anything is trained
+    _check_jobs(config, Family(levels))
     if config.dry_run:
         _dry_run(config, levels)
         return
     shards = ensure(config.data.source, config.data.folder, **config.data.options)
     for level in levels:
         train_level(config, level, shards)
-    family = Family([Level.load(_run_folder(config, level) / "level") for level in levels])
+    family = Family([Level.load(run_folder(config, level.name) / "level") for level in levels])
     if "levels" in config.model:
         if first_process():
             _save_family(config, family)
@@ -82,13 +83,35 @@ def _save_family(config: DictConfig, family: Family) -> None:
         found = read_object(known)
         with damaged(known):
             fits = found["about"]["weights"] == family.weights_hash
-        family.fitted |= {"calibration": found} if fits else {}
+        if fits:
+            family.fitted["calibration"] = found
+            _say_other_options(config, found, folder)
     family.save(folder)
     if len(family.levels) > 1 and config.calibration.images and "calibration" not in family.fitted:
         device = "cuda" if torch.cuda.is_available() and config.trainer.accelerator != "cpu" else "cpu"
         options: dict[str, Any] = OmegaConf.to_container(config.calibration)  # type: ignore[assignment]
         print("calibrating the family", flush=True)
         calibrate_folder(family, folder, device=device, **options)
+
+
+def _say_other_options(config: DictConfig, found: dict[str, Any], folder: Path) -> None:
+    """Where `calibration` asks for other options than the one that is kept had: which, and how to have it anew."""
+    options = config.calibration
+    now = {"images": options.images, "times": options.times, "reference_steps": options.reference_steps}
+    now["batch_sizes"] = sorted(set(options.batch_sizes))
+    there = {name: found["about"].get(name) for name in ("images", "reference_steps")}
+    there |= {"times": len(found["log_snr"]), "batch_sizes": sorted(map(int, found["seconds"]))}
+    changed = [f"calibration.{name} {there[name]} there, {now[name]} now" for name in now if now[name] != there[name]]
+    if options.images and changed:
+        flags = " ".join(
+            f"--{name.replace('_', '-')} {' '.join(map(str, value)) if isinstance(value, list) else value}"
+            for name, value in now.items()
+        )
+        print(
+            f"{folder / 'calibration.json'} is kept ({'; '.join(changed)}); to have it anew: python -m mlem.multilevel "
+            f"calibrate {folder} {flags}, then this again",
+            flush=True,
+        )
 
 
 def _quiet() -> None:
@@ -101,34 +124,62 @@ def _quiet() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 
 
-def _check_jobs(config: DictConfig, level: Level) -> None:
-    """What can only be known with torch, said before anything is written."""
+def _check_jobs(config: DictConfig, family: Family) -> None:
+    """What can only be known with torch, said before anything is written. family: not trained yet."""
     world_size_of(config)
     build_callbacks(config)
-    parse_indices(config.evaluation.indices, "evaluation.indices")
-    for number, choice in enumerate(sampler_choices(config)):
-        if choice.recipe is not None and "levels" in config.model and not config.calibration.images:
-            raise ValueError(f"evaluation.samplers[{number}] has a plan, which needs calibration.images >= 2, got 0")
-        for steps in choice.steps:
-            try:
-                sampler = Sampler(level, solver=choice.solver, steps=steps, grid=choice.grid)
-                if choice.recipe is not None:
-                    check_estimator(sampler.solver, sampler.grid, choice.recipe.estimator)
-            except ValueError as error:
-                raise ValueError(f"evaluation.samplers[{number}]: {error}") from error
-    new_fid(config, image_shape(config))
+    indices = parse_indices(config.evaluation.indices, "evaluation.indices")
+    if len(indices) < 2:
+        raise ValueError(
+            f"evaluation.indices must be 2 samples or more, such as 0-63, for a standard error, got "
+            f"{config.evaluation.indices}"
+        )
+    _check_samplers(config, family)
+    new_fid(config, image_shape(config))  # before the data: what is not there is the nearer fault
     count = count_of(config.data.source, config.data.folder, **config.data.options)
+    check_measure(config, image_shape(config), count, len(indices))
     if not 2 <= config.data.held_out < count:
         raise ValueError(f"data.held_out must be in [2, {count - 1}], got {config.data.held_out}")
 
 
-def _run_folder(config: DictConfig, level: Level) -> Path:
-    return Path(config.root) / f"unet_{level.name}"
+def _check_samplers(config: DictConfig, family: Family) -> None:
+    choices, several = sampler_choices(config), len(family.levels) > 1
+    if not several and all(choice.recipe is not None for choice in choices):
+        raise ValueError(
+            f"evaluation.samplers lists plans alone, which need several levels, and there is {family.names[0]}: add an "
+            "entry without plan, or train model=family"
+        )
+    for number, choice in enumerate(choices):
+        if choice.recipe is not None and several and not config.calibration.images:
+            raise ValueError(f"evaluation.samplers[{number}] has a plan, which needs calibration.images >= 2, got 0")
+        try:
+            for steps in choice.steps:
+                solver = solver_of(choice.solver, **choice.options)
+                grid = Sampler(family.levels[0], solver=solver, steps=steps, grid=choice.grid).grid
+                if choice.recipe is not None:
+                    check_estimator(solver, grid, choice.recipe.estimator)
+                if choice.recipe is not None and several:
+                    choice.recipe.check(family, solver, grid)
+            if choice.recipe is not None and several and choice.recipe.probabilities == "learned":
+                _check_learned(Path(config.root) / "family", family.names)
+        except ValueError as error:
+            raise ValueError(f"evaluation.samplers[{number}]: {error}") from error
+
+
+def _check_learned(folder: Path, names: list[str]) -> None:
+    """Raise ValueError unless coefficients were learned already for the family that is about to be found trained."""
+    if (folder / "family.json").is_file() and (known := Family.load(folder)).names == names:
+        Coefficients.of(known)
+        return
+    raise ValueError(
+        f"learned probabilities are of a trained family, and {folder} is none of {', '.join(names)}: leave the entry "
+        f"out, then run python train.py model=coefficients family={folder}, then this again"
+    )
 
 
 def train_level(config: DictConfig, level: Level, shards: Shards) -> None:
     """Train one level in its run folder, resuming what is there; nothing to do when it is finished."""
-    folder = _run_folder(config, level)
+    folder = run_folder(config, level.name)
     # only rank 0 takes the lock: the others belong to it
     with folder_lock(folder) if first_process() else nullcontext():
         world_size = world_size_of(config)

@@ -94,6 +94,38 @@ class Recipe:
         """Whether rows are searched for: no coin is tossed, and every seed gives the same plan."""
         return self.estimator != "jump" and self.probabilities == "calibrated" and self.coins is None
 
+    def check(self, family: Family, solver: Solver, grid: TimeGrid) -> None:
+        """Raise ValueError for what does not fit these levels, whatever a calibration will find of them."""
+        levels = self.levels or tuple(family.names)
+        refuse_levels(levels, family)
+        if not isinstance(self.probabilities, str):
+            refuse_count(self.probabilities, levels)
+        if self.budget is None or self.cost != "flops" or self.probabilities == "learned":
+            return
+        least = min(self._least(names, family, solver.evaluations(grid)) for names in self._subsets(levels))
+        if self.budget < least:
+            raise ValueError(
+                f"budget={self.budget} is too small for {grid.steps} steps of {', '.join(levels)}: no plan costs less "
+                f"than {math.ceil(1000 * least) / 1000:g} of the largest level by FLOPs; raise it, or take more steps"
+            )
+
+    def _subsets(self, levels: tuple[str, ...]) -> list[tuple[str, ...]]:
+        """Of these levels, those that a plan may take."""
+        if self.levels is not None or not isinstance(self.probabilities, str):
+            return [levels]
+        below = [part for size in range(len(levels)) for part in itertools.combinations(levels[:-1], size)]
+        return [(*part, levels[-1]) for part in below]
+
+    def _least(self, levels: tuple[str, ...], family: Family, rows: int) -> float:
+        """The share of the largest level's cost, by FLOPs, that no plan on these levels undercuts."""
+        costs = torch.tensor([family.level(name).flops / family.level().flops for name in levels], dtype=torch.float64)
+        if not self.searched:  # the first level runs at every row, the others perhaps never
+            first = 1.0 if isinstance(self.probabilities, str) else self.probabilities[0]
+            return costs[0].item() * first
+        measured = torch.zeros(rows, len(levels), dtype=torch.bool)
+        measured[0] = measured[:, 0] = True
+        return Plan.given(measured, estimator=self.estimator, levels=levels).cost(costs) / rows
+
     def plan(self, family: Family, solver: Solver, grid: TimeGrid) -> Plan:
         """The plan for this family, solver and grid.
 
@@ -112,12 +144,7 @@ class _Planner:
         self.rows = len(coefficients)
         # the corrections of an SDE are rough: extrapolating them makes it worse
         self.order = (0 if solver.stochastic else 1) if recipe.order is None else recipe.order
-        places = [family.names.index(family.level(name).name) for name in recipe.levels or ()]
-        if places != sorted(set(places)):
-            raise ValueError(
-                f"levels must be different and the cheapest first, as in {', '.join(family.names)}; got "
-                f"{', '.join(recipe.levels or ())}"
-            )
+        refuse_levels(recipe.levels or (), family)
         calibrated = "calibration" in family.fitted
         if calibrated or recipe.probabilities == "calibrated" or recipe.mse is not None:
             calibration = Calibration.of(family)
@@ -160,8 +187,7 @@ class _Planner:
             return [Coefficients.of(self.family).levels or names]
         if self.predictor is None or not isinstance(self.recipe.probabilities, str):
             return [names]
-        below = [part for size in range(len(names)) for part in itertools.combinations(names[:-1], size)]
-        return [(*part, names[-1]) for part in below]
+        return self.recipe._subsets(names)
 
     def _for_budget(self, budget: float) -> Plan:
         plans = [plan for levels in self._levels() if (plan := self._best(levels, budget)) is not None]
@@ -218,10 +244,7 @@ class _Planner:
             table = ((costs / costs[0]) ** -(0.5 + 1 / recipe.gamma)).expand(self.rows, -1)
         else:
             table = torch.tensor(recipe.probabilities, dtype=torch.float64).expand(self.rows, -1)
-        if table.shape[1] != len(levels):
-            raise ValueError(
-                f"probabilities= must be {len(levels)} numbers, for {', '.join(levels)}, got {table.shape[1]}"
-            )
+            refuse_count(table[0].tolist(), levels)
         p = (table * dial).clamp(1e-9, 1.0)
         p[:, 0] = table[:, 0].clamp(max=1.0) if not isinstance(recipe.probabilities, str) else 1.0
         return p
@@ -264,6 +287,23 @@ def check_estimator(solver: Solver, grid: TimeGrid, estimator: str) -> None:
     if estimator == "hindsight" and (solver.name not in SOLVERS or solver.evaluations(grid) != grid.steps):
         raise ValueError(
             f"hindsight needs a solver of mlem's that evaluates once a step, not {solver.name}; use estimator=held"
+        )
+
+
+def refuse_levels(levels: Sequence[str], family: Family) -> None:
+    """Raise ValueError unless these are levels of the family, the cheapest first."""
+    places = [family.names.index(family.level(name).name) for name in levels]
+    if places != sorted(set(places)):
+        raise ValueError(
+            f"levels must be different and the cheapest first, as in {', '.join(family.names)}; got {', '.join(levels)}"
+        )
+
+
+def refuse_count(probabilities: Sequence[float], levels: Sequence[str]) -> None:
+    """Raise ValueError unless there is a number for each level."""
+    if len(probabilities) != len(levels):
+        raise ValueError(
+            f"probabilities= must be {len(levels)} numbers, for {', '.join(levels)}, got {len(probabilities)}"
         )
 
 

@@ -7,7 +7,7 @@ asks the LightningModule for `family()` and reads held-out images from the loade
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +23,14 @@ from mlem.ledger import Ledger, LevelLedger
 from mlem.metrics import FID, Measure, PathwiseError
 from mlem.metrics.scores import KINDS
 from mlem.multilevel.recipe import Recipe
-from mlem.plots import error_by_noise_level, error_vs_time, grid_name, quality_vs_evaluations
+from mlem.plots import MULTILEVEL, error_by_noise_level, error_vs_time, grid_name, quality_vs_evaluations
 from mlem.sampling import Sampler, blocks, solver_of
 from mlem.training.loggers import log_pictures
 from mlem.training.progress import announced
 
 GRID_IMAGES = 64
 """How many samples a picture shows."""
-MULTILEVEL = "mlem"
-"""What stands in the place of a level's name where several share the work."""
+_DIALS = ("budget", "mse", "delta")
 
 
 @dataclass(frozen=True)
@@ -53,13 +52,39 @@ class SamplerChoice:
 
     @property
     def label(self) -> str:
-        """Name in figures and metrics."""
+        """Name in figures and metrics: all that is not the default, but for steps and the dial."""
         name = "_".join([self.solver.replace(":", "_"), *([self.grid] if self.grid else [])])
         name += "".join(f"_{key}-{value}" for key, value in self.options.items())
         if self.recipe is None:
             return name
         coins = f"_{self.recipe.coins}" if self.recipe.coins else ""
-        return f"{name}_{self.recipe.estimator}{coins}"
+        name += f"_{self.recipe.estimator}{coins}"
+        for one in fields(self.recipe):
+            value = getattr(self.recipe, one.name)
+            if one.name not in (*_DIALS, "cost", "estimator", "coins") and value != one.default:
+                name += f"_{one.name}-{'+'.join(map(str, value)) if isinstance(value, (list, tuple)) else value}"
+        return name
+
+    @property
+    def dial(self) -> str:
+        """How much a plan may spend, such as budget0.25, and of what where that is not seconds; "" for no dial."""
+        if self.recipe is None:
+            return ""
+        dial = "".join(f"{name}{v:g}" for name in _DIALS if (v := getattr(self.recipe, name)) is not None)
+        return f"{dial}_{self.recipe.cost}" if dial and self.recipe.cost != Recipe.cost else dial
+
+
+def refuse_twins(choices: Sequence[SamplerChoice]) -> None:
+    """Raise ValueError for a sampler that is listed twice: its pictures and metrics would have one name."""
+    seen: dict[tuple[str, int, str], int] = {}
+    for number, choice in enumerate(choices):
+        for steps in choice.steps:
+            key = (choice.label, steps, choice.dial)
+            if key in seen:
+                entries = " and ".join(f"evaluation.samplers[{n}]" for n in sorted({seen[key], number}))
+                plan = f", {choice.dial}" if choice.dial else ""
+                raise ValueError(f"{entries}: {choice.label} at {steps} steps{plan} is listed twice; list it once")
+            seen[key] = number
 
 
 @dataclass
@@ -129,6 +154,8 @@ class SamplerEvaluation(pl.Callback):
     def evaluate(self, trainer: pl.Trainer, family: Family, device: torch.device) -> None:
         """Run everything on `family`; every rank must call it."""
         tallies = self._tallies(family, device)
+        if not tallies:  # plans alone, and one level to run them on: in the training of a family
+            return
         references = self._references(family, tallies, device)
         self._warm_up(family, device)
         mine = self.blocks[trainer.global_rank :: trainer.world_size]
@@ -142,22 +169,27 @@ class SamplerEvaluation(pl.Callback):
 
     def _tallies(self, family: Family, device: torch.device) -> list[_Tally]:
         """Every sampler on every level, then those that share the work among levels, where there are several."""
-        alone = [choice for choice in self.samplers if choice.recipe is None]
-        shared = [choice for choice in self.samplers if choice.recipe is not None and len(family.levels) > 1]
-        one = [(level, choice, steps) for level in family.levels for choice in alone for steps in choice.steps]
-        several = [(family, choice, steps) for choice in shared for steps in choice.steps]
-        return [self._tally(model, choice, steps, device) for model, choice, steps in (*one, *several)]
+        alone = [number for number, choice in enumerate(self.samplers) if choice.recipe is None]
+        shared = [number for number, choice in enumerate(self.samplers) if choice.recipe is not None]
+        models: list[tuple[Family | Level, int]] = [(level, number) for level in family.levels for number in alone]
+        models += [(family, number) for number in shared if len(family.levels) > 1]
+        return [
+            self._tally(model, number, steps, device)
+            for model, number in models
+            for steps in self.samplers[number].steps
+        ]
 
-    def _tally(self, model: Family | Level, choice: SamplerChoice, steps: int, device: torch.device) -> _Tally:
-        solver = solver_of(choice.solver, **choice.options)
+    def _tally(self, model: Family | Level, number: int, steps: int, device: torch.device) -> _Tally:
+        choice = self.samplers[number]
         options: dict[str, Any] = {"steps": steps, "grid": choice.grid, "seed": self.seed, "device": device}
-        sampler = Sampler(model, solver=solver, plan=choice.recipe, **options)
+        try:
+            solver = solver_of(choice.solver, **choice.options)
+            sampler = Sampler(model, solver=solver, plan=choice.recipe, **options)
+        except ValueError as error:
+            raise ValueError(f"evaluation.samplers[{number}]: {error}") from error
         name = model.name if isinstance(model, Level) else MULTILEVEL
-        dials = ("budget", "mse", "delta")
-        recipe = choice.recipe
-        dial = "" if recipe is None else "".join(f"{d}{v:g}" for d in dials if (v := getattr(recipe, d)) is not None)
         fid = None if self.measure is None else self.measure.start(device)
-        return _Tally(name, choice.label, dial, sampler, fid, device)
+        return _Tally(name, choice.label, choice.dial, sampler, fid, device)
 
     def _references(self, family: Family, tallies: list[_Tally], device: torch.device) -> dict[str, Sampler]:
         names = {tally.sampler.solver.reference for tally in tallies if tally.sampler.solver.coupled}
@@ -227,7 +259,9 @@ class SamplerEvaluation(pl.Callback):
         write_json(self.folder / "evaluation.json", {"caption": self._caption(family, trainer), "rows": self.rows})
         if drawable := _drawable(self.rows):
             error_vs_time(drawable, self.folder / "error_vs_time.png", self._caption(family, trainer))
-        quality_vs_evaluations(self.rows, self.folder / "quality_vs_evaluations.png", self._caption(family, trainer))
+        if any(row["level"] != MULTILEVEL for row in self.rows):
+            path = self.folder / "quality_vs_evaluations.png"
+            quality_vs_evaluations(self.rows, path, self._caption(family, trainer))
         step = max(0, trainer.global_step - 1)  # the last one done, counted from 0 as Lightning does
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=step)
