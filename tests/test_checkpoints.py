@@ -7,13 +7,15 @@ import pickle
 import resource
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from mlem.files import sha256, write_text
 from mlem.training.checkpoints import AtomicCheckpointIO, Checkpoints, check, saved
-from tests.commands import PLAIN, execute, start, succeed, wait_until
+from tests.commands import PLAIN, execute, run_here, run_in, start, succeed, wait_until
 
 RUN = Path("runs/digits/unet_xs")
 OPTIONS = (*PLAIN, "training.steps=20", "training.epoch_steps=10", "training.checkpoint_every=5")
@@ -102,6 +104,33 @@ def test_a_full_disk_keeps_the_old_checkpoint(tmp_path: Path) -> None:
 def test_every_must_be_positive(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"training.checkpoint_every must be >= 1, got 0"):
         Checkpoints(tmp_path, 0)
+
+
+def test_a_diverged_training_stops_and_keeps_what_was_good(tmp_path: Path) -> None:
+    spoilt = ("callbacks=[{_target_: tests.dying.Spoiling, at: 8}]", "allow=[tests]")
+    says = (
+        r"at step 10 the weights are not finite; lower training\.learning_rate=0\.002; "
+        r"\S+/checkpoints/step-00000005\.ckpt is kept: resume=force goes on from it"
+    )
+    with pytest.raises(FloatingPointError, match=says):
+        run_in(tmp_path, lambda: run_here("train", *OPTIONS, *spoilt))
+    assert [path.name for path in saved(tmp_path / RUN / "checkpoints")] == ["step-00000005.ckpt"]
+
+
+def test_an_absurd_learning_rate_is_named(tmp_path: Path) -> None:
+    absurd = ("training.learning_rate=1e12", "training.gradient_clip=0")
+    with pytest.raises(FloatingPointError, match=r"step 5 .* lower training\.learning_rate=1e\+12; no checkpoint came"):
+        run_in(tmp_path, lambda: run_here("train", *OPTIONS, *absurd))
+    assert not (tmp_path / RUN / "level").exists()
+
+
+def test_ranks_agree_that_training_diverged(tmp_path: Path) -> None:
+    """A rank with finite weights ends too, and leaves the line to rank 0."""
+    strategy = SimpleNamespace(reduce_boolean_decision=lambda mine, all: False)
+    trainer: Any = SimpleNamespace(strategy=strategy, is_global_zero=False, global_step=1)
+    with pytest.raises(SystemExit) as left:
+        Checkpoints(tmp_path, 1)._check_finite(trainer, torch.nn.Linear(1, 1))  # type: ignore[arg-type]
+    assert left.value.code == 2
 
 
 @pytest.fixture(scope="module")

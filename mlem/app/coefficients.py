@@ -113,7 +113,9 @@ def _learn(config: DictConfig, folder: Path, family: Family, module: Coefficient
     fit = module.fit_options
     checkpoint = _checkpoint(config, folder)
     step = 0 if checkpoint is None else int(checkpoint.stem.removeprefix("step-"))
-    callbacks = [Checkpoints(folder / "checkpoints", config.model.checkpoint_every), *build_callbacks(config)]
+    rate = f"model.learning_rate={fit.learning_rate:g}"
+    checkpoints = Checkpoints(folder / "checkpoints", config.model.checkpoint_every, rate)
+    callbacks = [checkpoints, *build_callbacks(config)]
     callbacks.append(learning_progress(fit, sys.stdout.isatty()))
     trainer = pl.Trainer(
         **devices(config),

@@ -161,7 +161,9 @@ def _prepare(
     if config.evaluation.every_n_epochs:
         callbacks.append(evaluation(config, shards, folder / "evaluation"))
     # the evaluation stands before the average, and so sees the averaged weights
-    callbacks += [make_average(options.average_decay), Checkpoints(folder / "checkpoints", options.checkpoint_every)]
+    rate = f"training.learning_rate={options.learning_rate:g}"
+    checkpoints = Checkpoints(folder / "checkpoints", options.checkpoint_every, rate)
+    callbacks += [make_average(options.average_decay), checkpoints]
     callbacks += [SystemFigures(options.batch_size), make_progress(options.batch_size, level.name)]
     callbacks += build_callbacks(config)
     step = 0 if checkpoint is None else int(checkpoint.stem.removeprefix("step-"))

@@ -19,6 +19,8 @@ from mlem.files import atomic_write, sha256, write_text
 
 STOPPED = 128 + signal.SIGTERM
 """Exit status after SIGTERM, as the shell counts it."""
+FAILED = 2
+"""Exit status of the ranks that leave what went wrong to rank 0."""
 
 
 def _checksum_file(path: Path) -> Path:
@@ -67,12 +69,15 @@ class Checkpoints(Checkpoint):
     """Saves every `every` optimizer steps and at the end, keeps the last two, and saves and stops on SIGTERM.
 
     (Lightning's own handling of SIGTERM stops in the middle of gradient accumulation and saves nothing.)
+
+    Weights that are not finite are not saved: FloatingPointError, which names `rate`, the option of the learning rate
+    with its value.
     """
 
-    def __init__(self, folder: Path, every: int) -> None:
+    def __init__(self, folder: Path, every: int, rate: str = "training.learning_rate") -> None:
         if every < 1:
             raise ValueError(f"training.checkpoint_every must be >= 1, got {every}")
-        self.folder, self.every = folder, every
+        self.folder, self.every, self._rate = folder, every, rate
         self._signalled = False
         self._last_step = -1
 
@@ -93,6 +98,7 @@ class Checkpoints(Checkpoint):
         self._last_step = step
         stop = self._must_stop(trainer, step)
         if stop or step % self.every == 0 or step == trainer.max_steps:
+            self._check_finite(trainer, pl_module)
             self._save(trainer, step)
         if stop:
             raise SystemExit(STOPPED)
@@ -102,6 +108,18 @@ class Checkpoints(Checkpoint):
             return self._signalled
         # ranks must agree; asking costs a message, so not at every step
         return step % 5 == 0 and trainer.strategy.reduce_boolean_decision(self._signalled, all=False)
+
+    def _check_finite(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        finite = torch.stack([torch.isfinite(weights).all() for weights in pl_module.parameters()]).all()
+        if trainer.strategy.reduce_boolean_decision(bool(finite), all=True):
+            return
+        if not trainer.is_global_zero:  # rank 0 says it
+            raise SystemExit(FAILED)
+        kept = saved(self.folder)
+        remedy = f"{kept[0]} is kept: resume=force goes on from it" if kept else "no checkpoint came before"
+        raise FloatingPointError(
+            f"training diverged: at step {trainer.global_step} the weights are not finite; lower {self._rate}; {remedy}"
+        )
 
     def _save(self, trainer: pl.Trainer, step: int) -> None:
         trainer.save_checkpoint(self.folder / f"step-{step:08d}.ckpt")
