@@ -1,4 +1,4 @@
-"""Callbacks that harm their run: killed in mid-course, or its weights spoilt."""
+"""Callbacks that harm their run: they end it in mid-course, or spoil its weights."""
 
 from __future__ import annotations
 
@@ -31,3 +31,18 @@ class Spoiling(pl.Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *rest: object) -> None:
         if trainer.global_step == self._at:
             next(pl_module.parameters()).data.view(-1)[0] = torch.inf
+
+
+class Ending(pl.Callback):
+    """In the hook `hook`, after step `at`: SIGTERM, or without `signalled` an error."""
+
+    def __init__(self, hook: str, at: int, signalled: bool = False) -> None:
+        self._at, self._signalled = at, signalled
+        setattr(self, hook, self._end)
+
+    def _end(self, trainer: pl.Trainer, *rest: object) -> None:
+        if trainer.global_step != self._at or trainer.state.fn != "fit":
+            return
+        if not self._signalled:
+            raise RuntimeError("the end")
+        os.kill(os.getpid(), signal.SIGTERM)

@@ -39,6 +39,7 @@ from mlem.training.averaging import averaged_state, make_average
 from mlem.training.checkpoints import AtomicCheckpointIO, Checkpoints, saved
 from mlem.training.checkpoints import check as check_checkpoint
 from mlem.training.denoising import DenoisingModule
+from mlem.training.loggers import validated
 from mlem.training.progress import make_progress
 from mlem.training.system import SystemFigures
 
@@ -92,6 +93,7 @@ def _quiet() -> None:
     for text in (".*does not have many workers.*", ".*GPU available but not used.*", ".*isinstance.treespec.*"):
         warnings.filterwarnings("ignore", text)
     warnings.filterwarnings("ignore", ".*sync_dist.*")
+    warnings.filterwarnings("ignore", ".*your dataloader is not resumable.*")  # it begins at the trainer's step
     warnings.filterwarnings("ignore", category=FewImagesWarning)  # the count stands in the name of the metric
     os.environ.setdefault("WANDB_SILENT", "true")
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
@@ -161,12 +163,13 @@ def _prepare(
     if config.evaluation.every_n_epochs:
         callbacks.append(evaluation(config, shards, folder / "evaluation"))
     # the evaluation stands before the average, and so sees the averaged weights
+    step = 0 if checkpoint is None else int(checkpoint.stem.removeprefix("step-"))
+    owed = step > 0 and step % options.epoch_steps == 0 and not validated(folder / "metrics.jsonl", step)
     rate = f"training.learning_rate={options.learning_rate:g}"
-    checkpoints = Checkpoints(folder / "checkpoints", options.checkpoint_every, rate)
+    checkpoints = Checkpoints(folder / "checkpoints", options.checkpoint_every, rate, owed)
     callbacks += [make_average(options.average_decay), checkpoints]
     callbacks += [SystemFigures(options.batch_size), make_progress(options.batch_size, level.name)]
     callbacks += build_callbacks(config)
-    step = 0 if checkpoint is None else int(checkpoint.stem.removeprefix("step-"))
     trainer = pl.Trainer(
         **devices(config),
         precision=LIGHTNING_PRECISION[config.trainer.precision],  # type: ignore[arg-type]
@@ -193,6 +196,8 @@ def _export(trainer: pl.Trainer, module: DenoisingModule, folder: Path, seconds:
     """Write the averaged network as a level, with what was measured of it."""
     average = next(callback for callback in trainer.callbacks if hasattr(callback, "_average_model"))  # type: ignore[attr-defined]
     module.load_state_dict(averaged_state(average))  # type: ignore[arg-type]
+    # the step that the logger notes: Lightning's own count is one short when there was nothing left to train
+    trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
     error = trainer.validate(module, datamodule=trainer.datamodule, verbose=False)[0]["val/error"]  # type: ignore[attr-defined]
     if trainer.is_global_zero:
         cost = seconds_per_image(module.network.eval(), module.level({}).shape, 64)

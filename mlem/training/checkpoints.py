@@ -66,48 +66,95 @@ def check(path: Path) -> Path:
 
 
 class Checkpoints(Checkpoint):
-    """Saves every `every` optimizer steps and at the end, keeps the last two, and saves and stops on SIGTERM.
+    """Saves every `every` optimizer steps, before each validation and at the end; keeps the last two.
 
-    (Lightning's own handling of SIGTERM stops in the middle of gradient accumulation and saves nothing.)
+    On SIGTERM it saves and stops, within a validation too: what is to be validated was saved before. (Lightning's own
+    handling of SIGTERM stops in the middle of gradient accumulation and saves nothing.)
+
+    owed: a run is resumed that was stopped before its last step had been validated, which is made up for first: in
+    Lightning a resumed run begins with the next step.
 
     Weights that are not finite are not saved: FloatingPointError, which names `rate`, the option of the learning rate
     with its value.
     """
 
-    def __init__(self, folder: Path, every: int, rate: str = "training.learning_rate") -> None:
+    def __init__(self, folder: Path, every: int, rate: str = "training.learning_rate", owed: bool = False) -> None:
         if every < 1:
             raise ValueError(f"training.checkpoint_every must be >= 1, got {every}")
-        self.folder, self.every, self._rate = folder, every, rate
-        self._signalled = False
+        self.folder, self.every, self._rate, self._owed = folder, every, rate, owed
+        self._signalled = self._stopping = False
         self._last_step = -1
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        def remember(number: int, frame: Any) -> None:
-            self._signalled = True
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._owed:  # a run that has all its steps would end before `on_train_start`
+            trainer.fit_loop.epoch_loop.max_steps += 1
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._last_step = trainer.global_step
-        # Lightning puts the earlier handler back when the trainer is torn down
-        signal.signal(signal.SIGTERM, remember)
+        self._listen()
+        # a resume at the end of an epoch makes Lightning lose count
+        trainer.fit_loop.epoch_progress.current.completed = _epochs_done(trainer)
+        if self._owed:
+            trainer.fit_loop.epoch_loop.max_steps -= 1
+            _validate(trainer)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._leave()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        step = trainer.global_step
+        step, ends_epoch = trainer.global_step, batch_idx + 1 == trainer.num_training_batches
         if step == self._last_step:  # still accumulating gradients
             return
         self._last_step = step
-        stop = self._must_stop(trainer, step)
-        if stop or step % self.every == 0 or step == trainer.max_steps:
+        # ranks must agree; asking costs a message, so not at every step
+        if trainer.world_size == 1 or step % 5 == 0 or ends_epoch:
+            self._ask(trainer)
+        if self._stopping or ends_epoch or step % self.every == 0 or step == trainer.max_steps:
             self._check_finite(trainer, pl_module)
             self._save(trainer, step)
-        if stop:
-            raise SystemExit(STOPPED)
 
-    def _must_stop(self, trainer: pl.Trainer, step: int) -> bool:
-        if trainer.world_size == 1:
-            return self._signalled
-        # ranks must agree; asking costs a message, so not at every step
-        return step % 5 == 0 and trainer.strategy.reduce_boolean_decision(self._signalled, all=False)
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._leave()
+        self._listen()  # here too: the finished network is validated outside of training
+        batches = torch.tensor(trainer.num_val_batches[0], device=trainer.strategy.root_device)
+        # ranks may differ by one batch, and must ask together
+        self._batches = int(trainer.strategy.reduce(batches, reduce_op="min"))  # type: ignore[arg-type]
+
+    def on_validation_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if batch_idx < self._batches:
+            self.stop_if_told(trainer)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.stop_if_told(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._leave()
+
+    def stop_if_told(self, trainer: pl.Trainer) -> None:
+        """Within a validation: end the run if any rank has had SIGTERM; every rank must call it."""
+        self._ask(trainer)
+        self._leave()
+
+    def _listen(self) -> None:
+        def remember(number: int, frame: Any) -> None:
+            self._signalled = True
+
+        # Lightning puts the earlier handler back when the trainer is torn down
+        signal.signal(signal.SIGTERM, remember)
+
+    def _ask(self, trainer: pl.Trainer) -> None:
+        self._stopping = trainer.strategy.reduce_boolean_decision(self._signalled, all=False)
+
+    def _leave(self) -> None:
+        """End the run if it must stop: not at once when it has saved, but when Lightning has logged that step."""
+        if self._stopping:
+            raise SystemExit(STOPPED)
 
     def _check_finite(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         finite = torch.stack([torch.isfinite(weights).all() for weights in pl_module.parameters()]).all()
@@ -126,3 +173,25 @@ class Checkpoints(Checkpoint):
         if trainer.is_global_zero:
             for old in saved(self.folder)[2:]:
                 trainer.strategy.remove_checkpoint(old)
+
+
+def stop_if_told(trainer: pl.Trainer) -> None:
+    """Within a long evaluation in training: end the run if any rank has had SIGTERM; every rank must call it."""
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, Checkpoints):
+            callback.stop_if_told(trainer)
+
+
+def _epochs_done(trainer: pl.Trainer) -> int:
+    return trainer.global_step * trainer.accumulate_grad_batches // int(trainer.num_training_batches)
+
+
+def _validate(trainer: pl.Trainer) -> None:
+    """The validation after the steps done so far, as Lightning runs it at the end of an epoch."""
+    epochs, loop = trainer.fit_loop.epoch_progress.current, trainer.fit_loop.epoch_loop.val_loop
+    loop.restarting = False
+    epochs.completed -= 1  # it belongs to the epoch before
+    trainer.validating = True
+    loop.run()
+    trainer.training = True
+    epochs.completed += 1
