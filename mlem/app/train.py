@@ -24,20 +24,21 @@ from mlem.app.build import (
     sampler_choices,
     world_size_of,
 )
+from mlem.app.coefficients import learn_coefficients
 from mlem.app.config import build_callbacks, parse_indices, without_secrets
 from mlem.app.measure import new_fid
 from mlem.app.report import evaluate_family
+from mlem.app.resume import changes, check_resume, note_settings, resume_point
 from mlem.data import Shards, count_of, ensure
 from mlem.family import Family, Level
-from mlem.files import first_process, folder_lock, read_json, write_json
+from mlem.files import first_process, folder_lock, read_json
 from mlem.metrics import FewImagesWarning
 from mlem.multilevel.__main__ import calibrate_folder
 from mlem.network import seconds_per_image
 from mlem.report import write_report
 from mlem.sampling import Sampler, check_estimator
 from mlem.training.averaging import averaged_state, make_average
-from mlem.training.checkpoints import AtomicCheckpointIO, Checkpoints, saved
-from mlem.training.checkpoints import check as check_checkpoint
+from mlem.training.checkpoints import AtomicCheckpointIO, Checkpoints
 from mlem.training.denoising import DenoisingModule
 from mlem.training.loggers import validated
 from mlem.training.progress import make_progress
@@ -48,8 +49,6 @@ LIGHTNING_PRECISION = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixe
 
 def run(config: DictConfig) -> None:
     """Train what `config`, already checked, describes."""
-    from mlem.app.coefficients import learn_coefficients  # which needs this module
-
     _quiet()
     if config.model.name == "coefficients":
         learn_coefficients(config)
@@ -57,6 +56,7 @@ def run(config: DictConfig) -> None:
     sizes = list(config.model.levels) if "levels" in config.model else [config.model.size]
     levels = [new_level(config, size) for size in sizes]
     Family(levels)  # refuses an odd list before anything is trained
+    check_resume(config, [_run_folder(config, level) for level in levels])
     _check_jobs(config, levels[0])
     if config.dry_run:
         _dry_run(config, levels)
@@ -129,14 +129,17 @@ def train_level(config: DictConfig, level: Level, shards: Shards) -> None:
     folder = _run_folder(config, level)
     # only rank 0 takes the lock: the others belong to it
     with folder_lock(folder) if first_process() else nullcontext():
-        world_size = world_size_of(config)
-        _agree(config, folder, _settings(config, level, world_size))
-        if (folder / "level" / "mlem.json").exists():
+        settings = _settings(config, level, world_size_of(config))
+        changed = changes(config, folder, settings)
+        if not changed and _trained(config, folder):
             if first_process():
                 print(f"{level.name}: already trained, in {folder}", flush=True)
             return
-        checkpoint = _checkpoint(config, folder)
-        trainer, module, data = _prepare(config, level, shards, folder, checkpoint)
+        module = _module(config, level)
+        asked = ("training.steps", config.training.steps)
+        checkpoint, step = resume_point(config, folder, module.state_dict(), asked, changed)
+        note_settings(folder, settings)
+        trainer, data = _prepare(config, level, shards, folder, step)
         begin = time.perf_counter()
         if checkpoint is not None and trainer.is_global_zero:
             print(f"{level.name}: resuming from {checkpoint}", flush=True)
@@ -144,9 +147,13 @@ def train_level(config: DictConfig, level: Level, shards: Shards) -> None:
         _export(trainer, module, folder, time.perf_counter() - begin)
 
 
-def _prepare(
-    config: DictConfig, level: Level, shards: Shards, folder: Path, checkpoint: Path | None
-) -> tuple[pl.Trainer, DenoisingModule, pl.LightningDataModule]:
+def _trained(config: DictConfig, folder: Path) -> bool:
+    """Whether the level is there with all its steps: resume=force may have asked for more."""
+    path, steps = folder / "level" / "mlem.json", config.training.steps
+    return path.exists() and read_json(path)["measured"].get("steps", steps) == steps
+
+
+def _module(config: DictConfig, level: Level) -> DenoisingModule:
     options = config.training
     module = DenoisingModule(
         level,
@@ -159,11 +166,18 @@ def _prepare(
     )
     if config.trainer.compile:
         level.network.compile()  # in place: the names of the weights stay
+    return module
+
+
+def _prepare(
+    config: DictConfig, level: Level, shards: Shards, folder: Path, step: int
+) -> tuple[pl.Trainer, pl.LightningDataModule]:
+    """The trainer that goes on from `step`, and its data."""
+    options = config.training
     callbacks: list[pl.Callback] = []
     if config.evaluation.every_n_epochs:
         callbacks.append(evaluation(config, shards, folder / "evaluation"))
     # the evaluation stands before the average, and so sees the averaged weights
-    step = 0 if checkpoint is None else int(checkpoint.stem.removeprefix("step-"))
     owed = step > 0 and step % options.epoch_steps == 0 and not validated(folder / "metrics.jsonl", step)
     rate = f"training.learning_rate={options.learning_rate:g}"
     checkpoints = Checkpoints(folder / "checkpoints", options.checkpoint_every, rate, owed)
@@ -189,7 +203,7 @@ def _prepare(
         enable_model_summary=False,
         default_root_dir=folder,
     )
-    return trainer, module, LoaderFromStep(shards, config)
+    return trainer, LoaderFromStep(shards, config)
 
 
 def _export(trainer: pl.Trainer, module: DenoisingModule, folder: Path, seconds: float) -> None:
@@ -207,14 +221,6 @@ def _export(trainer: pl.Trainer, module: DenoisingModule, folder: Path, seconds:
     trainer.strategy.barrier("level written")
 
 
-def _checkpoint(config: DictConfig, folder: Path) -> Path | None:
-    """The checkpoint to resume from. Raises ValueError when it is damaged, naming the one before it."""
-    if config.resume not in ("auto", "force"):
-        return check_checkpoint(Path(config.resume))
-    complete = saved(folder / "checkpoints")
-    return check_checkpoint(complete[0]) if complete else None
-
-
 def _settings(config: DictConfig, level: Level, world_size: int) -> dict[str, Any]:
     """What decides the weights that come out: a resumed run must agree on all of it."""
     plain = without_secrets(config)
@@ -229,27 +235,6 @@ def _settings(config: DictConfig, level: Level, world_size: int) -> dict[str, An
         "precision": config.trainer.precision,
         "world_size": world_size,
     }
-
-
-def _differences(old: Any, new: Any, name: str = "") -> list[str]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = [*old, *(key for key in new if key not in old)]
-        return [d for key in keys for d in _differences(old.get(key), new.get(key), f"{name}.{key}" if name else key)]
-    return [] if old == new else [f"{name}: {old} there, {new} now"]
-
-
-def _agree(config: DictConfig, folder: Path, settings: dict[str, Any]) -> None:
-    """Raise ValueError when the run in `folder` was started with other settings, unless resume=force."""
-    path = folder / "settings.json"
-    if path.exists() and config.resume != "force":
-        found = _differences(read_json(path), settings)
-        if found:
-            raise ValueError(
-                f"{folder} holds a run with other settings ({'; '.join(found)}); change them back, choose another "
-                "root=, or continue all the same with resume=force"
-            )
-    if first_process():
-        write_json(path, settings)
 
 
 def _dry_run(config: DictConfig, levels: list[Level]) -> None:

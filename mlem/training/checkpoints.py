@@ -6,7 +6,9 @@ it. A checkpoint without its checksum was being written when the process died, a
 
 from __future__ import annotations
 
+import pickle
 import signal
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,9 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 from mlem.files import atomic_write, sha256, write_text
 
@@ -63,6 +68,34 @@ def check(path: Path) -> Path:
         remedy = f"resume from the one before it with: resume={others[0]}" if others else "delete it to start again"
         raise ValueError(f"checkpoint {path} is damaged (its checksum differs); {remedy}")
     return path
+
+
+def steps_of(path: Path, weights: Mapping[str, Tensor]) -> int:
+    """Optimizer steps of the checkpoint. Raises ValueError when it has not these weights, naming up to five."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        found, step = checkpoint["state_dict"], int(checkpoint["global_step"])
+    except (pickle.UnpicklingError, RuntimeError, KeyError, TypeError) as error:
+        why = str(error).splitlines()[0]
+        raise ValueError(f"{path} is not the checkpoint of a training ({why}); use another one") from error
+    there, here = ({name: list(one.shape) for name, one in named.items()} for named in (found, weights))
+    wrong = [name for name in {**there, **here} if there.get(name) != here.get(name)]
+    if wrong:
+        told = ", ".join(
+            f"{name} {there.get(name, 'missing')} there, {here.get(name, 'none')} now" for name in wrong[:5]
+        )
+        raise ValueError(
+            f"checkpoint {path} does not fit the model: {told}{', ..' if wrong[5:] else ''}; give the model options "
+            "that it was trained with, or choose another root="
+        )
+    return step
+
+
+def renew_options(optimizer: Optimizer, scheduler: LambdaLR, learning_rate: float, **options: float) -> None:
+    """Give the optimizer these options: after a resume under other ones it has those of the checkpoint."""
+    for group, factor in zip(optimizer.param_groups, scheduler.lr_lambdas, strict=True):
+        group.update(options, initial_lr=learning_rate, lr=learning_rate * factor(scheduler.last_epoch))
+    scheduler.base_lrs = [learning_rate] * len(scheduler.base_lrs)
 
 
 class Checkpoints(Checkpoint):
