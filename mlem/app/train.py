@@ -26,7 +26,7 @@ from mlem.app.build import (
 )
 from mlem.app.coefficients import learn_coefficients
 from mlem.app.config import build_callbacks, parse_indices, without_secrets
-from mlem.app.measure import new_fid
+from mlem.app.measure import fail_together, new_fabric, new_fid
 from mlem.app.report import evaluate_family
 from mlem.app.resume import changes, check_resume, note_settings, resume_point
 from mlem.data import Shards, count_of, ensure
@@ -66,12 +66,22 @@ def run(config: DictConfig) -> None:
         train_level(config, level, shards)
     family = Family([Level.load(_run_folder(config, level) / "level") for level in levels])
     if "levels" in config.model:
-        if first_process():
-            _save_family(config, family)
-        if torch.distributed.is_initialized():
-            torch.distributed.barrier()
+        _save_together(config, family)
         family = Family.load(Path(config.root) / "family")  # every rank knows what the first one fitted
     evaluate_family(config, family, shards)
+
+
+def _save_together(config: DictConfig, family: Family) -> None:
+    """The first rank writes the family; the others wait for it, and end if it fails."""
+    if world_size_of(config) > 1 and not torch.distributed.is_initialized():
+        new_fabric(config).launch()  # all levels had been trained before: nothing has brought the ranks together
+    failure = None
+    try:
+        if first_process():
+            _save_family(config, family)
+    except (ValueError, OSError, FloatingPointError) as error:
+        failure = error
+    fail_together(failure)
 
 
 def _save_family(config: DictConfig, family: Family) -> None:
