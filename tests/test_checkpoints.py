@@ -106,6 +106,13 @@ def test_a_full_disk_keeps_the_old_checkpoint(tmp_path: Path) -> None:
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 4096
 
 
+def test_seconds_of_all_processes_are_added(tmp_path: Path) -> None:
+    first, second = Checkpoints(tmp_path, 1), Checkpoints(tmp_path, 1)
+    first.load_state_dict({"seconds": 1000.0})
+    second.load_state_dict(first.state_dict())
+    assert 1000 < first.seconds <= second.seconds + 1 < 1100
+
+
 def test_every_must_be_positive(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"training.checkpoint_every must be >= 1, got 0"):
         Checkpoints(tmp_path, 0)

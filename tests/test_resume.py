@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from mlem.files import read_json
 from mlem.training.evaluation import SamplerEvaluation
 from tests.commands import PLAIN, metrics, run_here, run_in, start, succeed, wait_until
 
@@ -154,6 +155,11 @@ def _measured(folder: Path) -> dict[tuple[int, str], float]:
     return found
 
 
+def _last_seconds(folder: Path) -> float:
+    path = max((folder / RUN / "checkpoints").glob("*.ckpt"))
+    return torch.load(path, weights_only=True)["callbacks"]["Checkpoints"]["seconds"]
+
+
 def test_no_validation_is_missing_or_there_twice(tmp_path: Path) -> None:
     """Ended in, before and after validations: the resumed run makes up for what is missing, and for no more."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -174,7 +180,10 @@ def test_no_validation_is_missing_or_there_twice(tmp_path: Path) -> None:
             run_in(parts, lambda ending=ending: run_here("train", *EPOCHS, ending))
         assert kind is RuntimeError or ended.value.code == 143  # type: ignore[union-attr]
         assert max((parts / RUN / "checkpoints").glob("*.ckpt")).name == f"step-{last:08d}.ckpt", options
+    before = _last_seconds(parts)
+    assert before > 0
     run_in(parts, lambda: run_here("train", *EPOCHS))
+    assert read_json(parts / RUN / "level" / "mlem.json")["measured"]["training_seconds"] > before
     assert _measured(parts) == _measured(whole)
     assert {step for step, name in _measured(whole) if name == "val/error"} == {7, 15, 23, 24}
     assert {step for step, name in _measured(whole) if name.startswith("eval/")} == {15}

@@ -142,9 +142,8 @@ def _learn(
     )
     if checkpoint is not None and trainer.is_global_zero:
         print(f"coefficients: resuming from {checkpoint}", flush=True)
-    begin = time.perf_counter()
     trainer.fit(module, ckpt_path=checkpoint, weights_only=True)
-    seconds = time.perf_counter() - begin
+    seconds = checkpoints.seconds
     judged = module.judge()
     if trainer.is_global_zero:
         _log(trainer, judged)

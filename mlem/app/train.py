@@ -150,11 +150,10 @@ def train_level(config: DictConfig, level: Level, shards: Shards) -> None:
         checkpoint, step = resume_point(config, folder, module.state_dict(), asked, changed)
         note_settings(folder, settings)
         trainer, data = _prepare(config, level, shards, folder, step)
-        begin = time.perf_counter()
         if checkpoint is not None and trainer.is_global_zero:
             print(f"{level.name}: resuming from {checkpoint}", flush=True)
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-        _export(trainer, module, folder, time.perf_counter() - begin)
+        _export(trainer, module, folder)
 
 
 def _trained(config: DictConfig, folder: Path) -> bool:
@@ -216,8 +215,9 @@ def _prepare(
     return trainer, LoaderFromStep(shards, config)
 
 
-def _export(trainer: pl.Trainer, module: DenoisingModule, folder: Path, seconds: float) -> None:
+def _export(trainer: pl.Trainer, module: DenoisingModule, folder: Path) -> None:
     """Write the averaged network as a level, with what was measured of it."""
+    seconds = next(callback.seconds for callback in trainer.checkpoint_callbacks if isinstance(callback, Checkpoints))
     average = next(callback for callback in trainer.callbacks if hasattr(callback, "_average_model"))  # type: ignore[attr-defined]
     module.load_state_dict(averaged_state(average))  # type: ignore[arg-type]
     # the step that the logger notes: Lightning's own count is one short when there was nothing left to train

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pickle
 import signal
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,9 @@ class Checkpoints(Checkpoint):
     owed: a run is resumed that was stopped before its last step had been validated, which is made up for first: in
     Lightning a resumed run begins with the next step.
 
+    Checkpoints keep the seconds of training so far, so that `seconds` counts all processes of a run, but for what was
+    lost in a kill.
+
     Weights that are not finite are not saved: FloatingPointError, which names `rate`, the option of the learning rate
     with its value.
     """
@@ -117,6 +121,18 @@ class Checkpoints(Checkpoint):
         self.folder, self.every, self._rate, self._owed = folder, every, rate, owed
         self._signalled = self._stopping = False
         self._last_step = -1
+        self._earlier, self._begin = 0.0, time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Of training so far: of the processes before, and since this was made."""
+        return self._earlier + time.perf_counter() - self._begin
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seconds": self.seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._earlier = state_dict["seconds"]
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._owed:  # a run that has all its steps would end before `on_train_start`
