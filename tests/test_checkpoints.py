@@ -5,15 +5,20 @@ from __future__ import annotations
 import os
 import pickle
 import resource
+import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
-from mlem.files import sha256, write_text
-from mlem.training.checkpoints import AtomicCheckpointIO, Checkpoints, check, saved
-from tests.commands import PLAIN, execute, start, succeed, wait_until
+from mlem.app.resume import check_resume, resume_point
+from mlem.files import read_json, sha256, write_text
+from mlem.training.checkpoints import AtomicCheckpointIO, Checkpoints, check, saved, steps_of
+from tests.commands import PLAIN, execute, run_here, run_in, start, succeed, wait_until
 
 RUN = Path("runs/digits/unet_xs")
 OPTIONS = (*PLAIN, "training.steps=20", "training.epoch_steps=10", "training.checkpoint_every=5")
@@ -71,6 +76,8 @@ def test_a_pickle_is_not_executed(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     write_text(path.with_name(path.name + ".sha256"), sha256(path) + "\n")
     with pytest.raises(pickle.UnpicklingError, match=r"[Ww]eights.only"):
         AtomicCheckpointIO().load_checkpoint(path)
+    with pytest.raises(ValueError, match=r"\Astep-00000005.ckpt is not the checkpoint of a training [^\n]*\Z"):
+        steps_of(Path(path.name), {})
     assert not (tmp_path / "executed").exists()
 
 
@@ -99,9 +106,43 @@ def test_a_full_disk_keeps_the_old_checkpoint(tmp_path: Path) -> None:
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 4096
 
 
+def test_seconds_of_all_processes_are_added(tmp_path: Path) -> None:
+    first, second = Checkpoints(tmp_path, 1), Checkpoints(tmp_path, 1)
+    first.load_state_dict({"seconds": 1000.0})
+    second.load_state_dict(first.state_dict())
+    assert 1000 < first.seconds <= second.seconds + 1 < 1100
+
+
 def test_every_must_be_positive(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"training.checkpoint_every must be >= 1, got 0"):
         Checkpoints(tmp_path, 0)
+
+
+def test_a_diverged_training_stops_and_keeps_what_was_good(tmp_path: Path) -> None:
+    spoilt = ("callbacks=[{_target_: tests.dying.Spoiling, at: 8}]", "allow=[tests]")
+    says = (
+        r"at step 10 the weights are not finite; lower training\.learning_rate=0\.002; "
+        r"\S+/checkpoints/step-00000005\.ckpt is kept: resume=force goes on from it"
+    )
+    with pytest.raises(FloatingPointError, match=says):
+        run_in(tmp_path, lambda: run_here("train", *OPTIONS, *spoilt))
+    assert [path.name for path in saved(tmp_path / RUN / "checkpoints")] == ["step-00000005.ckpt"]
+
+
+def test_an_absurd_learning_rate_is_named(tmp_path: Path) -> None:
+    absurd = ("training.learning_rate=1e12", "training.gradient_clip=0")
+    with pytest.raises(FloatingPointError, match=r"step 5 .* lower training\.learning_rate=1e\+12; no checkpoint came"):
+        run_in(tmp_path, lambda: run_here("train", *OPTIONS, *absurd))
+    assert not (tmp_path / RUN / "level").exists()
+
+
+def test_ranks_agree_that_training_diverged(tmp_path: Path) -> None:
+    """A rank with finite weights ends too, and leaves the line to rank 0."""
+    strategy = SimpleNamespace(reduce_boolean_decision=lambda mine, all: False)
+    trainer: Any = SimpleNamespace(strategy=strategy, is_global_zero=False, global_step=1)
+    with pytest.raises(SystemExit) as left:
+        Checkpoints(tmp_path, 1)._check_finite(trainer, torch.nn.Linear(1, 1))  # type: ignore[arg-type]
+    assert left.value.code == 2
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +178,61 @@ def test_other_settings_are_refused(finished: Path, option: str, shown: str) -> 
     assert shown in done.stderr
     assert "resume=force" in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def _forced(folder: Path, *options: str) -> None:
+    run_in(folder, lambda: run_here("train", *OPTIONS, "resume=force", *options))
+
+
+def test_force_leaves_a_finished_run_alone(finished: Path) -> None:
+    settings = finished / RUN / "settings.json"
+    before = settings.read_text()
+    for options in (["training.learning_rate=0.001"], ["training.steps=19"]):
+        with pytest.raises(ValueError, match=r"step-00000020\.ckpt has 20 steps already: training\.steps=\d+ leaves"):
+            _forced(finished, *options)
+    assert settings.read_text() == before
+
+
+def test_force_trains_more_steps_with_the_new_rate(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    more = ("training.steps=24", "training.learning_rate=0.001", "training.weight_decay=0.5")
+    ending = ("callbacks=[{_target_: tests.dying.Ending, hook: on_train_batch_end, at: 22}]", "allow=[tests]")
+    with pytest.raises(RuntimeError, match="the end"):
+        _forced(tmp_path, *more, *ending)
+    assert "resuming from" in run_in(tmp_path, lambda: run_here("train", *OPTIONS, *more))  # not "already trained"
+    checkpoint = torch.load(tmp_path / RUN / "checkpoints" / "step-00000024.ckpt", weights_only=True)
+    assert checkpoint["lr_schedulers"][0]["base_lrs"] == [0.001]
+    group = checkpoint["optimizer_states"][0]["param_groups"][0]
+    assert (group["lr"], group["weight_decay"]) == (pytest.approx(0.001 * 25 / 50), 0.5)  # in the warm-up
+    assert read_json(tmp_path / RUN / "level" / "mlem.json")["measured"]["steps"] == 24
+    assert read_json(tmp_path / RUN / "settings.json")["training"]["learning_rate"] == 0.001
+
+
+def test_what_resume_may_be(finished: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(finished)
+    with pytest.raises(ValueError, match=r"resume must be auto, force or the path of a checkpoint, got 'Auto'"):
+        run_here("train", *OPTIONS, "resume=Auto")
+    other = shutil.copy(RUN / "checkpoints" / "step-00000015.ckpt", tmp_path)
+    with pytest.raises(ValueError, match=r"is no checkpoint of this run: give one in runs/digits/unet_xs/checkpoints"):
+        run_here("train", *OPTIONS, f"resume={other}")
+
+
+def test_a_path_is_for_its_own_level_alone(tmp_path: Path) -> None:
+    """The other level goes on from its own newest; the step is the checkpoint's own, whatever the file is called."""
+    for name, shape in (("s", 3), ("m", 2)):
+        for step in (5, 10):
+            state = {"state_dict": {"w": torch.zeros(shape)}, "global_step": step}
+            AtomicCheckpointIO().save_checkpoint(state, tmp_path / name / "checkpoints" / f"step-{step:08d}.ckpt")
+    (tmp_path / "s/checkpoints/step-00000005.ckpt").rename(tmp_path / "s/checkpoints/mine.ckpt")
+    (tmp_path / "s/checkpoints/step-00000005.ckpt.sha256").rename(tmp_path / "s/checkpoints/mine.ckpt.sha256")
+    config = OmegaConf.create({"resume": str(tmp_path / "s" / "checkpoints" / "mine.ckpt")})
+    check_resume(config, [tmp_path / "s", tmp_path / "m"])
+    asked, weights = ("training.steps", 20), {"s": {"w": torch.zeros(3)}, "m": {"w": torch.zeros(2)}}
+    assert resume_point(config, tmp_path / "s", weights["s"], asked, []) == (Path(config.resume), 5)
+    assert resume_point(config, tmp_path / "m", weights["m"], asked, [])[1] == 10
+    wrong = r"does not fit the model: w \[2\] there, \[3\] now; give the model options"
+    with pytest.raises(ValueError, match=wrong):
+        resume_point(config, tmp_path / "m", weights["s"], asked, [])
 
 
 def test_damage_stops_the_command_and_its_remedy_works(finished: Path) -> None:

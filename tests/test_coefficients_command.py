@@ -144,6 +144,14 @@ def test_a_finished_run_is_left_alone(learned: tuple[Path, str]) -> None:
         _run_in(folder, "model.learning_rate=0.1")
 
 
+def test_force_leaves_finished_coefficients_alone(learned: tuple[Path, str]) -> None:
+    before = (learned[0] / RUN / "settings.json").read_text()
+    with pytest.raises(ValueError, match=r"is finished, with other settings \(model\.updates: 12 there, 8 now\)"):
+        _run_in(learned[0], "model.updates=8", "resume=force")
+    assert (learned[0] / RUN / "settings.json").read_text() == before
+    assert "already learned" in _run_in(learned[0], "resume=force")
+
+
 def test_killed_and_resumed(family: Path, learned: tuple[Path, str], tmp_path: Path) -> None:
     """SIGKILL in mid-course: the same coefficients, the same curves."""
     _place(family, tmp_path)

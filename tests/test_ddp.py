@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import socket
 import time
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
-from tests.commands import PLAIN, metrics, start, succeed, wait_until
+from mlem.files import read_json, write_json
+from tests.commands import PLAIN, TRAIN, metrics, start, succeed, wait_until
 
 RUN = Path("runs/digits/unet_xs")
 OPTIONS = (*PLAIN, "training.steps=20", "training.epoch_steps=10", "training.checkpoint_every=10")
@@ -60,3 +63,22 @@ def test_a_killed_rank_ends_the_run(tmp_path: Path) -> None:
     again.kill()
     out, _ = again.communicate()
     assert "resuming from" in out
+
+
+def test_ranks_wait_for_a_family_that_is_only_to_be_written(made: tuple[Path, str], tmp_path: Path) -> None:
+    """All levels are trained, so that no training has brought the ranks together, as torchrun starts them."""
+    shutil.copytree(made[0], tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "runs/digits/family")
+    for level in ("xs", "s"):
+        path = tmp_path / f"runs/digits/unet_{level}/settings.json"
+        write_json(path, read_json(path) | {"world_size": 2})
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = str(listener.getsockname()[1])
+    about = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "test"}
+    about |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks = [start("train", *TRAIN, *RANKS, cwd=tmp_path, **about, RANK=rank, LOCAL_RANK=rank) for rank in ("0", "1")]
+    for process in ranks:
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+    assert (tmp_path / "runs/digits/family/calibration.json").exists()

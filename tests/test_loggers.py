@@ -88,7 +88,7 @@ def test_a_resumed_run_logs_nothing_twice(trained: Path, tmp_path: Path) -> None
         path.unlink()
     with open(run / "metrics.jsonl", "a") as file:
         file.write('{"step": 4, "train')
-    assert "resuming from unet_xs/checkpoints/step-00000002.ckpt" in succeed("train", *options, cwd=tmp_path)
+    assert "resuming from unet_xs/checkpoints/step-00000003.ckpt" in succeed("train", *options, cwd=tmp_path)
     again = lines_of(run / "metrics.jsonl")
 
     def timeless(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:

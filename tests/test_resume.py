@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.commands import PLAIN, metrics, reached, start, succeed, wait_until
+from mlem.files import read_json
+from mlem.training.evaluation import SamplerEvaluation
+from tests.commands import PLAIN, metrics, reached, run_here, run_in, start, succeed, wait_until
 
 # shuffling, dropout, gradient accumulation and two loader workers
 OPTIONS = (
@@ -109,8 +112,9 @@ def test_sigterm_saves_and_exits_143(tmp_path: Path, undisturbed: Path, times: i
         process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=30)
     assert process.returncode == 143, err
-    saved = list((tmp_path / RUN / "checkpoints").glob("*.ckpt"))
-    assert len(saved) == 1
+    saved = sorted(path.name for path in (tmp_path / RUN / "checkpoints").glob("*.ckpt"))
+    assert saved[0] == "step-00000016.ckpt"  # of the end of the epoch
+    assert len(saved) == 2
     succeed("train", *OPTIONS, cwd=tmp_path)
     _assert_equal_runs(tmp_path, undisturbed)
 
@@ -120,3 +124,83 @@ def test_a_finished_run_is_left_alone(undisturbed: Path) -> None:
     before = level.stat().st_mtime_ns
     assert "already trained" in succeed("train", *OPTIONS, cwd=undisturbed)
     assert level.stat().st_mtime_ns == before
+
+
+EPOCHS = (
+    *PLAIN,
+    "training.steps=24",
+    "training.epoch_steps=8",
+    "training.checkpoint_every=8",
+    "training.accumulate=2",
+    "training.warmup_steps=1",
+    "evaluation.every_n_epochs=2",
+    "evaluation.indices=0-3",
+    "evaluation.batch_size=2",
+    "evaluation.samplers=[{solver:ddpm,steps:[2]}]",
+    "allow=[tests]",
+)
+"""Every checkpoint is at the end of an epoch, as by default; evaluated after 16 steps."""
+
+
+def _measured(folder: Path) -> dict[tuple[int, str], float]:
+    """What validations in training and the evaluation logged, but for times; a value logged twice fails."""
+    found: dict[tuple[int, str], float] = {}
+    for line in metrics(folder / RUN / "metrics.jsonl"):
+        if "val/error" in line and line["step"] < 24:
+            line["val/epoch"] = line["epoch"]
+        for name, value in line.items():
+            if name.startswith(("val/", "eval/")) and not name.endswith("seconds_per_image"):
+                assert (line["step"], name) not in found, f"{name} twice at step {line['step']}"
+                found[line["step"], name] = value
+    return found
+
+
+def _last_seconds(folder: Path) -> float:
+    path = max((folder / RUN / "checkpoints").glob("*.ckpt"))
+    return torch.load(path, weights_only=True)["callbacks"]["Checkpoints"]["seconds"]
+
+
+def test_no_validation_is_missing_or_there_twice(tmp_path: Path) -> None:
+    """Ended in, before and after validations: the resumed run makes up for what is missing, and for no more."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    whole.mkdir(), parts.mkdir()  # type: ignore[func-returns-value]
+    run_in(whole, lambda: run_here("train", *EPOCHS))
+    ends = (
+        ("hook: on_validation_batch_start, at: 8, signalled: true", SystemExit, 8),
+        ("hook: on_train_batch_start, at: 12", RuntimeError, 8),
+        ("hook: on_validation_epoch_end, at: 16", RuntimeError, 16),  # evaluated, but not yet validated
+        ("hook: on_validation_end, at: 16", RuntimeError, 16),  # nothing is owed
+        ("hook: on_train_batch_end, at: 18, signalled: true", SystemExit, 18),
+        ("hook: on_validation_start, at: 24", RuntimeError, 24),  # nothing is left to train
+        ("hook: on_train_end, at: 24", RuntimeError, 24),
+    )
+    for options, kind, last in ends:
+        ending = f"callbacks=[{{_target_: tests.dying.Ending, {options}}}]"
+        with pytest.raises(kind) as ended:
+            run_in(parts, lambda ending=ending: run_here("train", *EPOCHS, ending))
+        assert kind is RuntimeError or ended.value.code == 143  # type: ignore[union-attr]
+        assert max((parts / RUN / "checkpoints").glob("*.ckpt")).name == f"step-{last:08d}.ckpt", options
+    before = _last_seconds(parts)
+    assert before > 0
+    run_in(parts, lambda: run_here("train", *EPOCHS))
+    assert read_json(parts / RUN / "level" / "mlem.json")["measured"]["training_seconds"] > before
+    assert _measured(parts) == _measured(whole)
+    assert {step for step, name in _measured(whole) if name == "val/error"} == {7, 15, 23, 24}
+    assert {step for step, name in _measured(whole) if name.startswith("eval/")} == {15}
+    weights = RUN / "level" / "diffusion_pytorch_model.safetensors"
+    assert (parts / weights).read_bytes() == (whole / weights).read_bytes()
+
+
+def test_sigterm_between_batches_of_the_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun = []
+
+    def signalled(*arguments: Any) -> None:
+        begun.append(arguments)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(SamplerEvaluation, "_run_all", signalled)
+    with pytest.raises(SystemExit) as ended:
+        run_in(tmp_path, lambda: run_here("train", *EPOCHS))
+    assert ended.value.code == 143
+    assert len(begun) == 1
+    assert (tmp_path / RUN / "checkpoints" / "step-00000016.ckpt.sha256").exists()

@@ -16,7 +16,7 @@ from torch import Tensor
 from mlem.app.build import loggers, world_size_of
 from mlem.app.config import build_callbacks, devices, without_secrets
 from mlem.app.find import family_folder
-from mlem.app.train import _agree, _checkpoint
+from mlem.app.resume import changes, check_resume, note_settings, resume_point
 from mlem.family import Family
 from mlem.files import first_process, folder_lock, read_object, write_json
 from mlem.multilevel.coefficients import Coefficients
@@ -46,6 +46,8 @@ def learn_coefficients(config: DictConfig) -> None:
     )
     world_size = _ranks(config)
     build_callbacks(config)
+    folder = Path(config.root) / "coefficients"
+    check_resume(config, [folder])
     where = family_folder(config)
     family = Family.load(where)
     objective = _objective(config, family)
@@ -54,12 +56,20 @@ def learn_coefficients(config: DictConfig) -> None:
     if config.dry_run:
         _dry_run(config, where, module)
         return
-    folder = Path(config.root) / "coefficients"
     with folder_lock(folder) if first_process() else nullcontext():
-        _agree(config, folder, _settings(config, family, start, world_size))
+        settings = _settings(config, family, start, world_size)
+        changed, finished = changes(config, folder, settings), (folder / "coefficients.json").exists()
+        if finished and changed:
+            raise ValueError(
+                f"{folder} is finished, with other settings ({'; '.join(changed)}): resume=force has nothing to go "
+                "on with; choose another root=, with family=, or remove the folder to learn anew"
+            )
         told: list[Any] = []
-        if not (folder / "coefficients.json").exists():
-            told = _learn(config, folder, family, module)
+        if not finished:
+            asked = ("model.updates", fit.updates)
+            checkpoint, step = resume_point(config, folder, module.state_dict(), asked, changed)
+            note_settings(folder, settings)
+            told = _learn(config, folder, family, module, checkpoint, step)
         elif first_process():
             print(f"coefficients: already learned, in {folder}", flush=True)
         if first_process():
@@ -108,12 +118,14 @@ def _settings(config: DictConfig, family: Family, start: Tensor, world_size: int
     }
 
 
-def _learn(config: DictConfig, folder: Path, family: Family, module: CoefficientsModule) -> list[Any]:
+def _learn(
+    config: DictConfig, folder: Path, family: Family, module: CoefficientsModule, checkpoint: Path | None, step: int
+) -> list[Any]:
     """Fit, judge, and write `coefficients.json` into the run's folder. The loggers that were told."""
     fit = module.fit_options
-    checkpoint = _checkpoint(config, folder)
-    step = 0 if checkpoint is None else int(checkpoint.stem.removeprefix("step-"))
-    callbacks = [Checkpoints(folder / "checkpoints", config.model.checkpoint_every), *build_callbacks(config)]
+    rate = f"model.learning_rate={fit.learning_rate:g}"
+    checkpoints = Checkpoints(folder / "checkpoints", config.model.checkpoint_every, rate)
+    callbacks = [checkpoints, *build_callbacks(config)]
     callbacks.append(learning_progress(fit, sys.stdout.isatty()))
     trainer = pl.Trainer(
         **devices(config),
@@ -130,9 +142,8 @@ def _learn(config: DictConfig, folder: Path, family: Family, module: Coefficient
     )
     if checkpoint is not None and trainer.is_global_zero:
         print(f"coefficients: resuming from {checkpoint}", flush=True)
-    begin = time.perf_counter()
     trainer.fit(module, ckpt_path=checkpoint, weights_only=True)
-    seconds = time.perf_counter() - begin
+    seconds = checkpoints.seconds
     judged = module.judge()
     if trainer.is_global_zero:
         _log(trainer, judged)

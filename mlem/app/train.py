@@ -23,13 +23,15 @@ from mlem.app.build import (
     sampler_choices,
     world_size_of,
 )
+from mlem.app.coefficients import learn_coefficients
 from mlem.app.config import build_callbacks, devices, parse_indices, without_secrets
 from mlem.app.find import run_folder
-from mlem.app.measure import check_measure, new_fid
+from mlem.app.measure import check_measure, fail_together, new_fabric, new_fid
 from mlem.app.report import evaluate_family
+from mlem.app.resume import changes, check_resume, note_settings, resume_point
 from mlem.data import Shards, count_of, ensure
 from mlem.family import Family, Level
-from mlem.files import damaged, first_process, folder_lock, read_object, write_json
+from mlem.files import damaged, first_process, folder_lock, read_object
 from mlem.metrics import FewImagesWarning
 from mlem.multilevel.__main__ import calibrate_folder
 from mlem.multilevel.coefficients import Coefficients
@@ -38,9 +40,9 @@ from mlem.network import seconds_per_image
 from mlem.report import write_report
 from mlem.sampling import Sampler, solver_of
 from mlem.training.averaging import averaged_state, make_average
-from mlem.training.checkpoints import AtomicCheckpointIO, Checkpoints, saved
-from mlem.training.checkpoints import check as check_checkpoint
+from mlem.training.checkpoints import AtomicCheckpointIO, Checkpoints
 from mlem.training.denoising import DenoisingModule
+from mlem.training.loggers import validated
 from mlem.training.progress import make_progress
 from mlem.training.system import SystemFigures
 
@@ -49,8 +51,6 @@ LIGHTNING_PRECISION = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixe
 
 def run(config: DictConfig) -> None:
     """Train what `config`, already checked, describes."""
-    from mlem.app.coefficients import learn_coefficients  # which needs this module
-
     _quiet()
     if config.model.name == "coefficients":
         learn_coefficients(config)
@@ -58,7 +58,9 @@ def run(config: DictConfig) -> None:
     sizes = list(config.model.levels) if "levels" in config.model else [config.model.size]
     levels = [new_level(config, size) for size in sizes]
     # an odd list of levels is refused before anything is trained
-    _check_jobs(config, Family(levels))
+    family = Family(levels)
+    check_resume(config, [run_folder(config, level.name) for level in levels])
+    _check_jobs(config, family)
     if config.dry_run:
         _dry_run(config, levels)
         return
@@ -67,12 +69,22 @@ def run(config: DictConfig) -> None:
         train_level(config, level, shards)
     family = Family([Level.load(run_folder(config, level.name) / "level") for level in levels])
     if "levels" in config.model:
-        if first_process():
-            _save_family(config, family)
-        if torch.distributed.is_initialized():
-            torch.distributed.barrier()
+        _save_together(config, family)
         family = Family.load(Path(config.root) / "family")  # every rank knows what the first one fitted
     evaluate_family(config, family, shards)
+
+
+def _save_together(config: DictConfig, family: Family) -> None:
+    """The first rank writes the family; the others wait for it, and end if it fails."""
+    if world_size_of(config) > 1 and not torch.distributed.is_initialized():
+        new_fabric(config).launch()  # all levels had been trained before: nothing has brought the ranks together
+    failure = None
+    try:
+        if first_process():
+            _save_family(config, family)
+    except (ValueError, OSError, FloatingPointError) as error:
+        failure = error
+    fail_together(failure)
 
 
 def _save_family(config: DictConfig, family: Family) -> None:
@@ -119,6 +131,7 @@ def _quiet() -> None:
     for text in (".*does not have many workers.*", ".*GPU available but not used.*", ".*isinstance.treespec.*"):
         warnings.filterwarnings("ignore", text)
     warnings.filterwarnings("ignore", ".*sync_dist.*")
+    warnings.filterwarnings("ignore", ".*your dataloader is not resumable.*")  # it begins at the trainer's step
     warnings.filterwarnings("ignore", category=FewImagesWarning)  # the count stands in the name of the metric
     os.environ.setdefault("WANDB_SILENT", "true")
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
@@ -182,24 +195,33 @@ def train_level(config: DictConfig, level: Level, shards: Shards) -> None:
     folder = run_folder(config, level.name)
     # only rank 0 takes the lock: the others belong to it
     with folder_lock(folder) if first_process() else nullcontext():
-        world_size = world_size_of(config)
-        _agree(config, folder, _settings(config, level, world_size))
-        if (folder / "level" / "mlem.json").exists():
+        settings = _settings(config, level, world_size_of(config))
+        changed = changes(config, folder, settings)
+        if not changed and _trained(config, folder):
             if first_process():
                 print(f"{level.name}: already trained, in {folder}", flush=True)
             return
-        checkpoint = _checkpoint(config, folder)
-        trainer, module, data = _prepare(config, level, shards, folder, checkpoint)
-        begin = time.perf_counter()
+        module = _module(config, level)
+        asked = ("training.steps", config.training.steps)
+        checkpoint, step = resume_point(config, folder, module.state_dict(), asked, changed)
+        note_settings(folder, settings)
+        trainer, data = _prepare(config, level, shards, folder, step)
         if checkpoint is not None and trainer.is_global_zero:
             print(f"{level.name}: resuming from {checkpoint}", flush=True)
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-        _export(trainer, module, folder, time.perf_counter() - begin)
+        _export(trainer, module, folder)
 
 
-def _prepare(
-    config: DictConfig, level: Level, shards: Shards, folder: Path, checkpoint: Path | None
-) -> tuple[pl.Trainer, DenoisingModule, pl.LightningDataModule]:
+def _trained(config: DictConfig, folder: Path) -> bool:
+    """Whether the level is there with all its steps: resume=force may have asked for more."""
+    path, steps = folder / "level" / "mlem.json", config.training.steps
+    if not path.exists():
+        return False
+    with damaged(path):
+        return read_object(path)["measured"].get("steps", steps) == steps
+
+
+def _module(config: DictConfig, level: Level) -> DenoisingModule:
     options = config.training
     module = DenoisingModule(
         level,
@@ -212,14 +234,24 @@ def _prepare(
     )
     if config.trainer.compile:
         level.network.compile()  # in place: the names of the weights stay
+    return module
+
+
+def _prepare(
+    config: DictConfig, level: Level, shards: Shards, folder: Path, step: int
+) -> tuple[pl.Trainer, pl.LightningDataModule]:
+    """The trainer that goes on from `step`, and its data."""
+    options = config.training
     callbacks: list[pl.Callback] = []
     if config.evaluation.every_n_epochs:
         callbacks.append(evaluation(config, shards, folder / "evaluation"))
     # the evaluation stands before the average, and so sees the averaged weights
-    callbacks += [make_average(options.average_decay), Checkpoints(folder / "checkpoints", options.checkpoint_every)]
+    owed = step > 0 and step % options.epoch_steps == 0 and not validated(folder / "metrics.jsonl", step)
+    rate = f"training.learning_rate={options.learning_rate:g}"
+    checkpoints = Checkpoints(folder / "checkpoints", options.checkpoint_every, rate, owed)
+    callbacks += [make_average(options.average_decay), checkpoints]
     callbacks += [SystemFigures(options.batch_size), make_progress(options.batch_size, level.name)]
     callbacks += build_callbacks(config)
-    step = 0 if checkpoint is None else int(checkpoint.stem.removeprefix("step-"))
     trainer = pl.Trainer(
         **devices(config),
         precision=LIGHTNING_PRECISION[config.trainer.precision],  # type: ignore[arg-type]
@@ -239,13 +271,16 @@ def _prepare(
         enable_model_summary=False,
         default_root_dir=folder,
     )
-    return trainer, module, LoaderFromStep(shards, config)
+    return trainer, LoaderFromStep(shards, config)
 
 
-def _export(trainer: pl.Trainer, module: DenoisingModule, folder: Path, seconds: float) -> None:
+def _export(trainer: pl.Trainer, module: DenoisingModule, folder: Path) -> None:
     """Write the averaged network as a level, with what was measured of it."""
+    seconds = next(callback.seconds for callback in trainer.checkpoint_callbacks if isinstance(callback, Checkpoints))
     average = next(callback for callback in trainer.callbacks if hasattr(callback, "_average_model"))  # type: ignore[attr-defined]
     module.load_state_dict(averaged_state(average))  # type: ignore[arg-type]
+    # the step that the logger notes: Lightning's own count is one short when there was nothing left to train
+    trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
     error = trainer.validate(module, datamodule=trainer.datamodule, verbose=False)[0]["val/error"]  # type: ignore[attr-defined]
     if trainer.is_global_zero:
         cost = seconds_per_image(module.network.eval(), module.level({}).shape, 64)
@@ -253,14 +288,6 @@ def _export(trainer: pl.Trainer, module: DenoisingModule, folder: Path, seconds:
         module.level(measured | {"steps": trainer.global_step, "training_seconds": seconds}).save(folder / "level")
         write_report(folder)
     trainer.strategy.barrier("level written")
-
-
-def _checkpoint(config: DictConfig, folder: Path) -> Path | None:
-    """The checkpoint to resume from. Raises ValueError when it is damaged, naming the one before it."""
-    if config.resume not in ("auto", "force"):
-        return check_checkpoint(Path(config.resume))
-    complete = saved(folder / "checkpoints")
-    return check_checkpoint(complete[0]) if complete else None
 
 
 def _settings(config: DictConfig, level: Level, world_size: int) -> dict[str, Any]:
@@ -277,27 +304,6 @@ def _settings(config: DictConfig, level: Level, world_size: int) -> dict[str, An
         "precision": config.trainer.precision,
         "world_size": world_size,
     }
-
-
-def _differences(old: Any, new: Any, name: str = "") -> list[str]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = [*old, *(key for key in new if key not in old)]
-        return [d for key in keys for d in _differences(old.get(key), new.get(key), f"{name}.{key}" if name else key)]
-    return [] if old == new else [f"{name}: {old} there, {new} now"]
-
-
-def _agree(config: DictConfig, folder: Path, settings: dict[str, Any]) -> None:
-    """Raise ValueError when the run in `folder` was started with other settings, unless resume=force."""
-    path = folder / "settings.json"
-    if path.exists() and config.resume != "force":
-        found = _differences(read_object(path), settings)
-        if found:
-            raise ValueError(
-                f"{folder} holds a run with other settings ({'; '.join(found)}); change them back, choose another "
-                "root=, or continue all the same with resume=force"
-            )
-    if first_process():
-        write_json(path, settings)
 
 
 def _dry_run(config: DictConfig, levels: list[Level]) -> None:

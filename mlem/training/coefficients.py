@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from mlem.denoiser import NetworkDenoiser
 from mlem.multilevel.learn import TANGENTS, Objective, interval
+from mlem.training.checkpoints import renew_options
 from mlem.training.progress import BarProgress, LineProgress
 
 TRAINING, HELD_OUT = 2 * 10**9, 3 * 10**9
@@ -110,6 +111,11 @@ class CoefficientsModule(pl.LightningModule):
                 denoiser.network.to(self._home)
         if bool(torch.isnan(self.weight)):
             self.weight.fill_(self._mean(self._measured_weight()))
+
+    def on_train_start(self) -> None:
+        optimizer: Any = self.optimizers(use_pl_optimizer=False)
+        scheduler: Any = self.lr_schedulers()
+        renew_options(optimizer, scheduler, self.fit_options.learning_rate)
 
     def _measured_weight(self) -> float:
         options, found = self.fit_options, []

@@ -18,6 +18,7 @@ from mlem.denoiser import Denoiser, NetworkDenoiser, training_target
 from mlem.family import Family, Level
 from mlem.noise import NoiseStream
 from mlem.schedule import NoiseSchedule, expand_like
+from mlem.training.checkpoints import renew_options
 
 NOISE_LEVELS = tuple((i + 0.5) / 10 for i in range(10))
 """Times at which the denoising error is measured."""
@@ -106,6 +107,11 @@ class DenoisingModule(pl.LightningModule):
 
     def on_fit_start(self) -> None:
         self._has_dropout = any(isinstance(part, nn.Dropout) and part.p > 0 for part in self.modules())
+
+    def on_train_start(self) -> None:
+        optimizer: Any = self.optimizers(use_pl_optimizer=False)
+        scheduler: Any = self.lr_schedulers()
+        renew_options(optimizer, scheduler, self.learning_rate, weight_decay=self.weight_decay)
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         images = batch["image"]

@@ -25,6 +25,7 @@ from mlem.metrics.scores import KINDS
 from mlem.multilevel.recipe import Recipe
 from mlem.plots import MULTILEVEL, error_by_noise_level, error_vs_time, grid_name, quality_vs_evaluations
 from mlem.sampling import Sampler, blocks, solver_of
+from mlem.training.checkpoints import stop_if_told
 from mlem.training.loggers import log_pictures
 from mlem.training.progress import announced
 
@@ -159,11 +160,11 @@ class SamplerEvaluation(pl.Callback):
         references = self._references(family, tallies, device)
         self._warm_up(family, device)
         mine = self.blocks[trainer.global_rank :: trainer.world_size]
-        for block in announced(mine, f"evaluation, {len(tallies)} samplers", trainer.is_global_zero):
-            truths = {name: sampler.run(block).x for name, sampler in references.items()}
-            for tally in tallies:
-                truth = truths[tally.sampler.solver.reference] if tally.sampler.solver.coupled else None
-                self._run(tally, block, truth, first=self.blocks[0])
+        rounds = range(-(-len(self.blocks) // trainer.world_size))
+        for number in announced(rounds, f"evaluation, {len(tallies)} samplers", trainer.is_global_zero):
+            stop_if_told(trainer)
+            for block in mine[number : number + 1]:  # none in the last round of some ranks
+                self._run_all(tallies, references, block)
         self.rows = [self._row(trainer, tally) for tally in tallies]
         self._publish(trainer, family, tallies)
 
@@ -201,6 +202,12 @@ class SamplerEvaluation(pl.Callback):
         for level in family.levels:
             for size in {len(self.blocks[0]), len(self.blocks[-1])}:
                 Sampler(level, solver="ddim", steps=2, seed=self.seed, device=device).run(range(size))
+
+    def _run_all(self, tallies: list[_Tally], references: dict[str, Sampler], block: list[int]) -> None:
+        truths = {name: sampler.run(block).x for name, sampler in references.items()}
+        for tally in tallies:
+            truth = truths[tally.sampler.solver.reference] if tally.sampler.solver.coupled else None
+            self._run(tally, block, truth, first=self.blocks[0])
 
     def _run(self, tally: _Tally, block: list[int], truth: Tensor | None, first: list[int]) -> None:
         result = tally.sampler.run(block)

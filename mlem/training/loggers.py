@@ -24,8 +24,8 @@ from mlem.files import first_process, read_json, write_json, write_text
 class JSONLinesLogger(Logger):
     """One JSON object a line: `{"step": ..., "time": unix seconds, metric: value, ...}`.
 
-    Lightning counts steps from 0. On a resume after `resume_step` of them, the lines of later ones are dropped: the
-    run writes them again.
+    Lightning counts steps from 0. On a resume after `resume_step` of them, the lines of later ones are dropped, and
+    those of a validation after it that was cut short: the run writes them again.
     """
 
     def __init__(self, path: str | os.PathLike[str], resume_step: int = 0) -> None:
@@ -37,7 +37,10 @@ class JSONLinesLogger(Logger):
     def _drop_from(self, step: int) -> None:
         if self.path.exists():
             lines = self.path.read_text(encoding="utf-8").splitlines()
-            write_text(self.path, "".join(f"{line}\n" for line in lines if _step_of(line) < step))
+            kept = [line for line in lines if _step_of(line) < step]
+            if not validated(self.path, step):
+                kept = [line for line in kept if _step_of(line) < step - 1 or not _of_validation(line)]
+            write_text(self.path, "".join(f"{line}\n" for line in kept))
 
     @property
     def name(self) -> str:
@@ -57,6 +60,16 @@ class JSONLinesLogger(Logger):
 
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
         """The resolved config stands in config.yaml."""
+
+
+def validated(path: Path, step: int) -> bool:
+    """Whether this metrics.jsonl has the validation after `step` steps, whose error is the last that it logs."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return any(_step_of(line) == step - 1 and "val/error" in json.loads(line) for line in lines)
+
+
+def _of_validation(line: str) -> bool:
+    return any(name.startswith(("val/", "eval/")) for name in json.loads(line))
 
 
 def _step_of(line: str) -> float:
@@ -100,7 +113,8 @@ def wandb_logger(
 ) -> WandbLogger | None:
     """A W&B logger whose run id is kept in `folder`, so that a resumed run continues it.
 
-    resume_step: what W&B holds of this step and later ones, from before a kill, is not logged again; None: it is.
+    resume_step: what W&B holds of the step before this (its validation) and of later ones, from before a kill, is not
+    logged again; None: it is.
 
     mode: "auto" (online when a key is present), "online", "offline" or "disabled". W&B failing to start never
     stops a run: it gives one warning and None.
@@ -118,7 +132,7 @@ def wandb_logger(
 
         wandb.finish()  # a run left open in this process would be taken over
         folder.mkdir(parents=True, exist_ok=True)
-        known = frozenset() if resume_step is None else _known(folder, resume_step)
+        known = frozenset() if resume_step is None else _known(folder, resume_step - 1)
         run = wandb.init(
             project=project,
             name=name,

@@ -32,6 +32,8 @@ class SystemFigures(pl.Callback):
         if not trainer.is_global_zero or trainer.state.fn != "fit" or trainer.sanity_checking:
             return
         begin, step = self._start
+        if step == trainer.global_step:  # a validation that is made up for after a resume
+            return
         images = (trainer.global_step - step) * self._batch_size
         values = {"system/images_per_second": images / (time.perf_counter() - begin), "system/memory_gib": _memory()}
         device = trainer.strategy.root_device

@@ -1,0 +1,85 @@
+"""What a run folder holds already: whether the config agrees with it, and where to go on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+from torch import Tensor
+
+from mlem.files import first_process, read_object, write_json
+from mlem.training.checkpoints import check, saved, steps_of
+
+WORDS = ("auto", "force")
+"""What `resume` may be, when it is not a path."""
+
+
+def check_resume(config: DictConfig, folders: Sequence[Path]) -> None:
+    """Raise ValueError when `resume` is neither a word nor a checkpoint of one of these run folders."""
+    if config.resume in WORDS:
+        return
+    path = Path(config.resume)
+    if not path.is_file():
+        raise ValueError(f"resume must be auto, force or the path of a checkpoint, got {config.resume!r}: no such file")
+    if not any(_is_of(path, folder) for folder in folders):
+        places = ", ".join(str(folder / "checkpoints") for folder in folders)
+        raise ValueError(f"resume={path} is no checkpoint of this run: give one in {places}, or resume=auto")
+
+
+def _is_of(path: Path, folder: Path) -> bool:
+    return path.resolve().parent == (folder / "checkpoints").resolve()
+
+
+def changes(config: DictConfig, folder: Path, settings: dict[str, Any]) -> list[str]:
+    """How the settings differ from those of the run in `folder`. Raises ValueError if they do, unless resume=force."""
+    path = folder / "settings.json"
+    found = _differences(read_object(path), settings) if path.exists() else []
+    if found and config.resume != "force":
+        raise ValueError(
+            f"{folder} holds a run with other settings ({'; '.join(found)}); change them back, choose another "
+            "root=, or continue all the same with resume=force"
+        )
+    return found
+
+
+def _differences(old: Any, new: Any, name: str = "") -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = [*old, *(key for key in new if key not in old)]
+        return [d for key in keys for d in _differences(old.get(key), new.get(key), f"{name}.{key}" if name else key)]
+    return [] if old == new else [f"{name}: {old} there, {new} now"]
+
+
+def resume_point(
+    config: DictConfig, folder: Path, weights: Mapping[str, Tensor], asked: tuple[str, int], changed: list[str]
+) -> tuple[Path | None, int]:
+    """The checkpoint to go on from, which has these weights, and its step; (None, 0) at the beginning.
+
+    asked: the option of the number of steps, and its value. changed: see `changes`. Raises ValueError when the
+    checkpoint is damaged, naming the one before it, or when nothing would be left to train.
+    """
+    path = _checkpoint(config, folder)
+    step = 0 if path is None else steps_of(path, weights)
+    option, steps = asked
+    if step > steps or (changed and step == steps):
+        what = f"with other settings ({'; '.join(changed)}) " if changed else ""
+        raise ValueError(
+            f"{path} has {step} steps already: {option}={steps} leaves nothing to train {what}on; ask for more steps, "
+            "or choose another root="
+        )
+    return path, step
+
+
+def _checkpoint(config: DictConfig, folder: Path) -> Path | None:
+    """That of `resume`, where it is of this folder (and not of another level), else the newest."""
+    if config.resume not in WORDS and _is_of(Path(config.resume), folder):
+        return check(Path(config.resume))
+    complete = saved(folder / "checkpoints")
+    return check(complete[0]) if complete else None
+
+
+def note_settings(folder: Path, settings: dict[str, Any]) -> None:
+    """Keep the settings of the run that begins or goes on, once its checkpoint is accepted."""
+    if first_process():
+        write_json(folder / "settings.json", settings)
