@@ -135,6 +135,7 @@ class Checkpoints(Checkpoint):
         self._earlier = state_dict["seconds"]
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._owed = trainer.strategy.broadcast(self._owed)  # ranks may see different states of a shared disk
         if self._owed:  # a run that has all its steps would end before `on_train_start`
             trainer.fit_loop.epoch_loop.max_steps += 1
 
