@@ -67,7 +67,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "FLOPs, any": dict.fromkeys(("ratio", "low", "high")),
     }
     ratio = {"sampler": EVIL, "solver": "ddpm", "coins": "mean", "mse": 1e-3, "against": against}
-    (folder / "error_vs_time" / "summary.json").write_text(json.dumps({"caption": "32 images", "ratios": [ratio]}))
+    beyond = ratio | {"mse": 1e-5, "against": dict.fromkeys(against, against["FLOPs, any"])}
+    found = {"caption": "32 images", "ratios": [ratio, beyond]}
+    (folder / "error_vs_time" / "summary.json").write_text(json.dumps(found))
     (folder / "grids").mkdir()
     for one in ROWS:
         if "/" not in one["sampler"]:
@@ -170,9 +172,11 @@ def test_ratios_at_equal_error_are_told(run: Path) -> None:
         ">2.50<",
         "2.00 to 3.00",
         "the best single level",
-        "not reached",
+        "No ratio, one side was not measured down to that MSE: ",
+        " (mean) 1e-05.",
     ):
         assert words in text
+    assert text.count("not reached") == 1  # of the entry that has a ratio for another cost
 
 
 def test_a_real_run_leaves_its_report(trained: Path) -> None:

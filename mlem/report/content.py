@@ -85,7 +85,12 @@ def _is_number(value: Any) -> bool:
 
 def _runs(folder: Path) -> Iterator[_Run]:
     """Those of the folder and of the folders in it."""
-    for path in [folder / "metrics.jsonl", *sorted(folder.glob("*/metrics.jsonl"))]:
+    # the smallest level first, as in the other figures
+    family = folder / "family" / "family.json"
+    order = [f"unet_{level}" for level in read_json(family)["levels"]] if family.exists() else []
+    inside = sorted(folder.glob("*/metrics.jsonl"))
+    inside.sort(key=lambda path: order.index(path.parent.name) if path.parent.name in order else len(order))
+    for path in [folder / "metrics.jsonl", *inside]:
         if path.exists():
             yield _Run(path.resolve().parent.name, list(_records(path)))
 
@@ -178,19 +183,30 @@ def _equal_error(folder: Path) -> list[Markup]:
         for picture in sorted(path.parent.glob("*.png")):
             words = "Error against time and FLOPs of single levels and of levels that share the work"
             shown.append(figure(picture.read_bytes(), f"Figure: {words}", f"{words}; {found['caption']}.", "plot wide"))
-        names = {"largest": "the largest level alone", "any": "the best single level"}
         columns = ["sampler", "solver", "coins", "MSE", "cost in", "against", "its cost over ours", "95 % interval"]
-        rows = []
+        rows, unreached = [], []
         for one in found["ratios"]:
-            for what, ratio in one["against"].items():
-                unit, rival = what.split(", ")
-                known = None not in (ratio["low"], ratio["high"])
-                interval = f"{ratio['low']:.2f} to {ratio['high']:.2f}" if known else "not reached"
-                texts = [_text(one[name]) for name in ("sampler", "solver", "coins")]
-                texts += [_number(one["mse"], ".2g"), _text(unit), _text(names[rival])]
-                rows.append([*texts, _number(ratio["ratio"], ".2f"), Cell(interval, ratio["low"])])
-        shown.append(table(f"{found['caption']}; press a header to sort", columns, rows))
+            if any(ratio["ratio"] is not None for ratio in one["against"].values()):
+                rows += _ratios(one)
+            else:
+                unreached.append(f"{one['sampler']} ({one['coins']}) {one['mse']:.2g}")
+        if rows:
+            shown.append(table(f"{found['caption']}; press a header to sort", columns, rows))
+        if unreached:
+            shown.append(tag("p", f"No ratio, one side was not measured down to that MSE: {'; '.join(unreached)}."))
     return shown
+
+
+def _ratios(one: Mapping[str, Any]) -> Iterator[list[Cell]]:
+    """A row for each cost and rival."""
+    names = {"largest": "the largest level alone", "any": "the best single level"}
+    for what, ratio in one["against"].items():
+        unit, rival = what.split(", ")
+        known = None not in (ratio["low"], ratio["high"])
+        interval = f"{ratio['low']:.2f} to {ratio['high']:.2f}" if known else "not reached"
+        texts = [_text(one[name]) for name in ("sampler", "solver", "coins")]
+        texts += [_number(one["mse"], ".2g"), _text(unit), _text(names[rival])]
+        yield [*texts, _number(ratio["ratio"], ".2f"), Cell(interval, ratio["low"])]
 
 
 def _pictures(folder: Path, home: Path | None) -> list[Markup]:
