@@ -184,16 +184,18 @@ def _equal_error(folder: Path) -> list[Markup]:
             words = "Error against time and FLOPs of single levels and of levels that share the work"
             shown.append(figure(picture.read_bytes(), f"Figure: {words}", f"{words}; {found['caption']}.", "plot wide"))
         columns = ["sampler", "solver", "coins", "MSE", "cost in", "against", "its cost over ours", "95 % interval"]
-        rows, unreached = [], []
+        rows: list[list[Cell]] = []
+        unreached: dict[str, list[str]] = {}
         for one in found["ratios"]:
             if any(ratio["ratio"] is not None for ratio in one["against"].values()):
                 rows += _ratios(one)
             else:
-                unreached.append(f"{one['sampler']} ({one['coins']}) {one['mse']:.2g}")
+                unreached.setdefault(f"{one['sampler']} ({one['coins']})", []).append(f"{one['mse']:.2g}")
         if rows:
             shown.append(table(f"{found['caption']}; press a header to sort", columns, rows))
         if unreached:
-            shown.append(tag("p", f"No ratio, one side was not measured down to that MSE: {'; '.join(unreached)}."))
+            told = "; ".join(f"{name} {', '.join(errors)}" for name, errors in unreached.items())
+            shown.append(tag("p", f"No ratio, one side was not measured down to that MSE: {told}."))
     return shown
 
 
