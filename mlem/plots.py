@@ -17,6 +17,7 @@ from mlem.files import atomic_write
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
     from numpy.typing import ArrayLike
     from PIL.Image import Image
@@ -45,8 +46,6 @@ def error_vs_time(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str
     joined in the order of steps, bars are one standard error. caption: data set, number of samples, steps of the
     reference, seeds, device. Raises ValueError for no rows, missing columns, and values that a logarithm cannot show.
     """
-    from matplotlib.ticker import LogFormatter
-
     _need(rows, _ERROR_COLUMNS, "error_vs_time")
     for row in rows:
         if not (_positive(row["seconds_per_image"]) and _positive(row["mse"]) and row["mse_stderr"] >= 0):
@@ -55,8 +54,7 @@ def error_vs_time(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str
     styles = dict(zip(_distinct(rows, "sampler"), cycle(_STYLES), strict=False))
     figure, axes = _figure("time per image [ms]", "mean squared error to the reference", caption)
     axes.set(xscale="log", yscale="log")
-    axes.xaxis.set_major_formatter(LogFormatter())  # 10 and 100, not powers
-    axes.xaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.0, 0.4)))
+    _in_digits(axes.xaxis)
     for level, colour in colours.items():
         for sampler, (marker, line) in styles.items():
             points = [row for row in rows if (row["level"], row["sampler"]) == (level, sampler)]
@@ -179,6 +177,8 @@ def quality_vs_evaluations(rows: Sequence[Mapping[str, Any]], path: str | os.Pat
             bars = [row["mse_stderr"] for row in points] if column == "mse" else None
             x, y = ([row[name] for row in points] for name in ("evaluations", column))
             axes.errorbar(x, y, yerr=bars, color=colour, marker=marker, linestyle=line, capsize=2, elinewidth=0.8)
+        for axis in (axes.xaxis, *([axes.yaxis] if column == fid else [])):
+            _in_digits(axis)
     handles = [_key(str(sampler), colour, marker, line) for sampler, (colour, (marker, line)) in looks.items()]
     figure.legend(handles=handles, title="sampler", loc="outside right upper", frameon=False)
     _save(figure, path)
@@ -337,6 +337,14 @@ def _key(label: str, colour: str, marker: str, line: Any) -> Any:
     return Line2D([], [], color=colour, marker=marker, linestyle=line, label=label)
 
 
+def _in_digits(axis: Axis) -> None:
+    """Label a logarithmic axis with 10 and 100, not powers, and between them where there is room."""
+    from matplotlib.ticker import LogFormatter
+
+    axis.set_major_formatter(LogFormatter())
+    axis.set_minor_formatter(LogFormatter(minor_thresholds=(1.0, 0.4)))
+
+
 def _plain(text: str) -> str:
     """Text in which matplotlib sees no mathematics and nothing to hide."""
     return " " + text.replace("$", r"\$") if text.startswith("_") else text.replace("$", r"\$")
@@ -347,8 +355,8 @@ def _save(figure: Figure, path: str | os.PathLike[str]) -> None:
         raise ValueError(f"figures are PNG files, got {path}")
     for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):
         low, high = axis.get_view_interval()
-        if axis.get_scale() == "log" and high < 2 * low:  # one value alone: no width, and a layout that divides by it
-            axis.set_view_interval(math.sqrt(low * high) / 2, 2 * math.sqrt(low * high), ignore=True)
+        if axis.get_scale() == "log" and high < 1.1 * low:  # one value alone: no width, and a layout that divides by it
+            axis.set_view_interval(low / 1.5, high * 1.5, ignore=True)
     with atomic_write(path) as file:
         figure.savefig(file, format="png")
 

@@ -65,7 +65,7 @@ def figure_of(monkeypatch, draw):
 
 @pytest.mark.parametrize(("seconds", "mse"), [(0.0133383956673, 0.00510820720), (0.69, 0.0145), (0.000157, 0.146)])
 def test_one_point_alone_has_axes_with_room(seconds, mse, tmp_path, monkeypatch):
-    row = {**ROWS[0], "seconds_per_image": seconds, "mse": mse, "mse_stderr": 0.1 * mse}
+    row = {**ROWS[0], "seconds_per_image": seconds, "mse": mse, "mse_stderr": 0.01 * mse}
     saved, savefig = [], Figure.savefig
 
     def save(figure, *args, **options):
