@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 import subprocess
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,14 +14,14 @@ from omegaconf import OmegaConf
 
 from mlem.app import cli
 from mlem.app.build import world_size_of
-from mlem.app.cli import compose, refuse_one_folder, sweep
-from mlem.app.config import CONFIGS, build_callbacks, check, devices, parse_indices, without_secrets
+from mlem.app.cli import compose, sweep
+from mlem.app.config import CONFIGS, check, devices, parse_indices, without_secrets
 from mlem.app.find import folders, run_folder, training
 from mlem.app.measure import new_fabric
 from mlem.denoiser import MixtureDenoiser
 from mlem.sampling import Sampler, solver_of
 from mlem.schedule import NoiseSchedule
-from tests.commands import REPOSITORY, TINY, configure, environment, execute, run_here, succeed
+from tests.commands import REPOSITORY, TINY, configure, environment, execute, run_here
 from tests.conftest import SECRET
 
 CHOICES = sorted((path.parent.name, path.stem) for path in CONFIGS.glob("*/*.yaml"))
@@ -82,53 +80,6 @@ def test_every_sampler_config_samples(choice: str) -> None:
     solver = solver_of(config.sampler.solver, **config.sampler.get("options", {}))
     sampler = Sampler(data, solver=solver, steps=2, grid=config.grid, schedule=schedule, shape=(3,))
     assert torch.isfinite(sampler.run([0, 1]).x).all()
-
-
-CALLBACK = "{_target_: lightning.pytorch.callbacks.Timer, duration: '00:01:00:00'}"
-
-
-@pytest.mark.parametrize(
-    ("option", "says"),
-    [
-        ("callbacks=[{_target_: os.system}]", "callbacks[0]._target_=os.system is not from mlem"),
-        (f"callbacks=[{CALLBACK[:-1]}, x: {{_target_: os.system}}}}]", "callbacks[0].x._target_=os.system"),
-        (f"callbacks=[{CALLBACK},[{CALLBACK}]]", "only entries of callbacks are built"),
-        ("+_target_=os.system", "_target_=os.system"),
-        ("+model.a.b._target_=os.system", "model.a.b._target_=os.system"),
-        ("+data.options._target_=mlem.files.sha256", "data.options._target_=mlem.files.sha256"),
-        ("callbacks=[{_target_: '${oc.decode:os.system}'}]", "os.system is not from"),
-    ],
-)
-def test_a_target_is_refused(option: str, says: str) -> None:
-    with pytest.raises(ValueError, match="_target_") as error:
-        check(configure("train", option))
-    assert says in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("entry", "says"),
-    [
-        ("{_target_: torch.load, f: x}", "torch.load is not a Lightning Callback class"),
-        ("{_target_: torch.os.system}", "cannot import torch.os.system"),
-        ("{_target_: lightning.pytorch.callbacks.LearningRateMonitors}", "correct the name"),
-        ("{_target_: lightning.pytorch.callbacks.Timer, durations: 1}", "durations"),
-        ("{_target_: lightning.pytorch.callbacks.LearningRateMonitor, logging_interval: x}", "logging_interval"),
-        ("{_target_: lightning}", "correct the name"),
-        ("LearningRateMonitor", "must be {_target_: module.Class"),
-    ],
-)
-def test_what_is_no_callback_is_refused(entry: str, says: str) -> None:
-    with pytest.raises(ValueError, match="callbacks") as error:
-        build_callbacks(configure("train", f"callbacks=[{entry}]"))
-    assert says in str(error.value)
-
-
-def test_a_callback_may_come_from_a_module_that_is_allowed() -> None:
-    entry = "callbacks=[{_target_: tests.test_cli.os.system}]"
-    with pytest.raises(ValueError, match=r"if you trust it, add allow=\[tests\]"):
-        check(configure("train", entry))
-    check(configure("train", entry, "allow=[tests]"))
-    assert [type(one).__name__ for one in build_callbacks(configure("train", f"callbacks=[{CALLBACK}]"))] == ["Timer"]
 
 
 @pytest.mark.parametrize(
@@ -406,49 +357,6 @@ def test_a_process_ends_with_status_2_and_one_line_or_a_traceback(tmp_path: Path
     assert not list(tmp_path.iterdir())
 
 
-def test_a_sweep_runs_every_point(tmp_path: Path) -> None:
-    printed = succeed("train", "-m", "model=unet_xs,unet_s", "seed=3", "dry_run=true", cwd=tmp_path)
-    assert [printed.count(f"\n{size}: ") for size in ("xs", "s")] == [1, 1]
-    assert not list(tmp_path.iterdir())
-    done = execute("train", "-m", "training.steps=1,0", "dry_run=true", cwd=tmp_path)
-    assert (done.returncode, done.stdout) == (2, "")  # nothing was run
-
-
-@pytest.mark.parametrize(
-    ("name", "arguments", "says"),
-    [
-        (
-            "train",
-            ["seed=0,1"],
-            "-m: seed=0 and seed=1 both write into runs/digits/unet_s: give each a folder of its own",
-        ),
-        ("train", ["model=family,unet_m"], "with 'root=runs/${model.name}'"),
-        (
-            "train",
-            ["model=unet_xs", "model.size=xs,s", "seed=0,1"],
-            "seed=0 and seed=1 both write into runs/digits/unet_xs",
-        ),
-        (
-            "sample",
-            ["level=xs,s"],
-            "both write into runs/digits/samples/ddim_50: give each a folder of its own, as with 'out=",
-        ),
-        ("sample", ["eval=scaling", "seed=0,1"], "seed=0 and seed=1 both write into runs/digits/scaling_law"),
-        ("train", ["seed=0,1", "root=runs/${seed}"], None),
-        ("train", ["seed=0,1", "dry_run=true"], None),
-        ("train", ["model=unet_xs,unet_s"], None),
-        ("sample", ["steps=10,20"], None),
-        ("sample", ["seeds='0-3','4-7'", "format=png,npz"], None),
-        ("sample", ["eval=folder", "folder=a,b"], None),
-    ],
-)
-def test_jobs_of_a_sweep_have_their_own_folders(name: str, arguments: list[str], says: str | None) -> None:
-    points = sweep(["-m", *arguments])
-    configs = [compose(name, point) for point in points]
-    with nullcontext() if says is None else pytest.raises(ValueError, match=re.escape(says)):
-        refuse_one_folder(points, configs)
-
-
 @pytest.mark.parametrize(
     ("overrides", "command"),
     [
@@ -463,14 +371,6 @@ def test_the_remedy_trains_on_the_same_data(overrides: list[str], command: str) 
     assert said.endswith(command)
     again = configure("train", *said.split()[2:])
     assert (again.data.name, again.root) == (configure("sample", *overrides).data.name, again.root)
-
-
-def test_a_sweep_spans_all_its_commas() -> None:
-    jobs = sweep(["--multirun", "seed=0,1", "model=unet_xs", "training.learning_rate=1e-3,2e-3", "allow=[a,b]"])
-    assert len(jobs) == 4
-    pairs = [(job[0], float(job[2].split("=")[1])) for job in jobs]
-    assert pairs == list(itertools.product(("seed=0", "seed=1"), (1e-3, 2e-3)))
-    assert all(job[1] == "model=unet_xs" and job[3] == "allow=[a,b]" for job in jobs)
 
 
 def test_secrets_are_named_but_not_told(monkeypatch: pytest.MonkeyPatch) -> None:
