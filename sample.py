@@ -1,6 +1,6 @@
 """Sample from a trained family or level: `python sample.py --help`."""
 
-from mlem.app import sample
+from mlem.cli import sample
 
 if __name__ == "__main__":
     sample()

@@ -22,9 +22,9 @@ import numpy as np
 import torch
 
 from mlem import Family
-from mlem.experiments.equal_error import Setting, cost_ratio, frontier
+from mlem.comparison.equal_error import Setting, cost_ratio, frontier
 from mlem.files import write_text
-from mlem.multilevel.recipe import Recipe
+from mlem.multilevel.spec import PlanSpec
 from mlem.sampling import Sampler, blocks
 
 KINDS = {"sde": ("ddpm", 1000, (2e-2, 1e-2, 5e-3, 2e-3)), "ode": ("dpm_solver_pp", 300, (1e-3, 1e-4, 1e-5))}
@@ -58,7 +58,7 @@ HELD: dict[str, list[tuple[str, str, int, int]]] = {
 """Solver, grid, steps and order of held corrections."""
 
 
-class Bench:
+class Comparison:
     """Runs samplers on fixed images and keeps a row for each."""
 
     def __init__(self, folder: Path, images: int, batch_size: int, out: Path, device: str) -> None:
@@ -98,16 +98,16 @@ class Bench:
         return torch.cat([result.x for result in results]).cpu(), sampler, ledger
 
     def measure(
-        self, kind: str, name: str, level: str, solver: str, grid: str, steps: int, recipe: Recipe | None
+        self, kind: str, name: str, level: str, solver: str, grid: str, steps: int, spec: PlanSpec | None
     ) -> None:
         """Add the row of this sampler, unless it is there."""
-        key = [kind, name, level, solver, grid, steps, None if recipe is None else [recipe.budget, recipe.seed]]
-        key[-1] = key[-1] if recipe is None else [*key[-1], recipe.delta]
+        key = [kind, name, level, solver, grid, steps, None if spec is None else [spec.budget, spec.seed]]
+        key[-1] = key[-1] if spec is None else [*key[-1], spec.delta]
         if any(row["key"] == key for row in self.rows):
             return
-        model = self.family.level(level) if recipe is None else self.family
+        model = self.family.level(level) if spec is None else self.family
         try:
-            x, sampler, ledger = self._run(model, solver, steps, grid, recipe)
+            x, sampler, ledger = self._run(model, solver, steps, grid, spec)
         except ValueError as error:
             print(f"left out: {name} {solver} {steps}: {error}", flush=True)
             return
@@ -146,40 +146,40 @@ def write_rows(path: Path, found: dict[str, Any]) -> None:
     write_text(path, "{" + ",\n".join(parts) + "}\n")
 
 
-def jobs(bench: Bench, plans: int) -> Iterator[tuple[str, str, str, str, str, int, Recipe | None]]:
+def jobs(comparison: Comparison, plans: int) -> Iterator[tuple[str, str, str, str, str, int, PlanSpec | None]]:
     """What is measured: the most telling first."""
-    top = bench.family.level().name
+    top = comparison.family.level().name
     for kind in KINDS:
         for (solver, grid, steps, order), spent in itertools.product(HELD[kind], SPENT[kind]):
-            recipe = Recipe(budget=min(1.0, float(spent) / steps), order=order, cost="flops")
-            yield kind, "hindsight", "", solver, grid, steps, recipe
+            spec = PlanSpec(budget=min(1.0, float(spent) / steps), order=order, cost="flops")
+            yield kind, "hindsight", "", solver, grid, steps, spec
         for solver, grid, several in PLAIN[kind]:
             for steps in several:
                 yield kind, "plain", top, solver, grid, steps, None
-        for level in bench.family.names[:-1]:
+        for level in comparison.family.names[:-1]:
             for steps in (8, 16, 32, 64):
                 yield kind, "plain", level, *PLAIN[kind][0][:2], steps, None
     for coins, spent, seed in itertools.product(("bernoulli", "systematic"), (8, 16, 32, 64), range(plans)):
         if seed >= plans // 2 and (spent == 64 or coins == "systematic"):  # half as many where they cost or spread less
             continue
         options: dict[str, Any] = {"budget": spent / 128, "cost": "flops", "estimator": "jump", "coins": coins}
-        yield "sde", f"jump, {coins}", "", "ddpm", "uniform", 128, Recipe(**options, seed=seed)
+        yield "sde", f"jump, {coins}", "", "ddpm", "uniform", 128, PlanSpec(**options, seed=seed)
     for spent, seed in itertools.product((96, 128), range(plans // 2)):  # what Bernoulli coins need for small errors
         options = {"budget": spent / 256, "cost": "flops", "estimator": "jump", "coins": "bernoulli"}
-        yield "sde", "jump, bernoulli", "", "ddpm", "uniform", 256, Recipe(**options, seed=seed)
+        yield "sde", "jump, bernoulli", "", "ddpm", "uniform", 256, PlanSpec(**options, seed=seed)
     for kind, (solver, grid, steps, order) in (("sde", HELD["sde"][2]), ("ode", HELD["ode"][1])):
         for spent in SPENT[kind][2::2]:
-            recipe = Recipe(budget=min(1.0, spent / steps), order=order, cost="flops", estimator="held")
-            yield kind, "held", "", solver, grid, steps, recipe
+            spec = PlanSpec(budget=min(1.0, spent / steps), order=order, cost="flops", estimator="held")
+            yield kind, "held", "", solver, grid, steps, spec
 
 
-def delta_jobs(trials: int) -> Iterator[tuple[str, str, str, str, str, int, Recipe | None]]:
+def delta_jobs(trials: int) -> Iterator[tuple[str, str, str, str, str, int, PlanSpec | None]]:
     """Learned coefficients under shifts Delta, `trials` draws each, as in Fig. 1 of [J]."""
     for delta, seed in itertools.product((-3.0, -2.0, -1.0, 0.0, 1.0), range(trials)):
-        recipe = Recipe(
+        spec = PlanSpec(
             delta=delta, probabilities="learned", estimator="jump", coins="systematic", cost="flops", seed=seed
         )
-        yield "sde", "learned, systematic", "", "ddpm", "uniform", 64, recipe
+        yield "sde", "learned, systematic", "", "ddpm", "uniform", 64, spec
 
 
 def settings(rows: list[dict[str, Any]]) -> list[Setting]:
@@ -194,10 +194,10 @@ def settings(rows: list[dict[str, Any]]) -> list[Setting]:
     ]
 
 
-def ratios(bench: Bench, kind: str, ours: str, theirs: Any, draws: int = 400) -> list[dict[str, float]]:
+def ratios(comparison: Comparison, kind: str, ours: str, theirs: Any, draws: int = 400) -> list[dict[str, float]]:
     """Cost of theirs over cost of ours at equal error, with a 95 percent interval over images."""
-    mine = settings([row for row in bench.rows if row["key"][0] == kind and row["key"][1] == ours])
-    others = settings([row for row in bench.rows if row["key"][0] == kind and theirs(row["key"])])
+    mine = settings([row for row in comparison.rows if row["key"][0] == kind and row["key"][1] == ours])
+    others = settings([row for row in comparison.rows if row["key"][0] == kind and theirs(row["key"])])
     random = np.random.default_rng(0)
     found = []
     for error in KINDS[kind][2]:
@@ -218,13 +218,13 @@ RIVALS = (
 )
 
 
-def summary(bench: Bench) -> list[dict[str, Any]]:
+def summary(comparison: Comparison) -> list[dict[str, Any]]:
     """Print and return the cost ratios at equal error."""
     table = []
     for kind, ours, rival, theirs in RIVALS:
-        if not any(row["key"][:2] == [kind, ours] for row in bench.rows):
+        if not any(row["key"][:2] == [kind, ours] for row in comparison.rows):
             continue
-        for found in ratios(bench, kind, ours, theirs):
+        for found in ratios(comparison, kind, ours, theirs):
             # JSON has no NaN: null where one side was not measured down to that error
             known = {name: value if math.isfinite(value) else None for name, value in found.items()}
             table.append({"kind": kind, "ours": ours, "rival": rival} | known)
@@ -234,7 +234,7 @@ def summary(bench: Bench) -> list[dict[str, Any]]:
             )
     predicted = [
         (row["predicted_mse"] / row["mse"], row["key"][0])
-        for row in bench.rows
+        for row in comparison.rows
         if row["predicted_mse"] and row["key"][1] == "hindsight"
     ]
     for kind in KINDS:
@@ -253,21 +253,23 @@ PAIRS = (
 """The largest level alone, and a plan of about the same error at the cost given last."""
 
 
-def paired(bench: Bench, rounds: int) -> list[dict[str, Any]]:
+def paired(comparison: Comparison, rounds: int) -> list[dict[str, Any]]:
     """Wall time of PAIRS, run in turns on one batch: time of the level alone over time of the plan."""
     found = []
     for kind, (solver, grid, steps), (same, plan_grid, plan_steps, spent) in PAIRS if rounds else ():
-        recipe = Recipe(budget=spent / plan_steps, cost="flops")
-        top = bench.family.level()
-        alone = Sampler(top, solver=solver, steps=steps, grid=grid, device=bench.device)
-        shared = Sampler(bench.family, solver=same, steps=plan_steps, grid=plan_grid, plan=recipe, device=bench.device)
-        block, ratios_, flops, errors = bench.blocks[0], [], [], []
+        spec = PlanSpec(budget=spent / plan_steps, cost="flops")
+        top = comparison.family.level()
+        alone = Sampler(top, solver=solver, steps=steps, grid=grid, device=comparison.device)
+        shared = Sampler(
+            comparison.family, solver=same, steps=plan_steps, grid=plan_grid, plan=spec, device=comparison.device
+        )
+        block, ratios_, flops, errors = comparison.blocks[0], [], [], []
         for _ in range(rounds):
             results = [sampler.run(block) for sampler in (alone, shared)]
             seconds = [result.ledger.wall_seconds for result in results]
             ratios_.append(seconds[0] / seconds[1])
             flops = [sum(cost.flops for cost in result.ledger.levels.values()) for result in results]
-            truth = bench.truth(kind)[: len(block)]
+            truth = comparison.truth(kind)[: len(block)]
             errors = [(result.x.cpu() - truth).square().mean().item() for result in results]
         words = f"{kind}: {solver} {grid} {steps} over a plan of {plan_steps} steps"
         words += f": MSE {errors[0]:.2e} and {errors[1]:.2e}"
@@ -288,47 +290,48 @@ STYLES = {
 LINES = {"ddpm": "-", "ddim": "-.", "dpm_solver_pp": "-", "dpm_solver_pp_sde": "--", "heun": ":"}
 
 
-def draw(bench: Bench, path: Path) -> None:
+def draw(comparison: Comparison, path: Path) -> None:
     """The error-against-cost figure: one panel each for the SDE and the ODE."""
     import matplotlib.pyplot as plt
 
     figure, panels = plt.subplots(1, 2, figsize=(11, 4.8), layout="constrained", dpi=150)
     for axes, kind in zip(panels, KINDS, strict=True):
-        _draw_levels(axes, bench, kind)
+        _draw_levels(axes, comparison, kind)
         for name, (colour, marker) in STYLES.items():
-            points = [row for row in bench.rows if row["key"][:2] == [kind, name]]
+            points = [row for row in comparison.rows if row["key"][:2] == [kind, name]]
             if points:
                 bars = [np.std(row["image_mse"], ddof=1) / math.sqrt(len(row["image_mse"])) for row in points]
                 places = [row["cost"] for row in points], [row["mse"] for row in points]
                 style = {"color": colour, "markersize": 4, "elinewidth": 0.6}
                 axes.errorbar(*places, bars, fmt=marker, label=f"levels together: {name}", **style)
         solver, steps, _ = KINDS[kind]
-        top = bench.family.level().name
+        top = comparison.family.level().name
         axes.set(xscale="log", yscale="log", xlabel=f"cost of a sample [evaluations of level {top}, by FLOPs]")
         axes.set_ylabel("mean squared error to the reference")
         title = {"sde": "SDE", "ode": "ODE"}[kind]
         axes.set_title(f"{title}; reference: {solver}, level {top}, {steps} steps, same noise", fontsize=9)
         axes.grid(which="major", color="0.9")
         axes.legend(fontsize=6, frameon=False)
-    ratios_ = " : ".join(f"{level.flops / bench.family.levels[0].flops:.0f}" for level in bench.family.levels)
-    names = ", ".join(bench.family.names)
+    ratios_ = " : ".join(f"{level.flops / comparison.family.levels[0].flops:.0f}" for level in comparison.family.levels)
+    names = ", ".join(comparison.family.names)
     figure.suptitle(
-        f"{bench.family.data}, levels {names} (FLOPs {ratios_}), {bench.about['images']} images, seed 0; "
-        f"{bench.about['device']}; alone: the best grid; bars: one standard error over images; a point a draw of coins",
+        f"{comparison.family.data}, levels {names} (FLOPs {ratios_}), {comparison.about['images']} images, seed 0; "
+        f"{comparison.about['device']}; alone: the best grid; bars: one standard error over images; "
+        "a point a draw of coins",
         fontsize=9,
     )
     figure.savefig(path)
 
 
-def _draw_levels(axes: Any, bench: Bench, kind: str) -> None:
+def _draw_levels(axes: Any, comparison: Comparison, kind: str) -> None:
     """A line for each solver and level alone: the best of its grids at every cost."""
     plain: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for row in bench.rows:
+    for row in comparison.rows:
         if row["key"][:2] == [kind, "plain"]:
             plain.setdefault((row["key"][2], row["key"][3]), []).append(row)
     for (level, solver), rows in plain.items():
         costs, errors = frontier(settings(rows))
-        shade = "0.2" if level == bench.family.level().name else "0.75"
+        shade = "0.2" if level == comparison.family.level().name else "0.75"
         label = f"level {level} alone: {solver}"
         axes.plot(np.exp(costs), np.exp(errors), LINES[solver], color=shade, linewidth=1, label=label)
 
@@ -347,13 +350,13 @@ def main() -> None:
     parser.add_argument("--only", default="", help="sde or ode")
     parser.add_argument("--rounds", type=int, default=5, help="of the paired timing; 0: none")
     options = parser.parse_args()
-    bench = Bench(options.family, options.images, options.batch_size, options.out, options.device)
-    for job in (*jobs(bench, options.plans), *delta_jobs(options.trials)):
+    comparison = Comparison(options.family, options.images, options.batch_size, options.out, options.device)
+    for job in (*jobs(comparison, options.plans), *delta_jobs(options.trials)):
         if not options.only or job[0] == options.only:
-            bench.measure(*job)
-    found = {"about": bench.about, "summary": summary(bench), "paired": paired(bench, options.rounds)}
-    write_rows(options.out, found | {"rows": bench.rows})
-    draw(bench, options.figure)
+            comparison.measure(*job)
+    found = {"about": comparison.about, "summary": summary(comparison), "paired": paired(comparison, options.rounds)}
+    write_rows(options.out, found | {"rows": comparison.rows})
+    draw(comparison, options.figure)
 
 
 if __name__ == "__main__":

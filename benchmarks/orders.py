@@ -32,11 +32,13 @@ import torch
 from scipy.integrate import solve_ivp
 from torch import Tensor
 
+from mlem.brownian import BrownianPath
 from mlem.denoiser import MixtureDenoiser
 from mlem.files import atomic_write, write_json
-from mlem.noise import BrownianPath, NoiseStream
-from mlem.schedule import NoiseSchedule, TimeGrid
-from mlem.solvers import SOLVERS, Place, Point, make_solver, model_input
+from mlem.grids import TimeGrid
+from mlem.noise import NoiseStream
+from mlem.schedule import NoiseSchedule
+from mlem.solvers import SOLVERS, EvaluationPoint, GridPoint, make_solver, model_input
 
 COSINE = NoiseSchedule.cosine()
 BEGIN, END = 0.9, 0.1
@@ -113,12 +115,12 @@ def mixture() -> MixtureDenoiser:
 DATA = mixture()
 
 
-def eps(y: Tensor, place: Place) -> Tensor:
+def eps(y: Tensor, place: EvaluationPoint) -> Tensor:
     """The exact noise estimate, in the form that solvers ask for."""
     return DATA(*model_input(COSINE, y, place))
 
 
-def interval(grid: str, steps: int) -> list[Point]:
+def interval(grid: str, steps: int) -> list[GridPoint]:
     """Points from BEGIN to END, even in t or in OU time."""
     if grid == "OU":
         first, last = (COSINE.ou_time(t).item() for t in (BEGIN, END))
@@ -126,7 +128,7 @@ def interval(grid: str, steps: int) -> list[Point]:
         times = (BEGIN, *inner[1:-1], END)
     else:
         times = tuple(BEGIN + (END - BEGIN) * i / steps for i in range(steps + 1))
-    return Point.of(COSINE, TimeGrid(grid, times))
+    return GridPoint.of(COSINE, TimeGrid(grid, times))
 
 
 def evaluations_per_step(case: Case) -> int:

@@ -49,19 +49,19 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="file for the measurements; without it they are only printed")
     options = parser.parse_args()
     level = Family.load(options.family).level()
-    bench = Bench(level, options.device, max(options.batches), options.reference)
+    comparison = Comparison(level, options.device, max(options.batches), options.reference)
     window = options.blocks * options.midpoints
     ours = ParallelMidpoint(options.midpoints, tolerance=options.tolerance, window=window)
     runs: dict[str, tuple[Solver | str, int, str]] = {"parallel_midpoint": (ours, options.blocks, options.grid)}
-    error = bench.error(*runs["parallel_midpoint"])
+    error = comparison.error(*runs["parallel_midpoint"])
     for solver in SEQUENTIAL:
-        found = bench.fewest(solver, error, options.most)
+        found = comparison.fewest(solver, error, options.most)
         if found is None:
             print(f"{solver} does not come to {error:.2e} in {options.most} steps on any grid: left out")
         else:
             runs[solver] = (solver, *found)
-    rows = [row for batch in options.batches for row in bench.timed(runs, batch, options.rounds)]
-    report(rows, level, bench)
+    rows = [row for batch in options.batches for row in comparison.timed(runs, batch, options.rounds)]
+    report(rows, level, comparison)
     if options.out is not None:
         device = torch.cuda.get_device_name() if options.device == "cuda" else options.device
         about = {"level": level.name, "data": level.data, "shape": level.shape, "device": device}
@@ -70,7 +70,7 @@ def main() -> None:
         write_json(options.out, {"about": about, "rows": rows})
 
 
-class Bench:
+class Comparison:
     """Runs samplers of one level on the same images."""
 
     def __init__(self, level: Level, device: str, images: int, steps: int) -> None:
@@ -132,12 +132,12 @@ def _spread(values: list[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "lowest": min(values), "highest": max(values)}
 
 
-def report(rows: list[dict[str, Any]], level: Level, bench: Bench) -> None:
+def report(rows: list[dict[str, Any]], level: Level, comparison: Comparison) -> None:
     """The table; a ratio above 1 is a win of the parallel solver."""
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"level {level.name}, {level.data} {level.shape}, {bench.device}")
+    table = Table(title=f"level {level.name}, {level.data} {level.shape}, {comparison.device}")
     columns = ("batch", "solver", "steps, grid", "MSE", "rounds", "calls", "seconds", "time / parallel's")
     for column in columns:
         table.add_column(column, justify="left" if column == "solver" else "right")

@@ -7,12 +7,12 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from mlem.family import Family as Family
     from mlem.family import Level as Level
+    from mlem.grids import TimeGrid as TimeGrid
     from mlem.multilevel.coefficients import Coefficients as Coefficients
     from mlem.multilevel.plan import Plan as Plan
     from mlem.sampling import Result as Result
     from mlem.sampling import sample as sample
     from mlem.schedule import NoiseSchedule as NoiseSchedule
-    from mlem.schedule import TimeGrid as TimeGrid
 
 _HOMES = {
     "Coefficients": "multilevel.coefficients",
@@ -21,7 +21,7 @@ _HOMES = {
     "NoiseSchedule": "schedule",
     "Plan": "multilevel.plan",
     "Result": "sampling",
-    "TimeGrid": "schedule",
+    "TimeGrid": "grids",
     "sample": "sampling",
 }
 __all__ = ["Coefficients", "Family", "Level", "NoiseSchedule", "Plan", "Result", "TimeGrid", "sample"]

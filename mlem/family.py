@@ -33,7 +33,7 @@ from mlem.network import flops, parameters
 from mlem.schedule import NoiseSchedule
 
 if TYPE_CHECKING:
-    from mlem.multilevel.recipe import Recipe
+    from mlem.multilevel.spec import PlanSpec
 
 FORMAT = 1
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -199,7 +199,7 @@ class Family:
             raise ValueError(f"level must be one of {', '.join(self.names)}, got {name!r}")
         return self.levels[self.names.index(name)]
 
-    def plan(self, **options: Any) -> Recipe:
+    def plan(self, **options: Any) -> PlanSpec:
         """How to share evaluations among the levels: `sample(family, ..., plan=family.plan(budget=0.25))`.
 
         One dial: budget, the share of what the largest level would cost at every evaluation, in (0, 1]; mse, the mean
@@ -212,9 +212,9 @@ class Family:
         measured. seed: of the coins. per_sample: every sample tosses its own (jump only).
         Raises ValueError for options out of range; `sample` does where the family was not calibrated or fitted.
         """
-        from mlem.multilevel.recipe import Recipe
+        from mlem.multilevel.spec import PlanSpec
 
-        return Recipe(**options)
+        return PlanSpec(**options)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the family, which is there whole or not at all; the one that was there stays until all is written.

@@ -16,16 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mlem.brownian import BrownianPath
 from mlem.denoiser import Denoiser, NetworkDenoiser
 from mlem.family import Family, Level
+from mlem.grids import TimeGrid
 from mlem.ledger import Ledger, LevelLedger, Meter
 from mlem.multilevel.denoiser import MultilevelDenoiser
 from mlem.multilevel.plan import Plan
-from mlem.multilevel.recipe import Recipe, check_estimator
+from mlem.multilevel.spec import PlanSpec, check_estimator
 from mlem.network import evaluating
-from mlem.noise import BrownianPath, NoiseStream
-from mlem.schedule import NoiseSchedule, TimeGrid
-from mlem.solvers import Place, Point, Solver, make_solver, model_input, response
+from mlem.noise import NoiseStream
+from mlem.schedule import NoiseSchedule
+from mlem.solvers import EvaluationPoint, GridPoint, Solver, make_solver, model_input, quadrature_weights
 
 PRECISIONS: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Names of what the network may be computed in (autocast); times, noise and the sum over steps stay full."""
@@ -53,7 +55,7 @@ class Sampler:
     model: a Family (its largest level, or `level`, or several under `plan`), a Level, or any denoiser together with
     `schedule` and `shape`. solver: a name or a Solver. grid: name of a time grid, or a TimeGrid (which says the steps
     itself); by default the solver's own choice. plan: which levels run when: a Plan with a row for each evaluation, or
-    a Recipe (`family.plan(...)`), from which one is made. device: where to run; by default where the network is.
+    a PlanSpec (`family.plan(...)`), from which one is made. device: where to run; by default where the network is.
     precision: "fp32", "bf16" or "fp16" (autocast of the network). spread: under torch.distributed, every rank runs the
     same samples and evaluates its share of the rows of each call, which pays for solvers that ask for many at once.
     The dtype of samples is float32, or float64 when that is the default dtype.
@@ -69,7 +71,7 @@ class Sampler:
         seed: int = 0,
         grid: str | TimeGrid | None = None,
         level: str | None = None,
-        plan: Plan | Recipe | None = None,
+        plan: Plan | PlanSpec | None = None,
         schedule: NoiseSchedule | None = None,
         shape: Sequence[int] | None = None,
         device: str | torch.device | None = None,
@@ -110,18 +112,18 @@ class Sampler:
         self.device = torch.device(device) if device is not None else _device_of(self._networks)
         self._networks.to(self.device)
         self.seed, self.precision, self._spread = seed, precision, spread
-        self._points = Point.of(schedule, self.grid)
+        self._points = GridPoint.of(schedule, self.grid)
         self._rounds = 0
-        self._response: list[float] | None = None
+        self._quadrature: list[float] | None = None
         if self.plan is not None and self.plan.estimator == "hindsight":
-            self._response = response(self.solver, schedule, self._points)[0].tolist()
+            self._quadrature = quadrature_weights(self.solver, schedule, self._points)[0].tolist()
         self._input_dtype = torch.float64 if getattr(self._denoiser, "any_dtype", False) else torch.get_default_dtype()
 
-    def _check_plan(self, model: Family | Level | Denoiser, plan: Plan | Recipe | None) -> Plan | None:
+    def _check_plan(self, model: Family | Level | Denoiser, plan: Plan | PlanSpec | None) -> Plan | None:
         if plan is None:
             return None
         assert isinstance(model, Family)
-        if isinstance(plan, Recipe):
+        if isinstance(plan, PlanSpec):
             plan = plan.plan(model, self.solver, self.grid)
         check_estimator(self.solver, self.grid, plan.estimator)
         evaluations = self.solver.evaluations(self.grid)
@@ -208,12 +210,12 @@ class Sampler:
             y = y.contiguous(memory_format=torch.channels_last)
         revise = None
         if self.plan is not None:
-            self._denoiser.start(index, self._response)
-            revise = self._revise if self._response is not None else None
+            self._denoiser.start(index, self._quadrature)
+            revise = self._revise if self._quadrature is not None else None
         y = self.solver.integrate(self._estimate, y, self._points, path, index, self.seed, revise=revise, watch=watch)
         return (y * self._points[-1].alpha).to(x_T.dtype)
 
-    def _estimate(self, y: Tensor, place: Place) -> Tensor:
+    def _estimate(self, y: Tensor, place: EvaluationPoint) -> Tensor:
         self._rounds += 1
         x, t = (part.to(self._input_dtype) for part in model_input(self.schedule, y, place))
         if self._spread and torch.distributed.is_initialized():
@@ -237,7 +239,7 @@ class Sampler:
         torch.distributed.all_gather(found, own)
         return torch.cat(found)[: len(x)]
 
-    def _revise(self, y: Tensor, point: Point) -> Tensor:
+    def _revise(self, y: Tensor, point: GridPoint) -> Tensor:
         with self._autocast():
             return self._denoiser.revise(y, point)
 

@@ -1,4 +1,4 @@
-"""The noise schedule and the time grids.
+"""The noise schedule.
 
 Forward process `x_t = alpha_t x_0 + sigma_t z` with `alpha^2 + sigma^2 = 1`, time t in [0, 1], t = 0 clean.
 Discrete timesteps n = 0 .. N-1 of other libraries sit at `t = (n + 1) / N`.
@@ -16,7 +16,6 @@ import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -255,116 +254,3 @@ class TabulatedSchedule(NoiseSchedule):
 
     def to_config(self) -> dict[str, Any]:
         return dict(self._config)
-
-
-@dataclass(frozen=True)
-class TimeGrid:
-    """The times that a solver visits: `1 >= times[0] > ... > times[steps] >= 0`.
-
-    Make one with `TimeGrid.make(name, schedule, steps)`; the names are the keys of `GRIDS`.
-    """
-
-    name: str
-    times: tuple[float, ...]
-
-    def __post_init__(self) -> None:
-        falling = all(a > b for a, b in zip(self.times, self.times[1:], strict=False))
-        if len(self.times) < 2 or not falling or self.times[0] > 1 or self.times[-1] < 0:
-            raise ValueError(f"grid {self.name!r}: times must fall strictly within [0, 1], at least two of them")
-
-    @property
-    def steps(self) -> int:
-        """Number of steps: one less than the number of times."""
-        return len(self.times) - 1
-
-    @staticmethod
-    def make(name: str, schedule: NoiseSchedule, steps: int) -> TimeGrid:
-        """The grid called `name` with `steps` steps under `schedule`.
-
-        Raises ValueError for an unknown name, steps that are not a whole number >= 1, and, on the discrete
-        grids, more steps than there are timesteps.
-        """
-        if name not in GRIDS:
-            raise ValueError(f"grid must be one of {', '.join(GRIDS)}, got {name!r}")
-        if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
-            raise ValueError(f"steps must be a whole number >= 1, got {steps!r}")
-        return TimeGrid(name, tuple(GRIDS[name](schedule, steps)))
-
-
-def _uniform(schedule: NoiseSchedule, steps: int) -> list[float]:
-    """Evenly in t, from 1 to 0."""
-    return [(steps - i) / steps for i in range(steps + 1)]
-
-
-def _down_to_zero(schedule: NoiseSchedule, kappas: Tensor) -> list[float]:
-    """Times of falling noise-to-signal ratios, then 0; the first is exactly 1."""
-    return [1.0, *schedule.time_from_kappa(kappas[1:]).tolist(), 0.0]
-
-
-def _kappa_range(schedule: NoiseSchedule) -> tuple[float, float]:
-    """Largest kappa, and the smallest before 0: that of the first of the N timesteps."""
-    return schedule.kappa(1.0).item(), schedule.kappa(1.0 / NUM_TIMESTEPS).item()
-
-
-def _ou_uniform(schedule: NoiseSchedule, steps: int) -> list[float]:
-    """Evenly in OU time down to t = 1/N, then 0."""
-    high, low = schedule.ou_time(1.0).item(), schedule.ou_time(1.0 / NUM_TIMESTEPS).item()
-    times = torch.linspace(high, low, steps, dtype=torch.float64)
-    return [1.0, *schedule.time_from_ou_time(times[1:]).tolist(), 0.0]
-
-
-def _ou_halving(schedule: NoiseSchedule, steps: int) -> list[float]:
-    """Evenly in OU time, `h = s_1 / n`, down to h; then h/2, h/4, .. down to t = 1/N, then 0.
-
-    The steps of Algorithm 3, arXiv:2406.00924v2. Of few steps at most half are halvings.
-    """
-    whole, least = schedule.ou_time(1.0).item(), schedule.ou_time(1.0 / NUM_TIMESTEPS).item()
-    enough = (count for count in range(steps) if whole / (steps - count) / 2**count <= least)
-    halvings = min(next(enough, steps), steps // 2)
-    even = steps - halvings
-    times = [whole * (even - i) / even for i in range(even)] + [whole / even / 2**i for i in range(1, halvings + 1)]
-    return [1.0, *schedule.time_from_ou_time(torch.tensor(times[1:], dtype=torch.float64)).tolist(), 0.0]
-
-
-def _log_snr(schedule: NoiseSchedule, steps: int) -> list[float]:
-    """Evenly in log-SNR down to t = 1/N, then 0."""
-    high, low = _kappa_range(schedule)
-    fractions = torch.linspace(0, 1, steps, dtype=torch.float64)
-    return _down_to_zero(schedule, torch.exp(math.log(high) + fractions * math.log(low / high)))
-
-
-def _karras(schedule: NoiseSchedule, steps: int, rho: float = 7.0) -> list[float]:
-    """Evenly in kappa^(1/rho) down to t = 1/N, then 0; eq. 5 of Karras et al., arXiv:2206.00364."""
-    high, low = (kappa ** (1 / rho) for kappa in _kappa_range(schedule))
-    fractions = torch.linspace(0, 1, steps, dtype=torch.float64)
-    return _down_to_zero(schedule, (high + fractions * (low - high)) ** rho)
-
-
-def _refuse_more_than_timesteps(name: str, steps: int) -> None:
-    if steps > NUM_TIMESTEPS:
-        raise ValueError(f"steps must be in [1, {NUM_TIMESTEPS}] on the {name} grid, got {steps}")
-
-
-def _trailing(schedule: NoiseSchedule, steps: int) -> list[float]:
-    """The timesteps of diffusers' `timestep_spacing="trailing"`, then 0."""
-    _refuse_more_than_timesteps("trailing", steps)
-    return [round(NUM_TIMESTEPS - i * NUM_TIMESTEPS / steps) / NUM_TIMESTEPS for i in range(steps)] + [0.0]
-
-
-def _leading(schedule: NoiseSchedule, steps: int) -> list[float]:
-    """The timesteps of diffusers' `timestep_spacing="leading"`, then 0; it starts below t = 1."""
-    _refuse_more_than_timesteps("leading", steps)
-    stride = NUM_TIMESTEPS // steps
-    return [(i * stride + 1) / NUM_TIMESTEPS for i in reversed(range(steps))] + [0.0]
-
-
-GRIDS: dict[str, Callable[[NoiseSchedule, int], list[float]]] = {
-    "uniform": _uniform,
-    "ou_uniform": _ou_uniform,
-    "ou_halving": _ou_halving,
-    "log_snr": _log_snr,
-    "karras": _karras,
-    "trailing": _trailing,
-    "leading": _leading,
-}
-"""Name of a grid -> its times, given the schedule and the number of steps."""

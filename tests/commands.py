@@ -16,7 +16,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from mlem.app.cli import compose
+from mlem.cli.main import compose
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -131,9 +131,9 @@ def metrics(path: Path) -> list[dict[str, Any]]:
 
 def run_here(name: str, *options: str) -> Any:
     """The job itself, in this process."""
-    from mlem.app import sample, train  # noqa: F401  (the package first: its names shadow the modules)
+    from mlem.cli import sample, train  # noqa: F401  (the package first: its names shadow the modules)
 
-    job = __import__(f"mlem.app.{name}", fromlist=["run"]).run
+    job = __import__(f"mlem.cli.{name}", fromlist=["run"]).run
     return job(configure(name, *options))
 
 

@@ -139,7 +139,7 @@ def main() -> None:
     metric = ["metric=fid_inception", f"metric.weights={weights}", f'metric.sha256="{sha256(weights)}"']
     metric += ["metric.kid=true", "metric.precision_recall=true"]
 
-    from mlem.app.measure import measure_of, prepared
+    from mlem.cli.measure import measure_of, prepared
 
     shards = prepared(configure("sample", *DATA))
     reals = shards.images(range(COUNT))

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mlem.brownian import BrownianPath
 from mlem.denoiser import Denoiser
 from mlem.family import Family
 from mlem.multilevel.denoiser import MultilevelDenoiser
 from mlem.multilevel.plan import Plan
-from mlem.noise import BrownianPath
 from mlem.schedule import NoiseSchedule
-from mlem.solvers import Place, Point, make_solver, model_input, response
+from mlem.solvers import EvaluationPoint, GridPoint, make_solver, model_input, quadrature_weights
 from tests.problems import closed_family, level
 
 COSINE = NoiseSchedule.cosine()
@@ -53,16 +53,16 @@ def trajectory(
 ) -> tuple[Tensor, Tensor]:
     """y at the end and what it began with, float64; without a plan, of the top level alone."""
     solver = make_solver(solver_name)
-    points = Point.of(COSINE, solver.grid(COSINE, steps, "log_snr"))
+    points = GridPoint.of(COSINE, solver.grid(COSINE, steps, "log_snr"))
     y, index = noise(batch) / points[0].alpha, torch.arange(batch)
     estimate, revise = levels[-1], None
     if plan is not None:
         multilevel = estimate = MultilevelDenoiser(levels, plan, schedule=COSINE)
         hindsight = plan.estimator == "hindsight"
-        multilevel.start(index, response(solver, COSINE, points)[0].tolist() if hindsight else None)
+        multilevel.start(index, quadrature_weights(solver, COSINE, points)[0].tolist() if hindsight else None)
         revise = multilevel.revise if hindsight else None
 
-    def eps(y: Tensor, place: Place) -> Tensor:
+    def eps(y: Tensor, place: EvaluationPoint) -> Tensor:
         return estimate(*model_input(COSINE, y, place))
 
     path = BrownianPath(COSINE, 0, index, (3,), torch.float64)

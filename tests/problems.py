@@ -11,13 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mlem.brownian import BrownianPath
 from mlem.denoiser import MixtureDenoiser, gaussian_denoiser
 from mlem.family import Family, Level
+from mlem.grids import TimeGrid
 from mlem.multilevel.coins import falls
 from mlem.network import unet
-from mlem.noise import BrownianPath
-from mlem.schedule import NoiseSchedule, TimeGrid
-from mlem.solvers import Place, Point, Solver, model_input
+from mlem.schedule import NoiseSchedule
+from mlem.solvers import EvaluationPoint, GridPoint, Solver, model_input
 
 DIFFUSERS_CONFIGS: dict[str, dict[str, Any]] = {
     "ddpm": {"_class_name": "DDPMScheduler", "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02},
@@ -80,9 +81,9 @@ def solve(
     solver: Solver, denoiser: Any, schedule: NoiseSchedule, times: Sequence[float], y: Tensor, path: BrownianPath
 ) -> Tensor:
     """The solver loop on any times, from y at times[0] to y at times[-1]; without a Sampler."""
-    points = Point.of(schedule, TimeGrid("custom", tuple(times)))
+    points = GridPoint.of(schedule, TimeGrid("custom", tuple(times)))
 
-    def eps(y: Tensor, place: Place) -> Tensor:
+    def eps(y: Tensor, place: EvaluationPoint) -> Tensor:
         return denoiser(*model_input(schedule, y, place))
 
     return solver.integrate(eps, y, points, path, torch.arange(len(y)), 0)

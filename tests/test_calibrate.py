@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from mlem.brownian import BrownianPath
 from mlem.denoiser import gaussian_denoiser
 from mlem.family import Family
+from mlem.grids import TimeGrid
 from mlem.multilevel.calibrate import Calibration, measure
 from mlem.multilevel.trial import CALIBRATION, estimate, start, trial_indices
-from mlem.noise import BrownianPath
-from mlem.schedule import TimeGrid
-from mlem.solvers import Point, make_solver
+from mlem.solvers import GridPoint, make_solver
 from tests.waves import COSINE, family, level
 
 pytestmark = pytest.mark.usefixtures("float64_module")
@@ -66,7 +66,7 @@ def test_differences_and_inner_products_are_those_along_the_trajectories() -> No
     levels, index = [one.denoiser for one in family().levels], trial_indices(CALIBRATION, 5)
     log_snr, differences, by_image, responses = measure(levels, COSINE, (3,), index, times=4)
     grid = TimeGrid.make("log_snr", COSINE, 8)
-    points, squares, images = Point.of(COSINE, grid), [], []
+    points, squares, images = GridPoint.of(COSINE, grid), [], []
     torch.testing.assert_close(log_snr, COSINE.log_snr(torch.tensor(grid.times[:-1:2])))
     for kind, name in (("ode", "ddim"), ("sde", "ddpm")):
         path, y = BrownianPath(COSINE, 0, index, (3,), torch.float32), start(COSINE, (3,), index, 0)

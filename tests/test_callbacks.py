@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mlem.app.config import build_callbacks, check
+from mlem.cli.config import build_callbacks, check
 from tests.commands import configure
 
 CALLBACK = "{_target_: lightning.pytorch.callbacks.Timer, duration: '00:01:00:00'}"

@@ -15,7 +15,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from mlem.app.resume import check_resume, resume_point
+from mlem.cli.resume import check_resume, resume_point
 from mlem.files import read_json, sha256, write_text
 from mlem.training.checkpoints import AtomicCheckpointIO, Checkpoints, check, saved, steps_of
 from tests.commands import PLAIN, execute, run_here, run_in, start, succeed, wait_until

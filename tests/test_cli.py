@@ -12,12 +12,12 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from mlem.app import cli
-from mlem.app.build import world_size_of
-from mlem.app.cli import compose, sweep
-from mlem.app.config import CONFIGS, check, devices, parse_indices, without_secrets
-from mlem.app.find import folders, run_folder, training
-from mlem.app.measure import new_fabric
+from mlem.cli import main as cli
+from mlem.cli.build import world_size_of
+from mlem.cli.config import CONFIGS, check, devices, parse_indices, without_secrets
+from mlem.cli.find import folders, run_folder, training
+from mlem.cli.main import compose, sweep
+from mlem.cli.measure import new_fabric
 from mlem.denoiser import MixtureDenoiser
 from mlem.sampling import Sampler, solver_of
 from mlem.schedule import NoiseSchedule
@@ -304,7 +304,7 @@ def test_a_missing_schedule_file_is_named(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_a_level_is_evaluated_where_it_was_trained(monkeypatch: pytest.MonkeyPatch) -> None:
     """model.size= takes another folder, and so leaves the results of unet_xs alone."""
-    from mlem.app import report
+    from mlem.cli import report
 
     places: list[Path] = []
 

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 import torch
 
-from mlem.app.config import check
+from mlem.cli.config import check
 from mlem.family import Family, Level
 from mlem.files import read_json
-from mlem.multilevel.recipe import Recipe
+from mlem.multilevel.spec import PlanSpec
 from mlem.network import unet
 from mlem.sampling import Sampler
 from mlem.schedule import NoiseSchedule
@@ -123,7 +123,7 @@ def test_a_checkpoint_holds_the_coefficients_alone(learned: tuple[Path, str]) ->
 
 def test_a_plan_with_learned_probabilities_samples(learned: tuple[Path, str]) -> None:
     family = Family.load(learned[0] / FAMILY)
-    plan = Recipe(probabilities="learned", estimator="jump")
+    plan = PlanSpec(probabilities="learned", estimator="jump")
     result = Sampler(family, solver="ddpm", steps=4, grid="log_snr", plan=plan).run(range(2))
     assert torch.isfinite(result.x).all()
     family.levels[0].network.conv_in.weight.data += 1  # type: ignore[operator, union-attr]

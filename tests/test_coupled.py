@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 import torch
 
-from mlem.experiments.coupled import KEY, Bench, Entry, best_trials, read_rows
-from mlem.experiments.equal_error import Setting, cost_at, cost_ratio
+from mlem.comparison.coupled import KEY, Comparison, Entry, best_trials, read_rows
+from mlem.comparison.equal_error import Setting, cost_at, cost_ratio
 from mlem.family import Family, Level
 from mlem.files import read_json
 from mlem.metrics import pathwise_error
 from mlem.multilevel.coefficients import Coefficients
 from mlem.multilevel.plan import Plan
-from mlem.multilevel.recipe import Recipe
+from mlem.multilevel.spec import PlanSpec
 from mlem.network import unet
 from mlem.sampling import sample
 from mlem.schedule import NoiseSchedule
@@ -105,11 +105,13 @@ def test_figure_and_summary(measured: tuple[Path, str]) -> None:
 
 
 def test_schedulers_of_diffusers_have_rows_if_they_share_the_path(family: Path, tmp_path: Path) -> None:
-    bench = Bench(Family.load(family / "runs/tiny/family"), range(2), tmp_path, reference_steps=9)
-    bench.measure(bench.runs(Entry("UniPC", "diffusers:UniPCMultistepScheduler", (3,), levels=("xs",))))
-    assert [(row["solver"], row["grid"]) for row in bench.rows] == [("diffusers:UniPCMultistepScheduler", "diffusers")]
+    comparison = Comparison(Family.load(family / "runs/tiny/family"), range(2), tmp_path, reference_steps=9)
+    comparison.measure(comparison.runs(Entry("UniPC", "diffusers:UniPCMultistepScheduler", (3,), levels=("xs",))))
+    assert [(row["solver"], row["grid"]) for row in comparison.rows] == [
+        ("diffusers:UniPCMultistepScheduler", "diffusers")
+    ]
     with pytest.raises(ValueError, match="DDPMScheduler shares a law with its reference, not a path"):
-        bench.runs(Entry("DDPM", "diffusers:DDPMScheduler", (3,)))
+        comparison.runs(Entry("DDPM", "diffusers:DDPMScheduler", (3,)))
 
 
 def test_the_noise_is_that_of_sample(measured: tuple[Path, str]) -> None:
@@ -122,9 +124,9 @@ def test_the_noise_is_that_of_sample(measured: tuple[Path, str]) -> None:
     assert pathwise_error(sample(loaded, steps=4, level="xs", **options).x, truth) == pytest.approx(
         (alone["mse"], alone["mse_stderr"]), rel=1e-6
     )
-    recipe = Recipe(probabilities="learned", delta=1.0, estimator="jump", coins="bernoulli", seed=1)
+    spec = PlanSpec(probabilities="learned", delta=1.0, estimator="jump", coins="bernoulli", seed=1)
     learned = next(row for row in rows if (row["sampler"], row["delta"], row["trial"]) == ("ML-EM, learned", 1.0, 1))
-    mse, _ = pathwise_error(sample(loaded, steps=6, plan=recipe, **options).x, truth)
+    mse, _ = pathwise_error(sample(loaded, steps=6, plan=spec, **options).x, truth)
     assert mse == pytest.approx(learned["mse"], rel=1e-6)
 
 
@@ -193,7 +195,7 @@ def test_mistakes(family: Path, monkeypatch: Any, options: list[str], says: str)
     ],
 )
 def test_bad_values(option: str, says: str) -> None:
-    from mlem.app.config import check
+    from mlem.cli.config import check
 
     with pytest.raises(ValueError, match=says):
         check(configure("sample", "experiment=error_vs_time", option))
@@ -219,9 +221,9 @@ def test_options_of_samples_are_refused(family: Path, option: str, says: str, mo
 
 
 def test_a_solver_without_a_path_is_refused(family: Path, tmp_path: Path) -> None:
-    bench = Bench(Family.load(family / "runs/tiny/family"), range(2), tmp_path)
+    comparison = Comparison(Family.load(family / "runs/tiny/family"), range(2), tmp_path)
     with pytest.raises(ValueError, match="predictor_corrector shares a law with its reference"):
-        bench.runs(Entry("x", "predictor_corrector", (3,)))
+        comparison.runs(Entry("x", "predictor_corrector", (3,)))
 
 
 @pytest.mark.parametrize(
@@ -233,9 +235,9 @@ def test_a_solver_without_a_path_is_refused(family: Path, tmp_path: Path) -> Non
 )
 def test_a_plan_that_its_solver_cannot_follow_is_refused(family: Path, tmp_path: Path, solver: str, says: str) -> None:
     """When runs are listed, before anything is measured."""
-    bench = Bench(Family.load(family / "runs/tiny/family"), range(2), tmp_path)
+    comparison = Comparison(Family.load(family / "runs/tiny/family"), range(2), tmp_path)
     with pytest.raises(ValueError, match=says):
-        bench.runs(Entry("x", solver, (3,), recipe=Recipe(probabilities=(1.0, 0.5))))
+        comparison.runs(Entry("x", solver, (3,), spec=PlanSpec(probabilities=(1.0, 0.5))))
 
 
 def line(costs: Any, exponent: float, factor: float, images: np.ndarray) -> list[Setting]:

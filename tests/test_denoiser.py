@@ -17,7 +17,8 @@ from mlem.denoiser import (
     prediction_to_eps,
     training_target,
 )
-from mlem.schedule import NoiseSchedule, TimeGrid
+from mlem.grids import TimeGrid
+from mlem.schedule import NoiseSchedule
 from tests.problems import COVARIANCE, MEAN, SCHEDULES, gaussian, level, mixture
 
 COSINE = NoiseSchedule.cosine()

@@ -17,12 +17,12 @@ from torch import Tensor
 
 from mlem.data import BatchSource, Shards, held_out_batches, train_loader
 from mlem.family import Family, Level
-from mlem.multilevel.recipe import Recipe
+from mlem.multilevel.spec import PlanSpec
 from mlem.network import unet
 from mlem.schedule import NoiseSchedule
 from mlem.training.averaging import averaged_state, make_average
 from mlem.training.denoising import DenoisingModule, FamilyModule
-from mlem.training.evaluation import SamplerChoice, SamplerEvaluation, refuse_twins
+from mlem.training.evaluation import SamplerChoice, SamplerEvaluation, refuse_duplicates
 from tests.commands import REPOSITORY, environment
 from tests.evaluating import CHOICES, COUNT, make, trainer
 
@@ -216,27 +216,27 @@ def test_an_evaluation_of_nothing_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("recipe", "label", "dial"),
+    ("spec", "label", "dial"),
     [
-        (Recipe(budget=0.2), "ddpm_hindsight", "budget0.2"),
-        (Recipe(budget=0.2, cost="flops"), "ddpm_hindsight", "budget0.2_flops"),
-        (Recipe(budget=0.2, levels=("xs", "m"), order=1), "ddpm_hindsight_order-1_levels-xs+m", "budget0.2"),
-        (Recipe(probabilities=(1, 0.5)), "ddpm_hindsight_probabilities-1+0.5", ""),
+        (PlanSpec(budget=0.2), "ddpm_hindsight", "budget0.2"),
+        (PlanSpec(budget=0.2, cost="flops"), "ddpm_hindsight", "budget0.2_flops"),
+        (PlanSpec(budget=0.2, levels=("xs", "m"), order=1), "ddpm_hindsight_order-1_levels-xs+m", "budget0.2"),
+        (PlanSpec(probabilities=(1, 0.5)), "ddpm_hindsight_probabilities-1+0.5", ""),
         (
-            Recipe(delta=1, probabilities="learned", estimator="jump", coins="nested", seed=3, per_sample=True),
+            PlanSpec(delta=1, probabilities="learned", estimator="jump", coins="nested", seed=3, per_sample=True),
             "ddpm_jump_nested_probabilities-learned_seed-3_per_sample-True",
             "delta1",
         ),
     ],
 )
-def test_the_name_of_a_plan_says_all_that_is_not_usual(recipe: Recipe, label: str, dial: str) -> None:
-    choice = SamplerChoice("ddpm", (2,), recipe=recipe)
+def test_the_name_of_a_plan_says_all_that_is_not_usual(spec: PlanSpec, label: str, dial: str) -> None:
+    choice = SamplerChoice("ddpm", (2,), spec=spec)
     assert (choice.label, choice.dial) == (label, dial)
 
 
 def test_a_sampler_that_is_listed_twice_is_refused() -> None:
-    plans = [SamplerChoice("ddpm", (2,), recipe=Recipe(budget=0.2, cost=cost)) for cost in ("seconds", "flops")]
-    refuse_twins([*CHOICES, *plans])
+    plans = [SamplerChoice("ddpm", (2,), spec=PlanSpec(budget=0.2, cost=cost)) for cost in ("seconds", "flops")]
+    refuse_duplicates([*CHOICES, *plans])
     for twice, entries in (
         (
             (*plans, plans[1]),
@@ -245,13 +245,13 @@ def test_a_sampler_that_is_listed_twice_is_refused() -> None:
         ((SamplerChoice("ddim", (3, 3)),), r"evaluation\.samplers\[0\]: ddim at 3 steps is listed twice; list it once"),
     ):
         with pytest.raises(ValueError, match=f"^{entries}"):
-            refuse_twins(twice)
+            refuse_duplicates(twice)
 
 
 def test_plans_alone_are_evaluated_on_a_family(trained: Path, shards: Shards, tmp_path: Path) -> None:
     """No level runs alone: no figure of the largest, and nothing at all while a level is trained."""
     family = Family.load(trained / "runs/tiny/family")
-    plans = [SamplerChoice("ddpm", (2,), recipe=Recipe(probabilities=p)) for p in ((1, 0.5), (1, 1))]
+    plans = [SamplerChoice("ddpm", (2,), spec=PlanSpec(probabilities=p)) for p in ((1, 0.5), (1, 1))]
     evaluation = SamplerEvaluation(plans, range(3), tmp_path, reference_steps=3, batch_size=2)
     run_test(evaluation, Family(family.levels[:1]), shards, tmp_path)
     assert evaluation.rows == []
@@ -264,7 +264,7 @@ def test_plans_alone_are_evaluated_on_a_family(trained: Path, shards: Shards, tm
 
 
 def test_a_plan_that_cannot_be_made_names_its_entry(trained: Path, tmp_path: Path) -> None:
-    choices = [*CHOICES, SamplerChoice("ddpm", (2,), recipe=Recipe(mse=0.1))]
+    choices = [*CHOICES, SamplerChoice("ddpm", (2,), spec=PlanSpec(mse=0.1))]
     evaluation = SamplerEvaluation(choices, range(3), tmp_path)
     with pytest.raises(ValueError, match=r"^evaluation\.samplers\[3\]: this family of digits is not calibrated"):
         evaluation._tallies(Family.load(trained / "runs/tiny/family"), torch.device("cpu"))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mlem.denoiser import Denoiser
 from mlem.multilevel.denoiser import MultilevelDenoiser
-from mlem.solvers import Point, make_solver, response
+from mlem.solvers import GridPoint, make_solver, quadrature_weights
 from tests.hierarchy import COSINE, TIMES, at, call, denoisers, measured, noise, trajectory
 from tests.problems import MEAN, gaussian, mixture, point_mass, rms
 
@@ -107,10 +107,10 @@ def test_one_move_of_hindsight_by_hand() -> None:
     """DDIM, measured at rows 0 and 2: at row 2 the state moves by what row 1 got wrong."""
     levels = [point_mass(COSINE, MEAN), corrected(point_mass(COSINE, MEAN), torch.sin)]
     solver = make_solver("ddim")
-    points = Point.of(COSINE, solver.grid(COSINE, 4, "log_snr"))
+    points = GridPoint.of(COSINE, solver.grid(COSINE, 4, "log_snr"))
     plan = measured(4, [0, 2], order=0)
     multilevel = MultilevelDenoiser(levels, plan, schedule=COSINE)
-    multilevel.start(None, response(solver, COSINE, points)[0].tolist())
+    multilevel.start(None, quadrature_weights(solver, COSINE, points)[0].tolist())
     y = noise(4) / points[0].alpha
     for here in points[:2]:
         assert multilevel.revise(y, here) is y

@@ -12,14 +12,15 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from mlem.family import Family, Level
+from mlem.grids import TimeGrid
 from mlem.multilevel.calibrate import calibrate
 from mlem.multilevel.coefficients import CERTAIN, Coefficients
 from mlem.multilevel.learn import Objective, first_coefficients, frozen, interval
 from mlem.multilevel.plan import Plan
-from mlem.multilevel.recipe import Recipe
+from mlem.multilevel.spec import PlanSpec
 from mlem.network import unet
 from mlem.sampling import Sampler
-from mlem.schedule import NoiseSchedule, TimeGrid
+from mlem.schedule import NoiseSchedule
 from mlem.solvers import SOLVERS, make_solver
 from tests.problems import mixture
 
@@ -255,9 +256,9 @@ def test_one_level_has_nothing_to_share() -> None:
 
 
 def test_learned_probabilities_that_are_not_there_name_the_command() -> None:
-    recipe = Recipe(probabilities="learned")
+    spec = PlanSpec(probabilities="learned")
     with pytest.raises(ValueError, match=r"no learned coefficients: python train.py model=coefficients"):
-        recipe.plan(family("xs", "s"), make_solver("ddpm"), log_snr(4))
+        spec.plan(family("xs", "s"), make_solver("ddpm"), log_snr(4))
 
 
 def test_learned_coefficients_make_a_plan() -> None:
@@ -265,11 +266,11 @@ def test_learned_coefficients_make_a_plan() -> None:
     ours.fitted["coefficients"] = Coefficients(
         torch.tensor([0.0, 0.5]), torch.tensor([CERTAIN, -1.0]), tuple(ours.names), {"weights": ours.weights_hash}
     ).to_dict()
-    plan = Recipe(probabilities="learned", estimator="jump").plan(ours, make_solver("ddpm"), log_snr(4))
+    plan = PlanSpec(probabilities="learned", estimator="jump").plan(ours, make_solver("ddpm"), log_snr(4))
     assert (plan.probabilities[:, 0] == 1).all()
     assert (plan.probabilities[:, 1].diff() > 0).all()  # alpha > 0: more where the noise is low
-    recipe = Recipe(probabilities="learned", estimator="jump", delta=1.0)
-    assert (recipe.plan(ours, make_solver("ddpm"), log_snr(4)).probabilities[:, 1] > plan.probabilities[:, 1]).all()
+    spec = PlanSpec(probabilities="learned", estimator="jump", delta=1.0)
+    assert (spec.plan(ours, make_solver("ddpm"), log_snr(4)).probabilities[:, 1] > plan.probabilities[:, 1]).all()
 
 
 def test_intervals() -> None:

@@ -16,7 +16,7 @@ from mlem.family import Family
 from mlem.multilevel.coins import COINS, toss
 from mlem.multilevel.denoiser import PADDING, MultilevelDenoiser
 from mlem.multilevel.plan import Plan
-from mlem.multilevel.recipe import Recipe
+from mlem.multilevel.spec import PlanSpec
 from mlem.sampling import Sampler, sample
 from mlem.solvers import make_solver
 from tests.hierarchy import ALL, COSINE, TABLE, TIMES, at, call, denoisers, measured, networks, noise, trajectory
@@ -256,8 +256,8 @@ def test_a_diffusers_scheduler_takes_a_plan(float64: None, options: dict[str, An
 @of_diffusers
 @pytest.mark.parametrize("estimator", ["jump", "held"])
 def test_a_recipe_fits_a_diffusers_scheduler(estimator: str) -> None:
-    recipe = networks().plan(probabilities=(1.0, 0.5), estimator=estimator)
-    sampler = Sampler(networks(), solver="diffusers:DDIMScheduler", steps=6, plan=recipe)
+    spec = networks().plan(probabilities=(1.0, 0.5), estimator=estimator)
+    sampler = Sampler(networks(), solver="diffusers:DDIMScheduler", steps=6, plan=spec)
     assert sampler.plan is not None
     assert sampler.plan.about["solver"] == "diffusers:DDIMScheduler"
     assert sampler.run([0]).ledger.levels["s"].calls == sampler.plan.calls[1]
@@ -336,12 +336,12 @@ def test_a_level_that_becomes_nan_is_named() -> None:
     ("plan", "says"),
     [
         (Plan.draw(torch.ones(4, 2), per_sample=True), "coins of each sample's own"),
-        (Recipe(probabilities=(1.0, 0.5), estimator="jump", per_sample=True), "coins of each sample's own"),
+        (PlanSpec(probabilities=(1.0, 0.5), estimator="jump", per_sample=True), "coins of each sample's own"),
         (Plan.given(torch.ones(4, 2)), "estimator=hindsight"),
     ],
-    ids=["plan", "recipe", "hindsight"],
+    ids=["plan", "spec", "hindsight"],
 )
-def test_rows_that_belong_together_are_not_spread(plan: Plan | Recipe, says: str) -> None:
+def test_rows_that_belong_together_are_not_spread(plan: Plan | PlanSpec, says: str) -> None:
     says = f"spread=True deals the rows of a call to the ranks, and {says} needs all; leave spread out"
     with pytest.raises(ValueError, match=f"^{re.escape(says)}$"):
         Sampler(networks(), steps=4, plan=plan, spread=True)

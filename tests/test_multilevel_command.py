@@ -91,7 +91,7 @@ def test_a_calibrated_family_is_not_calibrated_again(
 ) -> None:
     """But it is where the calibration is of other weights."""
     folder, asked = Path(shutil.copytree(made[0], tmp_path / "copy")), []
-    monkeypatch.setattr(sys.modules["mlem.app.train"], "calibrate_folder", lambda *_, **how: asked.append(how))
+    monkeypatch.setattr(sys.modules["mlem.cli.train"], "calibrate_folder", lambda *_, **how: asked.append(how))
     path = folder / FAMILY / "calibration.json"
     before = path.read_bytes()
     assert "calibrating" not in run_in(folder, lambda: run_here("train", *TRAIN))
@@ -105,7 +105,7 @@ def test_a_calibrated_family_is_not_calibrated_again(
 
 
 def test_a_calibration_that_is_kept_says_how_to_have_another(capsys: pytest.CaptureFixture) -> None:
-    from mlem.app.train import _say_other_options
+    from mlem.cli.train import _say_other_options
 
     found = {"about": {"images": 2, "reference_steps": 20}, "log_snr": [0.0] * 4, "seconds": {"64": []}}
     for options in ([], ["calibration.images=0"]):
@@ -276,7 +276,7 @@ def test_the_mlem_samplers_print_the_calls_of_each_level(
 
 
 @pytest.mark.parametrize(
-    ("options", "recipe"),
+    ("options", "spec"),
     [
         (("levels=[xs,s]",), {"levels": ("xs", "s")}),
         (("estimator=held", "order=1"), {"estimator": "held", "order": 1}),
@@ -291,13 +291,13 @@ def test_the_mlem_samplers_print_the_calls_of_each_level(
     ],
     ids=str,
 )
-def test_options_shape_the_plan(here: Path, out: Path, options: tuple[str, ...], recipe: dict[str, Any]) -> None:
-    """The pictures are those of the same recipe in Python; `mse=` takes the place of the sampler's own budget."""
-    asked = [option for option in MLEM if not (option.startswith("budget") and recipe.get("budget", 0) is None)]
+def test_options_shape_the_plan(here: Path, out: Path, options: tuple[str, ...], spec: dict[str, Any]) -> None:
+    """The pictures are those of the same spec in Python; `mse=` takes the place of the sampler's own budget."""
+    asked = [option for option in MLEM if not (option.startswith("budget") and spec.get("budget", 0) is None)]
     run_here("sample", *asked, *options, "seeds=0-3", f"out={out}")
     family = Family.load(FAMILY)
-    plan = family.plan(**{"budget": 0.6, "cost": "flops", "batch_size": 4} | recipe)
-    seed = recipe.get("seed", 0)
+    plan = family.plan(**{"budget": 0.6, "cost": "flops", "batch_size": 4} | spec)
+    seed = spec.get("seed", 0)
     made = sample(family, indices=range(4), solver="ddpm", steps=8, batch_size=4, seed=seed, plan=plan)
     assert calls(out) == {name: cost.calls / 4 for name, cost in made.ledger.levels.items()}
     stored = torch.stack([read_png(sample_path(out, index)) for index in range(4)])

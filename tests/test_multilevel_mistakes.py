@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mlem.app import cli
+from mlem.cli import main as cli
 from mlem.files import read_json, write_json
 from mlem.multilevel import __main__ as multilevel
 from mlem.multilevel.plan import Plan

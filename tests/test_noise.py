@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mlem.noise import GOLDEN, BrownianPath, NoiseStream, mix
+from mlem.brownian import BrownianPath
+from mlem.noise import GOLDEN, NoiseStream, mix
 from mlem.schedule import NoiseSchedule
 from tests.problems import SCHEDULES
 

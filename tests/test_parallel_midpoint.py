@@ -14,7 +14,7 @@ from torch import Tensor
 from mlem.noise import NoiseStream
 from mlem.sampling import Sampler, sample
 from mlem.schedule import NoiseSchedule
-from mlem.solvers import Place, Point, make_solver, model_input
+from mlem.solvers import EvaluationPoint, GridPoint, make_solver, model_input
 from mlem.solvers.clock import CLOCKS
 from mlem.solvers.parallel_midpoint import ParallelMidpoint
 from tests.problems import MEAN, closed_family, gaussian, mixture, point_mass, rms, slope
@@ -35,11 +35,11 @@ def one_after_the_other(clock_name: str, parts: int, steps: int) -> Tensor:
     sampler = Sampler(
         denoiser, solver=ParallelMidpoint(parts, clock=clock_name), schedule=COSINE, shape=(3,), steps=steps
     )
-    points, indices = Point.of(COSINE, sampler.grid), torch.arange(COUNT)
+    points, indices = GridPoint.of(COSINE, sampler.grid), torch.arange(COUNT)
     own = NoiseStream(0, "midpoint-parallel").uniform(indices, range(steps * parts), torch.float64)
     y = sampler.start(indices) / points[0].alpha
 
-    def eps(y: Tensor, place: Place) -> Tensor:
+    def eps(y: Tensor, place: EvaluationPoint) -> Tensor:
         return denoiser(*model_input(COSINE, y, place))
 
     for block, (here, there) in enumerate(itertools.pairwise(points)):
@@ -170,7 +170,7 @@ def test_a_block_alone_is_a_step() -> None:
     options: dict[str, Any] = {"schedule": COSINE, "shape": (3,), "steps": 3}
     sampler = Sampler(mixture(COSINE), solver=solver, **options)
     indices = torch.arange(5)
-    points = Point.of(COSINE, sampler.grid)
+    points = GridPoint.of(COSINE, sampler.grid)
     y, state = sampler.start(indices) / points[0].alpha, solver.init(points, indices, 0)
     for here, there in itertools.pairwise(points):
         y, state = solver.step(

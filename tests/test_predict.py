@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mlem.denoiser import gaussian_denoiser
+from mlem.grids import TimeGrid
 from mlem.multilevel.calibrate import Calibration, measure
 from mlem.multilevel.coins import COINS, toss
 from mlem.multilevel.denoiser import MultilevelDenoiser
@@ -19,8 +20,7 @@ from mlem.multilevel.plan import Plan
 from mlem.multilevel.predict import Predictor, held_deviation
 from mlem.multilevel.report import missing
 from mlem.multilevel.trial import CALIBRATION, PILOT, trial, trial_indices
-from mlem.schedule import TimeGrid
-from mlem.solvers import Point, make_solver, response
+from mlem.solvers import GridPoint, make_solver, quadrature_weights
 from tests.waves import COSINE, every, family, measured_error, plan, predictor
 
 pytestmark = pytest.mark.usefixtures("float64_module")
@@ -29,8 +29,8 @@ pytestmark = pytest.mark.usefixtures("float64_module")
 # --- what each row adds --------------------------------------------------------------------------------------------
 
 
-def points_of(*times: float) -> tuple[list[Point], list[float]]:
-    points = Point.of(COSINE, TimeGrid("custom", times))
+def points_of(*times: float) -> tuple[list[GridPoint], list[float]]:
+    points = GridPoint.of(COSINE, TimeGrid("custom", times))
     return points, [point.kappa for point in points]
 
 
@@ -41,7 +41,7 @@ def test_the_response_of_single_steps_by_hand() -> None:
         ("euler_maruyama", [2 * (b - a) for a, b in itertools.pairwise(k)]),
         ("ddpm", [(b * b - a * a) / a for a, b in itertools.pairwise(k)]),
     ):
-        coefficients, rows = response(make_solver(name), COSINE, points)
+        coefficients, rows = quadrature_weights(make_solver(name), COSINE, points)
         assert rows == points[:-1]
         assert coefficients.tolist() == pytest.approx(expected, rel=1e-12)
 
@@ -49,7 +49,7 @@ def test_the_response_of_single_steps_by_hand() -> None:
 def test_the_response_of_heun_by_hand() -> None:
     """Half a step each, at both of its ends; the last step is Euler's."""
     points, (a, b, c, _) = points_of(0.9, 0.6, 0.3, 0.0)
-    coefficients, rows = response(make_solver("heun"), COSINE, points)
+    coefficients, rows = quadrature_weights(make_solver("heun"), COSINE, points)
     assert rows == [points[i] for i in (0, 1, 1, 2, 2)]
     assert coefficients.tolist() == pytest.approx([(b - a) / 2, (b - a) / 2, (c - b) / 2, (c - b) / 2, -c], rel=1e-12)
 
@@ -66,7 +66,7 @@ def test_the_response_of_dpm_solver_by_hand() -> None:
         second = y - k[1] * eps[1]
         y = k[2] / k[1] * y + (1 - k[2] / k[1]) * (second + h[1] / (2 * h[0]) * (second - first))
         expected.append(y - k[2] * eps[2])
-    coefficients, rows = response(make_solver("dpm_solver_pp"), COSINE, points)
+    coefficients, rows = quadrature_weights(make_solver("dpm_solver_pp"), COSINE, points)
     assert rows == points[:-1]
     assert coefficients.tolist() == pytest.approx(expected, rel=1e-12)
 
@@ -118,7 +118,7 @@ def test_held_deviations_are_what_the_denoiser_says(how: dict[str, Any], rows: A
 
     The response is chosen such that a row counts `scale`, hindsight's shrinkage undone.
     """
-    points = Point.of(COSINE, TimeGrid.make("log_snr", COSINE, 12))[:-1]
+    points = GridPoint.of(COSINE, TimeGrid.make("log_snr", COSINE, 12))[:-1]
     times, scale = torch.tensor([-math.log(point.kappa) for point in points]), torch.linspace(-1.0, 2.0, 12) ** 3
     place = {point.t: row for row, point in enumerate(points)}
 

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from mlem.denoiser import MixtureDenoiser
+from mlem.grids import TimeGrid
 from mlem.sampling import Sampler, sample
-from mlem.schedule import NoiseSchedule, TimeGrid
-from mlem.solvers import Place, Point, make_solver, model_input
+from mlem.schedule import NoiseSchedule
+from mlem.solvers import EvaluationPoint, GridPoint, make_solver, model_input
 from mlem.solvers.lipschitz import Lipschitz, estimate_lipschitz
 from mlem.solvers.predictor_corrector import PredictorCorrector
 from mlem.solvers.underdamped_langevin import METHODS, UnderdampedLangevin
@@ -23,8 +24,8 @@ COSINE = NoiseSchedule.cosine()
 pytestmark = pytest.mark.usefixtures("float64")
 
 
-def point(t: float) -> Point:
-    return Point(t, COSINE.alpha(t).item(), COSINE.kappa(t).item())
+def point(t: float) -> GridPoint:
+    return GridPoint(t, COSINE.alpha(t).item(), COSINE.kappa(t).item())
 
 
 # --- the corrector -------------------------------------------------------------------------------------------------
@@ -39,7 +40,7 @@ def test_the_corrector_keeps_the_law(method: str, t: float) -> None:
     z = torch.randn(count, 3, generator=torch.Generator().manual_seed(0))
     y = MEAN + z @ torch.linalg.cholesky(covariance).T
 
-    def eps(y: Tensor, place: Place) -> Tensor:
+    def eps(y: Tensor, place: EvaluationPoint) -> Tensor:
         return denoiser(*model_input(COSINE, y, place))
 
     corrector = UnderdampedLangevin(time=2.0, step=0.1, method=method, rounds=20)
@@ -55,7 +56,7 @@ def test_the_corrector_brings_a_wrong_law_back() -> None:
     count, here, denoiser = 4000, point(0.6), gaussian(COSINE)
     y = MEAN + 3 * here.kappa * torch.randn(count, 3, generator=torch.Generator().manual_seed(0))
 
-    def eps(y: Tensor, place: Place) -> Tensor:
+    def eps(y: Tensor, place: EvaluationPoint) -> Tensor:
         return denoiser(*model_input(COSINE, y, place))
 
     after = UnderdampedLangevin(time=20.0, step=0.1).correct(eps, y, here, 1.0, torch.arange(count), 0, 0)
@@ -69,7 +70,7 @@ def test_correctors_in_parallel_are_correctors_in_turn() -> None:
     here, denoiser = point(0.5), gaussian(COSINE)
     y = torch.randn(10, 3, generator=torch.Generator().manual_seed(0))
 
-    def eps(y: Tensor, place: Place) -> Tensor:
+    def eps(y: Tensor, place: EvaluationPoint) -> Tensor:
         return denoiser(*model_input(COSINE, y, place))
 
     both = [

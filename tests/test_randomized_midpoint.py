@@ -11,10 +11,10 @@ import scipy.integrate
 import torch
 from torch import Tensor
 
-from mlem.noise import BrownianPath
+from mlem.brownian import BrownianPath
 from mlem.sampling import Sampler, sample
 from mlem.schedule import NoiseSchedule
-from mlem.solvers import Place, Point, make_solver, model_input
+from mlem.solvers import EvaluationPoint, GridPoint, make_solver, model_input
 from mlem.solvers.clock import CLOCKS, KappaClock, make_clock
 from mlem.solvers.randomized_midpoint import RandomizedMidpoint, draw_midpoints
 from tests.problems import closed_family, mixture, rms, slope
@@ -23,8 +23,8 @@ COSINE = NoiseSchedule.cosine()
 STILL: Any = None
 
 
-def point(t: float) -> Point:
-    return Point(t, COSINE.alpha(t).item(), COSINE.kappa(t).item())
+def point(t: float) -> GridPoint:
+    return GridPoint(t, COSINE.alpha(t).item(), COSINE.kappa(t).item())
 
 
 # --- unbiased ------------------------------------------------------------------------------------------------------
@@ -33,9 +33,9 @@ HERE, THERE = point(0.7), point(0.4)
 NODES, WEIGHTS = (torch.from_numpy(part) for part in np.polynomial.legendre.leggauss(60))
 
 
-def along(place: Place) -> Tensor:
+def along(place: EvaluationPoint) -> Tensor:
     """The integrand of a path that is given: eps as a function of kappa alone."""
-    kappa = torch.as_tensor(place.kappa if isinstance(place, Point) else place, dtype=torch.float64)
+    kappa = torch.as_tensor(place.kappa if isinstance(place, GridPoint) else place, dtype=torch.float64)
     return torch.sin(3 * kappa) + kappa**2
 
 
@@ -84,7 +84,7 @@ def test_ou_clock_is_algorithm_1() -> None:
     x_mid = grow_mid * x + (grow_mid - 1) * score(x, s)
     expected = grow * x + h[:, None] * rest * score(x_mid, s - a[0] * h)
 
-    def eps(y: Tensor, place: Place) -> Tensor:
+    def eps(y: Tensor, place: EvaluationPoint) -> Tensor:
         return denoiser(*model_input(COSINE, y, place))
 
     y, _ = RandomizedMidpoint("ou").step(eps, x / HERE.alpha, a, HERE, THERE, STILL)
@@ -122,7 +122,7 @@ def test_order_in_root_mean_square_and_in_the_mean() -> None:
     points = lambda n: [point(0.9 - 0.8 * i / n) for i in range(n + 1)]  # noqa: E731
 
     def run(name: str, n: int, batch: int) -> Tensor:
-        def eps(y: Tensor, place: Place) -> Tensor:
+        def eps(y: Tensor, place: EvaluationPoint) -> Tensor:
             return denoiser(*model_input(COSINE, y, place))
 
         solver = make_solver(name)

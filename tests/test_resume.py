@@ -169,7 +169,7 @@ def test_no_validation_is_missing_or_there_twice(tmp_path: Path) -> None:
         ("hook: on_validation_batch_start, at: 8, signalled: true", SystemExit, 8),
         ("hook: on_train_batch_start, at: 12", RuntimeError, 8),
         ("hook: on_validation_epoch_end, at: 16", RuntimeError, 16),  # evaluated, but not yet validated
-        ("hook: on_validation_end, at: 16", RuntimeError, 16),  # nothing is owed
+        ("hook: on_validation_end, at: 16", RuntimeError, 16),  # nothing is pending
         ("hook: on_train_batch_end, at: 18, signalled: true", SystemExit, 18),
         ("hook: on_validation_start, at: 24", RuntimeError, 24),  # nothing is left to train
         ("hook: on_train_end, at: 24", RuntimeError, 24),

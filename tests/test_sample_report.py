@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from mlem.app.sample import _report_plan
+from mlem.cli.sample import _report_plan
 from mlem.family import Family
 from mlem.sampling import Sampler
 from tests.waves import family, plan

@@ -16,10 +16,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mlem.denoiser import NetworkDenoiser
 from mlem.family import Family
+from mlem.grids import TimeGrid
 from mlem.ledger import Ledger, LevelLedger
 from mlem.noise import NoiseStream
 from mlem.sampling import NonFiniteError, blocks, sample
-from mlem.schedule import NoiseSchedule, TimeGrid
+from mlem.schedule import NoiseSchedule
 from mlem.solvers import SOLVERS, make_solver
 from tests.problems import gaussian, level
 
@@ -308,7 +309,8 @@ def peak_growth(small: str, large: str) -> float:
     code = f"""
     import resource, torch
     from mlem.sampling import Sampler, blocks
-    from mlem.schedule import NoiseSchedule, TimeGrid
+    from mlem.schedule import NoiseSchedule
+    from mlem.grids import TimeGrid
     torch.set_num_threads(1)
     def run(solver, steps, images, shape, batch):
         model = lambda x, t: 0.1 * x

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from mlem.experiments.scaling import draw_scaling, plain_fits, scaling_fits
+from mlem.comparison.scaling import draw_scaling, plain_fits, scaling_fits
 from mlem.family import Family, Level
 from mlem.files import read_json
 from mlem.network import unet

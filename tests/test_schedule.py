@@ -13,7 +13,8 @@ from diffusers import DDIMScheduler, DDPMScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlem.schedule import GRIDS, NUM_TIMESTEPS, NoiseSchedule, TimeGrid
+from mlem.grids import GRIDS, TimeGrid
+from mlem.schedule import NUM_TIMESTEPS, NoiseSchedule
 from tests.problems import DIFFUSERS_CONFIGS, SCHEDULES
 
 COORDINATES = ("ou_time", "alpha", "sigma", "kappa", "log_snr")

@@ -11,7 +11,7 @@ import torch
 
 from mlem.multilevel.calibrate import Calibration
 from mlem.multilevel.predict import Search
-from mlem.multilevel.recipe import Recipe
+from mlem.multilevel.spec import PlanSpec
 from mlem.sampling import sample
 from mlem.solvers import make_solver
 from tests.waves import COSINE, every, family, fitted, level, plan, predictor
@@ -114,8 +114,8 @@ def test_an_error_below_that_of_the_levels_gets_one_line(options: dict[str, Any]
 )
 def test_the_ledger_has_the_cost_that_was_promised(options: dict[str, Any]) -> None:
     """In FLOPs, exactly, for plans that all samples share."""
-    recipe = family().plan(budget=0.4, cost="flops", **options)
-    result = sample(family(), indices=range(3), solver="ddpm", steps=24, plan=recipe)
+    spec = family().plan(budget=0.4, cost="flops", **options)
+    result = sample(family(), indices=range(3), solver="ddpm", steps=24, plan=spec)
     found = plan("ddpm", 24, budget=0.4, **options)
     spent = sum(cost.flops for cost in result.ledger.levels.values()) / 3 / family().level().flops
     assert spent == pytest.approx(found.about["cost"], rel=1e-12)
@@ -150,10 +150,10 @@ def test_the_best_levels_leave_out_a_useless_one() -> None:
     grid = method.grid(COSINE, 32)
     for options in ({"estimator": "hindsight"}, {"estimator": "jump", "coins": "bernoulli"}):
         for budget in (0.2, 0.5):
-            recipe = Recipe(budget=budget, cost="flops", **options)
-            found = recipe.plan(useless, method, grid)
+            spec = PlanSpec(budget=budget, cost="flops", **options)
+            found = spec.plan(useless, method, grid)
             assert found.levels == ("1", "3")
-            all_levels = replace(recipe, levels=("1", "2", "3")).plan(useless, method, grid)
+            all_levels = replace(spec, levels=("1", "2", "3")).plan(useless, method, grid)
             by = predictor("ddpm", 32, of=useless)
             assert by.choice(found) <= by.choice(all_levels)
 

@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from mlem.noise import BrownianPath
+from mlem.brownian import BrownianPath
+from mlem.grids import GRIDS, TimeGrid
 from mlem.sampling import Sampler, sample
-from mlem.schedule import GRIDS, NoiseSchedule, TimeGrid
-from mlem.solvers import SOLVERS, Point, make_solver, model_input
+from mlem.schedule import NoiseSchedule
+from mlem.solvers import SOLVERS, GridPoint, make_solver, model_input
 from tests.problems import COVARIANCE, MEAN, gaussian, gaussian_flow, point_mass, rms, slope, solve
 
 COSINE = NoiseSchedule.cosine()
@@ -137,7 +138,7 @@ def test_strong_order_of_sde_solvers(name: str) -> None:
 def test_steps_stay_on_the_device_and_never_wait_for_it(name: str, options: dict[str, str]) -> None:
     """On torch's `meta` device, which has no numbers: mixing devices and reading a value back are both errors."""
     solver, indices = make_solver(name, **options), torch.arange(3, device="meta")
-    points = Point.of(COSINE, solver.grid(COSINE, 6))
+    points = GridPoint.of(COSINE, solver.grid(COSINE, 6))
     walk = BrownianPath(COSINE, 0, indices, (3, 4, 4), torch.float32)
     y = torch.ones(3, 3, 4, 4, device="meta", dtype=torch.float64)
     end = solver.integrate(lambda y, place: model_input(COSINE, y, place)[0].cos(), y, points, walk, indices, 0)

@@ -13,12 +13,13 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, HeunDiscreteScheduler
 from torch import Tensor
 
+from mlem.brownian import BrownianPath
 from mlem.family import Level
+from mlem.grids import TimeGrid
 from mlem.interop.diffusers import DiffusersSolver
-from mlem.noise import BrownianPath
 from mlem.sampling import Sampler, sample
-from mlem.schedule import NoiseSchedule, TimeGrid
-from mlem.solvers import Point, make_solver, response
+from mlem.schedule import NoiseSchedule
+from mlem.solvers import GridPoint, make_solver, quadrature_weights
 from mlem.solvers.ddpm import ancestral_noise
 from tests.problems import level
 
@@ -44,7 +45,7 @@ def run_diffusers(scheduler: Any, steps: int, x_T: Tensor, **extra: Any) -> Tens
     """The plain loop of a diffusers pipeline."""
     scheduler.set_timesteps(steps)
     # every scheduler means unit noise; those in y with trailing timesteps would scale it by kappa, not 1 / alpha
-    own = x_T if float(scheduler.init_noise_sigma) == 1 else x_T / Point.of(SCHEDULE, trailing(steps))[0].alpha
+    own = x_T if float(scheduler.init_noise_sigma) == 1 else x_T / GridPoint.of(SCHEDULE, trailing(steps))[0].alpha
     with torch.no_grad():
         for timestep in scheduler.timesteps:
             x = scheduler.scale_model_input(own, timestep)
@@ -108,7 +109,7 @@ def test_sde_dpm_solver_pp_on_our_noise(steps: int) -> None:
     scheduler, own = multistep("sde-dpmsolver++"), x_T
     scheduler.set_timesteps(steps)
     path = BrownianPath(SCHEDULE, 1, torch.arange(BATCH), (1, 8, 8), torch.float32)
-    points = Point.of(SCHEDULE, trailing(steps))
+    points = GridPoint.of(SCHEDULE, trailing(steps))
     with torch.no_grad():
         for timestep, here, there in zip(scheduler.timesteps, points, points[1:], strict=False):
             scale = there.kappa * (1 - (there.kappa / here.kappa) ** 2) ** 0.5
@@ -128,7 +129,7 @@ class NoNoise(BrownianPath):
 @pytest.mark.parametrize("place", [0.0, 0.3, 0.7, 0.9, 1.0])
 def test_one_ddpm_step(steps: int, place: float) -> None:
     """The mean and the (fixed small) variance of `p(x' | x)`, from two draws of diffusers with known noise."""
-    points = Point.of(SCHEDULE, trailing(steps))
+    points = GridPoint.of(SCHEDULE, trailing(steps))
     i = round(place * (steps - 1))
     here, there = points[i], points[i + 1]
     scheduler = DDPMScheduler(**COMMON, timestep_spacing="trailing", variance_type="fixed_small", clip_sample=False)
@@ -143,7 +144,7 @@ def test_one_ddpm_step(steps: int, place: float) -> None:
         ]
     deviation = ((draws[0] - draws[1]) / (z[0] - z[1])).median().item()
 
-    def eps(y: Tensor, point: Point) -> Tensor:
+    def eps(y: Tensor, point: GridPoint) -> Tensor:
         return small().denoiser(y * point.alpha, torch.full((4,), point.t))
 
     with torch.no_grad():
@@ -184,7 +185,7 @@ def test_adapter_samples_do_not_know_their_batch(name: str) -> None:
 
 def test_adapter_samples_have_noise_of_their_own() -> None:
     sampler = Sampler(small(), solver="diffusers:DDPMScheduler", steps=3)
-    points = Point.of(SCHEDULE, sampler.grid)
+    points = GridPoint.of(SCHEDULE, sampler.grid)
     seeds = [
         generator.initial_seed()
         for seed in (0, 1)
@@ -197,8 +198,8 @@ def test_adapter_samples_have_noise_of_their_own() -> None:
 def test_what_each_estimate_adds_is_known_of_deterministic_schedulers(name: str) -> None:
     """So that plans can be searched for them: any estimates, added with these weights, are the result."""
     solver = DiffusersSolver(name)
-    points = Point.of(SCHEDULE, solver.grid(SCHEDULE, 6))
-    weights, asked = response(solver, SCHEDULE, points)
+    points = GridPoint.of(SCHEDULE, solver.grid(SCHEDULE, 6))
+    weights, asked = quadrature_weights(solver, SCHEDULE, points)
     assert solver.coupled
     assert asked == points[:-1]
     eps = iter(torch.randn(6, 2, 1, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
@@ -212,10 +213,10 @@ def test_what_each_estimate_adds_is_known_of_deterministic_schedulers(name: str)
 @pytest.mark.parametrize("name", ["DDPMScheduler", "EulerAncestralDiscreteScheduler"])
 def test_schedulers_with_noise_of_their_own_have_no_reference_and_no_plan(name: str) -> None:
     solver = DiffusersSolver(name)
-    points = Point.of(SCHEDULE, solver.grid(SCHEDULE, 6))
+    points = GridPoint.of(SCHEDULE, solver.grid(SCHEDULE, 6))
     assert not solver.coupled
     with pytest.raises(ValueError, match=f"^diffusers:{name} is not linear in its noise estimates: no plan"):
-        response(solver, SCHEDULE, points)
+        quadrature_weights(solver, SCHEDULE, points)
 
 
 def test_adapter_options_reach_the_scheduler() -> None:

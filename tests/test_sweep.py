@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mlem.app.cli import compose, refuse_one_folder, sweep
+from mlem.cli.main import compose, refuse_one_folder, sweep
 from tests.commands import execute, succeed
 
 

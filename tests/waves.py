@@ -14,7 +14,7 @@ from mlem.multilevel.calibrate import Calibration, measure
 from mlem.multilevel.denoiser import MultilevelDenoiser
 from mlem.multilevel.plan import Plan
 from mlem.multilevel.predict import Predictor
-from mlem.multilevel.recipe import Recipe
+from mlem.multilevel.spec import PlanSpec
 from mlem.multilevel.trial import CALIBRATION, PILOT, trial, trial_indices
 from mlem.schedule import NoiseSchedule
 from mlem.solvers import make_solver
@@ -70,7 +70,7 @@ def predictor(solver: str = "ddpm", steps: int = 48, grid: str | None = None, of
 
 def plan(solver: str, steps: int, **options: Any) -> Plan:
     method = make_solver(solver)
-    return Recipe(**{"cost": "flops"} | options).plan(family(), method, method.grid(COSINE, steps))
+    return PlanSpec(**{"cost": "flops"} | options).plan(family(), method, method.grid(COSINE, steps))
 
 
 def measured_error(plans: list[Plan], by: Predictor) -> float:

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mlem.noise import BrownianPath
-from mlem.schedule import NUM_TIMESTEPS, NoiseSchedule, TimeGrid
-from mlem.solvers.base import Estimate, Point, Solver
+from mlem.brownian import BrownianPath
+from mlem.grids import TimeGrid
+from mlem.schedule import NUM_TIMESTEPS, NoiseSchedule
+from mlem.solvers.base import GridPoint, NoiseEstimate, Solver
 
 PREFIX = "diffusers:"
 
@@ -69,20 +70,20 @@ class DiffusersSolver(Solver):
         """Whether the scheduler draws noise of its own: from nothing, with no noise estimate, it makes something."""
         nothing, index = torch.zeros(1, 1, 1, 1), torch.zeros(1, dtype=torch.int64)
         path = BrownianPath(self._schedule, 0, index, (1, 1, 1), nothing.dtype)
-        points = Point.of(self._schedule, grid)
+        points = GridPoint.of(self._schedule, grid)
         return bool(self.integrate(lambda y, place: torch.zeros_like(y), nothing, points, path, index, 0).any())
 
     def _refuse_two_calls(self) -> TimeGrid:
         raise ValueError(f"{self._class.__name__} calls the network twice at one time; use solver=heun instead")
 
-    def init(self, points: list[Point], indices: Tensor, seed: int) -> Any:
+    def init(self, points: list[GridPoint], indices: Tensor, seed: int) -> Any:
         scheduler = self._scheduler(self._schedule, self._steps)
         takes_generator = "generator" in inspect.signature(scheduler.step).parameters
         generators = [_generator(seed, index) for index in indices.tolist()] if takes_generator else None
         return scheduler, iter(scheduler.timesteps), generators
 
     def step(
-        self, eps: Estimate, y: Tensor, state: Any, here: Point, there: Point, path: BrownianPath
+        self, eps: NoiseEstimate, y: Tensor, state: Any, here: GridPoint, there: GridPoint, path: BrownianPath
     ) -> tuple[Tensor, Any]:
         scheduler, timesteps, generators = state
         timestep = next(timesteps)

@@ -18,14 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mlem.brownian import BrownianPath
 from mlem.denoiser import Denoiser
 from mlem.family import Family
 from mlem.files import check_format, damaged
+from mlem.grids import TimeGrid
 from mlem.multilevel.trial import CALIBRATION, estimate, start, trial_indices
 from mlem.network import evaluating, seconds_per_image
-from mlem.noise import BrownianPath
-from mlem.schedule import NoiseSchedule, TimeGrid
-from mlem.solvers import Point, Solver, make_solver
+from mlem.schedule import NoiseSchedule
+from mlem.solvers import GridPoint, Solver, make_solver
 
 FORMAT = 1
 _COMMAND = "python -m mlem.multilevel calibrate FAMILY"
@@ -35,7 +36,7 @@ UNITS = ("seconds", "flops")
 
 
 @dataclass(frozen=True)
-class Response:
+class LinearResponse:
     """How corrections count, for the ODE or the SDE; T times, C corrections (`f^2 - f^1` first).
 
     inner: (C, T, C, T), mean over images and pixels of `q_k(t) q_l(t')`, where `q = u / gain`. gain: (C, T), root mean
@@ -65,7 +66,7 @@ class Calibration:
     log_snr: Tensor
     differences: Tensor
     image_differences: Tensor
-    responses: dict[str, Response]
+    responses: dict[str, LinearResponse]
     about: dict[str, Any]
     discretisation: dict[str, dict[int, float]] = field(default_factory=dict)
     pilots: dict[str, list[list[float]]] = field(default_factory=dict)
@@ -95,8 +96,8 @@ class Calibration:
         def tensor(values: Any) -> Tensor:
             return torch.tensor(values, dtype=torch.float64)
 
-        def response(one: dict[str, Any]) -> Response:
-            return Response(**{key: tensor(values) for key, values in one.items()})
+        def response(one: dict[str, Any]) -> LinearResponse:
+            return LinearResponse(**{key: tensor(values) for key, values in one.items()})
 
         def by_number(values: dict[str, Any]) -> dict[int, float]:
             return {int(number): float(value) for number, value in values.items()}
@@ -207,7 +208,7 @@ def measure(
     times: int = 24,
     seed: int = 0,
     progress: Callable[[str], None] = lambda text: None,
-) -> tuple[Tensor, Tensor, Tensor, dict[str, Response]]:
+) -> tuple[Tensor, Tensor, Tensor, dict[str, LinearResponse]]:
     """log_snr, differences, image_differences and responses, as in `Calibration`; index: (B,) of the trajectories.
 
     carrier: what runs perturbed trajectories to their end; the largest level where none is given.
@@ -257,7 +258,7 @@ def _perturbed(
     At every other point of the grid a copy of the state, and one for each correction with that added, join a batch that
     the carrier runs to the end.
     """
-    points = Point.of(schedule, grid)
+    points = GridPoint.of(schedule, grid)
     path = _Noise(BrownianPath(schedule, seed, index, shape, torch.float32))
     y = start(schedule, shape, index, seed)
     outputs, scales, copies = [], [], y[:0]
@@ -277,7 +278,7 @@ def _perturbed(
     return torch.stack(outputs), (ends[:, 1:] - ends[:, :1]) * scale
 
 
-def _response(outputs: Tensor, changes: Tensor, grid: TimeGrid, schedule: NoiseSchedule) -> Response:
+def _response(outputs: Tensor, changes: Tensor, grid: TimeGrid, schedule: NoiseSchedule) -> LinearResponse:
     """The inner products: outputs (T, K, B, ...), changes (T, K-1, B, ...)."""
     alpha = schedule.alpha(torch.tensor(grid.times[:-1:2], dtype=torch.float64, device=outputs.device))
     corrections = outputs.diff(dim=1).flatten(2) / alpha[:, None, None]
@@ -290,4 +291,4 @@ def _response(outputs: Tensor, changes: Tensor, grid: TimeGrid, schedule: NoiseS
     # structure function: a smooth path gives 4, a Brownian one 2
     one, two = q.diff(dim=1).square().mean((1, 2)), (q[:, 2:] - q[:, :-2]).square().mean((1, 2))
     roughness = (4 * one / two.clamp(min=least) - 1).clamp(0, 1)
-    return Response(inner.cpu(), gain.T.cpu(), roughness.cpu())
+    return LinearResponse(inner.cpu(), gain.T.cpu(), roughness.cpu())

@@ -12,7 +12,7 @@ from mlem.denoiser import Denoiser, NetworkDenoiser
 from mlem.family import Family
 from mlem.multilevel.plan import Plan
 from mlem.schedule import NoiseSchedule, expand_like
-from mlem.solvers import Point, model_input
+from mlem.solvers import GridPoint, model_input
 
 PADDING = 8
 """Sub-batches are filled up to a multiple of this, so that their shapes repeat."""
@@ -65,19 +65,19 @@ class MultilevelDenoiser:
             )
         return self
 
-    def start(self, indices: Tensor | None = None, response: Sequence[float] | None = None) -> None:
+    def start(self, indices: Tensor | None = None, quadrature: Sequence[float] | None = None) -> None:
         """Begin a trajectory. indices (B,): needed where every sample has its own coins.
 
-        response: what each row's noise estimate adds to the last state (`mlem.solvers.response`); for hindsight.
+        quadrature: the weights of `mlem.solvers.quadrature_weights`; needed for hindsight.
         """
         self._row = 0
-        self._held = _Held(self.plan, response)
+        self._held = _Held(self.plan, quadrature)
         if self.plan.per_sample:
             if indices is None:
                 raise ValueError("this plan tosses coins for every sample: start(indices) must say which samples")
             self._shares = _shares(self.plan.sample_weights(indices), indices.device)
 
-    def revise(self, y: Tensor, here: Point) -> Tensor:
+    def revise(self, y: Tensor, here: GridPoint) -> Tensor:
         """Called before a step at y (B, ...): measure what is due, and correct the state with hindsight."""
         row = self._row
         if not self.plan.revised[row]:
@@ -173,9 +173,9 @@ class _Measurement(NamedTuple):
 class _Held:
     """The memory of held corrections: what was measured, and what was said in between."""
 
-    def __init__(self, plan: Plan, response: Sequence[float] | None = None) -> None:
+    def __init__(self, plan: Plan, quadrature: Sequence[float] | None = None) -> None:
         levels = plan.probabilities.shape[1]
-        self._plan, self._response = plan, response
+        self._plan, self._quadrature = plan, quadrature
         self._measured: list[list[_Measurement]] = [[] for _ in range(levels)]
         self._said: list[list[tuple[int, _Moment, Tensor]]] = [[] for _ in range(levels)]
         self._due = plan.counts.bool().tolist() if plan.holds and plan.counts is not None else []
@@ -184,7 +184,7 @@ class _Held:
     @property
     def revises(self) -> bool:
         """Whether hindsight has what it needs."""
-        return self._response is not None
+        return self._quadrature is not None
 
     def measure(self, row: int, outputs: Sequence[Tensor | None], moment: _Moment) -> Tensor | float:
         """Remember the corrections due at this row. Returns what hindsight moves the state y by."""
@@ -206,11 +206,11 @@ class _Held:
         """`sum_i c_i (interpolated_i - said_i)` over the rows since the last measurement."""
         move: Tensor | float = 0.0
         for row, then, said in self._said[level]:
-            assert self._response is not None
+            assert self._quadrature is not None
             ends = self._measured[level][-2], self._measured[level][-1]
             error = interpolated(*ends, -then.kappa.log(), self._plan.memory) - said
             # what entered there has shrunk since, about as it would with frozen data
-            move = move + error * then.alpha * (now.kappa / then.kappa) * self._response[row]
+            move = move + error * then.alpha * (now.kappa / then.kappa) * self._quadrature[row]
         self._said[level] = []
         return move
 

@@ -29,15 +29,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mlem.brownian import BrownianPath
 from mlem.denoiser import Denoiser, NetworkDenoiser
 from mlem.family import Family
+from mlem.grids import TimeGrid
 from mlem.multilevel.coefficients import CERTAIN, Coefficients, feature
 from mlem.multilevel.coins import falls, toss, uniforms_needed
 from mlem.multilevel.plan import collect
-from mlem.multilevel.recipe import Recipe
-from mlem.noise import BrownianPath, NoiseStream
-from mlem.schedule import NoiseSchedule, TimeGrid
-from mlem.solvers import Place, Point, Solver, make_solver, model_input, response
+from mlem.multilevel.spec import PlanSpec
+from mlem.noise import NoiseStream
+from mlem.schedule import NoiseSchedule
+from mlem.solvers import EvaluationPoint, GridPoint, Solver, make_solver, model_input, quadrature_weights
 
 TANGENTS = ("exact", "random")
 """Directions of the pathwise part: all of them, or a random one for each draw."""
@@ -46,7 +48,7 @@ LARGEST = 0.99
 
 
 @dataclass(frozen=True)
-class Estimate:
+class GradientEstimate:
     """One draw of the gradient. mse: (D,), of each draw of the coins. cost: expected share. gradient: (2, K - 1)."""
 
     mse: Tensor
@@ -79,8 +81,8 @@ class Objective:
             )
         self.denoisers, self.schedule, self.shape = tuple(denoisers), schedule, tuple(shape)
         self.solver, self.grid, self.costs, self.seed = copy.copy(solver), grid, costs.double(), seed
-        self.points = Point.of(schedule, grid)
-        self.times = [point.t for point in response(self.solver, self.schedule, self.points)[1]]
+        self.points = GridPoint.of(schedule, grid)
+        self.times = [point.t for point in quadrature_weights(self.solver, self.schedule, self.points)[1]]
         """Times of the evaluations: R."""
         self.feature = feature(schedule, self.times)
         self._coins, self._directions = NoiseStream(seed, "learning/coins"), NoiseStream(seed, "learning/directions")
@@ -157,9 +159,9 @@ class Objective:
         solver, points = self.solver, self.points
         if steps is not None:
             solver = make_solver(solver.reference)
-            points = Point.of(self.schedule, solver.grid(self.schedule, steps))
+            points = GridPoint.of(self.schedule, solver.grid(self.schedule, steps))
 
-        def eps(y: Tensor, place: Place) -> Tensor:
+        def eps(y: Tensor, place: EvaluationPoint) -> Tensor:
             return self.denoisers[-1](*model_input(self.schedule, y, place)).double()
 
         return self._solve(solver, eps, points, indices)
@@ -177,7 +179,7 @@ class Objective:
         draws_of = [[one.nonzero().flatten().to(indices.device) for one in row.unbind(1)] for row in runs.unbind(1)]
         row = iter(range(weights.shape[1]))
 
-        def eps(y: Tensor, place: Place) -> Tensor:
+        def eps(y: Tensor, place: EvaluationPoint) -> Tensor:
             i = next(row)
             x, t = (part.view(draws, size, *part.shape[1:]) for part in model_input(self.schedule, y, place))
             total = torch.zeros_like(x)
@@ -192,7 +194,7 @@ class Objective:
         return self._solve(self.solver, eps, self.points, indices.flatten()).view(draws, size, *self.shape)
 
     def _solve(
-        self, solver: Solver, eps: Callable[[Tensor, Place], Tensor], points: list[Point], indices: Tensor
+        self, solver: Solver, eps: Callable[[Tensor, EvaluationPoint], Tensor], points: list[GridPoint], indices: Tensor
     ) -> Tensor:
         path = BrownianPath(self.schedule, self.seed, indices, self.shape, torch.get_default_dtype())
         y = self.start(indices).double() / points[0].alpha
@@ -204,7 +206,7 @@ class Objective:
 
     def estimate(
         self, theta: Tensor, counts: Tensor, indices: Tensor, truth: Tensor, weight: float, directions: Tensor | None
-    ) -> Estimate:
+    ) -> GradientEstimate:
         """J and an unbiased estimate of its gradient.
 
         counts: (D, R, K), from `toss`, D >= 2. indices: (B,) of the samples, all with the same draws; truth:
@@ -212,7 +214,7 @@ class Objective:
         """
         theta = theta.detach().double().cpu()
         mse, pathwise = self.differentiate(theta, counts, indices, truth, directions)
-        return Estimate(mse, self.cost(theta).item(), self.assemble(theta, counts, mse, pathwise, weight))
+        return GradientEstimate(mse, self.cost(theta).item(), self.assemble(theta, counts, mse, pathwise, weight))
 
     def assemble(self, theta: Tensor, counts: Tensor, mse: Tensor, pathwise: Tensor, weight: float) -> Tensor:
         """The gradient (.., 2, K - 1) from D >= 2 draws.
@@ -315,10 +317,10 @@ def first_coefficients(family: Family, solver: Solver, grid: TimeGrid, budget: f
     """
     law = "calibrated" if "calibration" in family.fitted else "theory"
     names = tuple(family.names)
-    recipe = Recipe(budget=budget, probabilities=law, estimator="jump", coins="bernoulli", cost="flops", levels=names)
-    table = recipe.plan(family, solver, grid).probabilities.clone()
+    spec = PlanSpec(budget=budget, probabilities=law, estimator="jump", coins="bernoulli", cost="flops", levels=names)
+    table = spec.plan(family, solver, grid).probabilities.clone()
     table[:, 1:].clamp_(max=LARGEST)
-    times = [point.t for point in response(solver, family.schedule, Point.of(family.schedule, grid))[1]]
+    times = [point.t for point in quadrature_weights(solver, family.schedule, GridPoint.of(family.schedule, grid))[1]]
     alpha, beta = Coefficients.fit(table, family.schedule, times)
     return torch.stack([alpha[1:], beta[1:]])
 

@@ -10,7 +10,7 @@ import torch
 from mlem.family import Family
 from mlem.multilevel.denoiser import MultilevelDenoiser
 from mlem.multilevel.plan import Plan
-from mlem.multilevel.recipe import Recipe
+from mlem.multilevel.spec import PlanSpec
 from mlem.multilevel.trial import MEMORY, check_reference_steps, trial, trial_indices
 from mlem.network import evaluating
 from mlem.solvers import make_solver
@@ -26,23 +26,23 @@ def memorise(
     images: int = 16,
     reference_steps: int = 1000,
     device: str | torch.device = "cpu",
-    **recipe: object,
+    **spec: object,
 ) -> Plan:
     """The best of `draws` plans, by the mean squared error on a training set of `images` samples.
 
-    recipe: fields of `Recipe`; its seed is that of the first draw. `about` of the plan says the error it was chosen by
+    spec: fields of `PlanSpec`; its seed is that of the first draw. `about` of the plan says the error it was chosen by
     (chosen_mse), its error on as many other samples (judged_mse), and theirs of all draws, mean and standard deviation
     (others_mse, others_spread). Raises ValueError for fewer than two draws, for no images or steps
-    of the reference, for a recipe that tosses no coins, and for one that the solver cannot follow.
+    of the reference, for a spec that tosses no coins, and for one that the solver cannot follow.
     """
     if draws < 2:
         raise ValueError(f"draws must be >= 2, got {draws}; the best is chosen among them")
     if images < 1:
         raise ValueError(f"images must be >= 1, got {images}; the best is chosen by its error on them")
     check_reference_steps(reference_steps)
-    first = Recipe(**recipe)  # type: ignore[arg-type]
+    first = PlanSpec(**spec)  # type: ignore[arg-type]
     if first.searched:
-        raise ValueError("this recipe tosses no coins, so that all its draws are equal; add coins=systematic")
+        raise ValueError("this spec tosses no coins, so that all its draws are equal; add coins=systematic")
     method = make_solver(solver)
     times = method.grid(family.schedule, steps, grid)
     plans = [replace(first, seed=first.seed + number).plan(family, method, times) for number in range(draws)]

@@ -13,7 +13,7 @@ from mlem.multilevel.calibrate import Calibration
 from mlem.multilevel.denoiser import MultilevelDenoiser
 from mlem.multilevel.plan import Plan
 from mlem.multilevel.predict import Predictor
-from mlem.multilevel.recipe import Recipe
+from mlem.multilevel.spec import PlanSpec
 from mlem.multilevel.trial import PILOT, check_reference_steps, trial, trial_indices
 from mlem.network import evaluating
 from mlem.solvers import Solver, make_solver
@@ -69,8 +69,8 @@ def pilot(
         for name, grid, steps, order in PILOTS:
             for estimator, coins, draws in ESTIMATORS:
                 progress(f"pilot plans: {name}, {estimator} {coins or ''}")
-                recipe = Recipe(budget=1.0, estimator=estimator, coins=coins, order=order, cost="flops")
-                found = _pilots(runs, recipe, make_solver(name), grid, steps, draws)
+                spec = PlanSpec(budget=1.0, estimator=estimator, coins=coins, order=order, cost="flops")
+                found = _pilots(runs, spec, make_solver(name), grid, steps, draws)
                 pilots[pilot_key(make_solver(name), estimator, coins)] = found
     about = calibration.about | {"pilot_images": images, "reference_steps": reference_steps}
     return replace(calibration, pilots=pilots, about=about)
@@ -108,7 +108,7 @@ class _Runs:
         return trial(denoiser, family.schedule, family.shape, solver, times, self._index, self._seed)  # type: ignore[arg-type]
 
 
-def _pilots(runs: _Runs, recipe: Recipe, solver: Solver, grid: str, steps: int, draws: int) -> list[list[float]]:
+def _pilots(runs: _Runs, spec: PlanSpec, solver: Solver, grid: str, steps: int, draws: int) -> list[list[float]]:
     """[predicted by linear response, measured less discretisation] at each cost that a plan can have, rising."""
     family = runs.family
     times = solver.grid(family.schedule, steps, grid)
@@ -118,7 +118,7 @@ def _pilots(runs: _Runs, recipe: Recipe, solver: Solver, grid: str, steps: int, 
         predicted, measured = 0.0, 0.0
         try:
             for seed in range(draws):
-                plan = replace(recipe, budget=spent / steps, seed=seed).plan(family, solver, times)
+                plan = replace(spec, budget=spent / steps, seed=seed).plan(family, solver, times)
                 predicted += predictor.response_error(plan) / draws
                 measured += runs.error(solver, grid, steps, plan) / draws
         except ValueError:  # a family whose cheapest level costs more than that

@@ -18,11 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mlem.grids import TimeGrid
 from mlem.multilevel.calibrate import Calibration
 from mlem.multilevel.coins import toss
 from mlem.multilevel.plan import Plan
-from mlem.schedule import NoiseSchedule, TimeGrid
-from mlem.solvers import Point, Solver, response
+from mlem.schedule import NoiseSchedule
+from mlem.solvers import GridPoint, Solver, quadrature_weights
 
 
 class Predictor:
@@ -30,8 +31,8 @@ class Predictor:
 
     def __init__(self, calibration: Calibration, schedule: NoiseSchedule, solver: Solver, grid: TimeGrid) -> None:
         self.calibration, self.solver, self.grid = calibration, solver, grid
-        points, entered = Point.of(schedule, grid), []
-        _, rows = response(solver, schedule, points, lambda step, y: entered.append(y))
+        points, entered = GridPoint.of(schedule, grid), []
+        _, rows = quadrature_weights(solver, schedule, points, lambda step, y: entered.append(y))
         kappa = torch.tensor([point.kappa for point in rows], dtype=torch.float64)
         self.times = -kappa.log()
         """-ln kappa at each row: (R,)."""

@@ -7,11 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mlem.brownian import BrownianPath
 from mlem.denoiser import Denoiser
+from mlem.grids import TimeGrid
 from mlem.multilevel.denoiser import MultilevelDenoiser
-from mlem.noise import BrownianPath, NoiseStream
-from mlem.schedule import NoiseSchedule, TimeGrid
-from mlem.solvers import Estimate, Place, Point, Solver, model_input, response
+from mlem.noise import NoiseStream
+from mlem.schedule import NoiseSchedule
+from mlem.solvers import EvaluationPoint, GridPoint, NoiseEstimate, Solver, model_input, quadrature_weights
 
 CALIBRATION, PILOT, MEMORY = 10**9, 11 * 10**8, 12 * 10**8
 """Where the sample indices of each use begin."""
@@ -29,10 +31,10 @@ def check_reference_steps(steps: int) -> int:
     return steps
 
 
-def estimate(denoiser: Denoiser, schedule: NoiseSchedule) -> Estimate:
+def estimate(denoiser: Denoiser, schedule: NoiseSchedule) -> NoiseEstimate:
     """The denoiser as a solver calls it, in float64."""
 
-    def eps(y: Tensor, place: Place) -> Tensor:
+    def eps(y: Tensor, place: EvaluationPoint) -> Tensor:
         return denoiser(*model_input(schedule, y, place)).double()
 
     return eps
@@ -48,12 +50,12 @@ def trial(
     seed: int,
 ) -> Tensor:
     """Samples with these indices: (B, *shape) float64. A MultilevelDenoiser begins anew and may revise."""
-    points = Point.of(schedule, grid)
+    points = GridPoint.of(schedule, grid)
     path = BrownianPath(schedule, seed, index, shape, torch.float32)
     y = start(schedule, shape, index, seed)
     revise = None
     if isinstance(denoiser, MultilevelDenoiser):
-        denoiser.start(index, response(solver, schedule, points)[0].tolist())
+        denoiser.start(index, quadrature_weights(solver, schedule, points)[0].tolist())
         revise = denoiser.revise
     return (
         solver.integrate(estimate(denoiser, schedule), y, points, path, index, seed, revise=revise) * points[-1].alpha

@@ -8,12 +8,29 @@ import inspect
 import pkgutil
 from typing import Any
 
-from mlem.solvers.base import SOLVERS, Estimate, Place, Point, Solver, model_input, response
+from mlem.solvers.base import (
+    SOLVERS,
+    EvaluationPoint,
+    GridPoint,
+    NoiseEstimate,
+    Solver,
+    model_input,
+    quadrature_weights,
+)
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
 
-__all__ = ["SOLVERS", "Estimate", "Place", "Point", "Solver", "make_solver", "model_input", "response"]
+__all__ = [
+    "SOLVERS",
+    "EvaluationPoint",
+    "GridPoint",
+    "NoiseEstimate",
+    "Solver",
+    "make_solver",
+    "model_input",
+    "quadrature_weights",
+]
 
 
 def make_solver(name: str | Solver, **options: Any) -> Solver:

@@ -16,11 +16,12 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from mlem.noise import BrownianPath
-from mlem.schedule import NoiseSchedule, TimeGrid, expand_like
+from mlem.brownian import BrownianPath
+from mlem.grids import TimeGrid
+from mlem.schedule import NoiseSchedule, expand_like
 
 
-class Point(NamedTuple):
+class GridPoint(NamedTuple):
     """A point of a time grid, in plain numbers, so that a step never waits for a device."""
 
     t: float
@@ -28,21 +29,21 @@ class Point(NamedTuple):
     kappa: float
 
     @staticmethod
-    def of(schedule: NoiseSchedule, grid: TimeGrid) -> list[Point]:
+    def of(schedule: NoiseSchedule, grid: TimeGrid) -> list[GridPoint]:
         """The points of `grid` under `schedule`."""
-        return [Point(t, schedule.alpha(t).item(), schedule.kappa(t).item()) for t in grid.times]
+        return [GridPoint(t, schedule.alpha(t).item(), schedule.kappa(t).item()) for t in grid.times]
 
 
-Place = Point | Tensor
+EvaluationPoint = GridPoint | Tensor
 """Where a noise estimate is wanted: a point of the grid, or a kappa for each sample, (B,) float64."""
 
-Estimate = Callable[[Tensor, Place], Tensor]
+NoiseEstimate = Callable[[Tensor, EvaluationPoint], Tensor]
 """eps(y, place): the noise estimate at y (B, ...), like y."""
 
 
-def model_input(schedule: NoiseSchedule, y: Tensor, place: Place) -> tuple[Tensor, Tensor]:
+def model_input(schedule: NoiseSchedule, y: Tensor, place: EvaluationPoint) -> tuple[Tensor, Tensor]:
     """What a denoiser is asked where a solver is at y (B, ...): x (B, ...) and t (B,), float64."""
-    if isinstance(place, Point):
+    if isinstance(place, GridPoint):
         return (y * place.alpha).double(), torch.full((len(y),), place.t, dtype=torch.float64, device=y.device)
     t = schedule.time_from_kappa(place)
     return (y * expand_like(schedule.alpha(t), y)).double(), t
@@ -85,26 +86,26 @@ class Solver(ABC):
         """How often `step` calls the denoiser for each sample over the whole grid."""
         return grid.steps
 
-    def init(self, points: list[Point], indices: Tensor, seed: int) -> Any:
+    def init(self, points: list[GridPoint], indices: Tensor, seed: int) -> Any:
         """The state before the first step: nothing, unless the method has a memory."""
         return None
 
     @abstractmethod
     def step(
-        self, eps: Estimate, y: Tensor, state: Any, here: Point, there: Point, path: BrownianPath
+        self, eps: NoiseEstimate, y: Tensor, state: Any, here: GridPoint, there: GridPoint, path: BrownianPath
     ) -> tuple[Tensor, Any]:
         """y at `there`, given y (B, ...) at `here`, and the new state."""
 
     def integrate(
         self,
-        eps: Estimate,
+        eps: NoiseEstimate,
         y: Tensor,
-        points: list[Point],
+        points: list[GridPoint],
         path: BrownianPath,
         indices: Tensor,
         seed: int,
         *,
-        revise: Callable[[Tensor, Point], Tensor] | None = None,
+        revise: Callable[[Tensor, GridPoint], Tensor] | None = None,
         watch: Callable[[int, Tensor], None] | None = None,
     ) -> Tensor:
         """The loop: y (B, ...) at points[0] -> y at points[-1].
@@ -132,12 +133,12 @@ class _NoNoise:
         return 0.0, 0.0
 
 
-def response(
+def quadrature_weights(
     solver: Solver,
     schedule: NoiseSchedule,
-    points: list[Point],
+    points: list[GridPoint],
     watch: Callable[[int, Tensor], None] | None = None,
-) -> tuple[Tensor, list[Point]]:
+) -> tuple[Tensor, list[GridPoint]]:
     """What each noise estimate adds to the last y, all others held fixed, (R,) float64, and the points asked for.
 
     A linear solver's coefficients are read off by feeding it unit vectors; DDIM's are `kappa' - kappa`, those of
@@ -149,10 +150,10 @@ def response(
         raise ValueError(f"{solver.name} is not linear in its noise estimates: no plan can be searched for it")
     size, asked = 2 * len(points), []
 
-    def unit(y: Tensor, place: Place) -> Tensor:
-        if not isinstance(place, Point):
+    def unit(y: Tensor, place: EvaluationPoint) -> Tensor:
+        if not isinstance(place, GridPoint):
             t = schedule.time_from_kappa(place)
-            place = Point(t.item(), schedule.alpha(t).item(), place.item())
+            place = GridPoint(t.item(), schedule.alpha(t).item(), place.item())
         asked.append(place)
         return torch.zeros_like(nothing).index_fill_(2, torch.tensor([len(asked) - 1]), 1.0)
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from mlem.noise import BrownianPath
-from mlem.solvers.base import Estimate, Point, Solver
+from mlem.brownian import BrownianPath
+from mlem.solvers.base import GridPoint, NoiseEstimate, Solver
 
 
 class DDIM(Solver):
@@ -19,6 +19,6 @@ class DDIM(Solver):
     reference = "dpm_solver_pp"
 
     def step(
-        self, eps: Estimate, y: Tensor, state: Any, here: Point, there: Point, path: BrownianPath
+        self, eps: NoiseEstimate, y: Tensor, state: Any, here: GridPoint, there: GridPoint, path: BrownianPath
     ) -> tuple[Tensor, Any]:
         return y + (there.kappa - here.kappa) * eps(y, here), state

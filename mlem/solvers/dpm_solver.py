@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from mlem.noise import BrownianPath
-from mlem.solvers.base import Estimate, Point, Solver
+from mlem.brownian import BrownianPath
+from mlem.solvers.base import GridPoint, NoiseEstimate, Solver
 from mlem.solvers.ddpm import ancestral_noise
 
 
@@ -22,7 +22,7 @@ class _Previous(NamedTuple):
 
 
 def _extrapolated(
-    eps: Estimate, y: Tensor, previous: _Previous | None, here: Point, there: Point
+    eps: NoiseEstimate, y: Tensor, previous: _Previous | None, here: GridPoint, there: GridPoint
 ) -> tuple[Tensor, _Previous]:
     """D of the module docstring, and what the next step needs."""
     data = y - here.kappa * eps(y, here)
@@ -44,7 +44,13 @@ class DPMSolverPP(Solver):
     default_grid = "log_snr"
 
     def step(
-        self, eps: Estimate, y: Tensor, state: _Previous | None, here: Point, there: Point, path: BrownianPath
+        self,
+        eps: NoiseEstimate,
+        y: Tensor,
+        state: _Previous | None,
+        here: GridPoint,
+        there: GridPoint,
+        path: BrownianPath,
     ) -> tuple[Tensor, _Previous]:
         data, state = _extrapolated(eps, y, state, here, there)
         ratio = there.kappa / here.kappa
@@ -61,7 +67,13 @@ class SDEDPMSolverPP(Solver):
     default_grid = "log_snr"
 
     def step(
-        self, eps: Estimate, y: Tensor, state: _Previous | None, here: Point, there: Point, path: BrownianPath
+        self,
+        eps: NoiseEstimate,
+        y: Tensor,
+        state: _Previous | None,
+        here: GridPoint,
+        there: GridPoint,
+        path: BrownianPath,
     ) -> tuple[Tensor, _Previous]:
         data, state = _extrapolated(eps, y, state, here, there)
         ratio = (there.kappa / here.kappa) ** 2

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from mlem.noise import BrownianPath
-from mlem.solvers.base import Estimate, Point, Solver
+from mlem.brownian import BrownianPath
+from mlem.solvers.base import GridPoint, NoiseEstimate, Solver
 
 
 class EulerMaruyama(Solver):
@@ -19,7 +19,7 @@ class EulerMaruyama(Solver):
     reference = "euler_maruyama"
 
     def step(
-        self, eps: Estimate, y: Tensor, state: Any, here: Point, there: Point, path: BrownianPath
+        self, eps: NoiseEstimate, y: Tensor, state: Any, here: GridPoint, there: GridPoint, path: BrownianPath
     ) -> tuple[Tensor, Any]:
         noise = path.at(here.t) - path.at(there.t)
         return y + 2 * (there.kappa - here.kappa) * eps(y, here) + noise, state

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from mlem.noise import BrownianPath
-from mlem.schedule import TimeGrid
-from mlem.solvers.base import Estimate, Point, Solver
+from mlem.brownian import BrownianPath
+from mlem.grids import TimeGrid
+from mlem.solvers.base import GridPoint, NoiseEstimate, Solver
 
 
 class Heun(Solver):
@@ -24,7 +24,7 @@ class Heun(Solver):
         return 2 * grid.steps - (grid.times[-1] == 0)
 
     def step(
-        self, eps: Estimate, y: Tensor, state: Any, here: Point, there: Point, path: BrownianPath
+        self, eps: NoiseEstimate, y: Tensor, state: Any, here: GridPoint, there: GridPoint, path: BrownianPath
     ) -> tuple[Tensor, Any]:
         slope = eps(y, here)
         euler = y + (there.kappa - here.kappa) * slope

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from mlem.denoiser import Denoiser
+from mlem.grids import TimeGrid
 from mlem.noise import NoiseStream
-from mlem.schedule import NoiseSchedule, TimeGrid, expand_like
-from mlem.solvers.base import Place, Point, model_input
+from mlem.schedule import NoiseSchedule, expand_like
+from mlem.solvers.base import EvaluationPoint, GridPoint, model_input
 
 TRIAL_INDICES = 13 * 10**8
 """Where the indices of samples that nobody asked for begin."""
@@ -43,7 +44,7 @@ class Lipschitz(NamedTuple):
             raise ValueError("lipschitz: a table needs falling times t and positive constants")
         return Lipschitz(None, table)
 
-    def scaled(self, point: Point) -> float:
+    def scaled(self, point: GridPoint) -> float:
         """`sigma^2 L` at a point, at most 1: noise of variance sigma^2 makes no score steeper than 1 / sigma^2."""
         variance = (point.kappa * point.alpha) ** 2
         if self.number is not None:
@@ -72,10 +73,10 @@ def estimate_lipschitz(
     """
     index = torch.arange(TRIAL_INDICES, TRIAL_INDICES + samples, device=device)
     stream = NoiseStream(seed, "lipschitz")
-    points = Point.of(schedule, TimeGrid.make("log_snr", schedule, steps))
+    points = GridPoint.of(schedule, TimeGrid.make("log_snr", schedule, steps))
     y = stream.normal(index, [0], shape, torch.float32)[0].double() / points[0].alpha
 
-    def eps(y: Tensor, place: Place) -> Tensor:
+    def eps(y: Tensor, place: EvaluationPoint) -> Tensor:
         return denoiser(*model_input(schedule, y, place)).double()
 
     def unit(v: Tensor) -> Tensor:

@@ -24,9 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mlem.noise import BrownianPath, NoiseStream
-from mlem.schedule import TimeGrid
-from mlem.solvers.base import Estimate, Point, Solver
+from mlem.brownian import BrownianPath
+from mlem.grids import TimeGrid
+from mlem.noise import NoiseStream
+from mlem.solvers.base import GridPoint, NoiseEstimate, Solver
 from mlem.solvers.clock import Clock, make_clock
 
 
@@ -75,11 +76,11 @@ class ParallelMidpoint(Solver):
         """At most so many; fewer where a tolerance is met."""
         return grid.steps * (1 + self.rounds * self.midpoints)
 
-    def init(self, points: list[Point], indices: Tensor, seed: int) -> tuple[Tensor, int, int]:
+    def init(self, points: list[GridPoint], indices: Tensor, seed: int) -> tuple[Tensor, int, int]:
         return indices, seed, 0
 
     def step(
-        self, eps: Estimate, y: Tensor, state: Any, here: Point, there: Point, path: BrownianPath
+        self, eps: NoiseEstimate, y: Tensor, state: Any, here: GridPoint, there: GridPoint, path: BrownianPath
     ) -> tuple[Tensor, Any]:
         """One block by itself; state: its number."""
         y = self._fly(eps, y, _Table.draw(self.clock, self.midpoints, [here, there], *state), None)
@@ -87,21 +88,21 @@ class ParallelMidpoint(Solver):
 
     def integrate(
         self,
-        eps: Estimate,
+        eps: NoiseEstimate,
         y: Tensor,
-        points: list[Point],
+        points: list[GridPoint],
         path: BrownianPath,
         indices: Tensor,
         seed: int,
         *,
-        revise: Callable[[Tensor, Point], Tensor] | None = None,
+        revise: Callable[[Tensor, GridPoint], Tensor] | None = None,
         watch: Callable[[int, Tensor], None] | None = None,
     ) -> Tensor:
         if revise is not None:
             raise ValueError("parallel_midpoint evaluates many times at once: nothing can be revised in between")
         return self._fly(eps, y, _Table.draw(self.clock, self.midpoints, points, indices, seed), watch)
 
-    def _fly(self, eps: Estimate, y: Tensor, table: _Table, watch: Callable[[int, Tensor], None] | None) -> Tensor:
+    def _fly(self, eps: NoiseEstimate, y: Tensor, table: _Table, watch: Callable[[int, Tensor], None] | None) -> Tensor:
         flight = _Flight(table, y, self.window // self.midpoints)
         while flight.unfinished:
             moved = flight.round(eps, measure=self.tolerance is not None)
@@ -127,7 +128,9 @@ class _Table:
     """kappa of the midpoints: (B, blocks, R)."""
 
     @staticmethod
-    def draw(clock: Clock, midpoints: int, points: list[Point], indices: Tensor, seed: int, first: int = 0) -> _Table:
+    def draw(
+        clock: Clock, midpoints: int, points: list[GridPoint], indices: Tensor, seed: int, first: int = 0
+    ) -> _Table:
         """first: number of the first block, which keys the midpoints."""
         slots = range(first * midpoints, (first + len(points) - 1) * midpoints)
         pairs = itertools.pairwise(point.kappa for point in points)
@@ -185,7 +188,7 @@ class _Flight:
         """Whether any sample has blocks left."""
         return bool((self.front < self._blocks).any())
 
-    def round(self, eps: Estimate, measure: bool) -> Tensor | None:
+    def round(self, eps: NoiseEstimate, measure: bool) -> Tensor | None:
         """One call for all blocks in flight; with `measure` by how much each moved, in units of the data, (B, S)."""
         device, slots = self.base.device, self.age.shape[1]
         numbers = self.front[:, None] + torch.arange(slots)

@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from mlem.noise import BrownianPath
-from mlem.schedule import NoiseSchedule, TimeGrid
-from mlem.solvers.base import Estimate, Point, Solver
+from mlem.brownian import BrownianPath
+from mlem.grids import TimeGrid
+from mlem.schedule import NoiseSchedule
+from mlem.solvers.base import GridPoint, NoiseEstimate, Solver
 from mlem.solvers.lipschitz import Lipschitz
 from mlem.solvers.parallel_midpoint import ParallelMidpoint
 from mlem.solvers.randomized_midpoint import RandomizedMidpoint
@@ -89,12 +90,12 @@ class PredictorCorrector(Solver):
             kappas = [1.0] * grid.steps + [float(grid.times[-1] > 0)]
         return self.predictor.evaluations(grid) + len(self._corrected(kappas)) * self.corrector.evaluations
 
-    def init(self, points: list[Point], indices: Tensor, seed: int) -> _State:
+    def init(self, points: list[GridPoint], indices: Tensor, seed: int) -> _State:
         corrected = frozenset(self._corrected([point.kappa for point in points]))
         return _State(self.predictor.init(points, indices, seed), 0, corrected, indices, seed)
 
     def step(
-        self, eps: Estimate, y: Tensor, state: _State, here: Point, there: Point, path: BrownianPath
+        self, eps: NoiseEstimate, y: Tensor, state: _State, here: GridPoint, there: GridPoint, path: BrownianPath
     ) -> tuple[Tensor, _State]:
         y, predictor = self.predictor.step(eps, y, state.predictor, here, there, path)
         if state.step in state.corrected:

@@ -13,9 +13,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mlem.noise import BrownianPath, NoiseStream
-from mlem.schedule import TimeGrid, expand_like
-from mlem.solvers.base import Estimate, Point, Solver
+from mlem.brownian import BrownianPath
+from mlem.grids import TimeGrid
+from mlem.noise import NoiseStream
+from mlem.schedule import expand_like
+from mlem.solvers.base import GridPoint, NoiseEstimate, Solver
 from mlem.solvers.clock import make_clock
 
 MIDPOINTS = ("own", "shared")
@@ -43,7 +45,7 @@ class _TwoCalls(Solver):
     def evaluations(self, grid: TimeGrid) -> int:
         return 2 * grid.steps
 
-    def init(self, points: list[Point], indices: Tensor, seed: int) -> Tensor:
+    def init(self, points: list[GridPoint], indices: Tensor, seed: int) -> Tensor:
         return draw_midpoints(indices, seed, len(points) - 1, self.midpoints)
 
 
@@ -65,7 +67,7 @@ class RandomizedMidpoint(_TwoCalls):
             self.default_grid = "ou_halving"  # pyright: ignore[reportAttributeAccessIssue]
 
     def step(
-        self, eps: Estimate, y: Tensor, state: Tensor, here: Point, there: Point, path: BrownianPath
+        self, eps: NoiseEstimate, y: Tensor, state: Tensor, here: GridPoint, there: GridPoint, path: BrownianPath
     ) -> tuple[Tensor, Tensor]:
         middle = self.clock.place(here.kappa, there.kappa, state[0])
         y_mid = y + expand_like(self.clock.drift(here.kappa, middle, here.kappa), y) * eps(y, here)
@@ -92,7 +94,7 @@ class SDERandomizedMidpoint(_TwoCalls):
         self.midpoints = self._checked(midpoints)
 
     def step(
-        self, eps: Estimate, y: Tensor, state: Tensor, here: Point, there: Point, path: BrownianPath
+        self, eps: NoiseEstimate, y: Tensor, state: Tensor, here: GridPoint, there: GridPoint, path: BrownianPath
     ) -> tuple[Tensor, Tensor]:
         middle = here.kappa + (there.kappa - here.kappa) * state[0]
         at_here = path.at(here.t)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mlem.langevin import Kernel, parallel_underdamped, randomized_midpoint_step, underdamped_step
 from mlem.noise import NoiseStream
-from mlem.solvers.base import Estimate, Point
+from mlem.solvers.base import GridPoint, NoiseEstimate
 
 METHODS = ("underdamped", "midpoint", "parallel")
 
@@ -58,7 +58,7 @@ class UnderdampedLangevin:
         return self.steps * {"underdamped": 1, "midpoint": 2, "parallel": self.rounds}[self.method]
 
     def correct(
-        self, eps: Estimate, y: Tensor, here: Point, lipschitz: float, indices: Tensor, seed: int, number: int
+        self, eps: NoiseEstimate, y: Tensor, here: GridPoint, lipschitz: float, indices: Tensor, seed: int, number: int
     ) -> Tensor:
         """y (B, ...) after one correction at the noise level of `here`, whose kappa is positive.
 

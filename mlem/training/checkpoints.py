@@ -105,7 +105,7 @@ class Checkpoints(Checkpoint):
     On SIGTERM it saves and stops, within a validation too: what is to be validated was saved before. (Lightning's own
     handling of SIGTERM stops in the middle of gradient accumulation and saves nothing.)
 
-    owed: a run is resumed that was stopped before its last step had been validated, which is made up for first: in
+    pending: a run is resumed that was stopped before its last step had been validated, which is made up for first: in
     Lightning a resumed run begins with the next step.
 
     Checkpoints keep the seconds of training so far, so that `seconds` counts all processes of a run, but for what was
@@ -115,10 +115,10 @@ class Checkpoints(Checkpoint):
     with its value.
     """
 
-    def __init__(self, folder: Path, every: int, rate: str = "training.learning_rate", owed: bool = False) -> None:
+    def __init__(self, folder: Path, every: int, rate: str = "training.learning_rate", pending: bool = False) -> None:
         if every < 1:
             raise ValueError(f"training.checkpoint_every must be >= 1, got {every}")
-        self.folder, self.every, self._rate, self._owed = folder, every, rate, owed
+        self.folder, self.every, self._rate, self._pending = folder, every, rate, pending
         self._signalled = self._stopping = False
         self._last_step = -1
         self._earlier, self._begin = 0.0, time.perf_counter()
@@ -135,8 +135,8 @@ class Checkpoints(Checkpoint):
         self._earlier = state_dict["seconds"]
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._owed = trainer.strategy.broadcast(self._owed)  # ranks may see different states of a shared disk
-        if self._owed:  # a run that has all its steps would end before `on_train_start`
+        self._pending = trainer.strategy.broadcast(self._pending)  # ranks may see different states of a shared disk
+        if self._pending:  # a run that has all its steps would end before `on_train_start`
             trainer.fit_loop.epoch_loop.max_steps += 1
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -144,7 +144,7 @@ class Checkpoints(Checkpoint):
         self._listen()
         # a resume at the end of an epoch makes Lightning lose count
         trainer.fit_loop.epoch_progress.current.completed = _epochs_done(trainer)
-        if self._owed:
+        if self._pending:
             trainer.fit_loop.epoch_loop.max_steps -= 1
             _validate(trainer)
 

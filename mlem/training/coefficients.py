@@ -213,9 +213,9 @@ def _gathered(mine: Tensor, ranks: int) -> Tensor:
         return mine
     import torch.distributed as distributed
 
-    everyone: list[Any] = [None] * ranks
-    distributed.all_gather_object(everyone, mine)
-    return torch.cat(everyone)
+    all_gather: list[Any] = [None] * ranks
+    distributed.all_gather_object(all_gather, mine)
+    return torch.cat(all_gather)
 
 
 class LearningLines(LineProgress):

@@ -22,7 +22,7 @@ from mlem.images import image_grid
 from mlem.ledger import Ledger, LevelLedger
 from mlem.metrics import FID, Measure, PathwiseError
 from mlem.metrics.scores import KINDS
-from mlem.multilevel.recipe import Recipe
+from mlem.multilevel.spec import PlanSpec
 from mlem.plots import MULTILEVEL, error_by_noise_level, error_vs_time, grid_name, quality_vs_evaluations
 from mlem.sampling import Sampler, blocks, solver_of
 from mlem.training.checkpoints import stop_if_told
@@ -31,20 +31,20 @@ from mlem.training.progress import announced
 
 GRID_IMAGES = 64
 """How many samples a picture shows."""
-_DIALS = ("budget", "mse", "delta")
+_TARGETS = ("budget", "mse", "delta")
 
 
 @dataclass(frozen=True)
 class SamplerChoice:
     """One sampler at several step counts: a line in the figure. grid: None for the solver's own choice.
 
-    recipe: how the levels of the family share the work; None for every level by itself. options: of the solver.
+    spec: how the levels of the family share the work; None for every level by itself. options: of the solver.
     """
 
     solver: str
     steps: tuple[int, ...]
     grid: str | None = None
-    recipe: Recipe | None = None
+    spec: PlanSpec | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -56,26 +56,26 @@ class SamplerChoice:
         """Name in figures and metrics: all that is not the default, but for steps and the dial."""
         name = "_".join([self.solver.replace(":", "_"), *([self.grid] if self.grid else [])])
         name += "".join(f"_{key}-{value}" for key, value in self.options.items())
-        if self.recipe is None:
+        if self.spec is None:
             return name
-        coins = f"_{self.recipe.coins}" if self.recipe.coins else ""
-        name += f"_{self.recipe.estimator}{coins}"
-        for one in fields(self.recipe):
-            value = getattr(self.recipe, one.name)
-            if one.name not in (*_DIALS, "cost", "estimator", "coins") and value != one.default:
+        coins = f"_{self.spec.coins}" if self.spec.coins else ""
+        name += f"_{self.spec.estimator}{coins}"
+        for one in fields(self.spec):
+            value = getattr(self.spec, one.name)
+            if one.name not in (*_TARGETS, "cost", "estimator", "coins") and value != one.default:
                 name += f"_{one.name}-{'+'.join(map(str, value)) if isinstance(value, (list, tuple)) else value}"
         return name
 
     @property
     def dial(self) -> str:
         """How much a plan may spend, such as budget0.25, and of what where that is not seconds; "" for no dial."""
-        if self.recipe is None:
+        if self.spec is None:
             return ""
-        dial = "".join(f"{name}{v:g}" for name in _DIALS if (v := getattr(self.recipe, name)) is not None)
-        return f"{dial}_{self.recipe.cost}" if dial and self.recipe.cost != Recipe.cost else dial
+        dial = "".join(f"{name}{v:g}" for name in _TARGETS if (v := getattr(self.spec, name)) is not None)
+        return f"{dial}_{self.spec.cost}" if dial and self.spec.cost != PlanSpec.cost else dial
 
 
-def refuse_twins(choices: Sequence[SamplerChoice]) -> None:
+def refuse_duplicates(choices: Sequence[SamplerChoice]) -> None:
     """Raise ValueError for a sampler that is listed twice: its pictures and metrics would have one name."""
     seen: dict[tuple[str, int, str], int] = {}
     for number, choice in enumerate(choices):
@@ -170,8 +170,8 @@ class SamplerEvaluation(pl.Callback):
 
     def _tallies(self, family: Family, device: torch.device) -> list[_Tally]:
         """Every sampler on every level, then those that share the work among levels, where there are several."""
-        alone = [number for number, choice in enumerate(self.samplers) if choice.recipe is None]
-        shared = [number for number, choice in enumerate(self.samplers) if choice.recipe is not None]
+        alone = [number for number, choice in enumerate(self.samplers) if choice.spec is None]
+        shared = [number for number, choice in enumerate(self.samplers) if choice.spec is not None]
         models: list[tuple[Family | Level, int]] = [(level, number) for level in family.levels for number in alone]
         models += [(family, number) for number in shared if len(family.levels) > 1]
         return [
@@ -185,7 +185,7 @@ class SamplerEvaluation(pl.Callback):
         options: dict[str, Any] = {"steps": steps, "grid": choice.grid, "seed": self.seed, "device": device}
         try:
             solver = solver_of(choice.solver, **choice.options)
-            sampler = Sampler(model, solver=solver, plan=choice.recipe, **options)
+            sampler = Sampler(model, solver=solver, plan=choice.spec, **options)
         except ValueError as error:
             raise ValueError(f"evaluation.samplers[{number}]: {error}") from error
         name = model.name if isinstance(model, Level) else MULTILEVEL

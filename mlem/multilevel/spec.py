@@ -1,4 +1,4 @@
-"""A recipe: how to make a plan for whatever solver and steps come. `family.plan(budget=0.25)` gives one.
+"""A spec: how to make a plan for whatever solver and steps come. `family.plan(budget=0.25)` gives one.
 
 Probabilities are calibrated (`p_k = min(1, C s sqrt(V_k / c_k))`, Giles' allocation, with the measured weight s of
 an error at that time), learned (`Coefficients`), fixed numbers, or the theorem's law in the cost (`p_k ~ c_k^-(1/2 +
@@ -17,19 +17,19 @@ import torch
 from torch import Tensor
 
 from mlem.family import Family
+from mlem.grids import TimeGrid
 from mlem.multilevel.calibrate import UNITS, Calibration
 from mlem.multilevel.coefficients import Coefficients
 from mlem.multilevel.coins import COINS, check_coins
 from mlem.multilevel.plan import ESTIMATORS, Plan
 from mlem.multilevel.predict import Predictor, Search
-from mlem.schedule import TimeGrid
-from mlem.solvers import SOLVERS, Point, Solver, response
+from mlem.solvers import SOLVERS, GridPoint, Solver, quadrature_weights
 
 PROBABILITIES = ("calibrated", "learned", "theory")
 
 
 @dataclass(frozen=True)
-class Recipe:
+class PlanSpec:
     """See the module docstring; `Family.plan` says what the fields mean."""
 
     budget: float | None = None
@@ -136,20 +136,20 @@ class Recipe:
 
 
 class _Planner:
-    """A recipe with all that it needs."""
+    """A spec with all that it needs."""
 
-    def __init__(self, recipe: Recipe, family: Family, solver: Solver, grid: TimeGrid) -> None:
-        self.recipe, self.family, self.solver, self.grid = recipe, family, solver, grid
-        coefficients, self.points = response(solver, family.schedule, Point.of(family.schedule, grid))
+    def __init__(self, spec: PlanSpec, family: Family, solver: Solver, grid: TimeGrid) -> None:
+        self.spec, self.family, self.solver, self.grid = spec, family, solver, grid
+        coefficients, self.points = quadrature_weights(solver, family.schedule, GridPoint.of(family.schedule, grid))
         self.rows = len(coefficients)
         # the corrections of an SDE are rough: extrapolating them makes it worse
-        self.order = (0 if solver.stochastic else 1) if recipe.order is None else recipe.order
-        refuse_levels(recipe.levels or (), family)
+        self.order = (0 if solver.stochastic else 1) if spec.order is None else spec.order
+        refuse_levels(spec.levels or (), family)
         calibrated = "calibration" in family.fitted
-        if calibrated or recipe.probabilities == "calibrated" or recipe.mse is not None:
+        if calibrated or spec.probabilities == "calibrated" or spec.mse is not None:
             calibration = Calibration.of(family)
             self.predictor = Predictor(calibration, family.schedule, solver, grid)
-            self.costs, self.unit = calibration.costs(recipe.cost, recipe.batch_size), recipe.cost
+            self.costs, self.unit = calibration.costs(spec.cost, spec.batch_size), spec.cost
         else:
             self.predictor = None
             flops = torch.tensor([level.flops for level in family.levels], dtype=torch.float64)
@@ -157,10 +157,10 @@ class _Planner:
 
     def plan(self) -> Plan:
         """The plan, with what is predicted of it in `about`."""
-        if self.recipe.mse is not None:
-            plan = self._for_error(self.recipe.mse)
-        elif self.recipe.budget is not None:
-            plan = self._for_budget(self.recipe.budget * self.rows)
+        if self.spec.mse is not None:
+            plan = self._for_error(self.spec.mse)
+        elif self.spec.budget is not None:
+            plan = self._for_budget(self.spec.budget * self.rows)
         else:
             plan = self._draw(self._levels()[-1], 1.0)
         return replace(plan, about=self._about(plan))
@@ -180,20 +180,20 @@ class _Planner:
 
     def _levels(self) -> list[tuple[str, ...]]:
         """Subsets of the levels that come into question, the given one alone or all with the largest."""
-        if self.recipe.levels is not None:
-            return [self.recipe.levels]
+        if self.spec.levels is not None:
+            return [self.spec.levels]
         names = tuple(self.family.names)
-        if self.recipe.probabilities == "learned":
+        if self.spec.probabilities == "learned":
             return [Coefficients.of(self.family).levels or names]
-        if self.predictor is None or not isinstance(self.recipe.probabilities, str):
+        if self.predictor is None or not isinstance(self.spec.probabilities, str):
             return [names]
-        return self.recipe._subsets(names)
+        return self.spec._subsets(names)
 
     def _for_budget(self, budget: float) -> Plan:
         plans = [plan for levels in self._levels() if (plan := self._best(levels, budget)) is not None]
         if not plans:
             raise ValueError(
-                f"budget={self.recipe.budget} of {self.rows} evaluations is {budget:.3g} evaluations of the largest "
+                f"budget={self.spec.budget} of {self.rows} evaluations is {budget:.3g} evaluations of the largest "
                 "level: no plan costs so little; raise it, or take fewer steps"
             )
         if self.predictor is None or len(plans) == 1:
@@ -202,10 +202,10 @@ class _Planner:
 
     def _best(self, levels: tuple[str, ...], budget: float) -> Plan | None:
         """The plan on these levels that spends at most `budget`, in evaluations of the largest level."""
-        recipe = self.recipe
-        if recipe.searched:
+        spec = self.spec
+        if spec.searched:
             assert self.predictor is not None
-            return Search(self.predictor, levels, self.costs, self.order, recipe.estimator).plan(budget)
+            return Search(self.predictor, levels, self.costs, self.order, spec.estimator).plan(budget)
         costs = self._costs_of(levels)
 
         def spent(dial: float) -> float:
@@ -220,33 +220,33 @@ class _Planner:
         return self._draw(levels, low)
 
     def _draw(self, levels: tuple[str, ...], dial: float) -> Plan:
-        recipe = self.recipe
+        spec = self.spec
         p = self._probabilities(levels, dial)
-        coins = recipe.coins or COINS[0]
-        options = {"estimator": recipe.estimator, "order": self.order, "per_sample": recipe.per_sample}
-        return Plan.draw(p, coins, recipe.seed, levels=levels, **options)  # type: ignore[arg-type]
+        coins = spec.coins or COINS[0]
+        options = {"estimator": spec.estimator, "order": self.order, "per_sample": spec.per_sample}
+        return Plan.draw(p, coins, spec.seed, levels=levels, **options)  # type: ignore[arg-type]
 
     def _probabilities(self, levels: tuple[str, ...], dial: float) -> Tensor:
         """(R, K): p_k, the dial scaling all but the first level's; for learned coefficients it is e^delta."""
-        recipe = self.recipe
-        if recipe.probabilities == "learned":
-            delta = recipe.delta if recipe.delta is not None else math.log(dial)
+        spec = self.spec
+        if spec.probabilities == "learned":
+            delta = spec.delta if spec.delta is not None else math.log(dial)
             learned = Coefficients.of(self.family)
             fitted = learned.levels or tuple(self.family.names)
             if tuple(levels) != fitted:
                 raise ValueError(f"learned coefficients are of {', '.join(fitted)}, got levels={', '.join(levels)}")
             return learned.probabilities(self.family.schedule, [point.t for point in self.points], delta)
-        if recipe.probabilities == "calibrated":
+        if spec.probabilities == "calibrated":
             assert self.predictor is not None
             table = self.predictor.allocation(levels, self.costs)
-        elif recipe.probabilities == "theory":
+        elif spec.probabilities == "theory":
             costs = self._costs_of(levels)
-            table = ((costs / costs[0]) ** -(0.5 + 1 / recipe.gamma)).expand(self.rows, -1)
+            table = ((costs / costs[0]) ** -(0.5 + 1 / spec.gamma)).expand(self.rows, -1)
         else:
-            table = torch.tensor(recipe.probabilities, dtype=torch.float64).expand(self.rows, -1)
+            table = torch.tensor(spec.probabilities, dtype=torch.float64).expand(self.rows, -1)
             refuse_count(table[0].tolist(), levels)
         p = (table * dial).clamp(1e-9, 1.0)
-        p[:, 0] = table[:, 0].clamp(max=1.0) if not isinstance(recipe.probabilities, str) else 1.0
+        p[:, 0] = table[:, 0].clamp(max=1.0) if not isinstance(spec.probabilities, str) else 1.0
         return p
 
     def _for_error(self, mse: float) -> Plan:

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from mlem.app.cli import USAGE
-from mlem.app.config import on_devices
+from mlem.cli.config import on_devices
+from mlem.cli.main import USAGE
 from mlem.data import Shards, ensure
 from mlem.files import first_process, write_json
 from mlem.metrics import FID, Measure, Score, reference_path
@@ -147,7 +147,7 @@ def new_fabric(config: DictConfig) -> Any:
     return on_devices(config, Fabric)
 
 
-def everyone(mine: Any) -> list[Any]:
+def all_gather(mine: Any) -> list[Any]:
     """What each rank says, on every rank."""
     if not torch.distributed.is_initialized():
         return [mine]
@@ -158,7 +158,7 @@ def everyone(mine: Any) -> list[Any]:
 
 def fail_together(failure: Exception | None) -> None:
     """Where any rank failed, end all: rank 0 raises its own failure or the first one, the others leave quietly."""
-    failures = [text for text in everyone(None if failure is None else str(failure)) if text is not None]
+    failures = [text for text in all_gather(None if failure is None else str(failure)) if text is not None]
     if failures and torch.distributed.is_initialized() and torch.distributed.get_rank() > 0:
         raise SystemExit(USAGE)
     if failures:

@@ -13,10 +13,10 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from mlem.app.build import loggers, world_size_of
-from mlem.app.config import build_callbacks, devices, without_secrets
-from mlem.app.find import family_folder
-from mlem.app.resume import changes, check_resume, note_settings, resume_point
+from mlem.cli.build import loggers, world_size_of
+from mlem.cli.config import build_callbacks, devices, without_secrets
+from mlem.cli.find import family_folder
+from mlem.cli.resume import changes, check_resume, note_settings, resume_point
 from mlem.family import Family
 from mlem.files import first_process, folder_lock, read_object, write_json
 from mlem.multilevel.coefficients import Coefficients

@@ -24,13 +24,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mlem.experiments.equal_error import Setting
+from mlem.comparison.equal_error import Setting
 from mlem.family import Family
 from mlem.files import atomic_write, write_text
 from mlem.ledger import Ledger
 from mlem.metrics import Measure
 from mlem.multilevel.plan import Plan
-from mlem.multilevel.recipe import Recipe
+from mlem.multilevel.spec import PlanSpec
 from mlem.outputs import claim
 from mlem.sampling import Sampler, blocks, solver_of
 from mlem.solvers import Solver
@@ -43,10 +43,10 @@ _NEEDS = {"learned": "coefficients", "calibrated": "calibration"}
 
 @dataclass(frozen=True)
 class Entry:
-    """A sampler of the list. Without a recipe: `levels` (all by default), each by itself, in each number of steps.
+    """A sampler of the list. Without a spec: `levels` (all by default), each by itself, in each number of steps.
 
     With one: levels together, once for each number of steps, delta (added to the logits of p_k) and trial (a seed of
-    the coins). deltas and trials need coins, so estimator "jump"; None for the recipe's own coins, once.
+    the coins). deltas and trials need coins, so estimator "jump"; None for the spec's own coins, once.
     """
 
     name: str
@@ -55,13 +55,13 @@ class Entry:
     grid: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     levels: tuple[str, ...] | None = None
-    recipe: Recipe | None = None
+    spec: PlanSpec | None = None
     deltas: tuple[float, ...] | None = None
     trials: int | None = None
 
     def missing(self, family: Family) -> str | None:
         """What has to be fitted to the family first, or None."""
-        law = self.recipe.probabilities if self.recipe is not None else None
+        law = self.spec.probabilities if self.spec is not None else None
         needed = _NEEDS.get(law) if isinstance(law, str) else None
         return needed if needed not in family.fitted else None
 
@@ -78,7 +78,7 @@ class Run:
     cost: float
 
 
-class Bench:
+class Comparison:
     """Runs samplers on fixed images and keeps a row for each.
 
     family: whose largest level gives the reference, by each solver's `reference`, in `reference_steps`. indices: of
@@ -137,14 +137,14 @@ class Bench:
                     f"solver {solver.name} shares a law with its reference, not a path: its error means nothing"
                 )
             key = {"sampler": entry.name, "solver": label, "steps": steps, "grid": grid.name}
-            if entry.recipe is None:
+            if entry.spec is None:
                 for level in entry.levels or self.family.names:
                     cost = solver.evaluations(grid) * self.family.level(level).flops / self.family.level().flops
                     own = {"levels": level, "coins": "", "plan": "", "delta": None, "trial": None}
                     found.append(Run(key | own, level, None, solver, entry.grid, cost))
                 continue
-            plan = entry.recipe.plan(self.family, solver, grid)
-            table = json.dumps(plan.to_dict() | {"about": {}, "seed": entry.recipe.seed}, sort_keys=True)
+            plan = entry.spec.plan(self.family, solver, grid)
+            table = json.dumps(plan.to_dict() | {"about": {}, "seed": entry.spec.seed}, sort_keys=True)
             names = plan.levels or tuple(self.family.names)
             key |= {"levels": "+".join(names), "coins": plan.coins}
             key["plan"] = hashlib.sha256(table.encode()).hexdigest()[:12]
@@ -152,7 +152,7 @@ class Bench:
             for delta in entry.deltas or (None,):
                 for trial in range(entry.trials) if entry.trials is not None else (None,):
                     tossed = delta is not None or trial is not None
-                    drawn = plan.redrawn(delta or 0.0, entry.recipe.seed + (trial or 0)) if tossed else plan
+                    drawn = plan.redrawn(delta or 0.0, entry.spec.seed + (trial or 0)) if tossed else plan
                     cost = drawn.cost(flops / self.family.level().flops)
                     found.append(Run(key | {"delta": delta, "trial": trial}, None, drawn, solver, entry.grid, cost))
         return found

@@ -14,7 +14,7 @@ import lightning.pytorch as pl
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from mlem.app.build import (
+from mlem.cli.build import (
     LoaderFromStep,
     evaluation,
     image_shape,
@@ -23,19 +23,19 @@ from mlem.app.build import (
     sampler_choices,
     world_size_of,
 )
-from mlem.app.coefficients import learn_coefficients
-from mlem.app.config import build_callbacks, devices, parse_indices, without_secrets
-from mlem.app.find import run_folder
-from mlem.app.measure import check_measure, fail_together, new_fabric, new_fid
-from mlem.app.report import evaluate_family
-from mlem.app.resume import changes, check_resume, note_settings, resume_point
+from mlem.cli.coefficients import learn_coefficients
+from mlem.cli.config import build_callbacks, devices, parse_indices, without_secrets
+from mlem.cli.find import run_folder
+from mlem.cli.measure import check_measure, fail_together, new_fabric, new_fid
+from mlem.cli.report import evaluate_family
+from mlem.cli.resume import changes, check_resume, note_settings, resume_point
 from mlem.data import Shards, count_of, ensure
 from mlem.family import Family, Level
 from mlem.files import damaged, first_process, folder_lock, read_object
 from mlem.metrics import FewImagesWarning
 from mlem.multilevel.__main__ import calibrate_folder
 from mlem.multilevel.coefficients import Coefficients
-from mlem.multilevel.recipe import check_estimator
+from mlem.multilevel.spec import check_estimator
 from mlem.network import seconds_per_image
 from mlem.report import write_report
 from mlem.sampling import Sampler, solver_of
@@ -157,23 +157,23 @@ def _check_jobs(config: DictConfig, family: Family) -> None:
 
 def _check_samplers(config: DictConfig, family: Family) -> None:
     choices, several = sampler_choices(config), len(family.levels) > 1
-    if not several and all(choice.recipe is not None for choice in choices):
+    if not several and all(choice.spec is not None for choice in choices):
         raise ValueError(
             f"evaluation.samplers lists plans alone, which need several levels, and there is {family.names[0]}: add an "
             "entry without plan, or train model=family"
         )
     for number, choice in enumerate(choices):
-        if choice.recipe is not None and several and not config.calibration.images:
+        if choice.spec is not None and several and not config.calibration.images:
             raise ValueError(f"evaluation.samplers[{number}] has a plan, which needs calibration.images >= 2, got 0")
         try:
             for steps in choice.steps:
                 solver = solver_of(choice.solver, **choice.options)
                 grid = Sampler(family.levels[0], solver=solver, steps=steps, grid=choice.grid).grid
-                if choice.recipe is not None:
-                    check_estimator(solver, grid, choice.recipe.estimator)
-                if choice.recipe is not None and several:
-                    choice.recipe.check(family, solver, grid)
-            if choice.recipe is not None and several and choice.recipe.probabilities == "learned":
+                if choice.spec is not None:
+                    check_estimator(solver, grid, choice.spec.estimator)
+                if choice.spec is not None and several:
+                    choice.spec.check(family, solver, grid)
+            if choice.spec is not None and several and choice.spec.probabilities == "learned":
                 _check_learned(Path(config.root) / "family", family.names)
         except ValueError as error:
             raise ValueError(f"evaluation.samplers[{number}]: {error}") from error
@@ -246,9 +246,9 @@ def _prepare(
     if config.evaluation.every_n_epochs:
         callbacks.append(evaluation(config, shards, folder / "evaluation"))
     # the evaluation stands before the average, and so sees the averaged weights
-    owed = step > 0 and step % options.epoch_steps == 0 and not validated(folder / "metrics.jsonl", step)
+    pending = step > 0 and step % options.epoch_steps == 0 and not validated(folder / "metrics.jsonl", step)
     rate = f"training.learning_rate={options.learning_rate:g}"
-    checkpoints = Checkpoints(folder / "checkpoints", options.checkpoint_every, rate, owed)
+    checkpoints = Checkpoints(folder / "checkpoints", options.checkpoint_every, rate, pending)
     callbacks += [make_average(options.average_decay), checkpoints]
     callbacks += [SystemFigures(options.batch_size), make_progress(options.batch_size, level.name)]
     callbacks += build_callbacks(config)

@@ -13,8 +13,8 @@ from typing import Any, NoReturn
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from mlem.app.config import CONFIGS, check
-from mlem.app.find import folders, same_job
+from mlem.cli.config import CONFIGS, check
+from mlem.cli.find import folders, same_job
 
 COMMANDS = ("train", "sample")
 USAGE = 2
@@ -25,7 +25,7 @@ def train() -> None:
     """`python train.py ...`"""
 
     def job(config: DictConfig) -> None:
-        from mlem.app.train import run
+        from mlem.cli.train import run
 
         run(config)
 
@@ -36,7 +36,7 @@ def sample() -> None:
     """`python sample.py ...`"""
 
     def job(config: DictConfig) -> None:
-        from mlem.app.sample import run
+        from mlem.cli.sample import run
 
         run(config)
 

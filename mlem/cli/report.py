@@ -10,11 +10,11 @@ import lightning.pytorch as pl
 import torch
 from omegaconf import DictConfig
 
-from mlem.app.build import LoaderFromStep, evaluation, loggers
-from mlem.app.config import devices
-from mlem.app.find import run_folder
+from mlem.cli.build import LoaderFromStep, evaluation, loggers
+from mlem.cli.config import devices
+from mlem.cli.find import run_folder
+from mlem.comparison.scaling import draw_scaling, scaling_fits
 from mlem.data import Shards
-from mlem.experiments.scaling import draw_scaling, scaling_fits
 from mlem.family import Family
 from mlem.report import write_report
 from mlem.training.denoising import FamilyModule

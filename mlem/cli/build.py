@@ -12,18 +12,18 @@ import lightning.pytorch as pl
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from mlem.app.config import on_devices, parse_indices, without_secrets, written
-from mlem.app.measure import measure_of
+from mlem.cli.config import on_devices, parse_indices, without_secrets, written
+from mlem.cli.measure import measure_of
 from mlem.data import BatchSource, Shards, held_out_batches, make_source, train_loader
 from mlem.family import Family, Level
 from mlem.files import first_process, read_object, write_json, write_text
 from mlem.multilevel.plan import Plan
-from mlem.multilevel.recipe import Recipe, stored_plan
+from mlem.multilevel.spec import PlanSpec, stored_plan
 from mlem.network import unet
 from mlem.provenance import provenance
 from mlem.sampling import solver_of
 from mlem.schedule import NoiseSchedule
-from mlem.training.evaluation import SamplerChoice, SamplerEvaluation, refuse_twins
+from mlem.training.evaluation import SamplerChoice, SamplerEvaluation, refuse_duplicates
 from mlem.training.loggers import JSONLinesLogger, wandb_logger
 
 
@@ -115,32 +115,43 @@ class LoaderFromStep(pl.LightningDataModule):
     test_dataloader = val_dataloader
 
 
-DIALS = ("budget", "mse", "delta")
-_RECIPE = (*DIALS, "probabilities", "coins", "estimator", "order", "levels", "cost", "batch_size", "seed", "per_sample")
+TARGETS = ("budget", "mse", "delta")
+_PLAN_OPTIONS = (
+    *TARGETS,
+    "probabilities",
+    "coins",
+    "estimator",
+    "order",
+    "levels",
+    "cost",
+    "batch_size",
+    "seed",
+    "per_sample",
+)
 
 
-def recipe_of(options: Mapping[str, Any], name: str) -> Recipe:
-    """The recipe with these options (null ones left out). Raises ValueError that begins with `name`."""
+def plan_spec(options: Mapping[str, Any], name: str) -> PlanSpec:
+    """The spec with these options (null ones left out). Raises ValueError that begins with `name`."""
     given = {key: value for key, value in options.items() if value is not None}
-    if unknown := sorted(given.keys() - set(_RECIPE)):
-        raise ValueError(f"{name}{unknown[0]}: there is no such option; there are {', '.join(_RECIPE)}")
+    if unknown := sorted(given.keys() - set(_PLAN_OPTIONS)):
+        raise ValueError(f"{name}{unknown[0]}: there is no such option; there are {', '.join(_PLAN_OPTIONS)}")
     for key in ("levels", "probabilities"):
         if isinstance(given.get(key), list):
             given[key] = tuple(given[key])
     try:
-        return Recipe(**given)
+        return PlanSpec(**given)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{name}{error}") from error
 
 
-def plan_of(config: DictConfig, model: Family | Level) -> Plan | Recipe | None:
+def plan_of(config: DictConfig, model: Family | Level) -> Plan | PlanSpec | None:
     """What `plan=`, `budget=` and their like ask for; None for one level. Raises ValueError for what does not fit."""
     plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
-    options = {key: plain[key] for key in _RECIPE if key in plain and key not in ("batch_size", "seed")}
+    options = {key: plain[key] for key in _PLAN_OPTIONS if key in plain and key not in ("batch_size", "seed")}
     own_dial = any(plain[key] is not None for key in ("mse", "delta", "plan"))
     if own_dial and plain["budget"] == plain["sampler"].get("budget"):
         options["budget"] = plain["budget"] = None  # the sampler's own budget gives way
-    dials = [key for key in (*DIALS, "plan") if plain[key] is not None]
+    dials = [key for key in (*TARGETS, "plan") if plain[key] is not None]
     if not dials and plain["probabilities"] != "learned":
         shaping = [key for key in ("levels", "coins", "probabilities", "estimator", "order") if plain[key] is not None]
         shaping += [key for key, usual in (("per_sample", False), ("cost", "seconds")) if plain[key] != usual]
@@ -155,7 +166,7 @@ def plan_of(config: DictConfig, model: Family | Level) -> Plan | Recipe | None:
     if config.level is not None:
         raise ValueError(f"level={config.level} runs one level, {(dials or ['probabilities'])[0]}= several; give one")
     if plain["plan"] is None:
-        return recipe_of(options | {"batch_size": plain["batch_size"], "seed": plain["seed"]}, "")
+        return plan_spec(options | {"batch_size": plain["batch_size"], "seed": plain["seed"]}, "")
     shaping = [key for key in ("levels", "coins", "probabilities", "order") if plain[key] is not None]
     shaping += ["per_sample"] if plain["per_sample"] else []
     shaping += ["estimator"] if plain["estimator"] != plain["sampler"].get("estimator") else []
@@ -182,7 +193,7 @@ def sampler_choices(config: DictConfig) -> list[SamplerChoice]:
         choices.append(_choice(name, entry))
     if not choices:
         raise ValueError("evaluation.samplers is empty: list one or more, such as [{solver: ddim, steps: [20]}]")
-    refuse_twins(choices)
+    refuse_duplicates(choices)
     return choices
 
 
@@ -193,12 +204,12 @@ def _choice(name: str, entry: Any) -> SamplerChoice:
     for key, value in (("plan", plan), ("options", options)):
         if value is not None and not isinstance(value, dict):
             raise ValueError(f"{name}.{key} must be options, such as {key}: {{name: value}}, got {value}")
-    recipe = recipe_of(plan, f"{name}.plan: ") if plan else None
+    spec = plan_spec(plan, f"{name}.plan: ") if plan else None
     try:
         solver_of(plain["solver"], **(options or {}))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{name}: {error}") from error
-    return SamplerChoice(plain["solver"], tuple(plain["steps"]), plain.get("grid"), recipe, options or {})
+    return SamplerChoice(plain["solver"], tuple(plain["steps"]), plain.get("grid"), spec, options or {})
 
 
 def evaluation(config: DictConfig, shards: Shards, folder: Path) -> SamplerEvaluation:

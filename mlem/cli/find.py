@@ -7,7 +7,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from mlem.app.config import CONFIGS, written
+from mlem.cli.config import CONFIGS, written
 from mlem.files import read_object
 
 _DEFAULT = {"samples": "samples/{sampler}_{steps}", "benchmark": "error_vs_time", "scaling": "scaling_law"}

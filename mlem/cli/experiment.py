@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from mlem.app.build import recipe_of
-from mlem.app.cli import compose
-from mlem.app.config import parse_indices, written
-from mlem.app.find import family_folder, out_folder
-from mlem.app.measure import measure_of, new_fabric, prepared
-from mlem.experiments.coupled import Bench, Entry
-from mlem.experiments.scaling import ERRORS, draw_scaling, held_out_errors, plain_fits, scaling_fits
-from mlem.experiments.summary import draw, ratios
+from mlem.cli.build import plan_spec
+from mlem.cli.config import parse_indices, written
+from mlem.cli.find import family_folder, out_folder
+from mlem.cli.main import compose
+from mlem.cli.measure import measure_of, new_fabric, prepared
+from mlem.comparison.coupled import Comparison, Entry
+from mlem.comparison.scaling import ERRORS, draw_scaling, held_out_errors, plain_fits, scaling_fits
+from mlem.comparison.summary import draw, ratios
 from mlem.family import Family
 from mlem.files import folder_lock, write_json
 from mlem.report import write_report
@@ -43,7 +43,7 @@ def error_against_time(config: DictConfig) -> None:
     entries = [entry for entry in entries if not entry.missing(family)]
     with folder_lock(out), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        bench = Bench(
+        comparison = Comparison(
             family,
             indices,
             out,
@@ -54,19 +54,19 @@ def error_against_time(config: DictConfig) -> None:
             precision=config.trainer.precision,
             measure=measure,
         )
-        runs = [run for entry in entries for run in bench.runs(entry)]
+        runs = [run for entry in entries for run in comparison.runs(entry)]
         if not runs:
             raise ValueError("eval.samplers: nothing is left to run; list at least one sampler")
-        with _progress(bench.cost(runs)) as advance:
-            bench.measure(runs, advance)
-        found = ratios(bench, runs, config.eval.draws)
-        draw(bench, runs, out / "error_vs_time.png", config.eval.shown)
-        write_json(out / "summary.json", {"caption": bench.caption, "ratios": found})
+        with _progress(comparison.cost(runs)) as advance:
+            comparison.measure(runs, advance)
+        found = ratios(comparison, runs, config.eval.draws)
+        draw(comparison, runs, out / "error_vs_time.png", config.eval.shown)
+        write_json(out / "summary.json", {"caption": comparison.caption, "ratios": found})
     if out.parent == Path(config.root) and (out.parent / "report.html").exists():
         write_report(out.parent)  # which shows it too
     for message in dict.fromkeys(str(warning.message) for warning in caught):
         print(f"warning: {message}")
-    _table(found, bench)
+    _table(found, comparison)
     for what, name in (("rows", "runs.csv"), ("error against time", "error_vs_time.png"), ("ratios", "summary.json")):
         print(f"{what:38s}{out / name}", flush=True)
 
@@ -162,9 +162,9 @@ def _entry(number: int, entry: Any) -> Entry:
         raise ValueError(f"{name}: deltas and trials are of coins: add plan={{...}}, or leave them out")
     if plan is not None and levels is not None:
         raise ValueError(f"{name}.levels is of levels that run alone; of a plan, write plan={{levels: [..]}}")
-    recipe = recipe_of(plan, f"{name}.plan: ") if plan is not None else None
+    spec = plan_spec(plan, f"{name}.plan: ") if plan is not None else None
     tosses = deltas is not None or trials is not None
-    if tosses and recipe is not None and recipe.estimator != "jump":
+    if tosses and spec is not None and spec.estimator != "jump":
         raise ValueError(f"{name}: deltas and trials toss coins: add estimator: jump to its plan")
     try:
         solver_of(plain["solver"], **(options or {}))
@@ -177,7 +177,7 @@ def _entry(number: int, entry: Any) -> Entry:
         plain.get("grid"),
         options or {},
         None if levels is None else tuple(levels),
-        recipe,
+        spec,
         None if deltas is None else tuple(float(delta) for delta in deltas),
         trials,
     )
@@ -201,14 +201,13 @@ class _progress:
         self._bar.stop()
 
 
-def _table(found: list[dict[str, Any]], bench: Bench) -> None:
+def _table(found: list[dict[str, Any]], comparison: Comparison) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    top = bench.family.level().name
-    title = (
-        f"EM's cost over ML-EM's at equal error, 95 percent intervals over {bench.count} images and the mean's coins"
-    )
+    top = comparison.family.level().name
+    over = f"{comparison.count} images and the mean's coins"
+    title = f"EM's cost over ML-EM's at equal error, 95 percent intervals over {over}"
     table = Table(title=title)
     for column in ("sampler", "coins", "MSE", f"time, level {top}", "time, any level", f"FLOPs, {top}", "FLOPs, any"):
         table.add_column(column)

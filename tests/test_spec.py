@@ -13,13 +13,13 @@ import pytest
 import torch
 
 from mlem.family import Family
-from mlem.multilevel.calibrate import Calibration, Response, calibrate
+from mlem.multilevel.calibrate import Calibration, LinearResponse, calibrate
 from mlem.multilevel.coefficients import CERTAIN, Coefficients
 from mlem.multilevel.coins import COINS
 from mlem.multilevel.memorise import memorise
 from mlem.multilevel.pilot import pilot
 from mlem.multilevel.plan import Plan
-from mlem.multilevel.recipe import Recipe, stored_plan
+from mlem.multilevel.spec import PlanSpec, stored_plan
 from mlem.sampling import Sampler, sample
 from mlem.schedule import NoiseSchedule
 from mlem.solvers import make_solver
@@ -67,7 +67,7 @@ COSINE = NoiseSchedule.cosine()
 )
 def test_bad_recipes_get_one_line(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(message)}.*$"):
-        Recipe(**options)
+        PlanSpec(**options)
 
 
 def pair(**options: Any) -> Family:
@@ -110,8 +110,8 @@ def test_numbers_become_the_probabilities_of_every_row() -> None:
 def test_a_budget_is_spent_on_average(coins: str, budget: float) -> None:
     """Probabilities by the theorem's law, scaled until the expected cost is the budget."""
     family = closed_family()
-    recipe = family.plan(probabilities="theory", gamma=3.0, budget=budget, estimator="jump", coins=coins)
-    plan = recipe.plan(family, solver := make_solver("ddim"), solver.grid(COSINE, 20))
+    spec = family.plan(probabilities="theory", gamma=3.0, budget=budget, estimator="jump", coins=coins)
+    plan = spec.plan(family, solver := make_solver("ddim"), solver.grid(COSINE, 20))
     costs = torch.tensor([one.flops / family.levels[-1].flops for one in family.levels], dtype=torch.float64)
     assert plan.expected_cost(costs) <= 20 * budget
     assert plan.expected_cost(costs) == pytest.approx(20 * budget, rel=1e-6)
@@ -146,7 +146,7 @@ def test_learned_coefficients_are_of_their_own_levels() -> None:
 
 
 def test_memorising_needs_coins() -> None:
-    with pytest.raises(ValueError, match=r"^this recipe tosses no coins, so that all its draws are equal; add coins="):
+    with pytest.raises(ValueError, match=r"^this spec tosses no coins, so that all its draws are equal; add coins="):
         memorise(pair(), budget=0.5)
 
 
@@ -168,9 +168,9 @@ def test_bad_choices_are_refused_before_any_plan_is_tried(
     options: dict[str, Any], says: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys.modules[memorise.__module__], "trial", None)
-    recipe: dict[str, Any] = {"coins": "systematic", "probabilities": (1.0, 0.5)}
+    spec: dict[str, Any] = {"coins": "systematic", "probabilities": (1.0, 0.5)}
     with pytest.raises(ValueError, match=f"^{re.escape(says)}"):
-        memorise(pair(), **{"steps": 4} | recipe | options)
+        memorise(pair(), **{"steps": 4} | spec | options)
 
 
 def test_pilots_need_reference_steps() -> None:
@@ -224,7 +224,7 @@ def test_plans_are_found_by_name() -> None:
 
 def calibration(family: Family) -> Calibration:
     """Made up, but of these weights."""
-    one = Response(torch.eye(4).view(1, 4, 1, 4).double(), torch.ones(1, 4).double(), torch.zeros(1).double())
+    one = LinearResponse(torch.eye(4).view(1, 4, 1, 4).double(), torch.ones(1, 4).double(), torch.zeros(1).double())
     differences = torch.tensor([[0.0, 0.1], [0.1, 0.0]], dtype=torch.float64).repeat(4, 1, 1)
     log_snr = torch.linspace(COSINE.log_snr(1.0).item(), COSINE.log_snr(0.01).item(), 4, dtype=torch.float64)
     errors = {"ddim/uniform": {4: 0.1, 8: 0.025}}

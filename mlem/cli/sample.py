@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from mlem.app.build import plan_of
-from mlem.app.config import parse_indices
-from mlem.app.experiment import error_against_time, scaling
-from mlem.app.find import family_folder, out_folder, run_folder, training
-from mlem.app.measure import (
+from mlem.cli.build import plan_of
+from mlem.cli.config import parse_indices
+from mlem.cli.experiment import error_against_time, scaling
+from mlem.cli.find import family_folder, out_folder, run_folder, training
+from mlem.cli.measure import (
+    all_gather,
     end_with_parent,
-    everyone,
     fail_together,
     measure_folder,
     measure_of,
@@ -27,7 +27,7 @@ from mlem.app.measure import (
     prepared,
     report,
 )
-from mlem.app.progress import SamplingProgress
+from mlem.cli.progress import SamplingProgress
 from mlem.family import Family, Level
 from mlem.files import first_process, folder_lock, sha256
 from mlem.ledger import Ledger
@@ -124,7 +124,7 @@ def _make(
     if over_ranks and not fabric.is_global_zero:
         ledger.images, ledger.wall_seconds = 0, 0.0  # the same images: only the calls are this rank's own
     gathered, hashes = Ledger(), {} if found is None else found.noted | found.sound
-    for one, images in everyone((ledger.to_dict(), made)):
+    for one, images in all_gather((ledger.to_dict(), made)):
         gathered.add(Ledger.from_dict(one))
         hashes |= images
     if fabric.is_global_zero:

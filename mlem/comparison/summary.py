@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from mlem.experiments.coupled import Bench, Run, best_trials, settings
-from mlem.experiments.equal_error import cost_ratio
+from mlem.comparison.coupled import Comparison, Run, best_trials, settings
+from mlem.comparison.equal_error import cost_ratio
 from mlem.images import image_grid
 from mlem.plots import coupled_errors
 
@@ -19,7 +19,7 @@ COSTS = {"time": "wall_seconds", "FLOPs": "flops"}
 """What cost is counted in, and the column that holds it."""
 
 
-def ratios(bench: Bench, runs: Sequence[Run], draws: int = 400) -> list[dict[str, Any]]:
+def ratios(comparison: Comparison, runs: Sequence[Run], draws: int = 400) -> list[dict[str, Any]]:
     """For each sampler whose levels share the work: what single levels cost over what it costs, at equal error.
 
     The errors lie half-way, in the logarithm, between those of the largest level alone in its numbers of steps. Single
@@ -27,9 +27,9 @@ def ratios(bench: Bench, runs: Sequence[Run], draws: int = 400) -> list[dict[str
     """
     table = []
     for solver in dict.fromkeys(run.solver.reference for run in runs):
-        rows = [(run, row) for run in runs if run.solver.reference == solver and (row := bench.row(run))]
+        rows = [(run, row) for run in runs if run.solver.reference == solver and (row := comparison.row(run))]
         alone = [row for run, row in rows if run.plan is None]
-        top = [row for row in alone if row["levels"] == bench.family.level().name]
+        top = [row for row in alone if row["levels"] == comparison.family.level().name]
         errors = sorted({row["mse"] for row in top if row["mse"] > 0}, reverse=True)
         errors = [math.sqrt(high * low) for high, low in itertools.pairwise(errors)] or errors
         shared = [row for run, row in rows if run.plan is not None]
@@ -56,11 +56,11 @@ def ratios(bench: Bench, runs: Sequence[Run], draws: int = 400) -> list[dict[str
     return table
 
 
-def draw(bench: Bench, runs: Sequence[Run], path: Path, shown: int) -> None:
+def draw(comparison: Comparison, runs: Sequence[Run], path: Path, shown: int) -> None:
     """One figure for each reference: `path`, and with several `path` with their names added."""
     references = list(dict.fromkeys(run.solver.reference for run in runs))
     for name in references:
-        pairs = [(run, row) for run in runs if run.solver.reference == name and (row := bench.row(run))]
+        pairs = [(run, row) for run in runs if run.solver.reference == name and (row := comparison.row(run))]
         pairs = [(run, row) for run, row in pairs if row["mse"] > 0]  # the reference itself has no place on a log axis
         if not pairs:
             continue
@@ -69,26 +69,26 @@ def draw(bench: Bench, runs: Sequence[Run], path: Path, shown: int) -> None:
         best = best_trials(shared)
         pictures: dict[str, tuple[Mapping[str, Any] | None, Any]] = {}
         if shown:
-            columns = min(shown, len(bench.blocks[0]))
-            pictures["reference"] = (None, image_grid(bench.pictures(name, columns), columns))
-            for letter, (run, row) in zip("ABCDEFGH", selected(bench, pairs, best), strict=False):
+            columns = min(shown, len(comparison.blocks[0]))
+            pictures["reference"] = (None, image_grid(comparison.pictures(name, columns), columns))
+            for letter, (run, row) in zip("ABCDEFGH", selected(comparison, pairs, best), strict=False):
                 words = f"{letter}: {row['sampler']}, " + (f"level {row['levels']}, " if not row["plan"] else "")
                 words += f"{row['steps']} steps" + (f", Δ = {row['delta']:g}" if row["delta"] is not None else "")
-                pictures[words] = (row, image_grid(bench.pictures(run, columns), columns))
+                pictures[words] = (row, image_grid(comparison.pictures(run, columns), columns))
         trials = max((row["trial"] or 0) for row in rows) + 1
-        caption = f"{bench.caption}; bars: one standard error over images"
+        caption = f"{comparison.caption}; bars: one standard error over images"
         caption += f"; {trials} trials of the coins, the best by these images large" if trials > 1 else ""
         own = path if len(references) == 1 else path.with_name(f"{path.stem}_{name}.png")
         coupled_errors(rows, best, own, caption, pictures)
 
 
 def selected(
-    bench: Bench, pairs: Sequence[tuple[Run, dict[str, Any]]], best: Sequence[Mapping[str, Any]]
+    comparison: Comparison, pairs: Sequence[tuple[Run, dict[str, Any]]], best: Sequence[Mapping[str, Any]]
 ) -> Sequence[tuple[Run, Mapping[str, Any]]]:
     """Whose samples are shown: the largest level in the two smallest numbers of steps, then of every sampler with coins
     the best trial whose cost is nearest to the first of these.
     """
-    top = bench.family.level().name
+    top = comparison.family.level().name
     alone = sorted((row["steps"], i) for i, (_, row) in enumerate(pairs) if not row["plan"] and row["levels"] == top)
     chosen: list[tuple[Run, Mapping[str, Any]]] = [pairs[i] for _, i in alone[:2]]
     target = chosen[0][1]["flops"] if chosen else 0.0
