@@ -27,9 +27,9 @@ from measuring import processor, spread
 
 from mlem.data import BatchSource, Shards, ensure, train_loader
 from mlem.denoiser import expand_like, training_target
-from mlem.family import Level
 from mlem.files import write_json
-from mlem.network import unet
+from mlem.level import Level
+from mlem.networks import unet
 from mlem.sampling import Sampler
 from mlem.schedule import NUM_TIMESTEPS, NoiseSchedule
 from mlem.training.averaging import make_average

@@ -24,8 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mlem.family import Family, Level
+from mlem.family import Family
 from mlem.files import write_json
+from mlem.level import Level
 from mlem.sampling import Sampler
 from mlem.solvers import Solver
 from mlem.solvers.parallel_midpoint import ParallelMidpoint

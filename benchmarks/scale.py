@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from measuring import processor, spread
 
-from mlem.family import Level
 from mlem.files import write_json
-from mlem.network import unet
+from mlem.level import Level
+from mlem.networks import unet
 from mlem.outputs import claim, finish, pack, sample_path, survey, verify, write_png, write_samples
 from mlem.sampling import Sampler
 from mlem.schedule import NoiseSchedule

@@ -6,8 +6,8 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from mlem.family import Family as Family
-    from mlem.family import Level as Level
     from mlem.grids import TimeGrid as TimeGrid
+    from mlem.level import Level as Level
     from mlem.multilevel.coefficients import Coefficients as Coefficients
     from mlem.multilevel.plan import Plan as Plan
     from mlem.sampling import Result as Result
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Coefficients": "multilevel.coefficients",
     "Family": "family",
-    "Level": "family",
+    "Level": "level",
     "NoiseSchedule": "schedule",
     "Plan": "multilevel.plan",
     "Result": "sampling",

@@ -18,13 +18,14 @@ from torch import Tensor, nn
 
 from mlem.brownian import BrownianPath
 from mlem.denoiser import Denoiser, NetworkDenoiser
-from mlem.family import Family, Level
+from mlem.family import Family
 from mlem.grids import TimeGrid
 from mlem.ledger import Ledger, LevelLedger, Meter
+from mlem.level import Level
 from mlem.multilevel.denoiser import MultilevelDenoiser
 from mlem.multilevel.plan import Plan
 from mlem.multilevel.spec import PlanSpec, check_estimator
-from mlem.network import evaluating
+from mlem.networks import evaluating
 from mlem.noise import NoiseStream
 from mlem.schedule import NoiseSchedule
 from mlem.solvers import EvaluationPoint, GridPoint, Solver, make_solver, model_input, quadrature_weights

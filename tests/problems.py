@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from mlem.brownian import BrownianPath
 from mlem.denoiser import MixtureDenoiser, gaussian_denoiser
-from mlem.family import Family, Level
+from mlem.family import Family
 from mlem.grids import TimeGrid
+from mlem.level import Level
 from mlem.multilevel.coins import falls
-from mlem.network import unet
+from mlem.networks import unet
 from mlem.schedule import NoiseSchedule
 from mlem.solvers import EvaluationPoint, GridPoint, Solver, model_input
 

@@ -13,7 +13,8 @@ from mlem.brownian import BrownianPath
 from mlem.denoiser import gaussian_denoiser
 from mlem.family import Family
 from mlem.grids import TimeGrid
-from mlem.multilevel.calibrate import Calibration, measure
+from mlem.multilevel.calibrate import measure
+from mlem.multilevel.calibration import Calibration
 from mlem.multilevel.trial import CALIBRATION, estimate, start, trial_indices
 from mlem.solvers import GridPoint, make_solver
 from tests.waves import COSINE, family, level

@@ -15,10 +15,11 @@ import pytest
 import torch
 
 from mlem.cli.config import check
-from mlem.family import Family, Level
+from mlem.family import Family
 from mlem.files import read_json
+from mlem.level import Level
 from mlem.multilevel.spec import PlanSpec
-from mlem.network import unet
+from mlem.networks import unet
 from mlem.sampling import Sampler
 from mlem.schedule import NoiseSchedule
 from mlem.training.coefficients import CoefficientsModule, Fit

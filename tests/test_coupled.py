@@ -15,13 +15,14 @@ import torch
 
 from mlem.comparison.coupled import KEY, Comparison, Entry, best_trials, read_rows
 from mlem.comparison.equal_error import Setting, cost_at, cost_ratio
-from mlem.family import Family, Level
+from mlem.family import Family
 from mlem.files import read_json
+from mlem.level import Level
 from mlem.metrics import pathwise_error
 from mlem.multilevel.coefficients import Coefficients
 from mlem.multilevel.plan import Plan
 from mlem.multilevel.spec import PlanSpec
-from mlem.network import unet
+from mlem.networks import unet
 from mlem.sampling import sample
 from mlem.schedule import NoiseSchedule
 from tests.commands import configure, run_here, start, wait_until

@@ -16,9 +16,10 @@ from PIL import Image
 from torch import Tensor
 
 from mlem.data import BatchSource, Shards, held_out_batches, train_loader
-from mlem.family import Family, Level
+from mlem.family import Family
+from mlem.level import Level
 from mlem.multilevel.spec import PlanSpec
-from mlem.network import unet
+from mlem.networks import unet
 from mlem.schedule import NoiseSchedule
 from mlem.training.averaging import averaged_state, make_average
 from mlem.training.denoising import DenoisingModule, FamilyModule

@@ -21,9 +21,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mlem import family as family_module
-from mlem.family import WEIGHTS, Family, Level, read_weights
+from mlem.family import Family
 from mlem.files import sha256
+from mlem.level import WEIGHTS, Level
 from mlem.schedule import NoiseSchedule
+from mlem.weights import read_weights
 from tests.commands import environment
 from tests.problems import level
 

@@ -11,14 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from mlem.family import Family, Level
+from mlem.family import Family
 from mlem.grids import TimeGrid
+from mlem.level import Level
 from mlem.multilevel.calibrate import calibrate
 from mlem.multilevel.coefficients import CERTAIN, Coefficients
 from mlem.multilevel.learn import Objective, first_coefficients, frozen, interval
 from mlem.multilevel.plan import Plan
 from mlem.multilevel.spec import PlanSpec
-from mlem.network import unet
+from mlem.networks import unet
 from mlem.sampling import Sampler
 from mlem.schedule import NoiseSchedule
 from mlem.solvers import SOLVERS, make_solver

@@ -20,7 +20,7 @@ from mlem.family import Family
 from mlem.files import read_json, write_json
 from mlem.images import quantise
 from mlem.multilevel import __main__ as multilevel
-from mlem.multilevel.calibrate import Calibration
+from mlem.multilevel.calibration import Calibration
 from mlem.multilevel.pilot import DISCRETISATIONS, PILOTS
 from mlem.multilevel.plan import Plan
 from mlem.outputs import read_png, sample_path

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from mlem.network import SIZES, flops, parameters, unet
+from mlem.networks import SIZES, flops, parameters, unet
 from tests.problems import level
 
 SHAPES = [(1, 8, 8), (3, 16, 16), (3, 32, 32), (3, 64, 64)]

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from mlem.denoiser import gaussian_denoiser
 from mlem.grids import TimeGrid
-from mlem.multilevel.calibrate import Calibration, measure
+from mlem.multilevel.calibrate import measure
+from mlem.multilevel.calibration import Calibration
 from mlem.multilevel.coins import COINS, toss
 from mlem.multilevel.denoiser import MultilevelDenoiser
 from mlem.multilevel.plan import Plan

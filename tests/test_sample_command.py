@@ -12,12 +12,14 @@ import pytest
 import torch
 from PIL import Image
 
-from mlem.family import WEIGHTS, Family, write_weights
+from mlem.family import Family
 from mlem.files import sha256, write_json
 from mlem.images import quantise
+from mlem.level import WEIGHTS
 from mlem.outputs import claim, read_png, sample_path, write_samples
 from mlem.sampling import Sampler, sample
 from mlem.schedule import NoiseSchedule
+from mlem.weights import write_weights
 from tests.commands import execute, run_here, start, succeed
 
 pytestmark = [

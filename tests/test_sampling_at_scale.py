@@ -17,8 +17,8 @@ import torch
 from diffusers.models.unets.unet_2d import UNet2DModel
 from torch.distributed import TCPStore
 
-from mlem.family import Level
 from mlem.files import read_json
+from mlem.level import Level
 from mlem.outputs import png_tree, verify
 from mlem.outputs.images import sample_indices
 from mlem.schedule import NoiseSchedule

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from mlem.comparison.scaling import draw_scaling, plain_fits, scaling_fits
-from mlem.family import Family, Level
+from mlem.family import Family
 from mlem.files import read_json
-from mlem.network import unet
+from mlem.level import Level
+from mlem.networks import unet
 from mlem.schedule import NoiseSchedule
 from tests.commands import run_here, run_in
 

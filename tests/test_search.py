@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from mlem.multilevel.calibrate import Calibration
+from mlem.multilevel.calibration import Calibration
 from mlem.multilevel.predict import Search
 from mlem.multilevel.spec import PlanSpec
 from mlem.sampling import sample

@@ -14,9 +14,9 @@ from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler,
 from torch import Tensor
 
 from mlem.brownian import BrownianPath
-from mlem.family import Level
 from mlem.grids import TimeGrid
 from mlem.interop.diffusers import DiffusersSolver
+from mlem.level import Level
 from mlem.sampling import Sampler, sample
 from mlem.schedule import NoiseSchedule
 from mlem.solvers import GridPoint, make_solver, quadrature_weights

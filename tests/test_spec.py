@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from mlem.family import Family
-from mlem.multilevel.calibrate import Calibration, LinearResponse, calibrate
+from mlem.multilevel.calibrate import calibrate
+from mlem.multilevel.calibration import Calibration, LinearResponse
 from mlem.multilevel.coefficients import CERTAIN, Coefficients
 from mlem.multilevel.coins import COINS
 from mlem.multilevel.memorise import memorise

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from mlem.denoiser import PREDICTIONS
-from mlem.family import Level
-from mlem.network import unet
+from mlem.level import Level
+from mlem.networks import unet
 from mlem.schedule import NoiseSchedule
 from mlem.training.averaging import averaged_state, make_average
 from mlem.training.denoising import NOISE_LEVELS, DenoisingModule, denoising_errors

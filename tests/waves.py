@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from mlem.denoiser import MixtureDenoiser
-from mlem.family import Family, Level
-from mlem.multilevel.calibrate import Calibration, measure
+from mlem.family import Family
+from mlem.level import Level
+from mlem.multilevel.calibrate import measure
+from mlem.multilevel.calibration import Calibration
 from mlem.multilevel.denoiser import MultilevelDenoiser
 from mlem.multilevel.plan import Plan
 from mlem.multilevel.predict import Predictor

@@ -15,11 +15,12 @@ from omegaconf import DictConfig, OmegaConf
 from mlem.cli.config import on_devices, parse_indices, without_secrets, written
 from mlem.cli.measure import measure_of
 from mlem.data import BatchSource, Shards, held_out_batches, make_source, train_loader
-from mlem.family import Family, Level
+from mlem.family import Family
 from mlem.files import first_process, read_object, write_json, write_text
+from mlem.level import Level
 from mlem.multilevel.plan import Plan
 from mlem.multilevel.spec import PlanSpec, stored_plan
-from mlem.network import unet
+from mlem.networks import unet
 from mlem.provenance import provenance
 from mlem.sampling import solver_of
 from mlem.schedule import NoiseSchedule

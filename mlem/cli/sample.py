@@ -28,11 +28,12 @@ from mlem.cli.measure import (
     report,
 )
 from mlem.cli.progress import SamplingProgress
-from mlem.family import Family, Level
+from mlem.family import Family
 from mlem.files import first_process, folder_lock, sha256
 from mlem.ledger import Ledger
+from mlem.level import Level
 from mlem.metrics import Measure
-from mlem.multilevel.calibrate import Calibration
+from mlem.multilevel.calibration import Calibration
 from mlem.multilevel.predict import Predictor
 from mlem.outputs import claim, clear_leftovers, finish, pack, sample_path, survey, write_samples
 from mlem.sampling import Sampler, solver_of

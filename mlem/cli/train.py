@@ -30,13 +30,14 @@ from mlem.cli.measure import check_measure, fail_together, new_fabric, new_fid
 from mlem.cli.report import evaluate_family
 from mlem.cli.resume import changes, check_resume, note_settings, resume_point
 from mlem.data import Shards, count_of, ensure
-from mlem.family import Family, Level
+from mlem.family import Family
 from mlem.files import damaged, first_process, folder_lock, read_object
+from mlem.level import Level
 from mlem.metrics import FewImagesWarning
 from mlem.multilevel.__main__ import calibrate_folder
 from mlem.multilevel.coefficients import Coefficients
 from mlem.multilevel.spec import check_estimator
-from mlem.network import seconds_per_image
+from mlem.networks import seconds_per_image
 from mlem.report import write_report
 from mlem.sampling import Sampler, solver_of
 from mlem.training.averaging import averaged_state, make_average

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from mlem.family import Family
-from mlem.multilevel.calibrate import Calibration
+from mlem.multilevel.calibration import Calibration
 from mlem.multilevel.scaling import ScalingFit, fit_differences, fit_errors
-from mlem.network import evaluating
+from mlem.networks import evaluating
 from mlem.plots import scaling_law
 from mlem.training.denoising import denoising_errors
 

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mlem.family import Family, check_name
-from mlem.multilevel.calibrate import Calibration, calibrate
+from mlem.family import Family
+from mlem.level import check_name
+from mlem.multilevel.calibrate import calibrate
+from mlem.multilevel.calibration import Calibration
 from mlem.multilevel.memorise import memorise
 from mlem.multilevel.pilot import pilot
 from mlem.multilevel.report import report

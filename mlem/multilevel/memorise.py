@@ -12,7 +12,7 @@ from mlem.multilevel.denoiser import MultilevelDenoiser
 from mlem.multilevel.plan import Plan
 from mlem.multilevel.spec import PlanSpec
 from mlem.multilevel.trial import MEMORY, check_reference_steps, trial, trial_indices
-from mlem.network import evaluating
+from mlem.networks import evaluating
 from mlem.solvers import make_solver
 
 

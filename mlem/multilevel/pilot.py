@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from mlem.family import Family
-from mlem.multilevel.calibrate import Calibration
+from mlem.multilevel.calibration import Calibration
 from mlem.multilevel.denoiser import MultilevelDenoiser
 from mlem.multilevel.plan import Plan
 from mlem.multilevel.predict import Predictor
 from mlem.multilevel.spec import PlanSpec
 from mlem.multilevel.trial import PILOT, check_reference_steps, trial, trial_indices
-from mlem.network import evaluating
+from mlem.networks import evaluating
 from mlem.solvers import Solver, make_solver
 
 DISCRETISATIONS = (

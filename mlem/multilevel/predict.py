@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from mlem.grids import TimeGrid
-from mlem.multilevel.calibrate import Calibration
+from mlem.multilevel.calibration import Calibration
 from mlem.multilevel.coins import toss
 from mlem.multilevel.plan import Plan
 from mlem.schedule import NoiseSchedule

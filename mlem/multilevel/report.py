@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from mlem.multilevel.calibrate import Calibration
+from mlem.multilevel.calibration import Calibration
 from mlem.multilevel.scaling import fit_differences
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mlem.family import Family
 from mlem.grids import TimeGrid
-from mlem.multilevel.calibrate import UNITS, Calibration
+from mlem.multilevel.calibration import UNITS, Calibration
 from mlem.multilevel.coefficients import Coefficients
 from mlem.multilevel.coins import COINS, check_coins
 from mlem.multilevel.plan import ESTIMATORS, Plan

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from mlem.denoiser import Denoiser, NetworkDenoiser, training_target
-from mlem.family import Family, Level
+from mlem.family import Family
+from mlem.level import Level
 from mlem.noise import NoiseStream
 from mlem.schedule import NoiseSchedule, expand_like
 from mlem.training.checkpoints import renew_options

@@ -16,10 +16,11 @@ import torch
 from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor
 
-from mlem.family import Family, Level
+from mlem.family import Family
 from mlem.files import atomic_write, write_json
 from mlem.images import image_grid
 from mlem.ledger import Ledger, LevelLedger
+from mlem.level import Level
 from mlem.metrics import FID, Measure, PathwiseError
 from mlem.metrics.scores import KINDS
 from mlem.multilevel.spec import PlanSpec

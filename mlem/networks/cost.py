@@ -1,7 +1,4 @@
-"""The networks: one family of UNets, from xs to xl, by one dial.
-
-A network is a diffusers `UNet2DModel` and nothing else, so that its folder on disk is one that diffusers reads.
-"""
+"""What a network costs: parameters, FLOPs, seconds; and the mode in which it is evaluated."""
 
 from __future__ import annotations
 
@@ -9,51 +6,11 @@ import statistics
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-if TYPE_CHECKING:
-    from diffusers.models.unets.unet_2d import UNet2DModel
-
-SIZES: dict[str, int] = {"xs": 8, "s": 16, "m": 32, "l": 64, "xl": 128}
-"""Name of a size -> channels at full resolution. Twice the channels are about 4 times the FLOPs."""
-
-
-def unet(size: str, shape: Sequence[int], dropout: float = 0.0) -> UNet2DModel:
-    """A UNet of the given size for images of `shape` (C, H, W); H and W even, at least 4.
-
-    Full resolution has SIZES[size] channels, and each of the one or two halvings that the image allows (no
-    lower than 4 pixels) twice as many. Convolutions only: forward-mode differentiation passes through, as long as
-    the weights and the images are not in channels_last (torch's group norm cannot do both).
-    Raises ValueError for an unknown size or an image that cannot be halved.
-    """
-    if size not in SIZES:
-        raise ValueError(f"network size must be one of {', '.join(SIZES)}, got {size!r}")
-    if len(shape) != 3:
-        raise ValueError(f"image shape must be (channels, height, width), got {tuple(shape)}")
-    channels, height, width = shape
-    if height % 2 or width % 2 or min(height, width) < 4:
-        raise ValueError(f"image height and width must be even and at least 4, got {height} and {width}")
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout must be in [0, 1), got {dropout}")
-    from diffusers.models.unets.unet_2d import UNet2DModel
-
-    halvings = 2 if height % 4 == 0 and width % 4 == 0 and min(height, width) >= 16 else 1
-    stages = halvings + 1
-    return UNet2DModel(
-        sample_size=(height, width),
-        in_channels=channels,
-        out_channels=channels,
-        block_out_channels=tuple(SIZES[size] * 2 ** min(i, 1) for i in range(stages)),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D",) * stages,
-        up_block_types=("UpBlock2D",) * stages,
-        add_attention=False,
-        norm_num_groups=4,
-        dropout=dropout,
-    )
+__all__ = ["evaluating", "flops", "parameters", "seconds_per_image"]
 
 
 @contextmanager

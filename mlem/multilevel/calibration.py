@@ -1,0 +1,142 @@
+"""What a calibration knows of a family: costs, differences between levels, and how corrections reach a sample."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mlem.family import Family
+from mlem.files import check_format, damaged
+
+__all__ = ["UNITS", "Calibration", "LinearResponse"]
+
+FORMAT = 1
+_COMMAND = "python -m mlem.multilevel calibrate FAMILY"
+_REMEDY = f"calibrate again: {_COMMAND}"
+UNITS = ("seconds", "flops")
+"""What cost is counted in."""
+
+
+@dataclass(frozen=True)
+class LinearResponse:
+    """How corrections count, for the ODE or the SDE; T times, C corrections (`f^2 - f^1` first).
+
+    inner: (C, T, C, T), mean over images and pixels of `q_k(t) q_l(t')`, where `q = u / gain`. gain: (C, T), root mean
+    square of u over that of the correction in v. roughness: (C,), from 0 (smooth in time) to 1 (a Brownian path): what
+    the corrections do between two of the times.
+    """
+
+    inner: Tensor
+    gain: Tensor
+    roughness: Tensor
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What was measured of a family.
+
+    names, flops: of the levels. seconds: batch size -> seconds per image of each level. log_snr: (T,), rising.
+    differences: (T, K, K), E|f^j - f^k|^2 per pixel. image_differences: (K-1, B), of neighbours, the mean over times
+    and both trajectories of each starting noise. responses: "ode" and "sde". discretisation: "solver/grid" ->
+    {steps: mean squared error}. pilots: "sde/hindsight" and so on -> [predicted, measured] errors of plans.
+    about: number of images, seed, device, hash of the weights.
+    """
+
+    names: tuple[str, ...]
+    flops: tuple[float, ...]
+    seconds: dict[int, tuple[float, ...]]
+    log_snr: Tensor
+    differences: Tensor
+    image_differences: Tensor
+    responses: dict[str, LinearResponse]
+    about: dict[str, Any]
+    discretisation: dict[str, dict[int, float]] = field(default_factory=dict)
+    pilots: dict[str, list[list[float]]] = field(default_factory=dict)
+
+    def costs(self, unit: str = "seconds", batch_size: int = 64) -> Tensor:
+        """Cost of one evaluation of each level, the largest being 1: (K,). unit: "seconds" or "flops".
+
+        Seconds are those at the measured batch size nearest to `batch_size`.
+        """
+        if unit not in UNITS:
+            raise ValueError(f"cost must be {' or '.join(UNITS)}, got {unit!r}")
+        near = min(self.seconds, key=lambda size: abs(math.log(size / batch_size)))
+        costs = torch.tensor(self.flops if unit == "flops" else self.seconds[near], dtype=torch.float64)
+        return costs / costs[-1]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        plain = asdict(self) | {"format": FORMAT}
+        plain["seconds"] = {str(size): list(values) for size, values in self.seconds.items()}
+        return _plain(plain)
+
+    @staticmethod
+    def from_dict(plain: dict[str, Any], where: str = "the calibration") -> Calibration:
+        """The calibration that `to_dict` described. Raises ValueError, which names `where`, for other data."""
+        check_format(plain, FORMAT, where, _REMEDY)
+
+        def tensor(values: Any) -> Tensor:
+            return torch.tensor(values, dtype=torch.float64)
+
+        def response(one: dict[str, Any]) -> LinearResponse:
+            return LinearResponse(**{key: tensor(values) for key, values in one.items()})
+
+        def by_number(values: dict[str, Any]) -> dict[int, float]:
+            return {int(number): float(value) for number, value in values.items()}
+
+        with damaged(where, _REMEDY):
+            found = Calibration(
+                tuple(map(str, plain["names"])),
+                tuple(map(float, plain["flops"])),
+                {int(size): tuple(map(float, values)) for size, values in plain["seconds"].items()},
+                tensor(plain["log_snr"]),
+                tensor(plain["differences"]),
+                tensor(plain["image_differences"]),
+                {kind: response(one) for kind, one in plain["responses"].items()},
+                dict(plain["about"]),
+                {name: by_number(errors) for name, errors in plain["discretisation"].items()},
+                {name: [[*map(float, pair)] for pair in pairs] for name, pairs in plain["pilots"].items()},
+            )
+            found._check_shapes()
+        return found
+
+    def _check_shapes(self) -> None:
+        """Raise ValueError where tables do not fit together."""
+        levels, times = len(self.names), len(self.log_snr)
+        shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
+            "flops": ((len(self.flops),), (levels,)),
+            "differences": (tuple(self.differences.shape), (times, levels, levels)),
+            "image_differences": (tuple(self.image_differences.shape[:1]), (levels - 1,)),
+        }
+        shapes |= {f"seconds of {size}": ((len(values),), (levels,)) for size, values in self.seconds.items()}
+        for kind in ("ode", "sde"):
+            one, row = self.responses[kind], (levels - 1, times)
+            shapes[f"gain of {kind}"] = tuple(one.gain.shape), row
+            shapes[f"inner of {kind}"] = tuple(one.inner.shape), row + row
+            shapes[f"roughness of {kind}"] = tuple(one.roughness.shape), row[:1]
+        if odd := [f"{name} has shape {there}, not {due}" for name, (there, due) in shapes.items() if there != due]:
+            raise ValueError(odd[0])
+        if not self.seconds:
+            raise ValueError("no seconds")
+
+    @staticmethod
+    def of(family: Family) -> Calibration:
+        """The calibration stored with a family. Raises ValueError with the remedy when there is none that fits."""
+        if "calibration" not in family.fitted:
+            raise ValueError(f"this family of {family.data} is not calibrated: {_COMMAND}")
+        found = Calibration.from_dict(family.fitted["calibration"], "calibration.json")
+        if found.about.get("weights") != family.weights_hash:
+            raise ValueError(f"the calibration is of other weights: {_COMMAND}")
+        return found
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.tolist()
+    if isinstance(value, dict):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    return value

@@ -1,0 +1,60 @@
+"""Weights on disk: safetensors, written atomically and read with a checksum. No pickles."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from mlem.files import atomic_write, sha256
+
+__all__ = ["read_weights", "write_weights"]
+
+
+def write_weights(path: str | os.PathLike[str], weights: Mapping[str, Tensor]) -> None:
+    """Write tensors as safetensors, atomically. Raises ValueError that names a tensor with NaN or infinity."""
+    from safetensors.torch import save
+
+    for name, tensor in weights.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"weights {name} hold NaN or infinity; not saved to {path}")
+    with atomic_write(path) as file:
+        file.write(save({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}))
+
+
+def read_weights(path: str | os.PathLike[str], network: nn.Module, checksum: str | None = None) -> None:
+    """Load safetensors into `network`, in place.
+
+    Raises ValueError when the file is not safetensors, differs from its checksum, holds NaN or infinity (the
+    tensor is named), or does not fit the network (at most five keys are named).
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; copy it again or train this level again")
+    try:
+        weights = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a safetensors file, or it was cut short ({error}); copy it again") from error
+    if checksum is not None and sha256(path) != checksum:
+        raise ValueError(f"{path} differs from its checksum in mlem.json; copy it again or train this level again")
+    for name, tensor in weights.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"{path}: weights {name} hold NaN or infinity; use an earlier checkpoint")
+    own = network.state_dict()
+    odd = [f"{key} (missing)" for key in own.keys() - weights.keys()]
+    odd += [f"{key} (extra)" for key in weights.keys() - own.keys()]
+    odd += [
+        f"{key} ({tuple(weights[key].shape)} in the file, {tuple(own[key].shape)} in the network)"
+        for key in own.keys() & weights.keys()
+        if own[key].shape != weights[key].shape
+    ]
+    if odd:
+        shown = "; ".join(sorted(odd)[:5])
+        raise ValueError(f"{path} does not fit config.json, {len(odd)} keys differ: {shown}; check the size in model=")
+    network.load_state_dict(weights)
