@@ -28,7 +28,7 @@ from mlem.data import (
     prepare,
     write_shards,
 )
-from mlem.data.__main__ import main
+from mlem.data.command import main
 
 
 def command(*arguments: object) -> list[str]:
@@ -64,7 +64,7 @@ def test_digits_round_trip_is_exact(digits):
 
 
 def test_colour_round_trip_is_exact(tmp_path):
-    expected = DATASETS["dead_leaves"](size=24, count=25).images(0, 25)
+    expected = make_source("dead_leaves", size=24, count=25).images(0, 25)
     shards = ensure("dead_leaves", tmp_path, progress=False, size=24, count=25)
     np.testing.assert_array_equal(torch.stack([shards.read(i) for i in range(25)]).permute(0, 2, 3, 1), expected)
 

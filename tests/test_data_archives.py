@@ -21,8 +21,10 @@ import pytest
 import torch
 from PIL import Image
 
-from mlem.data import Shards, celeba, cifar10, count_of, ensure, parallel, prepare
-from mlem.data.__main__ import main
+from mlem.data import Shards, count_of, ensure, prepare
+from mlem.data.command import main
+from mlem.data.datasets import celeba, cifar10
+from mlem.data.shards import parallel
 from mlem.metrics import FID, FewImagesWarning
 from tests import archives as make
 from tests.commands import PLAIN, environment, run_here, succeed, wait_until
@@ -67,7 +69,7 @@ def test_cifar10_pickled_by_python_3_is_the_same(tmp_path):
     pixels = make.smooth(4, (32, 32))
     batches = {name: pickle.dumps(make.batch(pixels), protocol=2) for name in cifar10.BATCHES["train"]}
     path = make.cifar10_archive(tmp_path / cifar10.ARCHIVE, batches)
-    source = cifar10.source(source=str(path), any_checksum=True).open()
+    source = cifar10.CIFAR10(source=str(path), any_checksum=True).build().open()
     np.testing.assert_array_equal(source.images(0, 20), np.concatenate([pixels] * 5))
 
 
@@ -164,7 +166,7 @@ def test_a_worker_that_dies_is_an_error_and_no_hang():
 
 
 def test_workers_do_not_wait_for_torch():
-    code = "import sys, mlem.data.writing, mlem.data.celeba; sys.exit('torch' in sys.modules)"
+    code = "import sys, mlem.data.shards.writing, mlem.data.datasets.celeba; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], env=environment()).returncode == 0
 
 

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from mlem.data import Shards, archives, cifar10
-from mlem.data.__main__ import main
+from mlem.data import Shards, archives
+from mlem.data.command import main
+from mlem.data.datasets import cifar10
 from tests import archives as make
 
 

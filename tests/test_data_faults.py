@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from mlem.data import Shards, ensure, prepare
-from mlem.data.manifest import Manifest, ShardRecord
+from mlem.data.shards.manifest import Manifest, ShardRecord
 from mlem.files import sha256
 
 PIXELS = np.arange(0, 256, 4, dtype=np.uint8).reshape(8, 8)

@@ -15,7 +15,7 @@ import torch
 from PIL import Image, features
 
 from mlem.data import Shards, prepare
-from mlem.data.__main__ import main
+from mlem.data.command import main
 from tests.archives import encoded, smooth
 from tests.test_data_archives import contents, pixels_of
 
@@ -288,7 +288,7 @@ def test_what_is_no_image_is_named(fault, tmp_path):
 
 
 def test_a_file_that_cannot_be_read_is_named_like_a_broken_one(tmp_path, monkeypatch):
-    from mlem.data import folder
+    from mlem.data.datasets import folder
 
     def vanished(path: Path, *_: object) -> np.ndarray:
         raise FileNotFoundError(2, "No such file or directory", str(path))

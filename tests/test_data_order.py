@@ -17,7 +17,7 @@ from mlem.data import (
     held_out_batches,
     train_loader,
 )
-from mlem.data.order import GROUP, pass_order, split
+from mlem.data.shards.order import GROUP, pass_order, split
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import pytest
 from scipy.integrate import quad
 from scipy.optimize import brentq
 
-from mlem.data.dead_leaves import nearest_disk, power_law_radii, source
+from mlem.data.datasets.dead_leaves import DeadLeaves, nearest_disk, power_law_radii
 
 
 def test_radii_follow_the_power_law():
@@ -50,7 +50,7 @@ def test_two_pixels_share_a_leaf_as_often_as_the_law_says(distance):
     kink = min(max(distance / 2, r_min), r_max)
     shared = sum(quad(lambda r: overlap(r) * r**-3, *ends)[0] for ends in ((r_min, kink), (kink, r_max)))
     alone = math.pi * math.log(r_max / r_min)
-    images = source(size=16, r_min=r_min, r_max=r_max, seed=11).images(0, 1500)
+    images = DeadLeaves(size=16, r_min=r_min, r_max=r_max, seed=11).build().images(0, 1500)
     for columns in (16, distance + 1):  # pairs everywhere, and from the border inwards: one law
         pixels = images[:, :, :columns]
         same = (pixels[:, :, distance:] == pixels[:, :, :-distance]).all(-1).mean((1, 2))
@@ -60,16 +60,16 @@ def test_two_pixels_share_a_leaf_as_often_as_the_law_says(distance):
 
 
 def test_image_depends_on_seed_and_index_only():
-    images = source(size=12, seed=4).images(0, 40)
+    images = DeadLeaves(size=12, seed=4).build().images(0, 40)
     for start, stop in ((0, 1), (7, 19), (39, 40)):
-        np.testing.assert_array_equal(source(size=12, seed=4).images(start, stop), images[start:stop])
+        np.testing.assert_array_equal(DeadLeaves(size=12, seed=4).build().images(start, stop), images[start:stop])
     assert len({image.tobytes() for image in images}) == 40
-    others = source(size=12, seed=5).images(0, 40)
+    others = DeadLeaves(size=12, seed=5).build().images(0, 40)
     assert not {image.tobytes() for image in others} & {image.tobytes() for image in images}
 
 
 def test_colours_are_uniform():
-    images = source(size=16, seed=2).images(0, 1000).astype(float)
+    images = DeadLeaves(size=16, seed=2).build().images(0, 1000).astype(float)
     means = images.mean((1, 2))  # one independent mean an image
     standard_error = means.std(0) / math.sqrt(len(means))
     assert (np.abs(means.mean(0) - 127.5) < 4 * standard_error).all()

@@ -1,13 +1,34 @@
-"""Where images come from, before they are shards: functions of an index range, and what must be opened to have one."""
+"""What a data set is: a dataclass of options that builds a source of images, before they are shards."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+__all__ = ["DataSet", "Images", "Partial", "Source", "Stored", "checked", "shape_of"]
+
+
+class DataSet(ABC):
+    """A data set: subclass it as a frozen dataclass in a file of `mlem.data.datasets`, which gives it its name.
+
+    The fields are its options: `int`, `float`, `str`, `bool`, or one of them and `None`. What an option means is read
+    from `Args:` of the class docstring, the one-line description from its first line. `__post_init__` raises
+    ValueError, naming the option, for a value out of range.
+    """
+
+    @abstractmethod
+    def build(self) -> Source | Stored:
+        """The source of the images; a `Stored` one where files must be opened first. Reads no large file."""
+
+    @classmethod
+    def example(cls, folder: Path) -> dict[str, Any]:
+        """Options of a small instance for the conformance tests; the files that it needs are written to `folder`."""
+        return {}
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from zipfile import BadZipFile, ZipFile, ZipInfo
 import numpy as np
 
 from mlem.data import SHARD_SIZE
-from mlem.data.manifest import MANIFEST, UNFINISHED, Manifest
-from mlem.data.writing import write_shards
+from mlem.data.shards.manifest import MANIFEST, UNFINISHED, Manifest
+from mlem.data.shards.writing import write_shards
 from mlem.files import atomic_write
 from mlem.outputs.images import read_pixels, sample_path
 from mlem.outputs.manifest import spans

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
 
-from mlem.data.sources import Source
+from mlem.data.sources import DataSet, Source
+
+__all__ = ["COUNT", "Digits"]
 
 COUNT = 1797
 
 
-def source() -> Source:
+@dataclass(frozen=True)
+class Digits(DataSet):
     """The 1,797 handwritten digits of scikit-learn, 8x8 grey.
 
     Images are (8, 8, 1); values 0 .. 16 become 0 .. 255 by round(v * 255 / 16).
     """
-    return Source(_images, COUNT, {"origin": "sklearn.datasets.load_digits"})
+
+    def build(self) -> Source:
+        return Source(_images, COUNT, {"origin": "sklearn.datasets.load_digits"})
 
 
 def _images(start: int, stop: int) -> np.ndarray:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
-from mlem.data.order import pass_order
-from mlem.data.shards import Shards
+from mlem.data.shards.order import pass_order
+from mlem.data.shards.reading import Shards
 
 Batch = dict[str, Tensor]
 

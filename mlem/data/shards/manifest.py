@@ -1,6 +1,6 @@
 """What a prepared data set is: a folder of tar shards and a manifest that says what each shard must hold.
 
-Lives here: the manifest and the check of folder names. Reading shards is `shards.py`, making them `writing.py`.
+Lives here: the manifest and the check of folder names. Reading shards is `reading.py`, making them `writing.py`.
 """
 
 from __future__ import annotations

@@ -25,8 +25,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from mlem.data.manifest import MANIFEST, UNFINISHED, Manifest, ShardRecord, plain_folder, same_data
-from mlem.data.parallel import in_order
+from mlem.data.shards.manifest import MANIFEST, UNFINISHED, Manifest, ShardRecord, plain_folder, same_data
+from mlem.data.shards.parallel import in_order
 from mlem.data.sources import Images, checked, shape_of
 from mlem.files import atomic_write, sha256
 

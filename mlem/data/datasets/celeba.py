@@ -6,15 +6,18 @@ import io
 import re
 import zipfile
 import zlib
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 
 from mlem.data.archives import checked_md5, located
 from mlem.data.pictures import FILTERS, centre_square, opened, to_rgb
-from mlem.data.sources import Source, Stored
+from mlem.data.sources import DataSet, Source, Stored
+
+__all__ = ["ARCHIVE", "CROP", "HEIGHT", "MD5", "ORIGIN", "PARTITION", "SPLITS", "WIDTH", "CelebA"]
 
 ARCHIVE, PARTITION = "img_align_celeba.zip", "list_eval_partition.txt"
 ORIGIN = "https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html (Google Drive: there is no stable direct address)"
@@ -24,30 +27,41 @@ WIDTH, HEIGHT, CROP = 178, 218, 140
 _MAX_BYTES = 2**20  # of an image; the official ones have about 7 kB
 
 
-def source(
-    *,
-    source: Annotated[str | None, f"{ARCHIVE}, or the folder that holds it"] = None,
-    partition: Annotated[str | None, f"{PARTITION} (default: beside the archive)"] = None,
-    split: Annotated[str, "train (162,770 images), valid (19,867) or test (19,962)"] = "train",
-    size: Annotated[int, f"pixels a side, of the {CROP} in the middle"] = 64,
-    download: Annotated[bool, "only says where to get the files: they have no stable direct address"] = False,
-    any_checksum: Annotated[bool, "take other files of the same format too"] = False,
-) -> Stored:
+@dataclass(frozen=True)
+class CelebA(DataSet):
     """The 202,599 aligned faces of CelebA, the middle 140x140 pixels scaled down by a box filter, RGB.
 
-    Images are (size, size, 3), in the order of the partition file. ValueError names an option out of range.
+    Images are (size, size, 3), in the order of the partition file.
+
+    Args:
+        source: img_align_celeba.zip, or the folder that holds it
+        partition: list_eval_partition.txt (default: beside the archive)
+        split: train (162,770 images), valid (19,867) or test (19,962)
+        size: pixels a side, of the 140 in the middle
+        download: only says where to get the files: they have no stable direct address
+        any_checksum: take other files of the same format too
     """
-    if split not in SPLITS:
-        raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
-    if not 1 <= size <= CROP:
-        raise ValueError(f"size must be in [1, {CROP}], got {size}")
-    if download:
-        raise ValueError(f"download: get {ARCHIVE} and {PARTITION} by hand from {ORIGIN}, and give --source")
-    path = None if source is None else located(source, ARCHIVE)
-    info = {"split": split, "size": size}
-    return Stored(
-        (3, size, size), info, path, ARCHIVE, partial(_open, partition=partition, info=info, any_checksum=any_checksum)
-    )
+
+    source: str | None = None
+    partition: str | None = None
+    split: str = "train"
+    size: int = 64
+    download: bool = False
+    any_checksum: bool = False
+
+    def __post_init__(self) -> None:
+        if self.split not in SPLITS:
+            raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {self.split!r}")
+        if not 1 <= self.size <= CROP:
+            raise ValueError(f"size must be in [1, {CROP}], got {self.size}")
+        if self.download:
+            raise ValueError(f"download: get {ARCHIVE} and {PARTITION} by hand from {ORIGIN}, and give --source")
+
+    def build(self) -> Stored:
+        path = None if self.source is None else located(self.source, ARCHIVE)
+        info = {"split": self.split, "size": self.size}
+        read = partial(_open, partition=self.partition, info=info, any_checksum=self.any_checksum)
+        return Stored((3, self.size, self.size), info, path, ARCHIVE, read)
 
 
 def _open(path: Path, *, partition: str | None, info: dict[str, Any], any_checksum: bool) -> Source:

@@ -8,40 +8,65 @@ leaf never has to be painted over. Any size, any number of images, no network.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from functools import partial
-from typing import Annotated
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from mlem.data.sources import Source
+from mlem.data.sources import DataSet, Source
+
+__all__ = ["DeadLeaves", "dead_leaves", "nearest_disk", "power_law_radii"]
 
 _MAX_DISKS = 10_000_000  # about 1 GB
 _EXPECTED_GAPS = 0.01  # pixels an image that no disk reaches, on average; they show the ground, a leaf behind all
 
 
-def source(
-    *,
-    size: Annotated[int, "pixels a side"] = 32,
-    count: Annotated[int, "number of images"] = 20_000,
-    seed: Annotated[int, "another seed gives other images"] = 0,
-    r_min: Annotated[float, "smallest radius, in pixels"] = 2.0,
-    r_max: Annotated[float | None, "largest radius, in pixels (default: half of size)"] = None,
-) -> Source:
+@dataclass(frozen=True)
+class DeadLeaves(DataSet):
     """Procedural images of overlapping disks with power-law radii, any size, RGB.
 
-    Images are (size, size, 3). ValueError names an option out of range.
+    Images are (size, size, 3).
+
+    Args:
+        size: pixels a side
+        count: number of images
+        seed: another seed gives other images
+        r_min: smallest radius, in pixels
+        r_max: largest radius, in pixels (default: half of size)
     """
-    r_max = size / 2 if r_max is None else r_max
-    if size < 1:
-        raise ValueError(f"size must be >= 1, got {size}")
-    if not 0 <= seed < 2**64:
-        raise ValueError(f"seed must be in [0, 2**64), got {seed}")
-    if not 0 < r_min < r_max < math.inf:
-        raise ValueError(f"radii must satisfy 0 < r_min < r_max, got r_min {r_min} and r_max {r_max}")
-    if (disks := _disks(size, r_min, r_max)) > _MAX_DISKS:
-        raise ValueError(f"r_min {r_min} and r_max {r_max} need {disks:.0e} disks an image; raise r_min or lower r_max")
-    options = {"size": size, "seed": seed, "r_min": float(r_min), "r_max": float(r_max)}
-    return Source(partial(dead_leaves, **options), count, options)
+
+    size: int = 32
+    count: int = 20_000
+    seed: int = 0
+    r_min: float = 2.0
+    r_max: float | None = None
+
+    def __post_init__(self) -> None:
+        size, r_min, r_max = self.size, self.r_min, self._r_max
+        if size < 1:
+            raise ValueError(f"size must be >= 1, got {size}")
+        if not 0 <= self.seed < 2**64:
+            raise ValueError(f"seed must be in [0, 2**64), got {self.seed}")
+        if not 0 < r_min < r_max < math.inf:
+            raise ValueError(f"radii must satisfy 0 < r_min < r_max, got r_min {r_min} and r_max {r_max}")
+        if (disks := _disks(size, r_min, r_max)) > _MAX_DISKS:
+            raise ValueError(
+                f"r_min {r_min} and r_max {r_max} need {disks:.0e} disks an image; raise r_min or lower r_max"
+            )
+
+    def build(self) -> Source:
+        info = {"size": self.size, "seed": self.seed, "r_min": float(self.r_min), "r_max": float(self._r_max)}
+        return Source(partial(dead_leaves, **info), self.count, info)
+
+    @property
+    def _r_max(self) -> float:
+        return self.size / 2 if self.r_max is None else self.r_max
+
+    @classmethod
+    def example(cls, folder: Path) -> dict[str, Any]:
+        return {"size": 8, "count": 30}
 
 
 def dead_leaves(start: int, stop: int, *, size: int, seed: int, r_min: float, r_max: float) -> np.ndarray:

@@ -4,41 +4,63 @@ from __future__ import annotations
 
 import hashlib
 import os
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
+from PIL import Image
 
-from mlem.data.manifest import plain_folder
 from mlem.data.pictures import FILTERS, SUFFIXES, centre_square, opened, to_rgb
-from mlem.data.sources import Partial, Source, Stored
+from mlem.data.shards.manifest import plain_folder
+from mlem.data.sources import DataSet, Partial, Source, Stored
+
+__all__ = ["Folder"]
 
 _ENDINGS = tuple(f".{suffix}".encode() for suffix in SUFFIXES)
 
 
-def source(
-    *,
-    source: Annotated[str | None, "the folder; it is searched with all folders in it"] = None,
-    size: Annotated[int, "pixels a side"] = 64,
-    crop: Annotated[bool, "cut the square in the middle; otherwise the image is stretched to a square"] = True,
-    filter: Annotated[str, f"how images are scaled: {', '.join(FILTERS)}"] = "box",
-    max_broken: Annotated[float, "share of broken images that may be left out, in [0, 1)"] = 0.0,
-) -> Stored:
+@dataclass(frozen=True)
+class Folder(DataSet):
     """The PNG, JPEG and WebP images of a folder, any sizes, cut to squares and scaled, RGB.
 
     Images are (size, size, 3), in the order of their paths; other files, hidden ones and links are ignored.
-    ValueError names an option out of range.
+
+    Args:
+        source: the folder; it is searched with all folders in it
+        size: pixels a side
+        crop: cut the square in the middle; otherwise the image is stretched to a square
+        filter: how images are scaled: box, bilinear, bicubic, lanczos
+        max_broken: share of broken images that may be left out, in [0, 1)
     """
-    if size < 1:
-        raise ValueError(f"size must be >= 1, got {size}")
-    if filter not in FILTERS:
-        raise ValueError(f"filter must be one of {', '.join(FILTERS)}, got {filter!r}")
-    if not 0 <= max_broken < 1:
-        raise ValueError(f"max_broken must be in [0, 1), got {max_broken}")
-    path = None if source is None else plain_folder(source)
-    info = {"size": size, "crop": crop, "filter": filter}
-    return Stored((3, size, size), info, path, "FOLDER", partial(_open, info=info, max_broken=max_broken))
+
+    source: str | None = None
+    size: int = 64
+    crop: bool = True
+    filter: str = "box"
+    max_broken: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise ValueError(f"size must be >= 1, got {self.size}")
+        if self.filter not in FILTERS:
+            raise ValueError(f"filter must be one of {', '.join(FILTERS)}, got {self.filter!r}")
+        if not 0 <= self.max_broken < 1:
+            raise ValueError(f"max_broken must be in [0, 1), got {self.max_broken}")
+
+    def build(self) -> Stored:
+        path = None if self.source is None else plain_folder(self.source)
+        info = {"size": self.size, "crop": self.crop, "filter": self.filter}
+        return Stored(
+            (3, self.size, self.size), info, path, "FOLDER", partial(_open, info=info, max_broken=self.max_broken)
+        )
+
+    @classmethod
+    def example(cls, folder: Path) -> dict[str, Any]:
+        for number in range(30):
+            Image.new("RGB", (12, 10), (8 * number, 90, 200)).save(folder / f"{number:02d}.png")
+        return {"source": str(folder), "size": 8}
 
 
 def _open(root: Path, *, info: dict[str, Any], max_broken: float) -> Source:

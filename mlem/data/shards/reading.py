@@ -20,10 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mlem.data import order
-from mlem.data.manifest import MANIFEST, UNFINISHED, Manifest, ShardRecord, plain_folder
 from mlem.data.pictures import SUFFIXES as IMAGE_SUFFIXES
 from mlem.data.pictures import opened
+from mlem.data.shards import order
+from mlem.data.shards.manifest import MANIFEST, UNFINISHED, Manifest, ShardRecord, plain_folder
 from mlem.files import atomic_write, sha256
 
 SUFFIXES = (*IMAGE_SUFFIXES, "json", "txt", "cls")

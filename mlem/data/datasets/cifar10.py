@@ -11,14 +11,17 @@ import io
 import pickle
 import tarfile
 import zlib
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 
 from mlem.data.archives import checked_md5, download, located
-from mlem.data.sources import Source, Stored
+from mlem.data.sources import DataSet, Source, Stored
+
+__all__ = ["ARCHIVE", "BATCHES", "CIFAR10", "MD5", "SHAPE", "URL"]
 
 ARCHIVE = "cifar-10-python.tar.gz"
 URL = f"https://www.cs.toronto.edu/~kriz/{ARCHIVE}"
@@ -29,24 +32,33 @@ _FOLDER = "cifar-10-batches-py"
 _MAX_BYTES = 64 * 2**20  # of a batch; the official ones have 31 MB
 
 
-def source(
-    *,
-    source: Annotated[str | None, f"{ARCHIVE}, or the folder that holds it"] = None,
-    split: Annotated[str, "train (50,000 images) or test (10,000)"] = "train",
-    download: Annotated[bool, f"fetch the archive first where it is missing (to data/{ARCHIVE} by default)"] = False,
-    any_checksum: Annotated[bool, "take another archive of the same format too"] = False,
-) -> Stored:
+@dataclass(frozen=True)
+class CIFAR10(DataSet):
     """The 60,000 photographs of CIFAR-10, 32x32 RGB, from the official python archive.
 
-    Images are (32, 32, 3), in the order of the archive. ValueError names an option out of range.
+    Images are (32, 32, 3), in the order of the archive.
+
+    Args:
+        source: cifar-10-python.tar.gz, or the folder that holds it
+        split: train (50,000 images) or test (10,000)
+        download: fetch the archive first where it is missing (to data/cifar-10-python.tar.gz by default)
+        any_checksum: take another archive of the same format too
     """
-    if split not in BATCHES:
-        raise ValueError(f"split must be one of {', '.join(BATCHES)}, got {split!r}")
-    if source is None and download:
-        source = f"data/{ARCHIVE}"
-    path = None if source is None else located(source, ARCHIVE)
-    info = {"split": split}
-    return Stored(SHAPE, info, path, ARCHIVE, partial(_open, split=split, fetch=download, any_checksum=any_checksum))
+
+    source: str | None = None
+    split: str = "train"
+    download: bool = False
+    any_checksum: bool = False
+
+    def __post_init__(self) -> None:
+        if self.split not in BATCHES:
+            raise ValueError(f"split must be one of {', '.join(BATCHES)}, got {self.split!r}")
+
+    def build(self) -> Stored:
+        source = f"data/{ARCHIVE}" if self.source is None and self.download else self.source
+        path = None if source is None else located(source, ARCHIVE)
+        read = partial(_open, split=self.split, fetch=self.download, any_checksum=self.any_checksum)
+        return Stored(SHAPE, {"split": self.split}, path, ARCHIVE, read)
 
 
 def _open(path: Path, *, split: str, fetch: bool, any_checksum: bool) -> Source:

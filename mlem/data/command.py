@@ -1,0 +1,89 @@
+"""The command line of `mlem.data`: `python -m mlem.data digits --out data/digits`"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any, Never
+
+from mlem.data.datasets import DATASETS
+from mlem.data.options import Option, check_known, description_of, options_of
+from mlem.data.preparing import SHARD_SIZE, prepare
+from mlem.data.shards.manifest import MANIFEST, Manifest, plain_folder
+
+__all__ = ["main"]
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Never:
+        raise ValueError(f"{message} (see {self.prog} --help)")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Prepare what the command line asks; return the exit code: 0, 2 for a wrong option or folder, 130 for Ctrl-C."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    out = ""
+    try:
+        if arguments and not arguments[0].startswith("-") and arguments[0] not in DATASETS:
+            check_known("data set", arguments[0], DATASETS)
+        options = vars(_parser().parse_args(arguments))
+        out = options.pop("out")
+        _run(options.pop("dataset"), out, options)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:  # a full disk gives no file name of its own
+        print(f"error: {out}: {error}; make room or repair, then run the same command again", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; finished shards are kept, the same command goes on from there", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _run(name: str, out: str, options: dict[str, Any]) -> None:
+    began = time.perf_counter()
+    made = prepare(name, out, **options)
+    seconds = time.perf_counter() - began
+    manifest = Manifest.read(plain_folder(out) / MANIFEST)
+    size = sum(record.bytes for record in manifest.shards)
+    kept = f" ({manifest.count - made} were there)" if made < manifest.count else ""
+    rate = f"{made / seconds:.0f} images/s"
+    print(f"{out}: {manifest.count} images{kept}, {size / 1e6:.1f} MB, {seconds:.1f} s, {rate}")
+    if manifest.left_out:
+        named = "; ".join(list(manifest.left_out.values())[:3])
+        print(f"{len(manifest.left_out)} broken images are left out, named in {MANIFEST}: {named}", file=sys.stderr)
+
+
+def _parser() -> _Parser:
+    parser = _Parser(prog="python -m mlem.data", description="Prepare a data set as WebDataset shards with a manifest.")
+    commands = parser.add_subparsers(dest="dataset", metavar="dataset", required=True)
+    for name, dataset in DATASETS.items():
+        text = description_of(dataset)
+        formatter = argparse.ArgumentDefaultsHelpFormatter
+        command = commands.add_parser(name, help=text, description=text, formatter_class=formatter)
+        text = "folder to write; what an interrupted run finished there is kept"
+        command.add_argument("--out", required=True, default=argparse.SUPPRESS, metavar="FOLDER", help=text)
+        command.add_argument("--shard-size", type=int, default=SHARD_SIZE, metavar="N", help="images in a shard")
+        command.add_argument("--workers", type=int, default=1, metavar="N", help="processes that prepare images")
+        for option in options_of(dataset).values():
+            _add_option(command, option)
+    return parser
+
+
+def _add_option(command: argparse.ArgumentParser, option: Option) -> None:
+    default = argparse.SUPPRESS if option.required or option.default is None else option.default
+    if option.kind is bool:
+        action = argparse.BooleanOptionalAction if default else "store_true"
+        command.add_argument(option.flag, action=action, default=default, help=option.help)
+        return
+    command.add_argument(
+        option.flag,
+        type=option.kind,
+        default=default,
+        required=option.required,
+        metavar=option.kind.__name__.upper(),
+        help=option.help,
+    )

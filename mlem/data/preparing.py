@@ -1,0 +1,118 @@
+"""Preparing and opening data sets by name."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mlem.data.datasets import DATASETS
+from mlem.data.options import Value, check_known, check_options, options_of
+from mlem.data.shards.manifest import MANIFEST, Manifest, plain_folder, same_data
+from mlem.data.shards.writing import write_shards
+from mlem.data.sources import Source, Stored
+
+if TYPE_CHECKING:
+    from mlem.data.shards.reading import Shards
+
+__all__ = ["SHARD_SIZE", "count_of", "ensure", "make_source", "prepare"]
+
+SHARD_SIZE = 1000
+"""Images in a shard, unless told otherwise."""
+
+
+def make_source(name: str, **options: Value) -> Source | Stored:
+    """Build the source of data set `name`, not opened.
+
+    Raises:
+        ValueError: gives the nearest match of a wrong name or option, or names an option of another type or range.
+    """
+    check_known("data set", name, DATASETS)
+    check_options(name, DATASETS[name], options)
+    return DATASETS[name](**options).build()
+
+
+def prepare(
+    name: str,
+    out: str | os.PathLike[str],
+    *,
+    shard_size: int = SHARD_SIZE,
+    workers: int = 1,
+    progress: bool = True,
+    wait: bool = False,
+    **options: Value,
+) -> int:
+    """Prepare data set `name` in folder `out`; return how many images had to be made.
+
+    Resumable, one call at a time, refused where the folder holds other data: see `write_shards`.
+
+    Args:
+        name: of the data set.
+        out: folder to write.
+        shard_size: images in a shard.
+        workers: processes that prepare images.
+        progress: whether to show a bar.
+        wait: whether to wait for another call on the same folder, instead of being refused.
+        options: of the data set.
+    """
+    out = plain_folder(out)
+    made = make_source(name, **options)
+    source = _opened(made, name, out, options)
+    return write_shards(
+        out,
+        source.images,
+        name=name,
+        info=source.info,
+        total=source.count,
+        shard_size=shard_size,
+        shape=made.shape,
+        tolerance=source.tolerance,
+        workers=workers,
+        progress=progress,
+        wait=wait,
+    )
+
+
+def ensure(name: str, folder: str | os.PathLike[str], *, progress: bool = True, **options: Value) -> Shards:
+    """Open data set `name` in `folder`, preparing it first if it is not there; processes may call this together.
+
+    Raises:
+        ValueError: names both sides when the folder holds other data than `options` describe (defaults included);
+            files that were the source are compared if they are still there, and need not be.
+    """
+    made = make_source(name, **options)
+    folder = plain_folder(folder)
+    if not (folder / MANIFEST).is_file():
+        prepare(name, folder, shard_size=SHARD_SIZE, workers=1, progress=progress, wait=True, **options)
+    found = Manifest.read(folder / MANIFEST)
+    if isinstance(made, Stored) and (made.path is None or not made.path.exists()):
+        wanted = replace(found, name=name, shape=made.shape, info=found.info | made.info)
+    else:
+        source = made.open()
+        wanted = Manifest(name, found.shape, source.info, source.count, found.shard_size)
+    same_data(folder, found, wanted, shard_size=False)
+    from mlem.data.shards.reading import Shards
+
+    return Shards.open(folder)
+
+
+def count_of(name: str, folder: str | os.PathLike[str], **options: Value) -> int:
+    """How many images data set `name` has: those in `folder` where it is prepared, else those of its source."""
+    made = make_source(name, **options)
+    folder = plain_folder(folder)
+    if isinstance(made, Stored) and (folder / MANIFEST).is_file():
+        return Manifest.read(folder / MANIFEST).count
+    return _opened(made, name, folder, options).count
+
+
+def _opened(made: Source | Stored, name: str, folder: Path, given: dict[str, Value]) -> Source:
+    """Open a source. ValueError gives the command to prepare it when the user did not say where it is."""
+    if isinstance(made, Stored) and made.path is None:
+        options = options_of(DATASETS[name])
+        words = [options[key].written(value) for key, value in given.items() if value != options[key].default]
+        raise ValueError(
+            f"{folder} holds no data, and where {name} comes from is not said; prepare it: "
+            + " ".join([f"python -m mlem.data {name} --source {made.usual} --out {folder}", *words])
+        )
+    return made.open()
