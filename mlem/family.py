@@ -17,6 +17,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import nn
+
 from mlem.files import check_format, damaged, read_object, remove, write_json
 from mlem.level import FORMAT, Level, check_name
 
@@ -73,7 +76,8 @@ class Family:
         for level in self.levels:
             for name, tensor in level.network.state_dict().items():
                 digest.update(f"{level.name}/{name}".encode())
-                digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+                # as bytes: NumPy has no bfloat16
+                digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()[:16]
 
     def level(self, name: str | None = None) -> Level:
@@ -139,8 +143,17 @@ class Family:
             write_json(Path(folder) / "plans" / f"{name}.json", plan)
 
     @staticmethod
-    def load(folder: str | os.PathLike[str]) -> Family:
-        """Read a family. Raises FileNotFoundError or ValueError that names the file and the remedy."""
+    def load(folder: str | os.PathLike[str], networks: Mapping[str, nn.Module] | None = None) -> Family:
+        """Read a family.
+
+        Args:
+            folder: as `save` wrote it.
+            networks: name of a level -> the module that takes its weights, for levels of modules of one's own.
+
+        Raises:
+            FileNotFoundError: a file is missing; it is named.
+            ValueError: a file is damaged, or a network is not known; it names the file and the remedy.
+        """
         folder = Path(folder)
         if not (folder / "family.json").is_file():
             raise FileNotFoundError(
@@ -155,4 +168,8 @@ class Family:
             name: read_object(folder / f"{name}.json") for name in FITTED if (folder / f"{name}.json").is_file()
         }
         fitted["plans"] = {path.stem: read_object(path) for path in sorted((folder / "plans").glob("*.json"))}
-        return Family([Level.load(one) for one in folders], fitted)
+        own = dict(networks or {})
+        levels = [Level.load(one, own.pop(name, None)) for one, name in zip(folders, about["levels"], strict=True)]
+        if own:
+            raise ValueError(f"networks= names {next(iter(own))!r}; the levels are {', '.join(about['levels'])}")
+        return Family(levels, fitted)

@@ -1,28 +1,26 @@
 """A level: one network of a family, with its schedule and prediction; a folder on disk that diffusers reads too.
 
-    level_xs/mlem.json           schedule, prediction, image shape, data set, what was measured
-    level_xs/config.json         the two files of a diffusers model
+    level_xs/mlem.json           schedule, prediction, shape of a sample, data set, what was measured
+    level_xs/config.json         the two files of a diffusers model; for another module, the name of its class
     level_xs/diffusion_pytorch_model.safetensors
 
-There are no pickles, and nothing is built by a name that a file gives.
+There are no pickles. A file may name a class of `mlem.networks.CLASSES`, and nothing else is built by a name in it.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
+from mlem import networks
 from mlem.denoiser import NetworkDenoiser, check_prediction
-from mlem.files import atomic_write, check_format, damaged, read_object, sha256, write_json
-from mlem.networks import flops, parameters
+from mlem.files import check_format, damaged, read_object, sha256, write_json
 from mlem.schedule import NoiseSchedule
 from mlem.weights import read_weights, write_weights
 
@@ -31,44 +29,76 @@ __all__ = ["Level", "check_name"]
 FORMAT = 1
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 _REMEDY = "copy it again or train this level again"
+_FIELDS = ("name", "prediction", "shape", "data", "measured", "schedule", "schedule_hash", "sha256")
 
 
-@dataclass
 class Level:
     """One network and what is known of it.
 
-    shape: (C, H, W) of an image. data: name of the data set. measured: plain numbers, such as `error`
-    (held-out denoising error), `seconds` (per image) and `steps` (of training).
+    Args:
+        name: a file name without separators.
+        network: `network(x, timestep)` gives a tensor like x, or an object that has it as `.sample`; x: (B, *shape),
+            timestep: (B,) float32.
+        schedule: of the noise.
+        shape: of one sample: (C, H, W) for images, (D,), (T, D) or any other.
+        prediction: what the network predicts: "v", "eps" or "x0".
+        data: name of the data set.
+        measured: plain numbers, such as `error` (held-out denoising error), `seconds` (per image) and `steps` (of
+            training).
+        flops: floating-point operations to evaluate one sample; None: torch counts them.
+
+    Raises:
+        ValueError: names an argument that is out of range.
     """
 
-    name: str
-    network: nn.Module
-    schedule: NoiseSchedule
-    shape: tuple[int, ...]
-    prediction: str = "v"
-    data: str = ""
-    measured: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        check_prediction(self.prediction)
-        check_name("level name", self.name)
-        self.shape = tuple(self.shape)
-        self.network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    def __init__(
+        self,
+        name: str,
+        network: nn.Module,
+        schedule: NoiseSchedule,
+        shape: Sequence[int],
+        prediction: str = "v",
+        data: str = "",
+        measured: Mapping[str, Any] | None = None,
+        *,
+        flops: int | None = None,
+    ) -> None:
+        check_prediction(prediction)
+        check_name("level name", name)
+        if flops is not None and flops < 1:
+            raise ValueError(f"flops must be >= 1, got {flops}")
+        self.name, self.network, self.schedule = name, network, schedule
+        self.shape = _checked_shape(shape)
+        self.prediction, self.data = prediction, data
+        self.measured: dict[str, Any] = dict({} if measured is None else measured)
+        self._flops = flops
+        if len(self.shape) == 3:
+            networks.to_channels_last(network)
 
     @cached_property
     def flops(self) -> int:
-        """Floating-point operations for one image."""
-        return flops(self.network, self.shape)
+        """Floating-point operations for one sample. Raises ValueError when torch cannot count them."""
+        found = self._flops or networks.flops(self.network, self.shape)
+        if not found:
+            raise ValueError(
+                f"torch counts no FLOPs in level {self.name} ({type(self.network).__name__}); say how many one sample "
+                "takes: Level(..., flops=)"
+            )
+        return found
 
     @property
     def parameters(self) -> int:
         """Number of parameters."""
-        return parameters(self.network)
+        return networks.parameters(self.network)
 
     @property
     def denoiser(self) -> NetworkDenoiser:
         """The network as a denoiser."""
         return NetworkDenoiser(self.network, self.schedule, self.prediction)
+
+    def __repr__(self) -> str:
+        kind = type(self.network).__name__
+        return f"Level({self.name!r}, {kind}, shape={self.shape}, prediction={self.prediction!r}, data={self.data!r})"
 
     def _common(self) -> dict[str, Any]:
         """What all levels of a family must agree on."""
@@ -82,41 +112,51 @@ class Level:
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the level's folder; every file atomically, `mlem.json` (with the checksum) last."""
         folder = Path(folder)
-        write_weights(folder / WEIGHTS, self.network.state_dict())
-        # the network's own config, as diffusers writes it
-        with atomic_write(folder / "config.json") as file:
-            file.write(self.network.to_json_string().encode())  # type: ignore[operator]
         own = {"format": FORMAT, "name": self.name, "flops": self.flops, "parameters": self.parameters}
+        write_weights(folder / WEIGHTS, self.network.state_dict())
+        write_json(folder / "config.json", networks.config_of(self.network))
         checked = {"schedule_hash": self.schedule.fingerprint, "sha256": sha256(folder / WEIGHTS)}
         write_json(folder / "mlem.json", own | self._common() | checked | {"measured": self.measured})
 
     @staticmethod
-    def load(folder: str | os.PathLike[str]) -> Level:
-        """Read a level's folder. Raises ValueError or FileNotFoundError that names the file and the remedy."""
-        from diffusers.models.unets.unet_2d import UNet2DModel
+    def load(folder: str | os.PathLike[str], network: nn.Module | None = None) -> Level:
+        """Read a level's folder.
 
+        Args:
+            folder: as `save` wrote it.
+            network: a module like the one that was saved, which takes the weights in place; needed unless the files
+                name a class of `mlem.networks.CLASSES`.
+
+        Raises:
+            FileNotFoundError: a file is missing; it is named.
+            ValueError: a file is damaged, or the network is not known; it names the file and the remedy.
+        """
         folder = Path(folder)
-        if not (folder / "mlem.json").is_file():
-            raise FileNotFoundError(
-                f"{folder} holds no level (no mlem.json); train one with: python train.py model=unet_s"
-            )
-        about = read_object(folder / "mlem.json")
-        check_format(about, FORMAT, folder / "mlem.json", _REMEDY)
-        names = ("name", "prediction", "shape", "data", "measured")
-        for field_name in (*names, "schedule", "schedule_hash", "sha256"):
-            if field_name not in about:
-                raise ValueError(f"{folder}/mlem.json has no {field_name}; {_REMEDY}")
+        about = _about(folder)
         config = read_object(folder / "config.json")
-        with damaged(folder / "config.json", _REMEDY):
-            network = UNet2DModel.from_config(config)
-        assert isinstance(network, nn.Module)
-        read_weights(folder / WEIGHTS, network, about["sha256"])
+        kind = str(config.get("_class_name"))
+        known = network is None and kind in networks.CLASSES
+        with damaged(folder / "mlem.json", _REMEDY):
+            shape = _checked_shape(about["shape"], networks.CLASSES[kind].axes if known else None)
+        if known:
+            with damaged(folder / "config.json", _REMEDY):
+                network = networks.from_config(kind, config)
+        if network is None:
+            raise ValueError(
+                f"{folder} holds a network of class {kind!r}, and only {', '.join(networks.CLASSES)} are built from a "
+                f"file; build it and pass it: Level.load({str(folder)!r}, network=...)"
+            )
+        if known:
+            read_weights(folder / WEIGHTS, network, about["sha256"])
+        else:
+            ours = f"network= ({type(network).__name__})"
+            remedy = f"pass a network like the one that was saved, a {kind!r}"
+            read_weights(folder / WEIGHTS, network, about["sha256"], owner=ours, remedy=remedy)
         with damaged(folder / "mlem.json", _REMEDY):
             schedule = NoiseSchedule.from_config(about["schedule"])
-            own = {name: about[name] for name in names}
-            own["measured"] = dict(about["measured"])
-            level = Level(network=network.eval(), schedule=schedule, **own)
-            _check_shape(level.shape)
+            own = {name: about[name] for name in ("name", "prediction", "data", "measured")}
+            own["flops"] = None if known else about.get("flops")  # which may have been given: torch cannot count all
+            level = Level(network=network.eval(), schedule=schedule, shape=shape, **own)
         if schedule.fingerprint != about["schedule_hash"]:
             raise ValueError(
                 f"{folder}/mlem.json was edited: its schedule does not match its schedule_hash; train it again"
@@ -130,6 +170,20 @@ def check_name(what: str, name: str) -> None:
         raise ValueError(f"{what} must be letters, digits, or any of _ . + -, got {name!r}")
 
 
-def _check_shape(shape: Sequence[Any]) -> None:
-    if len(shape) != 3 or not all(isinstance(size, int) and size > 0 for size in shape):
-        raise ValueError(f"shape must be three whole numbers >= 1, got {list(shape)}")
+def _about(folder: Path) -> dict[str, Any]:
+    """What mlem.json holds, of the right format and with every field."""
+    if not (folder / "mlem.json").is_file():
+        raise FileNotFoundError(f"{folder} holds no level (no mlem.json); train one with: python train.py model=unet_s")
+    about = read_object(folder / "mlem.json")
+    check_format(about, FORMAT, folder / "mlem.json", _REMEDY)
+    for field in _FIELDS:
+        if field not in about:
+            raise ValueError(f"{folder}/mlem.json has no {field}; {_REMEDY}")
+    return about
+
+
+def _checked_shape(shape: Sequence[Any], axes: int | None = None) -> tuple[int, ...]:
+    """`shape` as a tuple. Raises ValueError unless it is whole numbers >= 1, as many as `axes` says."""
+    if not shape or not all(isinstance(size, int) and size > 0 for size in shape) or len(shape) != (axes or len(shape)):
+        raise ValueError(f"shape must be {axes or 'one or more'} whole numbers >= 1, got {list(shape)}")
+    return tuple(shape)

@@ -15,21 +15,49 @@ __all__ = ["read_weights", "write_weights"]
 
 
 def write_weights(path: str | os.PathLike[str], weights: Mapping[str, Tensor]) -> None:
-    """Write tensors as safetensors, atomically. Raises ValueError that names a tensor with NaN or infinity."""
+    """Write tensors as safetensors, atomically; what tensors share is written for each of them.
+
+    Raises:
+        ValueError: names a tensor with NaN or infinity, or a value that is no tensor.
+    """
     from safetensors.torch import save
 
+    own: dict[str, Tensor] = {}
+    storages: set[int] = set()
     for name, tensor in weights.items():
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"weights {name} are of type {type(tensor).__name__}, no tensor; not saved to {path}")
         if not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"weights {name} hold NaN or infinity; not saved to {path}")
+        plain = tensor.detach().cpu().contiguous()
+        storage = plain.untyped_storage().data_ptr()
+        own[name] = plain.clone() if storage in storages else plain
+        storages.add(storage)
     with atomic_write(path) as file:
-        file.write(save({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}))
+        file.write(save(own))
 
 
-def read_weights(path: str | os.PathLike[str], network: nn.Module, checksum: str | None = None) -> None:
+def read_weights(
+    path: str | os.PathLike[str],
+    network: nn.Module,
+    checksum: str | None = None,
+    *,
+    owner: str = "config.json",
+    remedy: str = "check the size in model=",
+) -> None:
     """Load safetensors into `network`, in place.
 
-    Raises ValueError when the file is not safetensors, differs from its checksum, holds NaN or infinity (the
-    tensor is named), or does not fit the network (at most five keys are named).
+    Args:
+        path: of the file.
+        network: takes the weights.
+        checksum: SHA-256 of the file in hex; None: not compared.
+        owner: what the network was built from, for the error message.
+        remedy: what to do about weights that do not fit.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is not safetensors, differs from its checksum, holds NaN or infinity (the tensor is
+            named), or does not fit the network (at most five keys are named).
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -46,7 +74,14 @@ def read_weights(path: str | os.PathLike[str], network: nn.Module, checksum: str
     for name, tensor in weights.items():
         if not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"{path}: weights {name} hold NaN or infinity; use an earlier checkpoint")
-    own = network.state_dict()
+    if odd := _differences(weights, network.state_dict()):
+        shown = "; ".join(sorted(odd)[:5])
+        raise ValueError(f"{path} does not fit {owner}, {len(odd)} keys differ: {shown}; {remedy}")
+    network.load_state_dict(weights)
+
+
+def _differences(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:
+    """The keys in which weights of a file differ from those of a network, each with what is wrong."""
     odd = [f"{key} (missing)" for key in own.keys() - weights.keys()]
     odd += [f"{key} (extra)" for key in weights.keys() - own.keys()]
     odd += [
@@ -54,7 +89,4 @@ def read_weights(path: str | os.PathLike[str], network: nn.Module, checksum: str
         for key in own.keys() & weights.keys()
         if own[key].shape != weights[key].shape
     ]
-    if odd:
-        shown = "; ".join(sorted(odd)[:5])
-        raise ValueError(f"{path} does not fit config.json, {len(odd)} keys differ: {shown}; check the size in model=")
-    network.load_state_dict(weights)
+    return odd

@@ -20,7 +20,7 @@ from mlem.files import first_process, read_object, write_json, write_text
 from mlem.level import Level
 from mlem.multilevel.plan import Plan
 from mlem.multilevel.spec import PlanSpec, stored_plan
-from mlem.networks import unet
+from mlem.networks import build
 from mlem.provenance import provenance
 from mlem.sampling import solver_of
 from mlem.schedule import NoiseSchedule
@@ -46,7 +46,7 @@ def new_level(config: DictConfig, size: str) -> Level:
     shape = image_shape(config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        network = unet(size, shape, config.model.dropout)
+        network = build("unet", size, shape, dropout=config.model.dropout)
     return Level(size, network, schedule(config), shape, prediction=config.model.prediction, data=config.data.name)
 
 

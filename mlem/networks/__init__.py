@@ -1,6 +1,20 @@
-"""Networks: how they are built by name and size, and what they cost."""
+"""Networks: how they are built by name and size, which classes a file may name, and what they cost."""
 
-from mlem.networks.cost import evaluating, flops, parameters, seconds_per_image
+from mlem.networks.cost import evaluating, flops, parameters, seconds_per_image, to_channels_last
+from mlem.networks.registry import ARCHITECTURES, CLASSES, build, config_of, from_config
 from mlem.networks.unet import SIZES, unet
 
-__all__ = ["SIZES", "evaluating", "flops", "parameters", "seconds_per_image", "unet"]
+__all__ = [
+    "ARCHITECTURES",
+    "CLASSES",
+    "SIZES",
+    "build",
+    "config_of",
+    "evaluating",
+    "flops",
+    "from_config",
+    "parameters",
+    "seconds_per_image",
+    "to_channels_last",
+    "unet",
+]

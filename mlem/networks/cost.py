@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-__all__ = ["evaluating", "flops", "parameters", "seconds_per_image"]
+__all__ = ["evaluating", "flops", "parameters", "seconds_per_image", "to_channels_last"]
 
 
 @contextmanager
@@ -32,28 +32,48 @@ def parameters(network: nn.Module) -> int:
 
 
 def flops(network: nn.Module, shape: Sequence[int]) -> int:
-    """Floating-point operations (2 for each multiply-add) to evaluate one image of `shape` (C, H, W)."""
+    """Floating-point operations (2 for each multiply-add) to evaluate one sample, as torch counts them; 0 if it cannot.
+
+    Args:
+        network: on any device, the meta device among them.
+        shape: of one sample, (C, H, W) for images.
+    """
     from torch.utils.flop_counter import FlopCounterMode
 
-    parameter = next(network.parameters())
-    image = torch.zeros(1, *shape, device=parameter.device, dtype=parameter.dtype)
+    device, dtype = _placed(network)
+    x = torch.zeros(1, *shape, device=device, dtype=dtype)
     # eval mode: dropout would draw from the global random numbers
     with FlopCounterMode(display=False) as counter, torch.no_grad(), evaluating(network):
-        network(image, torch.zeros(1, device=parameter.device))
+        network(x, torch.zeros(1, device=device))
     return counter.get_total_flops()
 
 
 def seconds_per_image(network: nn.Module, shape: Sequence[int], batch_size: int, repeats: int = 5) -> float:
     """Median time to evaluate a batch, over its size, on the network's device; the first call does not count."""
-    parameter = next(network.parameters())
-    image = torch.zeros(batch_size, *shape, device=parameter.device).contiguous(memory_format=torch.channels_last)
-    t = torch.zeros(batch_size, device=parameter.device)
+    device, dtype = _placed(network)
+    x = torch.zeros(batch_size, *shape, device=device, dtype=dtype)
+    if x.dim() == 4:
+        x = x.contiguous(memory_format=torch.channels_last)
+    t = torch.zeros(batch_size, device=device)
     times = []
     with torch.inference_mode():
         for _ in range(repeats + 1):
             begin = time.perf_counter()
-            network(image, t)
-            if parameter.device.type == "cuda":
-                torch.cuda.synchronize(parameter.device)
+            network(x, t)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
             times.append(time.perf_counter() - begin)
     return statistics.median(times[1:]) / batch_size
+
+
+def to_channels_last(network: nn.Module) -> None:
+    """Keep the weights of a network of images in channels_last, in place, unless it has volumes' 5-D weights."""
+    # not tensor by tensor with contiguous(): that leaves a weight of one channel as it is, which gives other last bits
+    if all(weight.dim() != 5 for weight in (*network.parameters(), *network.buffers())):
+        network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+
+
+def _placed(network: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Where a network's first parameter is, and its dtype; the CPU and the default dtype for one without."""
+    first = next(network.parameters(), None)
+    return (torch.device("cpu"), torch.get_default_dtype()) if first is None else (first.device, first.dtype)

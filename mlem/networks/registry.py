@@ -1,0 +1,80 @@
+"""The networks that are built by name: architectures of a given size, and classes that a level's files may name.
+
+Nothing else is ever built from a name that a file gives. A new architecture is one entry of ARCHITECTURES, and one of
+CLASSES if its levels are to load by themselves.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from mlem.networks.unet import unet
+
+__all__ = ["ARCHITECTURES", "CLASSES", "LoadableClass", "build", "config_of", "from_config"]
+
+
+class LoadableClass(NamedTuple):
+    """A class that a level's config.json may name.
+
+    Args:
+        module: where it is imported from.
+        axes: the number of axes of one sample.
+    """
+
+    module: str
+    axes: int
+
+
+ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {"unet": unet}
+"""Name -> function of (size, shape, options) that builds a network with fresh weights."""
+
+CLASSES: dict[str, LoadableClass] = {"UNet2DModel": LoadableClass("diffusers.models.unets.unet_2d", 3)}
+"""The allow-list: diffusers' name of a class -> where it is."""
+
+
+def build(name: str, size: str, shape: Sequence[int], **options: float | int | str | bool) -> nn.Module:
+    """Build a network with fresh weights.
+
+    Args:
+        name: of the architecture, a key of ARCHITECTURES.
+        size: of the architecture's own sizes, such as "s".
+        shape: of one sample, (C, H, W) for images.
+        options: of the architecture, such as dropout=0.1.
+
+    Raises:
+        ValueError: names the nearest match of a wrong name or option, or an option out of range.
+    """
+    if name not in ARCHITECTURES:
+        raise ValueError(f"network must be one of {', '.join(ARCHITECTURES)}, got {name!r}{_near(name, ARCHITECTURES)}")
+    known = [*inspect.signature(ARCHITECTURES[name]).parameters][2:]
+    for option in options:
+        if option not in known:
+            raise ValueError(f"{name} has no option {option!r}; its options are {', '.join(known)}")
+    return ARCHITECTURES[name](size, shape, **options)
+
+
+def config_of(network: nn.Module) -> dict[str, Any]:
+    """What config.json holds of a network: a diffusers model's own config; of another module, the name of its class."""
+    kind = type(network)
+    to_json: Callable[[], str] | None = getattr(network, "to_json_string", None)  # of diffusers' ConfigMixin
+    config: dict[str, Any] = {} if to_json is None else json.loads(to_json())
+    if not config or (kind.__name__ in CLASSES and kind.__module__ != CLASSES[kind.__name__].module):
+        config["_class_name"] = f"{kind.__module__}.{kind.__qualname__}"
+    return config
+
+
+def from_config(class_name: str, config: Mapping[str, Any]) -> nn.Module:
+    """Build a network of class `class_name`, a key of CLASSES, with fresh weights, from what `config_of` gave."""
+    return getattr(importlib.import_module(CLASSES[class_name].module), class_name).from_config(dict(config))
+
+
+def _near(name: str, names: Mapping[str, object]) -> str:
+    near = difflib.get_close_matches(name, names, 1)
+    return f"; did you mean {near[0]}?" if near else ""
