@@ -21,7 +21,6 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from mlem.data import (
-    DATASETS,
     Shards,
     ensure,
     make_source,
@@ -67,13 +66,6 @@ def test_colour_round_trip_is_exact(tmp_path):
     expected = make_source("dead_leaves", size=24, count=25).images(0, 25)
     shards = ensure("dead_leaves", tmp_path, progress=False, size=24, count=25)
     np.testing.assert_array_equal(torch.stack([shards.read(i) for i in range(25)]).permute(0, 2, 3, 1), expected)
-
-
-def test_bytes_are_deterministic(tmp_path):
-    for name in ("a", "b"):
-        prepare("dead_leaves", tmp_path / name, size=8, count=30, shard_size=7, progress=False)
-    assert contents(tmp_path / "a") == contents(tmp_path / "b")
-    assert len(contents(tmp_path / "a")) == 5 + 1
 
 
 @pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # webdataset leaves that to the collector
@@ -262,13 +254,6 @@ def test_command_prints_a_summary(tmp_path, capsys):
     assert out.startswith(f"{tmp_path}: 1797 images, 1.9 MB, ")
     assert out.endswith(" images/s\n")
     assert len(Shards.open(tmp_path).manifest.shards) == 2
-
-
-def test_every_data_set_is_on_the_command_line(capsys):
-    for name in DATASETS:
-        with pytest.raises(SystemExit, match="0"):
-            main([name, "--help"])
-        assert "--out FOLDER" in capsys.readouterr().out
 
 
 def test_unknown_option_names_the_nearest():

@@ -100,15 +100,6 @@ def test_celeba_splits_follow_the_partition_file(home, tmp_path):
 # --- the same bytes ---
 
 
-@pytest.mark.parametrize("name", ["cifar10", "celeba"])
-def test_bytes_do_not_depend_on_the_run_or_the_processes(name, home, tmp_path):
-    for out, workers in (("a", 1), ("b", 1), ("c", 2)):
-        stored(name, home, tmp_path / out, shard_size=15, workers=workers)
-    first = contents(tmp_path / "a")
-    assert len(first) == 4 + 1
-    assert contents(tmp_path / "b") == contents(tmp_path / "c") == first
-
-
 def running(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
