@@ -11,7 +11,7 @@ import numpy as np
 from mixtures import COSINE, DIRECTIONS, SHORT, WEIGHTS, Problem, distance
 from torch import Tensor
 
-from mlem.solvers import Solver, make_solver
+from mlem.solvers import GridPoint, Solver, make_solver
 
 GRIDS = ("uniform", "log_snr", "karras", "ou_halving")
 COMMON = "uniform"
@@ -32,7 +32,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 def steps_within(solver: Solver, grid: str, evaluations: int) -> int:
     """The most steps that cost at most so many evaluations."""
     count = evaluations
-    while count > 1 and solver.evaluations(solver.grid(COSINE, count, grid)) > evaluations:
+    while count > 1 and solver.evaluations(GridPoint.of(COSINE, solver.grid(COSINE, count, grid))) > evaluations:
         count -= 1
     return count
 

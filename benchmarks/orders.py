@@ -38,7 +38,7 @@ from mlem.files import atomic_write, write_json
 from mlem.grids import TimeGrid
 from mlem.noise import NoiseStream
 from mlem.schedule import NoiseSchedule
-from mlem.solvers import SOLVERS, EvaluationPoint, GridPoint, make_solver, model_input
+from mlem.solvers import SOLVERS, EvaluationPoint, GridPoint, GridPoints, make_solver, model_input
 
 COSINE = NoiseSchedule.cosine()
 BEGIN, END = 0.9, 0.1
@@ -120,7 +120,7 @@ def eps(y: Tensor, place: EvaluationPoint) -> Tensor:
     return DATA(*model_input(COSINE, y, place))
 
 
-def interval(grid: str, steps: int) -> list[GridPoint]:
+def interval(grid: str, steps: int) -> GridPoints:
     """Points from BEGIN to END, even in t or in OU time."""
     if grid == "OU":
         first, last = (COSINE.ou_time(t).item() for t in (BEGIN, END))

@@ -5,7 +5,6 @@ They know denoisers, solvers and noise; they know nothing of files, metrics or t
 
 from __future__ import annotations
 
-import copy
 import operator
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -87,7 +86,7 @@ class Sampler:
             raise ValueError(
                 "plan= chooses between the levels of a family, but the model is not a Family; leave it out"
             )
-        self.solver = copy.copy(solver_of(solver))  # a copy: a solver may remember the grid that it made
+        self.solver = solver_of(solver)
         if isinstance(model, Family):
             schedule, shape = schedule or model.schedule, shape or model.shape
             if plan is None:
@@ -102,6 +101,7 @@ class Sampler:
             raise ValueError("a bare denoiser says nothing of its schedule and sample shape; pass schedule= and shape=")
         self.schedule, self.shape = schedule, tuple(shape)
         self.grid = self.solver.grid(schedule, steps, grid)
+        self.points = GridPoint.of(schedule, self.grid)
         self.plan = self._check_plan(model, plan)
         if spread and self.plan is not None:
             _refuse_spread(self.plan)
@@ -113,11 +113,10 @@ class Sampler:
         self.device = torch.device(device) if device is not None else _device_of(self._networks)
         self._networks.to(self.device)
         self.seed, self.precision, self._spread = seed, precision, spread
-        self._points = GridPoint.of(schedule, self.grid)
         self._rounds = 0
         self._quadrature: list[float] | None = None
         if self.plan is not None and self.plan.estimator == "hindsight":
-            self._quadrature = quadrature_weights(self.solver, schedule, self._points)[0].tolist()
+            self._quadrature = quadrature_weights(self.solver, schedule, self.points)[0].tolist()
         self._input_dtype = torch.float64 if getattr(self._denoiser, "any_dtype", False) else torch.get_default_dtype()
 
     def _check_plan(self, model: Family | Level | Denoiser, plan: Plan | PlanSpec | None) -> Plan | None:
@@ -126,8 +125,8 @@ class Sampler:
         assert isinstance(model, Family)
         if isinstance(plan, PlanSpec):
             plan = plan.plan(model, self.solver, self.grid)
-        check_estimator(self.solver, self.grid, plan.estimator)
-        evaluations = self.solver.evaluations(self.grid)
+        check_estimator(self.solver, self.points, plan.estimator)
+        evaluations = self.solver.evaluations(self.points)
         if plan.evaluations != evaluations:
             raise ValueError(
                 f"the plan has {plan.evaluations} rows, but {self.solver.name} in {self.grid.steps} steps evaluates "
@@ -206,15 +205,15 @@ class Sampler:
     def _solve(self, x_T: Tensor, index: Tensor, watch: Callable[[int, Tensor], None] | None) -> Tensor:
         path = BrownianPath(self.schedule, self.seed, index, self.shape, x_T.dtype)
         # the state is float64: at large kappa, y and kappa eps are both large and nearly cancel
-        y = x_T.double() / self._points[0].alpha
+        y = x_T.double() / self.points[0].alpha
         if y.dim() == 4:
             y = y.contiguous(memory_format=torch.channels_last)
         revise = None
         if self.plan is not None:
             self._denoiser.start(index, self._quadrature)
             revise = self._revise if self._quadrature is not None else None
-        y = self.solver.integrate(self._estimate, y, self._points, path, index, self.seed, revise=revise, watch=watch)
-        return (y * self._points[-1].alpha).to(x_T.dtype)
+        y = self.solver.integrate(self._estimate, y, self.points, path, index, self.seed, revise=revise, watch=watch)
+        return (y * self.points[-1].alpha).to(x_T.dtype)
 
     def _estimate(self, y: Tensor, place: EvaluationPoint) -> Tensor:
         self._rounds += 1

@@ -18,7 +18,7 @@ from mlem.multilevel.denoiser import PADDING, MultilevelDenoiser
 from mlem.multilevel.plan import Plan
 from mlem.multilevel.spec import PlanSpec
 from mlem.sampling import Sampler, sample
-from mlem.solvers import make_solver
+from mlem.solvers import GridPoint, make_solver
 from tests.hierarchy import ALL, COSINE, TABLE, TIMES, at, call, denoisers, measured, networks, noise, trajectory
 from tests.problems import closed_family, gaussian, level, outcomes, rms
 
@@ -145,7 +145,7 @@ def test_the_ledger_counts_what_the_plan_says(float64: None, options: dict[str, 
     if solver == "heun" and options["estimator"] == "hindsight":
         return
     family, steps = closed_family(), 12
-    rows = make_solver(solver).evaluations(make_solver(solver).grid(COSINE, steps))
+    rows = make_solver(solver).evaluations(GridPoint.of(COSINE, make_solver(solver).grid(COSINE, steps)))
     for coins in COINS:
         plan = Plan.draw(torch.tensor([[1.0, 0.5, 0.3]] * rows), coins, 4, **options)
         ledger = sample(family, indices=range(5), batch_size=2, solver=solver, steps=steps, plan=plan).ledger

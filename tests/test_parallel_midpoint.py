@@ -121,7 +121,7 @@ def test_every_sample_stops_by_itself() -> None:
     whole = run(solver, 10)
     assert (
         whole.ledger.evaluations
-        < solver.evaluations(Sampler(gaussian(COSINE), solver=solver, steps=10, schedule=COSINE, shape=(3,)).grid) / 2
+        < solver.evaluations(Sampler(gaussian(COSINE), solver=solver, steps=10, schedule=COSINE, shape=(3,)).points) / 2
     )
     for batch_size in (1, 7):
         torch.testing.assert_close(run(solver, 10, batch_size=batch_size).x, whole.x, rtol=0, atol=1e-12)

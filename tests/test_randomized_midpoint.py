@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mlem.brownian import BrownianPath
+from mlem.grids import TimeGrid
 from mlem.sampling import Sampler, sample
 from mlem.schedule import NoiseSchedule
 from mlem.solvers import EvaluationPoint, GridPoint, make_solver, model_input
@@ -119,7 +120,7 @@ def test_order_in_root_mean_square_and_in_the_mean() -> None:
     """At least 1.4 and 1.8, on a mixture from one starting noise; the error of the mean is that over midpoints."""
     counts, draws = [20, 40, 80], 10_000
     denoiser, y = mixture(COSINE), torch.tensor([[0.8, -0.3, 0.5]]) * 3
-    points = lambda n: [point(0.9 - 0.8 * i / n) for i in range(n + 1)]  # noqa: E731
+    points = lambda n: GridPoint.of(COSINE, TimeGrid("even", tuple(0.9 - 0.8 * i / n for i in range(n + 1))))  # noqa: E731
 
     def run(name: str, n: int, batch: int) -> Tensor:
         def eps(y: Tensor, place: EvaluationPoint) -> Tensor:

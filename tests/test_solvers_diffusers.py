@@ -229,9 +229,12 @@ def test_adapter_options_reach_the_scheduler() -> None:
 
 def test_one_adapter_serves_two_samplers() -> None:
     solver = DiffusersSolver("DDIMScheduler")
+    before = dict(vars(solver))
     first = Sampler(small(), solver=solver, steps=10)
+    assert first.solver is solver
     Sampler(small(), solver=solver, steps=3)
     assert_same(first.run(range(2)).x, sample(small(), solver=solver, steps=10, indices=range(2)).x)
+    assert vars(solver) == before
 
 
 @pytest.mark.parametrize(

@@ -169,11 +169,11 @@ def _check_samplers(config: DictConfig, family: Family) -> None:
         try:
             for steps in choice.steps:
                 solver = solver_of(choice.solver, **choice.options)
-                grid = Sampler(family.levels[0], solver=solver, steps=steps, grid=choice.grid).grid
+                sampler = Sampler(family.levels[0], solver=solver, steps=steps, grid=choice.grid)
                 if choice.spec is not None:
-                    check_estimator(solver, grid, choice.spec.estimator)
+                    check_estimator(solver, sampler.points, choice.spec.estimator)
                 if choice.spec is not None and several:
-                    choice.spec.check(family, solver, grid)
+                    choice.spec.check(family, solver, sampler.grid)
             if choice.spec is not None and several and choice.spec.probabilities == "learned":
                 _check_learned(Path(config.root) / "family", family.names)
         except ValueError as error:

@@ -33,7 +33,7 @@ from mlem.multilevel.plan import Plan
 from mlem.multilevel.spec import PlanSpec
 from mlem.outputs import claim
 from mlem.sampling import Sampler, blocks, solver_of
-from mlem.solvers import Solver
+from mlem.solvers import GridPoint, Solver
 
 KEY = ("sampler", "solver", "levels", "steps", "grid", "coins", "plan", "delta", "trial")
 """The columns that say which run it was. plan: a hash of its table before delta, empty for one level."""
@@ -138,8 +138,9 @@ class Comparison:
                 )
             key = {"sampler": entry.name, "solver": label, "steps": steps, "grid": grid.name}
             if entry.spec is None:
+                evaluations = solver.evaluations(GridPoint.of(self.family.schedule, grid))
                 for level in entry.levels or self.family.names:
-                    cost = solver.evaluations(grid) * self.family.level(level).flops / self.family.level().flops
+                    cost = evaluations * self.family.level(level).flops / self.family.level().flops
                     own = {"levels": level, "coins": "", "plan": "", "delta": None, "trial": None}
                     found.append(Run(key | own, level, None, solver, entry.grid, cost))
                 continue

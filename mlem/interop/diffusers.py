@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,9 +18,20 @@ from torch import Tensor
 from mlem.brownian import BrownianPath
 from mlem.grids import TimeGrid
 from mlem.schedule import NUM_TIMESTEPS, NoiseSchedule
-from mlem.solvers.base import GridPoint, NoiseEstimate, Solver
+from mlem.solvers.base import GridPoint, GridPoints, NoiseEstimate, Solver
+
+__all__ = ["PREFIX", "DiffusersSolver", "SchedulerGrid"]
 
 PREFIX = "diffusers:"
+_PROBE_STEPS = 4
+"""Of the run that shows whether a scheduler draws noise: the last step of most draws none."""
+
+
+@dataclass(frozen=True)
+class SchedulerGrid(TimeGrid):
+    """The times of a scheduler that was asked for so many steps; some take more."""
+
+    asked: int
 
 
 class DiffusersSolver(Solver):
@@ -41,10 +53,11 @@ class DiffusersSolver(Solver):
         accepted = inspect.signature(found.__init__).parameters
         if "trained_betas" not in accepted:
             raise ValueError(f"{class_name} takes no betas: only variance-preserving schedulers can be compared")
-        self.name = PREFIX + class_name  # pyright: ignore[reportAttributeAccessIssue]
+        self.name = PREFIX + class_name
         self._class: Any = found
         self._options = options
         self._accepted = accepted
+        self.coupled = self.linear = not self._tosses()
 
     def _scheduler(self, schedule: NoiseSchedule, steps: int) -> Any:
         signal = schedule.alpha(torch.arange(NUM_TIMESTEPS + 1, dtype=torch.float64) / NUM_TIMESTEPS) ** 2
@@ -54,30 +67,29 @@ class DiffusersSolver(Solver):
         scheduler.set_timesteps(steps)
         return scheduler
 
-    def grid(self, schedule: NoiseSchedule, steps: int, grid: str | TimeGrid | None = None) -> TimeGrid:
+    def grid(self, schedule: NoiseSchedule, steps: int, grid: str | TimeGrid | None = None) -> SchedulerGrid:
+        """The scheduler's own grid of `steps` steps. Raises ValueError for any other, and for two calls at one time."""
         if grid is not None:
             raise ValueError(f"a diffusers scheduler brings its own grid; leave grid out (got {grid!r})")
         TimeGrid.make("trailing", schedule, steps)  # refuses what no scheduler can do
-        self._schedule, self._steps = schedule, steps
         timesteps = self._scheduler(schedule, steps).timesteps.double()
         # some schedulers list a time twice, once for each of their two calls
         times = dict.fromkeys(((timesteps + 1) / NUM_TIMESTEPS).tolist())
-        found = TimeGrid("diffusers", (*times, 0.0)) if len(times) == len(timesteps) else self._refuse_two_calls()
-        self.coupled = self.linear = not self._tosses(found)  # pyright: ignore[reportAttributeAccessIssue]
-        return found
+        if len(times) != len(timesteps):
+            raise ValueError(f"{self._class.__name__} calls the network twice at one time; use solver=heun instead")
+        return SchedulerGrid("diffusers", (*times, 0.0), steps)
 
-    def _tosses(self, grid: TimeGrid) -> bool:
+    def _tosses(self) -> bool:
         """Whether the scheduler draws noise of its own: from nothing, with no noise estimate, it makes something."""
+        schedule = NoiseSchedule.linear()
         nothing, index = torch.zeros(1, 1, 1, 1), torch.zeros(1, dtype=torch.int64)
-        path = BrownianPath(self._schedule, 0, index, (1, 1, 1), nothing.dtype)
-        points = GridPoint.of(self._schedule, grid)
+        path = BrownianPath(schedule, 0, index, (1, 1, 1), nothing.dtype)
+        points = GridPoint.of(schedule, self.grid(schedule, _PROBE_STEPS))
         return bool(self.integrate(lambda y, place: torch.zeros_like(y), nothing, points, path, index, 0).any())
 
-    def _refuse_two_calls(self) -> TimeGrid:
-        raise ValueError(f"{self._class.__name__} calls the network twice at one time; use solver=heun instead")
-
-    def init(self, points: list[GridPoint], indices: Tensor, seed: int) -> Any:
-        scheduler = self._scheduler(self._schedule, self._steps)
+    def init(self, points: GridPoints, indices: Tensor, seed: int) -> Any:
+        assert isinstance(points.grid, SchedulerGrid)
+        scheduler = self._scheduler(points.schedule, points.grid.asked)
         takes_generator = "generator" in inspect.signature(scheduler.step).parameters
         generators = [_generator(seed, index) for index in indices.tolist()] if takes_generator else None
         return scheduler, iter(scheduler.timesteps), generators

@@ -39,7 +39,7 @@ from mlem.multilevel.plan import collect
 from mlem.multilevel.spec import PlanSpec
 from mlem.noise import NoiseStream
 from mlem.schedule import NoiseSchedule
-from mlem.solvers import EvaluationPoint, GridPoint, Solver, make_solver, model_input, quadrature_weights
+from mlem.solvers import EvaluationPoint, GridPoint, GridPoints, Solver, make_solver, model_input, quadrature_weights
 
 TANGENTS = ("exact", "random")
 """Directions of the pathwise part: all of them, or a random one for each draw."""
@@ -80,7 +80,7 @@ class Objective:
                 "coefficients share out levels, and this family has one; train another: model.levels=[xs,s]"
             )
         self.denoisers, self.schedule, self.shape = tuple(denoisers), schedule, tuple(shape)
-        self.solver, self.grid, self.costs, self.seed = copy.copy(solver), grid, costs.double(), seed
+        self.solver, self.grid, self.costs, self.seed = solver, grid, costs.double(), seed
         self.points = GridPoint.of(schedule, grid)
         self.times = [point.t for point in quadrature_weights(self.solver, self.schedule, self.points)[1]]
         """Times of the evaluations: R."""
@@ -194,7 +194,7 @@ class Objective:
         return self._solve(self.solver, eps, self.points, indices.flatten()).view(draws, size, *self.shape)
 
     def _solve(
-        self, solver: Solver, eps: Callable[[Tensor, EvaluationPoint], Tensor], points: list[GridPoint], indices: Tensor
+        self, solver: Solver, eps: Callable[[Tensor, EvaluationPoint], Tensor], points: GridPoints, indices: Tensor
     ) -> Tensor:
         path = BrownianPath(self.schedule, self.seed, indices, self.shape, torch.get_default_dtype())
         y = self.start(indices).double() / points[0].alpha

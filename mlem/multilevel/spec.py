@@ -23,7 +23,7 @@ from mlem.multilevel.coefficients import Coefficients
 from mlem.multilevel.coins import COINS, check_coins
 from mlem.multilevel.plan import ESTIMATORS, Plan
 from mlem.multilevel.predict import Predictor, Search
-from mlem.solvers import SOLVERS, GridPoint, Solver, quadrature_weights
+from mlem.solvers import SOLVERS, GridPoint, GridPoints, Solver, quadrature_weights
 
 PROBABILITIES = ("calibrated", "learned", "theory")
 
@@ -102,7 +102,8 @@ class PlanSpec:
             refuse_count(self.probabilities, levels)
         if self.budget is None or self.cost != "flops" or self.probabilities == "learned":
             return
-        least = min(self._least(names, family, solver.evaluations(grid)) for names in self._subsets(levels))
+        points = GridPoint.of(family.schedule, grid)
+        least = min(self._least(names, family, solver.evaluations(points)) for names in self._subsets(levels))
         if self.budget < least:
             raise ValueError(
                 f"budget={self.budget} is too small for {grid.steps} steps of {', '.join(levels)}: no plan costs less "
@@ -131,7 +132,7 @@ class PlanSpec:
 
         Raises ValueError where the family was not fitted for it, or the solver could not follow it.
         """
-        check_estimator(solver, grid, self.estimator)
+        check_estimator(solver, GridPoint.of(family.schedule, grid), self.estimator)
         return _Planner(self, family, solver, grid).plan()
 
 
@@ -280,11 +281,11 @@ class _Planner:
         return self._for_budget(high * self.rows)
 
 
-def check_estimator(solver: Solver, grid: TimeGrid, estimator: str) -> None:
+def check_estimator(solver: Solver, points: GridPoints, estimator: str) -> None:
     """Raise ValueError where this solver cannot follow a plan, or not one of this estimator."""
     if not solver.sequential:
         raise ValueError(f"{solver.name} evaluates many times at once, a plan once a row; leave plan= out")
-    if estimator == "hindsight" and (solver.name not in SOLVERS or solver.evaluations(grid) != grid.steps):
+    if estimator == "hindsight" and (solver.name not in SOLVERS or solver.evaluations(points) != points.steps):
         raise ValueError(
             f"hindsight needs a solver of mlem's that evaluates once a step, not {solver.name}; use estimator=held"
         )

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -29,9 +30,36 @@ class GridPoint(NamedTuple):
     kappa: float
 
     @staticmethod
-    def of(schedule: NoiseSchedule, grid: TimeGrid) -> list[GridPoint]:
+    def of(schedule: NoiseSchedule, grid: TimeGrid) -> GridPoints:
         """The points of `grid` under `schedule`."""
-        return [GridPoint(t, schedule.alpha(t).item(), schedule.kappa(t).item()) for t in grid.times]
+        points = (GridPoint(t, schedule.alpha(t).item(), schedule.kappa(t).item()) for t in grid.times)
+        return GridPoints(schedule, grid, tuple(points))
+
+
+@dataclass(frozen=True)
+class GridPoints(Sequence[GridPoint]):
+    """A time grid under a schedule; make it with `GridPoint.of(schedule, grid)`. A slice of it is a list of points."""
+
+    schedule: NoiseSchedule
+    grid: TimeGrid
+    points: tuple[GridPoint, ...]
+
+    @property
+    def steps(self) -> int:
+        """Number of steps: one less than the number of points."""
+        return len(self.points) - 1
+
+    def __len__(self) -> int:
+        return len(self.points)
+
+    @overload
+    def __getitem__(self, index: int) -> GridPoint: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[GridPoint]: ...
+
+    def __getitem__(self, index: int | slice) -> GridPoint | list[GridPoint]:
+        return list(self.points[index]) if isinstance(index, slice) else self.points[index]
 
 
 EvaluationPoint = GridPoint | Tensor
@@ -54,21 +82,25 @@ SOLVERS: dict[str, type[Solver]] = {}
 
 
 class Solver(ABC):
-    """One step of a numerical method. `state` is whatever `init` returned and `step` hands on."""
+    """One step of a numerical method.
 
-    name: ClassVar[str]
-    order: ClassVar[float]
+    A solver is what its constructor made it: no method changes it, so that samplers may share one. What a trajectory
+    changes is `state`: whatever `init` returned and `step` hands on.
+    """
+
+    name: str
+    order: float
     """Order of convergence: of the ODE's solution, or strong order for an SDE solver."""
-    stochastic: ClassVar[bool]
+    stochastic: bool
     """Whether `step` reads the Brownian path."""
-    default_grid: ClassVar[str] = "uniform"
-    reference: ClassVar[str]
+    default_grid: str = "uniform"
+    reference: str
     """The solver that, with many steps from the same noise, gives what this one converges to."""
-    coupled: ClassVar[bool] = True
+    coupled: bool = True
     """Whether the samples do converge to those of `reference`; else only their law does."""
-    sequential: ClassVar[bool] = True
+    sequential: bool = True
     """Whether every call of the noise estimate is one evaluation for each sample, as many as `evaluations` says."""
-    linear: ClassVar[bool] = True
+    linear: bool = True
     """Whether a step is linear in y and its noise estimates, with all its chance in the path and in where it asks."""
     chunk: int | None = None
     """The most rows that a network may be given at once; None: any number."""
@@ -82,11 +114,11 @@ class Solver(ABC):
         """The time grid called `grid`, or `grid` itself, or the solver's own choice."""
         return grid if isinstance(grid, TimeGrid) else TimeGrid.make(grid or self.default_grid, schedule, steps)
 
-    def evaluations(self, grid: TimeGrid) -> int:
+    def evaluations(self, points: GridPoints) -> int:
         """How often `step` calls the denoiser for each sample over the whole grid."""
-        return grid.steps
+        return points.steps
 
-    def init(self, points: list[GridPoint], indices: Tensor, seed: int) -> Any:
+    def init(self, points: GridPoints, indices: Tensor, seed: int) -> Any:
         """The state before the first step: nothing, unless the method has a memory."""
         return None
 
@@ -100,7 +132,7 @@ class Solver(ABC):
         self,
         eps: NoiseEstimate,
         y: Tensor,
-        points: list[GridPoint],
+        points: GridPoints,
         path: BrownianPath,
         indices: Tensor,
         seed: int,
@@ -136,7 +168,7 @@ class _NoNoise:
 def quadrature_weights(
     solver: Solver,
     schedule: NoiseSchedule,
-    points: list[GridPoint],
+    points: GridPoints,
     watch: Callable[[int, Tensor], None] | None = None,
 ) -> tuple[Tensor, list[GridPoint]]:
     """What each noise estimate adds to the last y, all others held fixed, (R,) float64, and the points asked for.

@@ -7,8 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from mlem.brownian import BrownianPath
-from mlem.grids import TimeGrid
-from mlem.solvers.base import GridPoint, NoiseEstimate, Solver
+from mlem.solvers.base import GridPoint, GridPoints, NoiseEstimate, Solver
 
 
 class Heun(Solver):
@@ -20,8 +19,8 @@ class Heun(Solver):
     reference = "dpm_solver_pp"
     default_grid = "karras"
 
-    def evaluations(self, grid: TimeGrid) -> int:
-        return 2 * grid.steps - (grid.times[-1] == 0)
+    def evaluations(self, points: GridPoints) -> int:
+        return 2 * points.steps - (points[-1].kappa == 0)
 
     def step(
         self, eps: NoiseEstimate, y: Tensor, state: Any, here: GridPoint, there: GridPoint, path: BrownianPath

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,9 +25,8 @@ import torch
 from torch import Tensor
 
 from mlem.brownian import BrownianPath
-from mlem.grids import TimeGrid
 from mlem.noise import NoiseStream
-from mlem.solvers.base import GridPoint, NoiseEstimate, Solver
+from mlem.solvers.base import GridPoint, GridPoints, NoiseEstimate, Solver
 from mlem.solvers.clock import Clock, make_clock
 
 
@@ -70,13 +69,13 @@ class ParallelMidpoint(Solver):
         self.midpoints, self.rounds, self.tolerance, self.window = midpoints, rounds, tolerance, window
         self.chunk, self.clock = chunk, make_clock(clock)
         if clock == "ou":
-            self.default_grid = "ou_halving"  # pyright: ignore[reportAttributeAccessIssue]
+            self.default_grid = "ou_halving"
 
-    def evaluations(self, grid: TimeGrid) -> int:
+    def evaluations(self, points: GridPoints) -> int:
         """At most so many; fewer where a tolerance is met."""
-        return grid.steps * (1 + self.rounds * self.midpoints)
+        return points.steps * (1 + self.rounds * self.midpoints)
 
-    def init(self, points: list[GridPoint], indices: Tensor, seed: int) -> tuple[Tensor, int, int]:
+    def init(self, points: GridPoints, indices: Tensor, seed: int) -> tuple[Tensor, int, int]:
         return indices, seed, 0
 
     def step(
@@ -90,7 +89,7 @@ class ParallelMidpoint(Solver):
         self,
         eps: NoiseEstimate,
         y: Tensor,
-        points: list[GridPoint],
+        points: GridPoints,
         path: BrownianPath,
         indices: Tensor,
         seed: int,
@@ -129,7 +128,7 @@ class _Table:
 
     @staticmethod
     def draw(
-        clock: Clock, midpoints: int, points: list[GridPoint], indices: Tensor, seed: int, first: int = 0
+        clock: Clock, midpoints: int, points: Sequence[GridPoint], indices: Tensor, seed: int, first: int = 0
     ) -> _Table:
         """first: number of the first block, which keys the midpoints."""
         slots = range(first * midpoints, (first + len(points) - 1) * midpoints)

@@ -13,9 +13,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from mlem.brownian import BrownianPath
-from mlem.grids import TimeGrid
-from mlem.schedule import NoiseSchedule
-from mlem.solvers.base import GridPoint, NoiseEstimate, Solver
+from mlem.solvers.base import GridPoint, GridPoints, NoiseEstimate, Solver
 from mlem.solvers.lipschitz import Lipschitz
 from mlem.solvers.parallel_midpoint import ParallelMidpoint
 from mlem.solvers.randomized_midpoint import RandomizedMidpoint
@@ -71,26 +69,19 @@ class PredictorCorrector(Solver):
         self.predictor: Solver = RandomizedMidpoint(clock)
         if predictor == "parallel_midpoint":
             self.predictor = ParallelMidpoint(clock=clock)
-            self.sequential = False  # pyright: ignore[reportAttributeAccessIssue]
+            self.sequential = False
         self.corrector = UnderdampedLangevin(time, step, friction, corrector, rounds)
         if corrector == "parallel":
-            self.sequential = False  # pyright: ignore[reportAttributeAccessIssue]
+            self.sequential = False
         self.every, self.lipschitz = every, Lipschitz.of(lipschitz)
-        self.default_grid = self.predictor.default_grid  # pyright: ignore[reportAttributeAccessIssue]
+        self.default_grid = self.predictor.default_grid
 
-    def grid(self, schedule: NoiseSchedule, steps: int, grid: str | TimeGrid | None = None) -> TimeGrid:
-        self._schedule = schedule  # how many corrections there are depends on OU times
-        return super().grid(schedule, steps, grid)
-
-    def evaluations(self, grid: TimeGrid) -> int:
+    def evaluations(self, points: GridPoints) -> int:
         """For each sample; at most so many, where a parallel predictor stops by tolerance."""
-        if self.every is None and self.lipschitz.number is not None:
-            kappas = [self._schedule.kappa(t).item() for t in grid.times]
-        else:
-            kappas = [1.0] * grid.steps + [float(grid.times[-1] > 0)]
-        return self.predictor.evaluations(grid) + len(self._corrected(kappas)) * self.corrector.evaluations
+        corrections = len(self._corrected([point.kappa for point in points]))
+        return self.predictor.evaluations(points) + corrections * self.corrector.evaluations
 
-    def init(self, points: list[GridPoint], indices: Tensor, seed: int) -> _State:
+    def init(self, points: GridPoints, indices: Tensor, seed: int) -> _State:
         corrected = frozenset(self._corrected([point.kappa for point in points]))
         return _State(self.predictor.init(points, indices, seed), 0, corrected, indices, seed)
 

@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 
 from mlem.brownian import BrownianPath
-from mlem.grids import TimeGrid
 from mlem.noise import NoiseStream
 from mlem.schedule import expand_like
-from mlem.solvers.base import GridPoint, NoiseEstimate, Solver
+from mlem.solvers.base import GridPoint, GridPoints, NoiseEstimate, Solver
 from mlem.solvers.clock import make_clock
 
 MIDPOINTS = ("own", "shared")
@@ -42,11 +41,11 @@ class _TwoCalls(Solver):
             raise ValueError(f"midpoints must be one of {', '.join(MIDPOINTS)}, got {midpoints!r}")
         return midpoints
 
-    def evaluations(self, grid: TimeGrid) -> int:
-        return 2 * grid.steps
+    def evaluations(self, points: GridPoints) -> int:
+        return 2 * points.steps
 
-    def init(self, points: list[GridPoint], indices: Tensor, seed: int) -> Tensor:
-        return draw_midpoints(indices, seed, len(points) - 1, self.midpoints)
+    def init(self, points: GridPoints, indices: Tensor, seed: int) -> Tensor:
+        return draw_midpoints(indices, seed, points.steps, self.midpoints)
 
 
 class RandomizedMidpoint(_TwoCalls):
@@ -64,7 +63,7 @@ class RandomizedMidpoint(_TwoCalls):
     def __init__(self, clock: str = "kappa", midpoints: str = "own") -> None:
         self.clock, self.midpoints = make_clock(clock), self._checked(midpoints)
         if clock == "ou":
-            self.default_grid = "ou_halving"  # pyright: ignore[reportAttributeAccessIssue]
+            self.default_grid = "ou_halving"
 
     def step(
         self, eps: NoiseEstimate, y: Tensor, state: Tensor, here: GridPoint, there: GridPoint, path: BrownianPath
