@@ -1,0 +1,65 @@
+"""Errors about arguments that name the function as its caller wrote it, and the nearest argument there is."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import inspect
+from collections.abc import Callable, Iterable
+from typing import ParamSpec, TypeVar
+
+__all__ = ["named", "nearest"]
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def named(function: Callable[_P, _R], name: str) -> Callable[_P, _R]:
+    """`function`, with errors about its arguments that speak of `name`.
+
+    An unknown keyword gets `sample() has no argument 'stepz'; did you mean steps?`, or the list of arguments where
+    none is near.
+
+    Args:
+        function: a function, a class, or an `__init__`, without `**kwargs`.
+        name: what the caller typed, such as "sample" or "family.plan".
+
+    Returns: a function of the same signature, which raises TypeError for arguments that `function` does not take.
+    """
+    signature = inspect.signature(function)
+
+    @functools.wraps(function, updated=())
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        try:
+            signature.bind(*args, **kwargs)
+        except TypeError as error:
+            unknown = [key for key in kwargs if key not in signature.parameters]
+            raise TypeError(f"{name}(){_complaint(signature, unknown, str(error))}") from None
+        return function(*args, **kwargs)
+
+    call.__qualname__ = name
+    call.__name__ = name.rpartition(".")[2]
+    return call
+
+
+def _complaint(signature: inspect.Signature, unknown: list[str], error: str) -> str:
+    """What follows the name of the function; error: what `bind` said."""
+    parameters = [parameter for parameter in signature.parameters.values() if parameter.name != "self"]
+    by_name = [one.name for one in parameters if one.kind is not inspect.Parameter.POSITIONAL_ONLY]
+    if unknown:
+        return f" has no argument {unknown[0]!r}; {nearest(unknown[0], by_name)}"
+    if "too many positional" in error:
+        keywords = [one.name for one in parameters if one.kind is inspect.Parameter.KEYWORD_ONLY]
+        count = len(parameters) - len(keywords)
+        remedy = f"; write these by name: {', '.join(keywords)}" if keywords else ""
+        return f" takes at most {count} positional argument{'s' * (count != 1)}{remedy}"
+    return f": {error}"
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """`did you mean steps?` for the nearest of the known words; where none is near, the list of them."""
+    known = list(known)
+    near = difflib.get_close_matches(word, known, 1)
+    if near:
+        return f"did you mean {near[0]}?"
+    return f"there are {', '.join(known)}" if known else "there are none"
