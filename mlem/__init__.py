@@ -9,8 +9,12 @@ if TYPE_CHECKING:
     from mlem.grids import TimeGrid as TimeGrid
     from mlem.level import Level as Level
     from mlem.multilevel.coefficients import Coefficients as Coefficients
+    from mlem.multilevel.denoiser import MultilevelDenoiser as MultilevelDenoiser
     from mlem.multilevel.plan import Plan as Plan
+    from mlem.multilevel.spec import PlanSpec as PlanSpec
+    from mlem.sampling import NonFiniteError as NonFiniteError
     from mlem.sampling import Result as Result
+    from mlem.sampling import Sampler as Sampler
     from mlem.sampling import sample as sample
     from mlem.schedule import NoiseSchedule as NoiseSchedule
 
@@ -18,13 +22,30 @@ _HOMES = {
     "Coefficients": "multilevel.coefficients",
     "Family": "family",
     "Level": "level",
+    "MultilevelDenoiser": "multilevel.denoiser",
     "NoiseSchedule": "schedule",
+    "NonFiniteError": "sampling",
     "Plan": "multilevel.plan",
+    "PlanSpec": "multilevel.spec",
     "Result": "sampling",
+    "Sampler": "sampling",
     "TimeGrid": "grids",
     "sample": "sampling",
 }
-__all__ = ["Coefficients", "Family", "Level", "NoiseSchedule", "Plan", "Result", "TimeGrid", "sample"]
+__all__ = [
+    "Coefficients",
+    "Family",
+    "Level",
+    "MultilevelDenoiser",
+    "NoiseSchedule",
+    "NonFiniteError",
+    "Plan",
+    "PlanSpec",
+    "Result",
+    "Sampler",
+    "TimeGrid",
+    "sample",
+]
 
 
 def __getattr__(name: str) -> object:

@@ -15,16 +15,15 @@ import shutil
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
+from mlem.arguments import named
 from mlem.files import check_format, damaged, read_object, remove, write_json
 from mlem.level import FORMAT, Level, check_name
-
-if TYPE_CHECKING:
-    from mlem.multilevel.spec import PlanSpec
+from mlem.multilevel.spec import PlanSpec
 
 __all__ = ["Family"]
 
@@ -68,6 +67,7 @@ class Family:
     shape = property(lambda self: self.levels[0].shape, doc="(C, H, W) of an image.")
     data = property(lambda self: self.levels[0].data, doc="Name of the data set.")
     names = property(lambda self: [level.name for level in self.levels], doc="Names of the levels, cheapest first.")
+    plan = staticmethod(named(PlanSpec, "family.plan"))
 
     @cached_property
     def weights_hash(self) -> str:
@@ -87,23 +87,6 @@ class Family:
         if name not in self.names:
             raise ValueError(f"level must be one of {', '.join(self.names)}, got {name!r}")
         return self.levels[self.names.index(name)]
-
-    def plan(self, **options: Any) -> PlanSpec:
-        """How to share evaluations among the levels: `sample(family, ..., plan=family.plan(budget=0.25))`.
-
-        One dial: budget, the share of what the largest level would cost at every evaluation, in (0, 1]; mse, the mean
-        squared error to the many-step run; or delta, added to learned coefficients.
-        probabilities: "calibrated", "learned", "theory" (with gamma) or numbers, one for each level.
-        estimator: "hindsight", "held" or "jump"; order: of a held correction, by default 0 for SDEs and 1 for ODEs.
-        coins: "systematic", "bernoulli", "nested" or "poisson"; by default systematic, but held corrections with
-        calibrated probabilities are measured where the predicted error is least. levels: names, cheapest first; by
-        default the best subset. cost: "seconds" or "flops", what budget counts, and batch_size, at which seconds were
-        measured. seed: of the coins. per_sample: every sample tosses its own (jump only).
-        Raises ValueError for options out of range; `sample` does where the family was not calibrated or fitted.
-        """
-        from mlem.multilevel.spec import PlanSpec
-
-        return PlanSpec(**options)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the family, which is there whole or not at all; the one that was there stays until all is written.

@@ -23,7 +23,8 @@ from mlem.ledger import Ledger, LevelLedger, Meter
 from mlem.level import Level
 from mlem.multilevel.denoiser import MultilevelDenoiser
 from mlem.multilevel.plan import Plan
-from mlem.multilevel.spec import PlanSpec, check_estimator
+from mlem.multilevel.planner import check_estimator, make_plan
+from mlem.multilevel.spec import PlanSpec
 from mlem.networks import evaluating
 from mlem.noise import NoiseStream
 from mlem.schedule import NoiseSchedule
@@ -124,7 +125,7 @@ class Sampler:
             return None
         assert isinstance(model, Family)
         if isinstance(plan, PlanSpec):
-            plan = plan.plan(model, self.solver, self.grid)
+            plan = make_plan(plan, model, self.solver, self.grid)
         check_estimator(self.solver, self.points, plan.estimator)
         evaluations = self.solver.evaluations(self.points)
         if plan.evaluations != evaluations:

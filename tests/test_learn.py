@@ -18,6 +18,7 @@ from mlem.multilevel.calibrate import calibrate
 from mlem.multilevel.coefficients import CERTAIN, Coefficients
 from mlem.multilevel.learn import Objective, first_coefficients, frozen, interval
 from mlem.multilevel.plan import Plan
+from mlem.multilevel.planner import make_plan
 from mlem.multilevel.spec import PlanSpec
 from mlem.networks import unet
 from mlem.sampling import Sampler
@@ -259,7 +260,7 @@ def test_one_level_has_nothing_to_share() -> None:
 def test_learned_probabilities_that_are_not_there_name_the_command() -> None:
     spec = PlanSpec(probabilities="learned")
     with pytest.raises(ValueError, match=r"no learned coefficients: python train.py model=coefficients"):
-        spec.plan(family("xs", "s"), make_solver("ddpm"), log_snr(4))
+        make_plan(spec, family("xs", "s"), make_solver("ddpm"), log_snr(4))
 
 
 def test_learned_coefficients_make_a_plan() -> None:
@@ -267,11 +268,11 @@ def test_learned_coefficients_make_a_plan() -> None:
     ours.fitted["coefficients"] = Coefficients(
         torch.tensor([0.0, 0.5]), torch.tensor([CERTAIN, -1.0]), tuple(ours.names), {"weights": ours.weights_hash}
     ).to_dict()
-    plan = PlanSpec(probabilities="learned", estimator="jump").plan(ours, make_solver("ddpm"), log_snr(4))
+    plan = make_plan(PlanSpec(probabilities="learned", estimator="jump"), ours, make_solver("ddpm"), log_snr(4))
     assert (plan.probabilities[:, 0] == 1).all()
     assert (plan.probabilities[:, 1].diff() > 0).all()  # alpha > 0: more where the noise is low
     spec = PlanSpec(probabilities="learned", estimator="jump", delta=1.0)
-    assert (spec.plan(ours, make_solver("ddpm"), log_snr(4)).probabilities[:, 1] > plan.probabilities[:, 1]).all()
+    assert (make_plan(spec, ours, make_solver("ddpm"), log_snr(4)).probabilities[:, 1] > plan.probabilities[:, 1]).all()
 
 
 def test_intervals() -> None:

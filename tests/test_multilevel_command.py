@@ -144,7 +144,7 @@ def test_a_plan_is_evaluated_beside_the_levels(
 @pytest.mark.parametrize(
     ("entry", "says"),
     [
-        ("{budgets:0.5}", "evaluation.samplers[0].plan: budgets: there is no such option; there are budget, mse,"),
+        ("{budgets:0.5}", "evaluation.samplers[0].plan: budgets: there is no such option; did you mean budget?"),
         ("{budget:2}", "evaluation.samplers[0].plan: budget must be in (0, 1], a share of the largest level's cost"),
         ("best", "evaluation.samplers[0].plan must be options, such as plan: {name: value}, got best"),
         ("{probabilities:[1,2]}", "evaluation.samplers[0].plan: probabilities must be in (0, 1], got 1, 2"),

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from mlem.multilevel.calibration import Calibration
+from mlem.multilevel.planner import make_plan
 from mlem.multilevel.predict import Search
 from mlem.multilevel.spec import PlanSpec
 from mlem.sampling import sample
@@ -151,9 +152,9 @@ def test_the_best_levels_leave_out_a_useless_one() -> None:
     for options in ({"estimator": "hindsight"}, {"estimator": "jump", "coins": "bernoulli"}):
         for budget in (0.2, 0.5):
             spec = PlanSpec(budget=budget, cost="flops", **options)
-            found = spec.plan(useless, method, grid)
+            found = make_plan(spec, useless, method, grid)
             assert found.levels == ("1", "3")
-            all_levels = replace(spec, levels=("1", "2", "3")).plan(useless, method, grid)
+            all_levels = make_plan(replace(spec, levels=("1", "2", "3")), useless, method, grid)
             by = predictor("ddpm", 32, of=useless)
             assert by.choice(found) <= by.choice(all_levels)
 

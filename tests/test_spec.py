@@ -20,7 +20,8 @@ from mlem.multilevel.coins import COINS
 from mlem.multilevel.memorise import memorise
 from mlem.multilevel.pilot import pilot
 from mlem.multilevel.plan import Plan
-from mlem.multilevel.spec import PlanSpec, stored_plan
+from mlem.multilevel.planner import make_plan, stored_plan
+from mlem.multilevel.spec import PlanSpec
 from mlem.sampling import Sampler, sample
 from mlem.schedule import NoiseSchedule
 from mlem.solvers import make_solver
@@ -112,7 +113,7 @@ def test_a_budget_is_spent_on_average(coins: str, budget: float) -> None:
     """Probabilities by the theorem's law, scaled until the expected cost is the budget."""
     family = closed_family()
     spec = family.plan(probabilities="theory", gamma=3.0, budget=budget, estimator="jump", coins=coins)
-    plan = spec.plan(family, solver := make_solver("ddim"), solver.grid(COSINE, 20))
+    plan = make_plan(spec, family, solver := make_solver("ddim"), solver.grid(COSINE, 20))
     costs = torch.tensor([one.flops / family.levels[-1].flops for one in family.levels], dtype=torch.float64)
     assert plan.expected_cost(costs) <= 20 * budget
     assert plan.expected_cost(costs) == pytest.approx(20 * budget, rel=1e-6)
@@ -140,10 +141,10 @@ def test_learned_coefficients_are_of_their_own_levels() -> None:
     family.fitted["coefficients"] = learned.to_dict()
     solver = make_solver("ddim")
     grid = solver.grid(COSINE, 4)
-    assert family.plan(probabilities="learned", levels=smaller).plan(family, solver, grid).levels == smaller
+    assert make_plan(family.plan(probabilities="learned", levels=smaller), family, solver, grid).levels == smaller
     others = (family.names[0], family.names[2])
     with pytest.raises(ValueError, match=f"^learned coefficients are of {', '.join(smaller)}, got levels="):
-        family.plan(probabilities="learned", levels=others).plan(family, solver, grid)
+        make_plan(family.plan(probabilities="learned", levels=others), family, solver, grid)
 
 
 def test_memorising_needs_coins() -> None:

@@ -15,6 +15,7 @@ from mlem.multilevel.calibrate import measure
 from mlem.multilevel.calibration import Calibration
 from mlem.multilevel.denoiser import MultilevelDenoiser
 from mlem.multilevel.plan import Plan
+from mlem.multilevel.planner import make_plan
 from mlem.multilevel.predict import Predictor
 from mlem.multilevel.spec import PlanSpec
 from mlem.multilevel.trial import CALIBRATION, PILOT, trial, trial_indices
@@ -72,7 +73,7 @@ def predictor(solver: str = "ddpm", steps: int = 48, grid: str | None = None, of
 
 def plan(solver: str, steps: int, **options: Any) -> Plan:
     method = make_solver(solver)
-    return PlanSpec(**{"cost": "flops"} | options).plan(family(), method, method.grid(COSINE, steps))
+    return make_plan(PlanSpec(**{"cost": "flops"} | options), family(), method, method.grid(COSINE, steps))
 
 
 def measured_error(plans: list[Plan], by: Predictor) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -19,7 +18,8 @@ from mlem.family import Family
 from mlem.files import first_process, read_object, write_json, write_text
 from mlem.level import Level
 from mlem.multilevel.plan import Plan
-from mlem.multilevel.spec import PlanSpec, stored_plan
+from mlem.multilevel.planner import stored_plan
+from mlem.multilevel.spec import PlanSpec
 from mlem.networks import build
 from mlem.provenance import provenance
 from mlem.sampling import solver_of
@@ -131,20 +131,6 @@ _PLAN_OPTIONS = (
 )
 
 
-def plan_spec(options: Mapping[str, Any], name: str) -> PlanSpec:
-    """The spec with these options (null ones left out). Raises ValueError that begins with `name`."""
-    given = {key: value for key, value in options.items() if value is not None}
-    if unknown := sorted(given.keys() - set(_PLAN_OPTIONS)):
-        raise ValueError(f"{name}{unknown[0]}: there is no such option; there are {', '.join(_PLAN_OPTIONS)}")
-    for key in ("levels", "probabilities"):
-        if isinstance(given.get(key), list):
-            given[key] = tuple(given[key])
-    try:
-        return PlanSpec(**given)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{name}{error}") from error
-
-
 def plan_of(config: DictConfig, model: Family | Level) -> Plan | PlanSpec | None:
     """What `plan=`, `budget=` and their like ask for; None for one level. Raises ValueError for what does not fit."""
     plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
@@ -167,7 +153,7 @@ def plan_of(config: DictConfig, model: Family | Level) -> Plan | PlanSpec | None
     if config.level is not None:
         raise ValueError(f"level={config.level} runs one level, {(dials or ['probabilities'])[0]}= several; give one")
     if plain["plan"] is None:
-        return plan_spec(options | {"batch_size": plain["batch_size"], "seed": plain["seed"]}, "")
+        return PlanSpec.from_options(options | {"batch_size": plain["batch_size"], "seed": plain["seed"]}, "")
     shaping = [key for key in ("levels", "coins", "probabilities", "order") if plain[key] is not None]
     shaping += ["per_sample"] if plain["per_sample"] else []
     shaping += ["estimator"] if plain["estimator"] != plain["sampler"].get("estimator") else []
@@ -205,7 +191,7 @@ def _choice(name: str, entry: Any) -> SamplerChoice:
     for key, value in (("plan", plan), ("options", options)):
         if value is not None and not isinstance(value, dict):
             raise ValueError(f"{name}.{key} must be options, such as {key}: {{name: value}}, got {value}")
-    spec = plan_spec(plan, f"{name}.plan: ") if plan else None
+    spec = PlanSpec.from_options(plan, f"{name}.plan: ") if plan else None
     try:
         solver_of(plain["solver"], **(options or {}))
     except (ValueError, TypeError) as error:

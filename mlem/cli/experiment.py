@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from mlem.cli.build import plan_spec
 from mlem.cli.config import parse_indices, written
 from mlem.cli.find import family_folder, out_folder
 from mlem.cli.main import compose
@@ -20,6 +19,7 @@ from mlem.comparison.scaling import ERRORS, draw_scaling, held_out_errors, plain
 from mlem.comparison.summary import draw, ratios
 from mlem.family import Family
 from mlem.files import folder_lock, write_json
+from mlem.multilevel.spec import PlanSpec
 from mlem.report import write_report
 from mlem.sampling import solver_of
 
@@ -162,7 +162,7 @@ def _entry(number: int, entry: Any) -> Entry:
         raise ValueError(f"{name}: deltas and trials are of coins: add plan={{...}}, or leave them out")
     if plan is not None and levels is not None:
         raise ValueError(f"{name}.levels is of levels that run alone; of a plan, write plan={{levels: [..]}}")
-    spec = plan_spec(plan, f"{name}.plan: ") if plan is not None else None
+    spec = PlanSpec.from_options(plan, f"{name}.plan: ") if plan is not None else None
     tosses = deltas is not None or trials is not None
     if tosses and spec is not None and spec.estimator != "jump":
         raise ValueError(f"{name}: deltas and trials toss coins: add estimator: jump to its plan")

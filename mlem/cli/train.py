@@ -36,7 +36,7 @@ from mlem.level import Level
 from mlem.metrics import FewImagesWarning
 from mlem.multilevel.__main__ import calibrate_folder
 from mlem.multilevel.coefficients import Coefficients
-from mlem.multilevel.spec import check_estimator
+from mlem.multilevel.planner import check_estimator, check_spec
 from mlem.networks import seconds_per_image
 from mlem.report import write_report
 from mlem.sampling import Sampler, solver_of
@@ -173,7 +173,7 @@ def _check_samplers(config: DictConfig, family: Family) -> None:
                 if choice.spec is not None:
                     check_estimator(solver, sampler.points, choice.spec.estimator)
                 if choice.spec is not None and several:
-                    choice.spec.check(family, solver, sampler.grid)
+                    check_spec(choice.spec, family, solver, sampler.grid)
             if choice.spec is not None and several and choice.spec.probabilities == "learned":
                 _check_learned(Path(config.root) / "family", family.names)
         except ValueError as error:

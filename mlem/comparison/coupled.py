@@ -30,6 +30,7 @@ from mlem.files import atomic_write, write_text
 from mlem.ledger import Ledger
 from mlem.metrics import Measure
 from mlem.multilevel.plan import Plan
+from mlem.multilevel.planner import make_plan
 from mlem.multilevel.spec import PlanSpec
 from mlem.outputs import claim
 from mlem.sampling import Sampler, blocks, solver_of
@@ -144,7 +145,7 @@ class Comparison:
                     own = {"levels": level, "coins": "", "plan": "", "delta": None, "trial": None}
                     found.append(Run(key | own, level, None, solver, entry.grid, cost))
                 continue
-            plan = entry.spec.plan(self.family, solver, grid)
+            plan = make_plan(entry.spec, self.family, solver, grid)
             table = json.dumps(plan.to_dict() | {"about": {}, "seed": entry.spec.seed}, sort_keys=True)
             names = plan.levels or tuple(self.family.names)
             key |= {"levels": "+".join(names), "coins": plan.coins}

@@ -36,6 +36,7 @@ from mlem.grids import TimeGrid
 from mlem.multilevel.coefficients import CERTAIN, Coefficients, feature
 from mlem.multilevel.coins import falls, toss, uniforms_needed
 from mlem.multilevel.plan import collect
+from mlem.multilevel.planner import make_plan
 from mlem.multilevel.spec import PlanSpec
 from mlem.noise import NoiseStream
 from mlem.schedule import NoiseSchedule
@@ -318,7 +319,7 @@ def first_coefficients(family: Family, solver: Solver, grid: TimeGrid, budget: f
     law = "calibrated" if "calibration" in family.fitted else "theory"
     names = tuple(family.names)
     spec = PlanSpec(budget=budget, probabilities=law, estimator="jump", coins="bernoulli", cost="flops", levels=names)
-    table = spec.plan(family, solver, grid).probabilities.clone()
+    table = make_plan(spec, family, solver, grid).probabilities.clone()
     table[:, 1:].clamp_(max=LARGEST)
     times = [point.t for point in quadrature_weights(solver, family.schedule, GridPoint.of(family.schedule, grid))[1]]
     alpha, beta = Coefficients.fit(table, family.schedule, times)

@@ -10,6 +10,7 @@ import torch
 from mlem.family import Family
 from mlem.multilevel.denoiser import MultilevelDenoiser
 from mlem.multilevel.plan import Plan
+from mlem.multilevel.planner import make_plan
 from mlem.multilevel.spec import PlanSpec
 from mlem.multilevel.trial import MEMORY, check_reference_steps, trial, trial_indices
 from mlem.networks import evaluating
@@ -45,7 +46,7 @@ def memorise(
         raise ValueError("this spec tosses no coins, so that all its draws are equal; add coins=systematic")
     method = make_solver(solver)
     times = method.grid(family.schedule, steps, grid)
-    plans = [replace(first, seed=first.seed + number).plan(family, method, times) for number in range(draws)]
+    plans = [make_plan(replace(first, seed=first.seed + n), family, method, times) for n in range(draws)]
     networks = torch.nn.ModuleList(level.network for level in family.levels).to(device)
     errors = []
     with torch.inference_mode(), evaluating(networks):

@@ -12,6 +12,7 @@ from mlem.family import Family
 from mlem.multilevel.calibration import Calibration
 from mlem.multilevel.denoiser import MultilevelDenoiser
 from mlem.multilevel.plan import Plan
+from mlem.multilevel.planner import make_plan
 from mlem.multilevel.predict import Predictor
 from mlem.multilevel.spec import PlanSpec
 from mlem.multilevel.trial import PILOT, check_reference_steps, trial, trial_indices
@@ -118,7 +119,7 @@ def _pilots(runs: _Runs, spec: PlanSpec, solver: Solver, grid: str, steps: int, 
         predicted, measured = 0.0, 0.0
         try:
             for seed in range(draws):
-                plan = replace(spec, budget=spent / steps, seed=seed).plan(family, solver, times)
+                plan = make_plan(replace(spec, budget=spent / steps, seed=seed), family, solver, times)
                 predicted += predictor.response_error(plan) / draws
                 measured += runs.error(solver, grid, steps, plan) / draws
         except ValueError:  # a family whose cheapest level costs more than that

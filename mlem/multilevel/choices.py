@@ -1,0 +1,47 @@
+"""What may be chosen for a plan, by name; free of torch, since the command line reads it before torch is loaded.
+
+What the coins and estimators do stands in `coins.py` and `estimators.py`, whose registries have exactly these names.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+__all__ = ["COINS", "ESTIMATORS", "PROBABILITIES", "UNITS", "Traits", "check_choice"]
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What can be known of an estimator before it runs.
+
+    Args:
+        holds: whether corrections are held between the evaluations at which they are measured.
+        moves_state: whether the state is moved between evaluations, for which the solver must evaluate once a step.
+    """
+
+    holds: bool
+    moves_state: bool
+
+
+ESTIMATORS = {
+    "jump": Traits(holds=False, moves_state=False),
+    "held": Traits(holds=True, moves_state=False),
+    "hindsight": Traits(holds=True, moves_state=True),
+}
+COINS = ("systematic", "bernoulli", "nested", "poisson")
+"""The kinds of coins, the recommended one first."""
+PROBABILITIES = ("calibrated", "learned", "theory")
+"""The laws of probabilities; numbers may stand in their place."""
+UNITS = ("seconds", "flops")
+"""The units of cost."""
+
+
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    """Raise ValueError, with the nearest choice, unless `value` is one of `choices`."""
+    if value in choices:
+        return
+    near = difflib.get_close_matches(value, choices, 1) if isinstance(value, str) else []
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}{hint}")

@@ -1,0 +1,274 @@
+"""From a specification to a plan, for one family, solver and time grid.
+
+Lives here: which levels may take part, the probabilities of each law, and the budget that reaches an error. How good
+a plan is predicted to be stands in `predict.py`; how the evaluations that measure are searched for, in `search.py`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from mlem.family import Family
+from mlem.grids import TimeGrid
+from mlem.multilevel.calibration import Calibration
+from mlem.multilevel.choices import ESTIMATORS
+from mlem.multilevel.coefficients import Coefficients
+from mlem.multilevel.coins import COINS
+from mlem.multilevel.plan import Plan
+from mlem.multilevel.predict import Predictor, Search
+from mlem.multilevel.spec import PlanSpec
+from mlem.solvers import SOLVERS, GridPoint, GridPoints, Solver, quadrature_weights
+
+__all__ = ["check_estimator", "check_spec", "make_plan", "refuse_levels"]
+
+
+def make_plan(spec: PlanSpec, family: Family, solver: Solver, grid: TimeGrid) -> Plan:
+    """The plan that `spec` asks for, with what is predicted of it in `about`.
+
+    Raises:
+        ValueError: the family was not fitted for it, no plan costs so little or errs so little, or the solver could
+            not follow it.
+    """
+    check_estimator(solver, GridPoint.of(family.schedule, grid), spec.estimator)
+    return _Planner(spec, family, solver, grid).plan()
+
+
+def check_spec(spec: PlanSpec, family: Family, solver: Solver, grid: TimeGrid) -> None:
+    """Raise ValueError for what does not fit these levels, whatever a calibration will find of them."""
+    levels = tuple(spec.levels or family.names)
+    refuse_levels(levels, family)
+    if not isinstance(spec.probabilities, str):
+        _refuse_count(spec.probabilities, levels)
+    if spec.budget is None or spec.cost != "flops" or spec.probabilities == "learned":
+        return
+    rows = solver.evaluations(GridPoint.of(family.schedule, grid))
+    least = min(_least_share(spec, names, family, rows) for names in _subsets(spec, levels))
+    if spec.budget < least:
+        raise ValueError(
+            f"budget={spec.budget} is too small for {grid.steps} steps of {', '.join(levels)}: no plan costs less "
+            f"than {math.ceil(1000 * least) / 1000:g} of the largest level by FLOPs; raise it, or take more steps"
+        )
+
+
+def check_estimator(solver: Solver, points: GridPoints, estimator: str) -> None:
+    """Raise ValueError where this solver cannot follow a plan, or not one of this estimator."""
+    if not solver.sequential:
+        raise ValueError(f"{solver.name} evaluates many times at once, a plan once a row; leave plan= out")
+    if not ESTIMATORS[estimator].moves_state:
+        return
+    if solver.name not in SOLVERS or solver.evaluations(points) != points.steps:
+        raise ValueError(
+            f"{estimator} needs a solver of mlem's that evaluates once a step, not {solver.name}; use estimator=held"
+        )
+
+
+def refuse_levels(levels: Sequence[str], family: Family) -> None:
+    """Raise ValueError unless these are levels of the family, the cheapest first."""
+    places = [family.names.index(family.level(name).name) for name in levels]
+    if places != sorted(set(places)):
+        raise ValueError(
+            f"levels must be different and the cheapest first, as in {', '.join(family.names)}; got {', '.join(levels)}"
+        )
+
+
+def stored_plan(family: Family, name: str) -> Plan:
+    """The plan kept with the family under this name. Raises ValueError with the names there are."""
+    plans = family.fitted.get("plans", {})
+    if name not in plans:
+        kept = f"there are {', '.join(plans)}" if plans else "there are none"
+        raise ValueError(f"plan={name}: {kept}; memorise one with: python -m mlem.multilevel memorise FAMILY")
+    plan = Plan.from_dict(plans[name], f"plans/{name}.json")
+    if plan.about.get("weights") not in (None, family.weights_hash):
+        raise ValueError(f"plan={name} was memorised for other weights: python -m mlem.multilevel memorise FAMILY")
+    return plan
+
+
+def _refuse_count(probabilities: Sequence[float], levels: Sequence[str]) -> None:
+    """Raise ValueError unless there is a number for each level."""
+    if len(probabilities) != len(levels):
+        raise ValueError(
+            f"probabilities= must be {len(levels)} numbers, for {', '.join(levels)}, got {len(probabilities)}"
+        )
+
+
+def _subsets(spec: PlanSpec, levels: tuple[str, ...]) -> list[tuple[str, ...]]:
+    """The subsets of these levels that a plan may take."""
+    if spec.levels is not None or not isinstance(spec.probabilities, str):
+        return [levels]
+    below = [part for size in range(len(levels)) for part in itertools.combinations(levels[:-1], size)]
+    return [(*part, levels[-1]) for part in below]
+
+
+def _least_share(spec: PlanSpec, levels: tuple[str, ...], family: Family, rows: int) -> float:
+    """The share of the largest level's cost, by FLOPs, that no plan on these levels undercuts."""
+    costs = torch.tensor([family.level(name).flops / family.level().flops for name in levels], dtype=torch.float64)
+    if not spec.searched:  # the first level runs at every row, the others perhaps never
+        first = 1.0 if isinstance(spec.probabilities, str) else spec.probabilities[0]
+        return costs[0].item() * first
+    measured = torch.zeros(rows, len(levels), dtype=torch.bool)
+    measured[0] = measured[:, 0] = True
+    return Plan.given(measured, estimator=spec.estimator, levels=levels).cost(costs) / rows
+
+
+class _Planner:
+    """A specification with all that it needs."""
+
+    def __init__(self, spec: PlanSpec, family: Family, solver: Solver, grid: TimeGrid) -> None:
+        self._spec, self._family, self._solver, self._grid = spec, family, solver, grid
+        coefficients, self._points = quadrature_weights(solver, family.schedule, GridPoint.of(family.schedule, grid))
+        self._rows = len(coefficients)
+        # the corrections of an SDE are rough: extrapolating them makes it worse
+        self._order = (0 if solver.stochastic else 1) if spec.order is None else spec.order
+        refuse_levels(spec.levels or (), family)
+        self._predictor: Predictor | None = None
+        calibrated = "calibration" in family.fitted
+        if calibrated or spec.probabilities == "calibrated" or spec.mse is not None:
+            calibration = Calibration.of(family)
+            self._predictor = Predictor(calibration, family.schedule, solver, grid)
+            self._costs, self._unit = calibration.costs(spec.cost, spec.batch_size), spec.cost
+        else:
+            flops = torch.tensor([level.flops for level in family.levels], dtype=torch.float64)
+            self._costs, self._unit = flops / flops[-1], "flops"  # seconds are known of calibrated families only
+
+    def plan(self) -> Plan:
+        """The plan, with what is predicted of it in `about`."""
+        if self._spec.mse is not None:
+            plan = self._for_error(self._spec.mse)
+        elif self._spec.budget is not None:
+            plan = self._for_budget(self._spec.budget * self._rows)
+        else:
+            plan = self._draw(self._levels()[-1], 1.0)
+        return replace(plan, about=self._about(plan))
+
+    def _about(self, plan: Plan) -> dict[str, object]:
+        costs = self._costs_of(plan.levels)
+        about: dict[str, object] = {"solver": self._solver.name, "steps": self._grid.steps, "grid": self._grid.name}
+        about |= {"cost": plan.cost(costs), "expected_cost": plan.expected_cost(costs), "cost_unit": self._unit}
+        if self._predictor is not None and bool((plan.probabilities[:, 0] == 1).all()):
+            about["predicted_mse_of_plan"] = self._predictor.error(plan)
+            if self._predictor.discretisation is not None:
+                about["predicted_mse"] = self._predictor.total(plan)
+        return about
+
+    def _costs_of(self, levels: Sequence[str]) -> Tensor:
+        return self._costs[[self._family.names.index(name) for name in levels]]
+
+    def _levels(self) -> list[tuple[str, ...]]:
+        """The subsets of levels to choose from: the given one alone, or all with the largest level."""
+        spec, names = self._spec, tuple(self._family.names)
+        if spec.levels is not None:
+            return [tuple(spec.levels)]
+        if spec.probabilities == "learned":
+            return [Coefficients.of(self._family).levels or names]
+        if self._predictor is None or not isinstance(spec.probabilities, str):
+            return [names]
+        return _subsets(spec, names)
+
+    def _for_budget(self, budget: float) -> Plan:
+        plans = [plan for levels in self._levels() if (plan := self._best(levels, budget)) is not None]
+        if not plans:
+            raise ValueError(
+                f"budget={self._spec.budget} of {self._rows} evaluations is {budget:.3g} evaluations of the largest "
+                "level: no plan costs so little; raise it, or take fewer steps"
+            )
+        if self._predictor is None or len(plans) == 1:
+            return plans[-1]
+        return min(plans, key=self._predictor.choice)
+
+    def _best(self, levels: tuple[str, ...], budget: float) -> Plan | None:
+        """The plan on these levels that spends at most `budget`, in evaluations of the largest level."""
+        spec = self._spec
+        if spec.searched:
+            assert self._predictor is not None
+            return Search(self._predictor, levels, self._costs, self._order, spec.estimator).plan(budget)
+        costs = self._costs_of(levels)
+
+        def spent(factor: float) -> float:
+            return self._draw(levels, factor).expected_cost(costs)
+
+        low, high = 1e-9, 1e9
+        if spent(low) > budget:
+            return None
+        for _ in range(60):
+            middle = math.sqrt(low * high)
+            low, high = (middle, high) if spent(middle) <= budget else (low, middle)
+        return self._draw(levels, low)
+
+    def _draw(self, levels: tuple[str, ...], factor: float) -> Plan:
+        spec = self._spec
+        return Plan.draw(
+            self._probabilities(levels, factor),
+            spec.coins or COINS[0],
+            spec.seed,
+            estimator=spec.estimator,
+            order=self._order,
+            levels=levels,
+            per_sample=spec.per_sample,
+        )
+
+    def _probabilities(self, levels: tuple[str, ...], factor: float) -> Tensor:
+        """p_k: (R, K). factor: scales all but the first level's; for learned coefficients it is e^delta."""
+        spec = self._spec
+        if spec.probabilities == "learned":
+            return self._learned(levels, spec.delta if spec.delta is not None else math.log(factor))
+        table, numbers = self._law(levels), not isinstance(spec.probabilities, str)
+        p = (table * factor).clamp(1e-9, 1.0)
+        p[:, 0] = table[:, 0].clamp(max=1.0) if numbers else 1.0
+        return p
+
+    def _law(self, levels: tuple[str, ...]) -> Tensor:
+        """The probabilities before they are scaled: (R, K)."""
+        law = self._spec.probabilities
+        if law == "calibrated":
+            assert self._predictor is not None
+            return self._predictor.allocation(levels, self._costs)
+        if law == "theory":
+            costs = self._costs_of(levels)
+            return ((costs / costs[0]) ** -(0.5 + 1 / self._spec.gamma)).expand(self._rows, -1)
+        assert not isinstance(law, str)
+        _refuse_count(law, levels)
+        return torch.tensor(law, dtype=torch.float64).expand(self._rows, -1)
+
+    def _learned(self, levels: tuple[str, ...], delta: float) -> Tensor:
+        learned = Coefficients.of(self._family)
+        own = learned.levels or tuple(self._family.names)
+        if levels != own:
+            raise ValueError(f"learned coefficients are of {', '.join(own)}, got levels={', '.join(levels)}")
+        return learned.probabilities(self._family.schedule, [point.t for point in self._points], delta)
+
+    def _for_error(self, mse: float) -> Plan:
+        """The plan of the smallest budget whose predicted error is at most `mse`."""
+        predictor = self._predictor
+        assert predictor is not None
+        discretisation = predictor.discretisation
+        if discretisation is None or discretisation >= mse:
+            found = "was not measured" if discretisation is None else f"is {discretisation:.2g}"
+            raise ValueError(
+                f"mse={mse:g}: the error of {self._solver.name} in {self._grid.steps} steps on the {self._grid.name} "
+                f"grid alone {found}; take more steps, or another solver"
+            )
+
+        def error(share: float) -> float:
+            try:
+                plan = self._for_budget(share * self._rows)
+            except ValueError:
+                return math.inf
+            return predictor.total(plan)
+
+        if (best := error(1.0)) > mse:  # levels= without the largest
+            names = ", ".join(self._levels()[-1])
+            raise ValueError(
+                f"mse={mse:g}: the levels {names} come to {best:.2g} at every step; add a larger level to levels=, or "
+                "leave it out"
+            )
+        low, high = 1.0 / self._rows * self._costs[0].item(), 1.0
+        for _ in range(12):
+            middle = math.sqrt(low * high)
+            low, high = (low, middle) if error(middle) <= mse else (middle, high)
+        return self._for_budget(high * self._rows)
