@@ -21,7 +21,7 @@ from mlem.files import read_json, write_json
 from mlem.images import quantise
 from mlem.multilevel import __main__ as multilevel
 from mlem.multilevel.calibration import Calibration
-from mlem.multilevel.pilot import DISCRETISATIONS, PILOTS
+from mlem.multilevel.pilot import PILOTS, discretisations
 from mlem.multilevel.plan import Plan
 from mlem.outputs import read_png, sample_path
 from mlem.sampling import sample
@@ -211,7 +211,8 @@ def test_calibrate_writes_and_reports(
     family = Path(shutil.copytree(made[0] / FAMILY, tmp_path / "family"))
     trained = read_json(family / "calibration.json")
     (family / "calibration.json").unlink()
-    monkeypatch.setattr(sys.modules["mlem.multilevel.pilot"], "DISCRETISATIONS", DISCRETISATIONS[-2:])  # for speed
+    last = discretisations()[-2:]
+    monkeypatch.setattr(sys.modules["mlem.multilevel.pilot"], "discretisations", lambda: last)  # for speed
     monkeypatch.setattr(sys.modules["mlem.multilevel.pilot"], "PILOTS", PILOTS[1:])
     options = ["--images", 2, "--times", 4, "--reference-steps", 20, "--batch-sizes", 1, 8]
     tool(monkeypatch, "calibrate", family, *options)

@@ -17,18 +17,8 @@ from mlem.multilevel.predict import Predictor
 from mlem.multilevel.spec import PlanSpec
 from mlem.multilevel.trial import PILOT, check_reference_steps, trial, trial_indices
 from mlem.networks import evaluating
-from mlem.solvers import Solver, make_solver
+from mlem.solvers import SOLVERS, Solver, make_solver
 
-DISCRETISATIONS = (
-    ("ddpm", "uniform"),
-    ("ddpm", "log_snr"),
-    ("dpm_solver_pp_sde", "uniform"),
-    ("dpm_solver_pp_sde", "log_snr"),
-    ("ddim", "uniform"),
-    ("dpm_solver_pp", "uniform"),
-    ("dpm_solver_pp", "log_snr"),
-)
-"""Solvers and grids whose error on the largest level is measured."""
 STEPS = (8, 16, 32, 64)
 """At these step counts."""
 PILOTS = (("ddpm", "uniform", 128, 0), ("dpm_solver_pp", "log_snr", 48, 1))
@@ -59,7 +49,7 @@ def pilot(
     with torch.inference_mode(), evaluating(networks):
         runs = _Runs(family, trial_indices(PILOT, images, device), reference_steps, seed)
         errors = {}
-        for name, grid in DISCRETISATIONS:
+        for name, grid in discretisations():
             progress(f"discretisation error of {name} on the {grid} grid")
             found = {steps: runs.error(make_solver(name), grid, steps) for steps in STEPS}
             # the reference itself is no measurement of its error
@@ -75,6 +65,12 @@ def pilot(
                 pilots[pilot_key(make_solver(name), estimator, coins)] = found
     about = calibration.about | {"pilot_images": images, "reference_steps": reference_steps}
     return replace(calibration, pilots=pilots, about=about)
+
+
+def discretisations() -> list[tuple[str, str]]:
+    """Solvers and grids whose error on the largest level is measured, SDE solvers first: what each says of itself."""
+    solvers = sorted(SOLVERS.items(), key=lambda item: not item[1].stochastic)
+    return [(name, grid) for name, solver in solvers for grid in solver.measured_grids]
 
 
 def pilot_key(solver: Solver, estimator: str, coins: str | None) -> str:

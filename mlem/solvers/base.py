@@ -104,6 +104,10 @@ class Solver(ABC):
     """Whether a step is linear in y and its noise estimates, with all its chance in the path and in where it asks."""
     chunk: int | None = None
     """The most rows that a network may be given at once; None: any number."""
+    exact_on_a_point: bool = True
+    """Whether data of one point are hit exactly, on every grid and in any number of steps."""
+    measured_grids: tuple[str, ...] = ()
+    """Grids on which a calibration measures the solver's own error: there a plan may be asked for an `mse`."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -17,6 +17,7 @@ class DDIM(Solver):
     order = 1.0
     stochastic = False
     reference = "dpm_solver_pp"
+    measured_grids = ("uniform",)
 
     def step(
         self, eps: NoiseEstimate, y: Tensor, state: Any, here: GridPoint, there: GridPoint, path: BrownianPath

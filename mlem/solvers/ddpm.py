@@ -22,6 +22,7 @@ class DDPM(Solver):
     order = 1.0
     stochastic = True
     reference = "ddpm"
+    measured_grids = ("uniform", "log_snr")
 
     def step(
         self, eps: NoiseEstimate, y: Tensor, state: Any, here: GridPoint, there: GridPoint, path: BrownianPath

@@ -42,6 +42,7 @@ class DPMSolverPP(Solver):
     stochastic = False
     reference = "dpm_solver_pp"
     default_grid = "log_snr"
+    measured_grids = ("uniform", "log_snr")
 
     def step(
         self,
@@ -65,6 +66,7 @@ class SDEDPMSolverPP(Solver):
     stochastic = True
     reference = "ddpm"
     default_grid = "log_snr"
+    measured_grids = ("uniform", "log_snr")
 
     def step(
         self,

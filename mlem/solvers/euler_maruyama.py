@@ -17,6 +17,7 @@ class EulerMaruyama(Solver):
     order = 1.0
     stochastic = True
     reference = "euler_maruyama"
+    exact_on_a_point = False
 
     def step(
         self, eps: NoiseEstimate, y: Tensor, state: Any, here: GridPoint, there: GridPoint, path: BrownianPath

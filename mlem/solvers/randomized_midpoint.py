@@ -88,6 +88,7 @@ class SDERandomizedMidpoint(_TwoCalls):
     order = 1.0
     stochastic = True
     reference = "euler_maruyama"
+    exact_on_a_point = False
 
     def __init__(self, midpoints: str = "own") -> None:
         self.midpoints = self._checked(midpoints)
