@@ -71,13 +71,24 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if not path.name.startswith(".")}
 
 
+class Examples(dict[str, Example]):
+    """Made when first asked for."""
+
+    def __init__(self, factory: pytest.TempPathFactory) -> None:
+        self._factory = factory
+
+    def __missing__(self, name: str) -> Example:
+        self[name] = Example(name, self._factory.mktemp(name))
+        return self[name]
+
+
 @pytest.fixture(scope="module")
-def examples(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Example]:
-    return {name: Example(name, tmp_path_factory.mktemp(name)) for name in DATASETS}
+def examples(tmp_path_factory: pytest.TempPathFactory) -> Examples:
+    return Examples(tmp_path_factory)
 
 
 @pytest.fixture
-def example(request: pytest.FixtureRequest, examples: dict[str, Example]) -> Example:
+def example(request: pytest.FixtureRequest, examples: Examples) -> Example:
     return examples[request.param]
 
 
@@ -106,8 +117,11 @@ for arguments in eval(sys.argv[1]):
 
 
 @pytest.fixture(scope="module")
-def _killed(examples: dict[str, Example]) -> None:
-    commands = [[*example.command, "--out", str(example.killed)] for example in examples.values()]
+def _killed(request: pytest.FixtureRequest, examples: Examples) -> None:
+    """Of those that are tested, in one process, which imports once."""
+    tested = [item for item in request.session.items if "_killed" in getattr(item, "fixturenames", ())]
+    names = sorted({item.callspec.params["example"] for item in tested})  # type: ignore[attr-defined]
+    commands = [[*examples[name].command, "--out", str(examples[name].killed)] for name in names]
     process = [sys.executable, "-c", textwrap.dedent(KILLED), repr(commands)]
     done = subprocess.run(process, env=environment(), capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
