@@ -8,7 +8,7 @@ import inspect
 from collections.abc import Callable, Iterable
 from typing import ParamSpec, TypeVar
 
-__all__ = ["named", "nearest"]
+__all__ = ["check_whole", "named", "nearest"]
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -63,3 +63,10 @@ def nearest(word: str, known: Iterable[str]) -> str:
     if near:
         return f"did you mean {near[0]}?"
     return f"there are {', '.join(known)}" if known else "there are none"
+
+
+def check_whole(name: str, value: object, least: int = 1) -> int:
+    """`value` itself. Raises ValueError, which calls it `name`, unless it is a whole number >= least."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} must be a whole number >= {least}, got {value!r}")
+    return value

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -13,7 +13,19 @@ from torch import Tensor
 from mlem.noise import NoiseStream
 from mlem.schedule import NUM_TIMESTEPS, NoiseSchedule, expand_like
 
-__all__ = ["BrownianPath"]
+__all__ = ["BrownianPath", "NoisePath"]
+
+
+class NoisePath(Protocol):
+    """What a solver asks of a Brownian path; see `BrownianPath`."""
+
+    def at(self, t: float) -> Tensor:
+        """B at time t: (B, ...)."""
+        ...
+
+    def between(self, t: float, kappa: Tensor) -> tuple[Tensor, Tensor]:
+        """B at kappa^2, a kappa for each sample (B,) between the last time asked for and t, and B at t."""
+        ...
 
 
 class _Cell(NamedTuple):

@@ -1,4 +1,4 @@
-"""All randomness of sampling: streams keyed by (seed, purpose, sample index, slot).
+"""All randomness of sampling: streams keyed by (seed, purpose, sample index, slot), and the table of reserved indices.
 
 Nothing here keeps state between draws: a number depends on its key alone, so the same sample index gets the
 same noise in any batch, on any number of ranks, and after a restart. The generator is SplitMix64 (Steele, Lea
@@ -10,10 +10,58 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
+
+__all__ = ["RESERVED", "USER_INDICES", "NoiseStream", "check_indices", "noise_dtype", "reserved_indices"]
+
+USER_INDICES = range(10**9)
+"""Sample indices that a user may ask for."""
+
+RESERVED: Mapping[str, range] = MappingProxyType(
+    {
+        "calibration": range(10**9, 11 * 10**8),
+        "pilots": range(11 * 10**8, 12 * 10**8),
+        "memorising": range(12 * 10**8, 13 * 10**8),
+        "lipschitz": range(13 * 10**8, 14 * 10**8),
+        "learning": range(2 * 10**9, 3 * 10**9),
+        "judging": range(3 * 10**9, 4 * 10**9),
+    }
+)
+"""Sample indices of runs that fit something: what was fitted is never applied to the noise that it was fitted to."""
+
+
+def reserved_indices(use: str, count: int, device: str | torch.device = "cpu", skip: int = 0) -> Tensor:
+    """`count` indices of a use in `RESERVED`, after the first `skip`: (count,) int64."""
+    indices = RESERVED[use]
+    if skip + count > len(indices):
+        raise ValueError(f"{use} may draw {len(indices)} samples at most, got {skip + count}")
+    return torch.arange(indices.start + skip, indices.start + skip + count, device=device)
+
+
+def check_indices(indices: Iterable[int]) -> list[int]:
+    """The indices as plain numbers. Raises ValueError unless they are whole numbers in `USER_INDICES`."""
+    try:
+        listed = [operator.index(index) for index in indices]
+    except TypeError as error:
+        raise ValueError(f"indices must be whole numbers >= 0: {error}") from error
+    if listed and max(listed) >= USER_INDICES.stop:
+        uses = ", ".join(RESERVED)
+        raise ValueError(
+            f"indices must be in [0, {USER_INDICES.stop}), got {max(listed)}: those above are reserved ({uses})"
+        )
+    if listed and min(listed) < 0:
+        raise ValueError(f"indices must be different whole numbers >= 0, got {min(listed)}")
+    return listed
+
+
+def noise_dtype() -> torch.dtype:
+    """The dtype of starting noise, Brownian paths and samples: float64 where that is torch's default, else float32."""
+    return torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
 
 
 def _signed(word: int) -> int:

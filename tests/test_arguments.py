@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from mlem.arguments import named, nearest
+from mlem.arguments import check_whole, named, nearest
 
 
 def draw(model: str, *, steps: int = 50, seed: int = 0) -> tuple[str, int, int]:
@@ -82,3 +82,11 @@ def test_nearest() -> None:
     assert nearest("dimm", ["ddim", "heun"]) == "did you mean ddim?"
     assert nearest("x", ["ddim", "heun"]) == "there are ddim, heun"
     assert nearest("x", []) == "there are none"
+
+
+def test_whole_numbers() -> None:
+    assert check_whole("steps", 1) == 1
+    assert check_whole("order", 0, 0) == 0
+    for value in (0, True, 2.0, "2", None):
+        with pytest.raises(ValueError, match=f"^steps must be a whole number >= 1, got {re.escape(repr(value))}$"):
+            check_whole("steps", value)

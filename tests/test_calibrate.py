@@ -15,8 +15,9 @@ from mlem.family import Family
 from mlem.grids import TimeGrid
 from mlem.multilevel.calibrate import measure
 from mlem.multilevel.calibration import Calibration
-from mlem.multilevel.trial import CALIBRATION, estimate, start, trial_indices
+from mlem.noise import noise_dtype, reserved_indices
 from mlem.solvers import GridPoint, make_solver
+from mlem.trajectory import noise_estimate, starting_noise
 from tests.waves import COSINE, family, level
 
 pytestmark = pytest.mark.usefixtures("float64_module")
@@ -29,7 +30,7 @@ def gain_of_gaussian(times: int, deviation: float, kind: str) -> tuple[Tensor, T
     def below(x: Tensor, t: Tensor) -> Tensor:
         return 0.9 * top(x, t) + 0.1 * COSINE.alpha(t)[:, None]
 
-    log_snr, *_, responses = measure([below, top], COSINE, (3,), trial_indices(CALIBRATION, 4), times=times)
+    log_snr, *_, responses = measure([below, top], COSINE, (3,), reserved_indices("calibration", 4), times=times)
     return responses[kind].gain[0], torch.exp(-log_snr / 2)
 
 
@@ -64,18 +65,19 @@ def test_the_gain_of_the_ode_is_the_product_of_the_steps_for_gaussian_data() -> 
 
 def test_differences_and_inner_products_are_those_along_the_trajectories() -> None:
     """Brute force, over DDIM and DDPM trajectories of the top level."""
-    levels, index = [one.denoiser for one in family().levels], trial_indices(CALIBRATION, 5)
+    levels, index = [one.denoiser for one in family().levels], reserved_indices("calibration", 5)
     log_snr, differences, by_image, responses = measure(levels, COSINE, (3,), index, times=4)
     grid = TimeGrid.make("log_snr", COSINE, 8)
     points, squares, images = GridPoint.of(COSINE, grid), [], []
     torch.testing.assert_close(log_snr, COSINE.log_snr(torch.tensor(grid.times[:-1:2])))
     for kind, name in (("ode", "ddim"), ("sde", "ddpm")):
-        path, y = BrownianPath(COSINE, 0, index, (3,), torch.float32), start(COSINE, (3,), index, 0)
+        path = BrownianPath(COSINE, 0, index, (3,), noise_dtype())
+        y = starting_noise(0, index, (3,)) / points[0].alpha
         f = []
         for i, (here, there) in enumerate(itertools.pairwise(points)):
             if i % 2 == 0:
-                f.append(torch.stack([estimate(one, COSINE)(y, here) for one in levels]))
-            y, _ = make_solver(name).step(estimate(levels[-1], COSINE), y, None, here, there, path)
+                f.append(torch.stack([noise_estimate(one, COSINE)(y, here) for one in levels]))
+            y, _ = make_solver(name).step(noise_estimate(levels[-1], COSINE), y, None, here, there, path)
         told = torch.stack(f)  # (T, K, B, 3)
         squares.append([[(told[:, j] - told[:, k]).square().mean((1, 2)) for k in range(3)] for j in range(3)])
         images.append(told.diff(dim=1).square().mean((0, 3)))

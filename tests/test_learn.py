@@ -16,7 +16,7 @@ from mlem.grids import TimeGrid
 from mlem.level import Level
 from mlem.multilevel.calibrate import calibrate
 from mlem.multilevel.coefficients import CERTAIN, Coefficients
-from mlem.multilevel.learn import Objective, first_coefficients, frozen, interval
+from mlem.multilevel.learning import Objective, first_coefficients, frozen, interval
 from mlem.multilevel.plan import Plan
 from mlem.multilevel.planner import make_plan
 from mlem.multilevel.spec import PlanSpec

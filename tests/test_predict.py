@@ -20,8 +20,9 @@ from mlem.multilevel.denoiser import MultilevelDenoiser
 from mlem.multilevel.plan import Plan
 from mlem.multilevel.predict import Predictor, held_deviation
 from mlem.multilevel.report import missing
-from mlem.multilevel.trial import CALIBRATION, PILOT, trial, trial_indices
+from mlem.noise import reserved_indices
 from mlem.solvers import GridPoint, make_solver, quadrature_weights
+from mlem.trajectory import samples
 from tests.waves import COSINE, every, family, measured_error, plan, predictor
 
 pytestmark = pytest.mark.usefixtures("float64_module")
@@ -83,7 +84,7 @@ def test_the_weight_of_a_row_is_what_it_does_to_a_sample(solver: str) -> None:
     def below(x: Tensor, t: Tensor) -> Tensor:
         return top(x, t) + COSINE.alpha(t)[:, None] * 0.1
 
-    measured = measure([below, top], COSINE, (3,), trial_indices(CALIBRATION, 2), times=24)
+    measured = measure([below, top], COSINE, (3,), reserved_indices("calibration", 2), times=24)
     found = Calibration(("1", "2"), (1.0, 2.0), {64: (1.0, 2.0)}, *measured, {})
     method = make_solver(solver)
     grid = method.grid(COSINE, 40)
@@ -94,8 +95,8 @@ def test_the_weight_of_a_row_is_what_it_does_to_a_sample(solver: str) -> None:
         """Sample j is moved at row j, the last one never."""
         return top(x, t) + COSINE.alpha(t)[:, None] * (torch.arange(rows + 1) == next(calls))[:, None]
 
-    index = trial_indices(PILOT, 1).expand(rows + 1)
-    ends = trial(eps, COSINE, (3,), method, grid, index, 0)[:, 0]
+    index = reserved_indices("pilots", 1).expand(rows + 1)
+    ends = samples(eps, method, GridPoint.of(COSINE, grid), (3,), index, 0)[:, 0]
     moved = ends[:-1] - ends[-1]
     assert (moved - scale).abs().sum() < 0.12 * moved.abs().sum()
     if solver in ("ddim", "ddpm"):

@@ -149,7 +149,7 @@ def test_learned_coefficients_are_of_their_own_levels() -> None:
 
 def test_memorising_needs_coins() -> None:
     with pytest.raises(ValueError, match=r"^this spec tosses no coins, so that all its draws are equal; add coins="):
-        memorise(pair(), budget=0.5)
+        memorise(pair(), PlanSpec(budget=0.5))
 
 
 @pytest.mark.parametrize(
@@ -169,10 +169,10 @@ def test_memorising_needs_coins() -> None:
 def test_bad_choices_are_refused_before_any_plan_is_tried(
     options: dict[str, Any], says: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys.modules[memorise.__module__], "trial", None)
-    spec: dict[str, Any] = {"coins": "systematic", "probabilities": (1.0, 0.5)}
+    monkeypatch.setattr(sys.modules[memorise.__module__], "plan_samples", None)
+    spec = PlanSpec(coins="systematic", probabilities=(1.0, 0.5))
     with pytest.raises(ValueError, match=f"^{re.escape(says)}"):
-        memorise(pair(), **{"steps": 4} | spec | options)
+        memorise(pair(), spec, **{"steps": 4} | options)
 
 
 def test_pilots_need_reference_steps() -> None:

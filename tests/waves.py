@@ -13,14 +13,15 @@ from mlem.family import Family
 from mlem.level import Level
 from mlem.multilevel.calibrate import measure
 from mlem.multilevel.calibration import Calibration
-from mlem.multilevel.denoiser import MultilevelDenoiser
 from mlem.multilevel.plan import Plan
 from mlem.multilevel.planner import make_plan
 from mlem.multilevel.predict import Predictor
+from mlem.multilevel.probes import plan_samples
 from mlem.multilevel.spec import PlanSpec
-from mlem.multilevel.trial import CALIBRATION, PILOT, trial, trial_indices
+from mlem.noise import reserved_indices
 from mlem.schedule import NoiseSchedule
-from mlem.solvers import make_solver
+from mlem.solvers import GridPoint, make_solver
+from mlem.trajectory import samples
 from tests.problems import MEAN
 
 COSINE = NoiseSchedule.cosine()
@@ -51,7 +52,9 @@ def level(number: int, error: float, seed: int) -> Level:
 def fitted(levels: list[Level], images: int) -> Family:
     """A family with its calibration; the solver errors of ddpm and ddim are made up."""
     family = Family(levels)
-    measured = measure([one.denoiser for one in levels], COSINE, (3,), trial_indices(CALIBRATION, images), times=24)
+    measured = measure(
+        [one.denoiser for one in levels], COSINE, (3,), reserved_indices("calibration", images), times=24
+    )
     seconds = {8: tuple(0.1 * 4.0**k for k in range(len(levels))), 64: tuple(8.0**k for k in range(len(levels)))}
     flops = tuple(float(one.flops) for one in levels)
     about = {"images": images, "seed": 0, "device": "cpu", "weights": family.weights_hash}
@@ -78,13 +81,11 @@ def plan(solver: str, steps: int, **options: Any) -> Plan:
 
 def measured_error(plans: list[Plan], by: Predictor) -> float:
     """Mean squared distance to the top level with the same solver, on 256 samples that calibration has not seen."""
-    index = trial_indices(PILOT, 256)
-
-    def run(denoiser: Any) -> Tensor:
-        return trial(denoiser, COSINE, (3,), by.solver, by.grid, index, 0)
-
-    truth = run(family().level().denoiser)
-    errors = [(run(MultilevelDenoiser(family(), one)) - truth).square().mean().item() for one in plans]
+    index = reserved_indices("pilots", 256)
+    points = GridPoint.of(COSINE, by.grid)
+    truth = samples(family().level().denoiser, by.solver, points, (3,), index, 0)
+    found = [plan_samples(family(), one, by.solver, points, index, 0) for one in plans]
+    errors = [(x - truth).square().mean().item() for x in found]
     return sum(errors) / len(errors)
 
 

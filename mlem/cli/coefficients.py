@@ -20,7 +20,7 @@ from mlem.cli.resume import changes, check_resume, note_settings, resume_point
 from mlem.family import Family
 from mlem.files import first_process, folder_lock, read_object, write_json
 from mlem.multilevel.coefficients import Coefficients
-from mlem.multilevel.learn import Objective, first_coefficients, frozen
+from mlem.multilevel.learning import Objective, first_coefficients, frozen
 from mlem.plots import probabilities as probabilities_figure
 from mlem.report import write_report
 from mlem.solvers import Solver, make_solver

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mlem.brownian import BrownianPath
+from mlem.brownian import BrownianPath, NoisePath
 from mlem.grids import TimeGrid
 from mlem.schedule import NUM_TIMESTEPS, NoiseSchedule
 from mlem.solvers.base import GridPoint, GridPoints, NoiseEstimate, Solver
@@ -95,7 +95,7 @@ class DiffusersSolver(Solver):
         return scheduler, iter(scheduler.timesteps), generators
 
     def step(
-        self, eps: NoiseEstimate, y: Tensor, state: Any, here: GridPoint, there: GridPoint, path: BrownianPath
+        self, eps: NoiseEstimate, y: Tensor, state: Any, here: GridPoint, there: GridPoint, path: NoisePath
     ) -> tuple[Tensor, Any]:
         scheduler, timesteps, generators = state
         timestep = next(timesteps)

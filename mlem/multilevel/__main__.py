@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mlem.arguments import check_whole
 from mlem.family import Family
 from mlem.level import check_name
 from mlem.multilevel.calibrate import calibrate
@@ -18,7 +19,7 @@ from mlem.multilevel.calibration import Calibration
 from mlem.multilevel.memorise import memorise
 from mlem.multilevel.pilot import pilot
 from mlem.multilevel.report import report
-from mlem.multilevel.trial import check_reference_steps
+from mlem.multilevel.spec import PlanSpec
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -32,7 +33,7 @@ def calibrate_folder(
     times, batch_sizes: see `calibrate`; options: see `pilot`, and images, seed and device are for both.
     """
     if "reference_steps" in options:  # of the pilots, which come after all the rest
-        check_reference_steps(options["reference_steps"])
+        check_whole("reference_steps", options["reference_steps"])
     console = _console()
     with console.status("calibrating") as status:
 
@@ -124,10 +125,12 @@ def _memorise(family: Family, options: argparse.Namespace) -> None:
     check_name("--name", options.name)
     if options.name.endswith(".json"):
         raise ValueError(f"--name must not end in .json, or plan= would take it for a path, got {options.name!r}")
-    names = ("solver", "steps", "grid", "budget", "estimator", "coins", "cost", "draws", "images", "reference_steps")
     levels = None if options.levels is None else tuple(options.levels)
-    chosen = {name: getattr(options, name) for name in names}
-    plan = memorise(family, **chosen, levels=levels, device=options.device)
+    spec = PlanSpec(
+        budget=options.budget, estimator=options.estimator, coins=options.coins, cost=options.cost, levels=levels
+    )
+    names = ("solver", "steps", "grid", "draws", "images", "reference_steps", "device")
+    plan = memorise(family, spec, **{name: getattr(options, name) for name in names})
     family.fitted.setdefault("plans", {})[options.name] = plan.to_dict()
     family.save_fitted(options.family)
     found = plan.about

@@ -9,9 +9,7 @@ in these vectors, so that their inner products predict the mean squared error of
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,10 +19,11 @@ from mlem.denoiser import Denoiser
 from mlem.family import Family
 from mlem.grids import TimeGrid
 from mlem.multilevel.calibration import Calibration, LinearResponse
-from mlem.multilevel.trial import CALIBRATION, estimate, start, trial_indices
 from mlem.networks import evaluating, seconds_per_image
+from mlem.noise import reserved_indices
 from mlem.schedule import NoiseSchedule
-from mlem.solvers import GridPoint, Solver, make_solver
+from mlem.solvers import EvaluationPoint, GridPoint, GridPoints, Solver, make_solver
+from mlem.trajectory import noise_estimate, starting_noise, trajectory
 
 
 def calibrate(
@@ -39,9 +38,14 @@ def calibrate(
 ) -> Calibration:
     """Measure a family.
 
-    images: trajectories, with indices of their own, so that no sample shares their noise. times: T. batch_sizes: at
-    which levels are timed. progress: told what is being done. Raises ValueError for a family of one level, and for
-    fewer than 2 images or 3 times.
+    Args:
+        images: trajectories, with indices of their own, so that no sample shares their noise.
+        times: T, the noise levels at which levels are compared.
+        batch_sizes: at which levels are timed.
+        device: where the family's networks are moved, and stay.
+        progress: told what is being measured.
+
+    Raises: ValueError for a family of one level, and for fewer than 2 images or 3 times.
     """
     if images < 2:
         raise ValueError(f"images of a calibration must be >= 2, got {images}")
@@ -52,7 +56,7 @@ def calibrate(
     if len(family.levels) < 2:
         raise ValueError("calibration compares levels, and this family has one; train another: model.levels=[xs,s]")
     networks = torch.nn.ModuleList(level.network for level in family.levels).to(device)
-    index = trial_indices(CALIBRATION, images, device)
+    index = reserved_indices("calibration", images, device)
     seconds = {}
     with torch.inference_mode(), evaluating(networks):
         for size in batch_sizes:
@@ -62,8 +66,9 @@ def calibrate(
         # perturbations are carried by the largest level that is ten times cheaper than the top, or the cheapest
         cheap = [level for level in family.levels if 10 * level.flops <= family.level().flops] or [family.levels[0]]
         carrier = cheap[-1].denoiser
-        options: dict[str, Any] = {"carrier": carrier, "times": times, "seed": seed, "progress": progress}
-        measured = measure(denoisers, family.schedule, family.shape, index, **options)
+        measured = measure(
+            denoisers, family.schedule, family.shape, index, carrier=carrier, times=times, seed=seed, progress=progress
+        )
     about = {"images": images, "seed": seed, "device": str(device), "weights": family.weights_hash}
     flops = tuple(float(level.flops) for level in family.levels)
     return Calibration(tuple(family.names), flops, seconds, *measured, about)
@@ -80,17 +85,22 @@ def measure(
     seed: int = 0,
     progress: Callable[[str], None] = lambda text: None,
 ) -> tuple[Tensor, Tensor, Tensor, dict[str, LinearResponse]]:
-    """log_snr, differences, image_differences and responses, as in `Calibration`; index: (B,) of the trajectories.
+    """What levels differ by, and what that does to samples.
 
-    carrier: what runs perturbed trajectories to their end; the largest level where none is given.
+    Args:
+        index: (B,), of the trajectories.
+        carrier: what runs perturbed trajectories to their end; by default the largest level.
+
+    Returns: log_snr, differences, image_differences and responses, as in `Calibration`.
     """
     carrier = denoisers[-1] if carrier is None else carrier
     responses, differences, by_image = {}, [], []
     # twice as many steps as times
     grid = TimeGrid.make("log_snr", schedule, 2 * times)
+    points = GridPoint.of(schedule, grid)
     for kind, solver in (("ode", "ddim"), ("sde", "ddpm")):
         progress(f"how corrections reach a sample, {kind}")
-        outputs, changes = _perturbed(denoisers, carrier, schedule, index, shape, make_solver(solver), grid, seed)
+        outputs, changes = _perturbed(denoisers, carrier, points, index, shape, make_solver(solver), seed)
         differences.append((outputs[:, :, None] - outputs[:, None]).square().flatten(3).mean(3))
         by_image.append(outputs.diff(dim=1).square().flatten(3).mean((0, 3)))
         responses[kind] = _response(outputs, changes, grid, schedule)
@@ -100,53 +110,74 @@ def measure(
     return log_snr, mean, by_image, responses
 
 
-class _Noise:
-    """A Brownian path that may be asked for the last two times again, and for copies of its samples."""
+class _Repeated:
+    """A Brownian path for `copies` copies of its samples, one after another."""
 
     def __init__(self, path: BrownianPath) -> None:
         self._path, self.copies = path, 1
-        self._known: dict[float, Tensor] = {}
 
     def at(self, t: float) -> Tensor:
-        if t not in self._known:
-            self._known = dict([*self._known.items()][-1:]) | {t: self._path.at(t)}
-        value = self._known[t]
+        value = self._path.at(t)
         return value.repeat(self.copies, *[1] * (value.dim() - 1))
+
+    def between(self, t: float, kappa: Tensor) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError("solvers of a calibration read the path at the ends of their steps")
+
+
+class _Probes:
+    """The trajectory of the largest level, B rows, followed by perturbed copies that the carrier runs to the end.
+
+    At every other point of the grid a copy of the state, and one for each correction with that added, join the batch.
+
+    outputs: of the levels at each of these points, (K, B, ...). scales: from a change of the sample to one for a unit
+    of `-ln kappa`.
+    """
+
+    def __init__(
+        self, denoisers: Sequence[Denoiser], carrier: Denoiser, points: GridPoints, x_T: Tensor, path: _Repeated
+    ) -> None:
+        self._levels = [noise_estimate(denoiser, points.schedule) for denoiser in denoisers]
+        self._carrier = noise_estimate(carrier, points.schedule)
+        self._points, self._path, self._rows, self._step = points, path, len(x_T), 0
+        self.outputs: list[Tensor] = []
+        self.scales: list[float] = []
+
+    def estimate(self, y: Tensor, place: EvaluationPoint) -> Tensor:
+        """eps at y (B + copies, ...)."""
+        return torch.cat([self._levels[-1](y[: self._rows], place), self._carrier(y[self._rows :], place)])
+
+    def revise(self, y: Tensor, here: GridPoint) -> Tensor:
+        """y with more copies, where this point has some."""
+        i, self._step = self._step, self._step + 1
+        if i % 2 == 0:
+            own = y[: self._rows]
+            self.outputs.append(torch.stack([level(own, here) for level in self._levels]))
+            # as much as a correction does from this time to the next
+            width = here.kappa - self._points[min(i + 2, self._points.steps)].kappa
+            self.scales.append(-here.kappa / width)
+            y = torch.cat([y, own, *(own - width * g for g in self.outputs[-1].diff(dim=0))])
+            self._path.copies = len(y) // self._rows
+        return y
 
 
 def _perturbed(
     denoisers: Sequence[Denoiser],
     carrier: Denoiser,
-    schedule: NoiseSchedule,
+    points: GridPoints,
     index: Tensor,
     shape: Sequence[int],
     solver: Solver,
-    grid: TimeGrid,
     seed: int,
 ) -> tuple[Tensor, Tensor]:
-    """The levels along the trajectory, (T, K, B, ...), and the changes u of the sample, (T, K-1, B, ...).
-
-    At every other point of the grid a copy of the state, and one for each correction with that added, join a batch that
-    the carrier runs to the end.
-    """
-    points = GridPoint.of(schedule, grid)
-    path = _Noise(BrownianPath(schedule, seed, index, shape, torch.float32))
-    y = start(schedule, shape, index, seed)
-    outputs, scales, copies = [], [], y[:0]
-    for i, (here, there) in enumerate(itertools.pairwise(points)):
-        if i % 2 == 0:
-            outputs.append(torch.stack([estimate(denoiser, schedule)(y, here) for denoiser in denoisers]))
-            # as much as a correction does from this time to the next
-            width = here.kappa - points[min(i + 2, len(points) - 1)].kappa
-            scales.append(-here.kappa / width)
-            copies = torch.cat([copies, y, *(y - width * g for g in outputs[-1].diff(dim=0))])
-        path.copies = 1
-        y, _ = solver.step(estimate(denoisers[-1], schedule), y, None, here, there, path)  # type: ignore[arg-type]
-        path.copies = len(copies) // len(index)
-        copies, _ = solver.step(estimate(carrier, schedule), copies, None, here, there, path)  # type: ignore[arg-type]
-    ends = copies.view(len(outputs), len(denoisers), *y.shape)
-    scale = torch.tensor(scales, dtype=torch.float64, device=y.device).view(-1, *[1] * (y.dim() + 1))
-    return torch.stack(outputs), (ends[:, 1:] - ends[:, :1]) * scale
+    """The levels along the trajectory, (T, K, B, ...), and the changes u of the sample, (T, K-1, B, ...)."""
+    x_T = starting_noise(seed, index, shape)
+    path = _Repeated(BrownianPath(points.schedule, seed, index, shape, x_T.dtype))
+    probes = _Probes(denoisers, carrier, points, x_T, path)
+    x = trajectory(probes.estimate, solver, points, x_T, index, seed, path=path, revise=probes.revise)
+    outputs = torch.stack(probes.outputs)
+    ends = x[len(index) :].view(len(outputs), len(denoisers), *x_T.shape)
+    scale = torch.tensor(probes.scales, dtype=torch.float64, device=x.device).view(-1, *[1] * (x.dim() + 1))
+    return outputs, (ends[:, 1:] - ends[:, :1]) * scale
 
 
 def _response(outputs: Tensor, changes: Tensor, grid: TimeGrid, schedule: NoiseSchedule) -> LinearResponse:

@@ -8,16 +8,18 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from mlem.arguments import check_whole
 from mlem.family import Family
 from mlem.multilevel.calibration import Calibration
-from mlem.multilevel.denoiser import MultilevelDenoiser
 from mlem.multilevel.plan import Plan
 from mlem.multilevel.planner import make_plan
 from mlem.multilevel.predict import Predictor
+from mlem.multilevel.probes import plan_samples
 from mlem.multilevel.spec import PlanSpec
-from mlem.multilevel.trial import PILOT, check_reference_steps, trial, trial_indices
 from mlem.networks import evaluating
-from mlem.solvers import SOLVERS, Solver, make_solver
+from mlem.noise import reserved_indices
+from mlem.solvers import SOLVERS, GridPoint, Solver, make_solver
+from mlem.trajectory import samples
 
 STEPS = (8, 16, 32, 64)
 """At these step counts."""
@@ -41,13 +43,17 @@ def pilot(
 ) -> Calibration:
     """The calibration with `discretisation` and `pilots`.
 
-    images: samples, none of which calibration or a user has seen. reference_steps: of the run they are compared with.
+    Args:
+        images: samples, which neither calibration nor a user sees.
+        reference_steps: steps of the run that they are compared with.
+        device: where the family's networks are moved, and stay.
+        progress: told what is being measured.
     """
-    check_reference_steps(reference_steps)
+    check_whole("reference_steps", reference_steps)
     networks = torch.nn.ModuleList(level.network for level in family.levels).to(device)
     family = Family(family.levels, {"calibration": calibration.to_dict()})
     with torch.inference_mode(), evaluating(networks):
-        runs = _Runs(family, trial_indices(PILOT, images, device), reference_steps, seed)
+        runs = _Runs(family, reserved_indices("pilots", images, device), reference_steps, seed)
         errors = {}
         for name, grid in discretisations():
             progress(f"discretisation error of {name} on the {grid} grid")
@@ -81,7 +87,7 @@ def pilot_key(solver: Solver, estimator: str, coins: str | None) -> str:
 
 
 class _Runs:
-    """Trial runs on fixed samples, against references that are run once."""
+    """Runs on fixed samples, against references that are run once."""
 
     def __init__(self, family: Family, index: Tensor, reference_steps: int, seed: int) -> None:
         self.family, self._index, self._reference_steps, self._seed = family, index, reference_steps, seed
@@ -89,20 +95,20 @@ class _Runs:
 
     def error(self, solver: Solver, grid: str | None, steps: int, plan: Plan | None = None) -> float:
         """Mean squared error of the largest level, or of a plan."""
-        denoiser = self.family.level().denoiser if plan is None else MultilevelDenoiser(self.family, plan)
         truth = self._reference(solver.reference)
-        return (self._run(denoiser, solver, grid, steps) - truth).square().mean().item()
+        return (self._samples(solver, grid, steps, plan) - truth).square().mean().item()
 
     def _reference(self, name: str) -> Tensor:
         if name not in self._references:
-            top = self.family.level().denoiser
-            self._references[name] = self._run(top, make_solver(name), None, self._reference_steps)
+            self._references[name] = self._samples(make_solver(name), None, self._reference_steps)
         return self._references[name]
 
-    def _run(self, denoiser: object, solver: Solver, grid: str | None, steps: int) -> Tensor:
+    def _samples(self, solver: Solver, grid: str | None, steps: int, plan: Plan | None = None) -> Tensor:
         family = self.family
-        times = solver.grid(family.schedule, steps, grid)
-        return trial(denoiser, family.schedule, family.shape, solver, times, self._index, self._seed)  # type: ignore[arg-type]
+        points = GridPoint.of(family.schedule, solver.grid(family.schedule, steps, grid))
+        if plan is not None:
+            return plan_samples(family, plan, solver, points, self._index, self._seed)
+        return samples(family.level().denoiser, solver, points, family.shape, self._index, self._seed)
 
 
 def _pilots(runs: _Runs, spec: PlanSpec, solver: Solver, grid: str, steps: int, draws: int) -> list[list[float]]:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from mlem.brownian import BrownianPath
+from mlem.brownian import NoisePath
 from mlem.grids import TimeGrid
 from mlem.schedule import NoiseSchedule, expand_like
 
@@ -128,7 +128,7 @@ class Solver(ABC):
 
     @abstractmethod
     def step(
-        self, eps: NoiseEstimate, y: Tensor, state: Any, here: GridPoint, there: GridPoint, path: BrownianPath
+        self, eps: NoiseEstimate, y: Tensor, state: Any, here: GridPoint, there: GridPoint, path: NoisePath
     ) -> tuple[Tensor, Any]:
         """y at `there`, given y (B, ...) at `here`, and the new state."""
 
@@ -137,7 +137,7 @@ class Solver(ABC):
         eps: NoiseEstimate,
         y: Tensor,
         points: GridPoints,
-        path: BrownianPath,
+        path: NoisePath,
         indices: Tensor,
         seed: int,
         *,
@@ -159,14 +159,14 @@ class Solver(ABC):
         return y
 
 
-class _NoNoise:
-    """A Brownian path that stands still."""
+class _Still:
+    """A path without noise."""
 
-    def at(self, t: float) -> float:
-        return 0.0
+    def at(self, t: float) -> Tensor:
+        return torch.zeros((), dtype=torch.float64)
 
-    def between(self, t: float, kappa: Tensor) -> tuple[float, float]:
-        return 0.0, 0.0
+    def between(self, t: float, kappa: Tensor) -> tuple[Tensor, Tensor]:
+        return self.at(t), self.at(t)
 
 
 def quadrature_weights(
@@ -193,8 +193,7 @@ def quadrature_weights(
         asked.append(place)
         return torch.zeros_like(nothing).index_fill_(2, torch.tensor([len(asked) - 1]), 1.0)
 
-    still: Any = _NoNoise()
     # one image, for schedulers of other libraries, in which a pixel stands for each estimate
     nothing, index = torch.zeros(1, 1, size, 1, dtype=torch.float64), torch.zeros(1, dtype=torch.int64)
     seen = None if watch is None else lambda step, y: watch(step, y.flatten())
-    return solver.integrate(unit, nothing, points, still, index, 0, watch=seen).flatten()[: len(asked)], asked
+    return solver.integrate(unit, nothing, points, _Still(), index, 0, watch=seen).flatten()[: len(asked)], asked

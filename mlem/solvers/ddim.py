@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mlem.brownian import BrownianPath
+from mlem.brownian import NoisePath
 from mlem.solvers.base import GridPoint, NoiseEstimate, Solver
 
 
@@ -20,6 +20,6 @@ class DDIM(Solver):
     measured_grids = ("uniform",)
 
     def step(
-        self, eps: NoiseEstimate, y: Tensor, state: Any, here: GridPoint, there: GridPoint, path: BrownianPath
+        self, eps: NoiseEstimate, y: Tensor, state: Any, here: GridPoint, there: GridPoint, path: NoisePath
     ) -> tuple[Tensor, Any]:
         return y + (there.kappa - here.kappa) * eps(y, here), state

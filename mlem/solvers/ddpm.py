@@ -6,11 +6,11 @@ from typing import Any
 
 from torch import Tensor
 
-from mlem.brownian import BrownianPath
+from mlem.brownian import NoisePath
 from mlem.solvers.base import GridPoint, NoiseEstimate, Solver
 
 
-def ancestral_noise(path: BrownianPath, here: GridPoint, there: GridPoint) -> Tensor:
+def ancestral_noise(path: NoisePath, here: GridPoint, there: GridPoint) -> Tensor:
     """The noise of an ancestral step, of variance `kappa'^2 (1 - (kappa'/kappa)^2)`; see `BrownianPath`."""
     return path.at(here.t) * -((there.kappa / here.kappa) ** 2) + path.at(there.t)
 
@@ -25,7 +25,7 @@ class DDPM(Solver):
     measured_grids = ("uniform", "log_snr")
 
     def step(
-        self, eps: NoiseEstimate, y: Tensor, state: Any, here: GridPoint, there: GridPoint, path: BrownianPath
+        self, eps: NoiseEstimate, y: Tensor, state: Any, here: GridPoint, there: GridPoint, path: NoisePath
     ) -> tuple[Tensor, Any]:
         # y - x_0 = kappa eps, so the mean is y + (r^2 - 1) kappa eps
         drift = ((there.kappa / here.kappa) ** 2 - 1) * here.kappa

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from mlem.brownian import BrownianPath
+from mlem.brownian import NoisePath
 from mlem.solvers.base import GridPoint, NoiseEstimate, Solver
 from mlem.solvers.ddpm import ancestral_noise
 
@@ -51,7 +51,7 @@ class DPMSolverPP(Solver):
         state: _Previous | None,
         here: GridPoint,
         there: GridPoint,
-        path: BrownianPath,
+        path: NoisePath,
     ) -> tuple[Tensor, _Previous]:
         data, state = _extrapolated(eps, y, state, here, there)
         ratio = there.kappa / here.kappa
@@ -75,7 +75,7 @@ class SDEDPMSolverPP(Solver):
         state: _Previous | None,
         here: GridPoint,
         there: GridPoint,
-        path: BrownianPath,
+        path: NoisePath,
     ) -> tuple[Tensor, _Previous]:
         data, state = _extrapolated(eps, y, state, here, there)
         ratio = (there.kappa / here.kappa) ** 2

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mlem.brownian import BrownianPath
+from mlem.brownian import NoisePath
 from mlem.solvers.base import GridPoint, NoiseEstimate, Solver
 
 
@@ -20,7 +20,7 @@ class EulerMaruyama(Solver):
     exact_on_a_point = False
 
     def step(
-        self, eps: NoiseEstimate, y: Tensor, state: Any, here: GridPoint, there: GridPoint, path: BrownianPath
+        self, eps: NoiseEstimate, y: Tensor, state: Any, here: GridPoint, there: GridPoint, path: NoisePath
     ) -> tuple[Tensor, Any]:
         noise = path.at(here.t) - path.at(there.t)
         return y + 2 * (there.kappa - here.kappa) * eps(y, here) + noise, state

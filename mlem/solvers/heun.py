@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mlem.brownian import BrownianPath
+from mlem.brownian import NoisePath
 from mlem.solvers.base import GridPoint, GridPoints, NoiseEstimate, Solver
 
 
@@ -23,7 +23,7 @@ class Heun(Solver):
         return 2 * points.steps - (points[-1].kappa == 0)
 
     def step(
-        self, eps: NoiseEstimate, y: Tensor, state: Any, here: GridPoint, there: GridPoint, path: BrownianPath
+        self, eps: NoiseEstimate, y: Tensor, state: Any, here: GridPoint, there: GridPoint, path: NoisePath
     ) -> tuple[Tensor, Any]:
         slope = eps(y, here)
         euler = y + (there.kappa - here.kappa) * slope

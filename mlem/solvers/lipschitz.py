@@ -13,12 +13,9 @@ from torch import Tensor
 
 from mlem.denoiser import Denoiser
 from mlem.grids import TimeGrid
-from mlem.noise import NoiseStream
+from mlem.noise import NoiseStream, reserved_indices
 from mlem.schedule import NoiseSchedule, expand_like
 from mlem.solvers.base import EvaluationPoint, GridPoint, model_input
-
-TRIAL_INDICES = 13 * 10**8
-"""Where the indices of samples that nobody asked for begin."""
 
 
 class Lipschitz(NamedTuple):
@@ -71,7 +68,7 @@ def estimate_lipschitz(
     A power iteration on finite differences, `iterations` of them at each of `steps` noise levels: a lower bound of the
     spectral norm at these points, close in practice. Costs `steps (2 iterations + 1)` evaluations of each sample.
     """
-    index = torch.arange(TRIAL_INDICES, TRIAL_INDICES + samples, device=device)
+    index = reserved_indices("lipschitz", samples, device)
     stream = NoiseStream(seed, "lipschitz")
     points = GridPoint.of(schedule, TimeGrid.make("log_snr", schedule, steps))
     y = stream.normal(index, [0], shape, torch.float32)[0].double() / points[0].alpha

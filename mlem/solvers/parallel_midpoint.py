@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mlem.brownian import BrownianPath
+from mlem.brownian import NoisePath
 from mlem.noise import NoiseStream
 from mlem.solvers.base import GridPoint, GridPoints, NoiseEstimate, Solver
 from mlem.solvers.clock import Clock, make_clock
@@ -79,7 +79,7 @@ class ParallelMidpoint(Solver):
         return indices, seed, 0
 
     def step(
-        self, eps: NoiseEstimate, y: Tensor, state: Any, here: GridPoint, there: GridPoint, path: BrownianPath
+        self, eps: NoiseEstimate, y: Tensor, state: Any, here: GridPoint, there: GridPoint, path: NoisePath
     ) -> tuple[Tensor, Any]:
         """One block by itself; state: its number."""
         y = self._fly(eps, y, _Table.draw(self.clock, self.midpoints, [here, there], *state), None)
@@ -90,7 +90,7 @@ class ParallelMidpoint(Solver):
         eps: NoiseEstimate,
         y: Tensor,
         points: GridPoints,
-        path: BrownianPath,
+        path: NoisePath,
         indices: Tensor,
         seed: int,
         *,

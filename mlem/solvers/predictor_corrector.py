@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from mlem.brownian import BrownianPath
+from mlem.brownian import NoisePath
 from mlem.solvers.base import GridPoint, GridPoints, NoiseEstimate, Solver
 from mlem.solvers.lipschitz import Lipschitz
 from mlem.solvers.parallel_midpoint import ParallelMidpoint
@@ -86,7 +86,7 @@ class PredictorCorrector(Solver):
         return _State(self.predictor.init(points, indices, seed), 0, corrected, indices, seed)
 
     def step(
-        self, eps: NoiseEstimate, y: Tensor, state: _State, here: GridPoint, there: GridPoint, path: BrownianPath
+        self, eps: NoiseEstimate, y: Tensor, state: _State, here: GridPoint, there: GridPoint, path: NoisePath
     ) -> tuple[Tensor, _State]:
         y, predictor = self.predictor.step(eps, y, state.predictor, here, there, path)
         if state.step in state.corrected:

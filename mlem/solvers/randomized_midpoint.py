@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mlem.brownian import BrownianPath
+from mlem.brownian import NoisePath
 from mlem.noise import NoiseStream
 from mlem.schedule import expand_like
 from mlem.solvers.base import GridPoint, GridPoints, NoiseEstimate, Solver
@@ -66,7 +66,7 @@ class RandomizedMidpoint(_TwoCalls):
             self.default_grid = "ou_halving"
 
     def step(
-        self, eps: NoiseEstimate, y: Tensor, state: Tensor, here: GridPoint, there: GridPoint, path: BrownianPath
+        self, eps: NoiseEstimate, y: Tensor, state: Tensor, here: GridPoint, there: GridPoint, path: NoisePath
     ) -> tuple[Tensor, Tensor]:
         middle = self.clock.place(here.kappa, there.kappa, state[0])
         y_mid = y + expand_like(self.clock.drift(here.kappa, middle, here.kappa), y) * eps(y, here)
@@ -94,7 +94,7 @@ class SDERandomizedMidpoint(_TwoCalls):
         self.midpoints = self._checked(midpoints)
 
     def step(
-        self, eps: NoiseEstimate, y: Tensor, state: Tensor, here: GridPoint, there: GridPoint, path: BrownianPath
+        self, eps: NoiseEstimate, y: Tensor, state: Tensor, here: GridPoint, there: GridPoint, path: NoisePath
     ) -> tuple[Tensor, Tensor]:
         middle = here.kappa + (there.kappa - here.kappa) * state[0]
         at_here = path.at(here.t)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mlem.langevin import Kernel, parallel_underdamped, randomized_midpoint_step, underdamped_step
-from mlem.noise import NoiseStream
+from mlem.noise import NoiseStream, noise_dtype
 from mlem.solvers.base import GridPoint, NoiseEstimate
 
 METHODS = ("underdamped", "midpoint", "parallel")
@@ -66,12 +66,11 @@ class UnderdampedLangevin:
         """
         root, steps = math.sqrt(lipschitz), self.steps
         friction, step = self.friction * root, self.time / steps / root
-        dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
         stream, shape = NoiseStream(seed, "corrector"), y.shape[1:]
 
         def normals(first: int, count: int) -> Tensor:
             slots = range((number << 32) + first, (number << 32) + first + count)
-            return stream.normal(indices, slots, shape, dtype).to(y.dtype)
+            return stream.normal(indices, slots, shape, noise_dtype()).to(y.dtype)
 
         def score(u: Tensor) -> Tensor:
             kappas = torch.full((len(u),), here.kappa, dtype=torch.float64, device=u.device)

@@ -1,4 +1,4 @@
-"""Learning the coefficients of a family: the Lightning side of `mlem.multilevel.learn`.
+"""Learning the coefficients of a family: the Lightning side of `mlem.multilevel.learning`.
 
 The module holds alpha and beta and nothing else, so a checkpoint is tiny. Samples, coins and directions of a step are
 functions of (seed, step): a resumed run repeats an uninterrupted one, and ranks share the coins and take their parts of
@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from mlem.denoiser import NetworkDenoiser
-from mlem.multilevel.learn import TANGENTS, Objective, interval
+from mlem.multilevel.learning import TANGENTS, Objective, interval
+from mlem.noise import RESERVED
 from mlem.training.checkpoints import renew_options
 from mlem.training.progress import BarProgress, LineProgress
 
-TRAINING, HELD_OUT = 2 * 10**9, 3 * 10**9
+TRAINING, HELD_OUT = RESERVED["learning"].start, RESERVED["judging"].start
 """First indices of the samples that are learned from, and of those that are held out: no sample shares their noise."""
 TIMES = (0.05, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95)
 """Times at which p_k is logged."""

@@ -1,4 +1,4 @@
-"""Learning alpha_k and beta_k: an unbiased gradient of the error and the cost of multilevel sampling.
+"""An unbiased gradient of the error and the cost of multilevel sampling, by alpha_k and beta_k.
 
     J(alpha, beta) = E |x_0^ML - x_0^ref|^2 / d + weight E[cost],   p_k(t) = sigmoid(alpha_k u(t) + beta_k)
 
@@ -20,32 +20,26 @@ score function of this simple form, a sum over rows, they do not have.
 
 from __future__ import annotations
 
-import copy
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from mlem.brownian import BrownianPath
-from mlem.denoiser import Denoiser, NetworkDenoiser
-from mlem.family import Family
+from mlem.denoiser import Denoiser
 from mlem.grids import TimeGrid
-from mlem.multilevel.coefficients import CERTAIN, Coefficients, feature
-from mlem.multilevel.coins import falls, toss, uniforms_needed
-from mlem.multilevel.plan import collect
-from mlem.multilevel.planner import make_plan
-from mlem.multilevel.spec import PlanSpec
-from mlem.noise import NoiseStream
+from mlem.multilevel.coins import toss
+from mlem.multilevel.learning.law import Law
 from mlem.schedule import NoiseSchedule
-from mlem.solvers import EvaluationPoint, GridPoint, GridPoints, Solver, make_solver, model_input, quadrature_weights
+from mlem.solvers import EvaluationPoint, GridPoint, Solver, make_solver, model_input, quadrature_weights
+from mlem.trajectory import samples, starting_noise, trajectory
+
+__all__ = ["TANGENTS", "GradientEstimate", "Objective", "interval"]
 
 TANGENTS = ("exact", "random")
 """Directions of the pathwise part: all of them, or a random one for each draw."""
-LARGEST = 0.99
-"""Where learning begins no p_k is larger: a coin that is certain to fall teaches nothing."""
 
 
 @dataclass(frozen=True)
@@ -57,12 +51,17 @@ class GradientEstimate:
     gradient: Tensor
 
 
-class Objective:
+class Objective(Law):
     """J for some denoisers, a solver and a grid; theta is (2, K - 1): alpha and beta of levels 2 .. K.
 
-    denoisers: cheapest first; networks among them must not be in channels_last (see `frozen`). shape: of one sample.
-    costs: (K,), of one evaluation of each level, the largest being 1. seed: of the noise of the samples, which is that
-    of `Sampler`, and of coins and directions. Raises ValueError for a single denoiser.
+    Args:
+        denoisers: cheapest first; networks among them must not be in channels_last (see `frozen`).
+        schedule, shape: of the denoisers; the shape of one sample.
+        solver, grid: how samples are made.
+        costs: (K,), of one evaluation of each level, in any unit.
+        seed: of the noise of the samples, which is that of `Sampler`, and of coins and directions.
+
+    Raises: ValueError for a single denoiser.
     """
 
     def __init__(
@@ -80,77 +79,11 @@ class Objective:
             raise ValueError(
                 "coefficients share out levels, and this family has one; train another: model.levels=[xs,s]"
             )
-        self.denoisers, self.schedule, self.shape = tuple(denoisers), schedule, tuple(shape)
-        self.solver, self.grid, self.costs, self.seed = solver, grid, costs.double(), seed
         self.points = GridPoint.of(schedule, grid)
-        self.times = [point.t for point in quadrature_weights(self.solver, self.schedule, self.points)[1]]
-        """Times of the evaluations: R."""
-        self.feature = feature(schedule, self.times)
-        self._coins, self._directions = NoiseStream(seed, "learning/coins"), NoiseStream(seed, "learning/directions")
-
-    @property
-    def levels(self) -> int:
-        """K."""
-        return len(self.denoisers)
-
-    def coefficients(self, theta: Tensor) -> Coefficients:
-        """theta with the first level, which is certain."""
-        first = torch.tensor([[0.0], [CERTAIN]], dtype=torch.float64)
-        alpha, beta = torch.cat([first, theta.detach().double().cpu()], 1)
-        return Coefficients(alpha, beta)
-
-    def probabilities(self, theta: Tensor) -> Tensor:
-        """p: (R, K), differentiable in theta."""
-        learned = torch.sigmoid(theta[0] * self.feature[:, None] + theta[1]).clamp(min=1e-9)
-        return torch.cat([torch.ones_like(learned[:, :1]), learned], 1)
-
-    def cost(self, theta: Tensor) -> Tensor:
-        """Expected cost of a sample as a share of the largest level's, scalar, differentiable.
-
-        Level k runs if coin k or coin k + 1 fell. (That weights of two fallen coins cancel where p_k = p_(k+1) exactly
-        is left out: `Plan.expected_cost` knows it, and it has no derivative.)
-        """
-        p = self.probabilities(theta)
-        q = torch.cat([p[:, 1:], torch.zeros_like(p[:, :1])], 1)
-        return ((p + q - p * q) @ self.costs).mean() / self.costs[-1]
-
-    def cost_gradient(self, theta: Tensor) -> Tensor:
-        """Gradient of `cost` by its formula: (2, K - 1)."""
-        p = self.probabilities(theta)
-        costs, above = self.costs / self.costs[-1], torch.cat([p[:, 2:], torch.zeros_like(p[:, :1])], 1)
-        by_p = costs[1:] * (1 - above) + costs[:-1] * (1 - p[:, :-1])
-        return self._back(by_p * p[:, 1:] * (1 - p[:, 1:])) / len(p)
-
-    def _back(self, by_logit: Tensor) -> Tensor:
-        """From a derivative by the logits (.., R, K - 1) to one by theta (.., 2, K - 1)."""
-        return torch.stack([(by_logit * self.feature[:, None]).sum(-2), by_logit.sum(-2)], -2)
-
-    def toss(self, theta: Tensor, step: int, draws: int) -> Tensor:
-        """Bernoulli coins of this optimizer step, the same on all ranks: (D, R, K) int64."""
-        p = self.probabilities(theta.detach())
-        keys = torch.arange(step * draws, (step + 1) * draws)
-        uniforms = self._coins.uniform(keys, range(uniforms_needed("bernoulli", p)), torch.float64).T
-        return falls("bernoulli", p, uniforms)
-
-    def directions(self, step: int, draws: int) -> Tensor:
-        """A random sign for each coefficient and draw, the same on all ranks: (D, 2, K - 1)."""
-        keys = torch.arange(step * draws, (step + 1) * draws)
-        uniforms = self._directions.uniform(keys, range(2 * (self.levels - 1)), torch.float64)
-        return (2 * (uniforms < 0.5).double() - 1).T.reshape(draws, 2, self.levels - 1)
-
-    def weights(self, counts: Tensor, p: Tensor) -> Tensor:
-        """Collected weights of the levels: counts (.., R, K) and p (R, K) -> (.., R, K)."""
-        return collect(counts / p)
-
-    def weight_tangents(self, counts: Tensor, p: Tensor, direction: Tensor) -> Tensor:
-        """Derivative of `weights` along `direction` (.., 2, K - 1): `d(B/p) = -B (1 - p) / p dlogit p`."""
-        by_logit = direction[..., :1, :] * self.feature[:, None] + direction[..., 1:, :]  # (.., R, K - 1)
-        moved = -counts[..., 1:] * (1 - p[:, 1:]) / p[:, 1:] * by_logit
-        return collect(torch.cat([torch.zeros_like(moved[..., :1]), moved], -1))
-
-    def start(self, indices: Tensor) -> Tensor:
-        """The noise that samples begin with: indices (N,) -> (N, *shape)."""
-        return NoiseStream(self.seed, "start").normal(indices, [0], self.shape, torch.get_default_dtype())[0]
+        asked = quadrature_weights(solver, schedule, self.points)[1]
+        super().__init__(schedule, [point.t for point in asked], costs, seed)
+        self.denoisers, self.shape = tuple(denoisers), tuple(shape)
+        self.solver, self.grid = solver, grid
 
     def reference(self, indices: Tensor, steps: int | None = None) -> Tensor:
         """x_0 of the largest level, in float64: indices (N,) -> (N, *shape).
@@ -161,11 +94,7 @@ class Objective:
         if steps is not None:
             solver = make_solver(solver.reference)
             points = GridPoint.of(self.schedule, solver.grid(self.schedule, steps))
-
-        def eps(y: Tensor, place: EvaluationPoint) -> Tensor:
-            return self.denoisers[-1](*model_input(self.schedule, y, place)).double()
-
-        return self._solve(solver, eps, points, indices)
+        return samples(self.denoisers[-1], solver, points, self.shape, indices, self.seed)
 
     def samples(self, weights: Tensor, counts: Tensor, indices: Tensor) -> Tensor:
         """x_0: weights and counts (D, R, K), sample indices (D, B) -> (D, B, *shape), float64.
@@ -192,14 +121,10 @@ class Objective:
                     total = total.index_add(0, some, output * weight)
             return total.flatten(0, 1)
 
-        return self._solve(self.solver, eps, self.points, indices.flatten()).view(draws, size, *self.shape)
-
-    def _solve(
-        self, solver: Solver, eps: Callable[[Tensor, EvaluationPoint], Tensor], points: GridPoints, indices: Tensor
-    ) -> Tensor:
-        path = BrownianPath(self.schedule, self.seed, indices, self.shape, torch.get_default_dtype())
-        y = self.start(indices).double() / points[0].alpha
-        return solver.integrate(eps, y, points, path, indices, self.seed) * points[-1].alpha
+        flat = indices.flatten()
+        x_T = starting_noise(self.seed, flat, self.shape)
+        x = trajectory(eps, self.solver, self.points, x_T, flat, self.seed)
+        return x.view(draws, size, *self.shape)
 
     def errors(self, weights: Tensor, counts: Tensor, indices: Tensor, truth: Tensor) -> Tensor:
         """Mean squared difference to the truth (D, B, *shape): (D, B)."""
@@ -224,7 +149,7 @@ class Objective:
         ranks that share their coins is the gradient for all their samples together.
         """
         others = (mse.sum(-1, keepdim=True) - mse) / (mse.shape[-1] - 1)
-        score = self._back(counts[..., 1:] - self.probabilities(theta)[:, 1:])
+        score = self.back(counts[..., 1:] - self.probabilities(theta)[:, 1:])
         by_chance = (mse - others)[..., None, None] * score
         return (pathwise + by_chance).mean(-3) + weight * self.cost_gradient(theta)
 
@@ -295,35 +220,6 @@ class Objective:
                 weights = self.weights(counts, p).to(truth.device)
                 found.append(self.errors(weights, counts, indices[:, None], truth[:, None])[:, 0].cpu())
         return torch.stack(found).mean(0)
-
-
-def frozen(family: Family, device: str | torch.device = "cpu") -> list[NetworkDenoiser]:
-    """Copies of the levels for forward mode: in eval mode, without gradients, and in contiguous memory format.
-
-    (torch's group norm has no forward mode in channels_last.) The family's own networks stay as they are.
-    """
-    denoisers = []
-    for level in family.levels:
-        network = copy.deepcopy(level.network).eval().requires_grad_(False)
-        network.to(device=device, memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
-        denoisers.append(NetworkDenoiser(network, level.schedule, level.prediction))
-    return denoisers
-
-
-def first_coefficients(family: Family, solver: Solver, grid: TimeGrid, budget: float) -> Tensor:
-    """Where learning begins, theta (2, K - 1): near the probabilities that `budget` buys.
-
-    They are the calibrated ones, or those of the theory's law when the family is not calibrated. budget: share of the
-    largest level's cost, in (0, 1], in FLOPs. Raises ValueError when it is too small.
-    """
-    law = "calibrated" if "calibration" in family.fitted else "theory"
-    names = tuple(family.names)
-    spec = PlanSpec(budget=budget, probabilities=law, estimator="jump", coins="bernoulli", cost="flops", levels=names)
-    table = make_plan(spec, family, solver, grid).probabilities.clone()
-    table[:, 1:].clamp_(max=LARGEST)
-    times = [point.t for point in quadrature_weights(solver, family.schedule, GridPoint.of(family.schedule, grid))[1]]
-    alpha, beta = Coefficients.fit(table, family.schedule, times)
-    return torch.stack([alpha[1:], beta[1:]])
 
 
 def interval(values: Tensor) -> tuple[float, float]:

@@ -1,0 +1,6 @@
+"""Learning the coefficients of a family: the objective with its gradient, and where learning begins."""
+
+from mlem.multilevel.learning.objective import TANGENTS, GradientEstimate, Objective, interval
+from mlem.multilevel.learning.start import first_coefficients, frozen
+
+__all__ = ["TANGENTS", "GradientEstimate", "Objective", "first_coefficients", "frozen", "interval"]

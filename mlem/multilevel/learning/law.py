@@ -1,0 +1,94 @@
+"""What coefficients say: probabilities of the coins, their draws and weights, and the expected cost.
+
+`p_k(t) = sigmoid(alpha_k u(t) + beta_k)` for levels 2 .. K, and p_1 = 1. theta is (2, K - 1), float64: alpha, beta.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mlem.multilevel.coefficients import CERTAIN, Coefficients, feature
+from mlem.multilevel.coins import falls, uniforms_needed
+from mlem.multilevel.plan import collect
+from mlem.noise import NoiseStream
+from mlem.schedule import NoiseSchedule
+
+__all__ = ["Law"]
+
+
+class Law:
+    """The law of bernoulli coins under theta.
+
+    Args:
+        schedule, times: of the R evaluations of a sample.
+        costs: (K,), of one evaluation of each level.
+        seed: of coins and directions.
+    """
+
+    def __init__(self, schedule: NoiseSchedule, times: Sequence[float], costs: Tensor, seed: int) -> None:
+        self.schedule, self.times, self.costs, self.seed = schedule, list(times), costs.double(), seed
+        self.feature = feature(schedule, self.times)
+        self._coins, self._directions = NoiseStream(seed, "learning/coins"), NoiseStream(seed, "learning/directions")
+
+    @property
+    def levels(self) -> int:
+        """K."""
+        return len(self.costs)
+
+    def coefficients(self, theta: Tensor) -> Coefficients:
+        """theta with the first level, which is certain."""
+        first = torch.tensor([[0.0], [CERTAIN]], dtype=torch.float64)
+        alpha, beta = torch.cat([first, theta.detach().double().cpu()], 1)
+        return Coefficients(alpha, beta)
+
+    def probabilities(self, theta: Tensor) -> Tensor:
+        """p: (R, K), differentiable in theta."""
+        learned = torch.sigmoid(theta[0] * self.feature[:, None] + theta[1]).clamp(min=1e-9)
+        return torch.cat([torch.ones_like(learned[:, :1]), learned], 1)
+
+    def cost(self, theta: Tensor) -> Tensor:
+        """Expected cost of a sample as a share of the largest level's, scalar, differentiable.
+
+        Level k runs if coin k or coin k + 1 fell. (That weights of two fallen coins cancel where p_k = p_(k+1) exactly
+        is left out: `Plan.expected_cost` knows it, and it has no derivative.)
+        """
+        p = self.probabilities(theta)
+        q = torch.cat([p[:, 1:], torch.zeros_like(p[:, :1])], 1)
+        return ((p + q - p * q) @ self.costs).mean() / self.costs[-1]
+
+    def cost_gradient(self, theta: Tensor) -> Tensor:
+        """Gradient of `cost` by its formula: (2, K - 1)."""
+        p = self.probabilities(theta)
+        costs, above = self.costs / self.costs[-1], torch.cat([p[:, 2:], torch.zeros_like(p[:, :1])], 1)
+        by_p = costs[1:] * (1 - above) + costs[:-1] * (1 - p[:, :-1])
+        return self.back(by_p * p[:, 1:] * (1 - p[:, 1:])) / len(p)
+
+    def back(self, by_logit: Tensor) -> Tensor:
+        """From a derivative by the logits (.., R, K - 1) to one by theta (.., 2, K - 1)."""
+        return torch.stack([(by_logit * self.feature[:, None]).sum(-2), by_logit.sum(-2)], -2)
+
+    def toss(self, theta: Tensor, step: int, draws: int) -> Tensor:
+        """Bernoulli coins of this optimizer step, the same on all ranks: (D, R, K) int64."""
+        p = self.probabilities(theta.detach())
+        keys = torch.arange(step * draws, (step + 1) * draws)
+        uniforms = self._coins.uniform(keys, range(uniforms_needed("bernoulli", p)), torch.float64).T
+        return falls("bernoulli", p, uniforms)
+
+    def directions(self, step: int, draws: int) -> Tensor:
+        """A random sign for each coefficient and draw, the same on all ranks: (D, 2, K - 1)."""
+        keys = torch.arange(step * draws, (step + 1) * draws)
+        uniforms = self._directions.uniform(keys, range(2 * (self.levels - 1)), torch.float64)
+        return (2 * (uniforms < 0.5).double() - 1).T.reshape(draws, 2, self.levels - 1)
+
+    def weights(self, counts: Tensor, p: Tensor) -> Tensor:
+        """Collected weights of the levels: counts (.., R, K) and p (R, K) -> (.., R, K)."""
+        return collect(counts / p)
+
+    def weight_tangents(self, counts: Tensor, p: Tensor, direction: Tensor) -> Tensor:
+        """Derivative of `weights` along `direction` (.., 2, K - 1): `d(B/p) = -B (1 - p) / p dlogit p`."""
+        by_logit = direction[..., :1, :] * self.feature[:, None] + direction[..., 1:, :]  # (.., R, K - 1)
+        moved = -counts[..., 1:] * (1 - p[:, 1:]) / p[:, 1:] * by_logit
+        return collect(torch.cat([torch.zeros_like(moved[..., :1]), moved], -1))

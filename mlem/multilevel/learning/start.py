@@ -1,0 +1,50 @@
+"""Where learning begins: copies of the levels that forward mode can run, and the first coefficients."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor
+
+from mlem.denoiser import NetworkDenoiser
+from mlem.family import Family
+from mlem.grids import TimeGrid
+from mlem.multilevel.coefficients import Coefficients
+from mlem.multilevel.planner import make_plan
+from mlem.multilevel.spec import PlanSpec
+from mlem.solvers import GridPoint, Solver, quadrature_weights
+
+__all__ = ["LARGEST", "first_coefficients", "frozen"]
+
+LARGEST = 0.99
+"""Where learning begins no p_k is larger: a coin that is certain to fall teaches nothing."""
+
+
+def frozen(family: Family, device: str | torch.device = "cpu") -> list[NetworkDenoiser]:
+    """Copies of the levels for forward mode: in eval mode, without gradients, and in contiguous memory format.
+
+    (torch's group norm has no forward mode in channels_last.) The family's own networks stay as they are.
+    """
+    denoisers = []
+    for level in family.levels:
+        network = copy.deepcopy(level.network).eval().requires_grad_(False)
+        network.to(device=device, memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
+        denoisers.append(NetworkDenoiser(network, level.schedule, level.prediction))
+    return denoisers
+
+
+def first_coefficients(family: Family, solver: Solver, grid: TimeGrid, budget: float) -> Tensor:
+    """Where learning begins, theta (2, K - 1): near the probabilities that `budget` buys.
+
+    They are the calibrated ones, or those of the theory's law when the family is not calibrated. budget: share of the
+    largest level's cost, in (0, 1], in FLOPs. Raises ValueError when it is too small.
+    """
+    law = "calibrated" if "calibration" in family.fitted else "theory"
+    names = tuple(family.names)
+    spec = PlanSpec(budget=budget, probabilities=law, estimator="jump", coins="bernoulli", cost="flops", levels=names)
+    table = make_plan(spec, family, solver, grid).probabilities.clone()
+    table[:, 1:].clamp_(max=LARGEST)
+    times = [point.t for point in quadrature_weights(solver, family.schedule, GridPoint.of(family.schedule, grid))[1]]
+    alpha, beta = Coefficients.fit(table, family.schedule, times)
+    return torch.stack([alpha[1:], beta[1:]])
