@@ -34,7 +34,7 @@ from mlem.denoiser import Denoiser, NetworkDenoiser
 from mlem.family import Family
 from mlem.grids import TimeGrid
 from mlem.multilevel.coefficients import CERTAIN, Coefficients, feature
-from mlem.multilevel.coins import falls, toss, uniforms_needed
+from mlem.multilevel.coins import COINS, coins_called
 from mlem.multilevel.plan import collect
 from mlem.multilevel.planner import make_plan
 from mlem.multilevel.spec import PlanSpec
@@ -46,6 +46,7 @@ TANGENTS = ("exact", "random")
 """Directions of the pathwise part: all of them, or a random one for each draw."""
 LARGEST = 0.99
 """Where learning begins no p_k is larger: a coin that is certain to fall teaches nothing."""
+_BERNOULLI = COINS["bernoulli"]
 
 
 @dataclass(frozen=True)
@@ -129,8 +130,8 @@ class Objective:
         """Bernoulli coins of this optimizer step, the same on all ranks: (D, R, K) int64."""
         p = self.probabilities(theta.detach())
         keys = torch.arange(step * draws, (step + 1) * draws)
-        uniforms = self._coins.uniform(keys, range(uniforms_needed("bernoulli", p)), torch.float64).T
-        return falls("bernoulli", p, uniforms)
+        uniforms = self._coins.uniform(keys, range(_BERNOULLI.uniforms(p)), torch.float64).T
+        return _BERNOULLI.counts(p, uniforms)
 
     def directions(self, step: int, draws: int) -> Tensor:
         """A random sign for each coefficient and draw, the same on all ranks: (D, 2, K - 1)."""
@@ -291,7 +292,7 @@ class Objective:
         found = []
         with torch.no_grad():
             for plan in range(plans):
-                counts = toss(coins, p, self.seed * plans + plan, indices)
+                counts = coins_called(coins).toss(p, self.seed * plans + plan, indices)
                 weights = self.weights(counts, p).to(truth.device)
                 found.append(self.errors(weights, counts, indices[:, None], truth[:, None])[:, 0].cpu())
         return torch.stack(found).mean(0)

@@ -13,7 +13,7 @@ from mlem.multilevel.calibration import Calibration
 from mlem.multilevel.denoiser import MultilevelDenoiser
 from mlem.multilevel.plan import Plan
 from mlem.multilevel.planner import make_plan
-from mlem.multilevel.predict import Predictor
+from mlem.multilevel.predict import Predictor, pilot_key
 from mlem.multilevel.spec import PlanSpec
 from mlem.multilevel.trial import PILOT, check_reference_steps, trial, trial_indices
 from mlem.networks import evaluating
@@ -75,13 +75,6 @@ def pilot(
                 pilots[pilot_key(make_solver(name), estimator, coins)] = found
     about = calibration.about | {"pilot_images": images, "reference_steps": reference_steps}
     return replace(calibration, pilots=pilots, about=about)
-
-
-def pilot_key(solver: Solver, estimator: str, coins: str | None) -> str:
-    """Under which name pilots of this kind of plan are kept."""
-    return "/".join(
-        ["sde" if solver.stochastic else "ode", estimator, *([coins] if coins and estimator == "jump" else [])]
-    )
 
 
 class _Runs:
