@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 from mlem.files import atomic_write, write_json
-from mlem.multilevel.coins import toss
+from mlem.multilevel.coins import COINS
 from mlem.multilevel.theory import Theory
 from mlem.noise import NoiseStream
 
@@ -125,7 +125,7 @@ def multilevel(paths: Paths, theory: Theory, steps: int, coins: str, seed: int) 
         ratio[..., -1] = 0
         random = (p < 1).nonzero()[:, 0]
         if len(random):
-            counts = toss(coins, p[random].expand(steps, -1), seed, indices)
+            counts = COINS[coins].toss(p[random].expand(steps, -1), seed, indices)
             ratio[..., random] = counts / p[random]
         # f^(kmin-1) = 0, and the weights add to 1: the exact drift is taken once
         weights = -ratio.diff(dim=-1)

@@ -16,7 +16,7 @@ from mlem.denoiser import MixtureDenoiser, gaussian_denoiser
 from mlem.family import Family
 from mlem.grids import TimeGrid
 from mlem.level import Level
-from mlem.multilevel.coins import falls
+from mlem.multilevel.coins import COINS
 from mlem.networks import unet
 from mlem.schedule import NoiseSchedule
 from mlem.solvers import EvaluationPoint, GridPoint, Solver, model_input
@@ -124,7 +124,7 @@ def outcomes(coins: str, p: Tensor) -> tuple[Tensor, Tensor]:
         pairs = [(low, high) for low, high in itertools.pairwise(ends.tolist()) if high > low + 1e-12]
         cells.append([((low + high) / 2, high - low) for low, high in pairs])
     whole = torch.tensor(list(itertools.product(*cells)), dtype=torch.float64)
-    return falls(coins, p, whole[..., 0]), whole[..., 1].prod(1)
+    return COINS[coins].counts(p, whole[..., 0]), whole[..., 1].prod(1)
 
 
 class ClosedForm(nn.Module):

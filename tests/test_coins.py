@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mlem.multilevel.coins import COINS, falls, toss, uniforms_needed
+from mlem.multilevel.coins import COINS, coins_called
 from tests.problems import outcomes
 
 TABLE = torch.tensor(
@@ -32,14 +32,14 @@ def deviation(coins: str, p: Tensor) -> Tensor:
 @pytest.mark.parametrize("coins", COINS)
 def test_means_over_samples_are_the_probabilities(coins: str) -> None:
     """Within 4 standard errors of 20 000 samples."""
-    counts = toss(coins, TABLE, 3, torch.arange(20_000)).double()
+    counts = COINS[coins].toss(TABLE, 3, torch.arange(20_000)).double()
     assert within(counts.mean(0), TABLE, deviation(coins, TABLE), 20_000)
 
 
 @pytest.mark.parametrize("coins", COINS)
 def test_means_over_seeds_are_the_probabilities(coins: str) -> None:
     """Within 4 standard errors of 3000 seeds."""
-    counts = torch.stack([toss(coins, TABLE, seed) for seed in range(3000)]).double()
+    counts = torch.stack([COINS[coins].toss(TABLE, seed) for seed in range(3000)]).double()
     assert within(counts.mean(0), TABLE, deviation(coins, TABLE), 3000)
 
 
@@ -54,14 +54,14 @@ def test_means_are_exact_over_all_outcomes(coins: str) -> None:
 def test_systematic_means_are_exact_over_a_fine_grid_of_uniforms() -> None:
     """A count is an indicator of an interval of length p: 2^16 midpoints give it to 2^-16."""
     middles = (torch.arange(2**16, dtype=torch.float64) + 0.5) / 2**16
-    counts = falls("systematic", TABLE, middles[:, None].expand(-1, 3))
+    counts = COINS["systematic"].counts(TABLE, middles[:, None].expand(-1, 3))
     torch.testing.assert_close(counts.double().mean(0), TABLE, rtol=0, atol=2**-16)
 
 
 def test_poisson_counts_have_the_law_of_poisson() -> None:
     """Frequencies of 0 .. 3, and the product of two rows' counts, within 4 standard errors."""
     p = torch.full((2, 1), 0.9, dtype=torch.float64)
-    counts = toss("poisson", p, 0, torch.arange(40_000))[:, :, 0]
+    counts = COINS["poisson"].toss(p, 0, torch.arange(40_000))[:, :, 0]
     for number in range(4):
         chance = torch.tensor(math.exp(-0.9) * 0.9**number / math.factorial(number), dtype=torch.float64)
         found = (counts == number).double().mean(0)
@@ -74,13 +74,13 @@ def test_poisson_counts_have_the_law_of_poisson() -> None:
 @pytest.mark.parametrize(("coins", "together"), [("bernoulli", 0.12), ("systematic", 0.12), ("nested", 0.3)])
 def test_levels_fall_independently_unless_nested(coins: str, together: float) -> None:
     """Both coins of a row, p = 0.4 and 0.3, within 4 standard errors."""
-    counts = toss(coins, torch.tensor([[0.4, 0.3]] * 3), 1, torch.arange(20_000))
+    counts = COINS[coins].toss(torch.tensor([[0.4, 0.3]] * 3), 1, torch.arange(20_000))
     found = counts.prod(2).double().mean(0)
     assert within(found, torch.tensor(together), torch.tensor(math.sqrt(together * (1 - together))), 20_000)
 
 
 def test_a_nested_coin_implies_all_below() -> None:
-    counts = toss("nested", TABLE, 0, torch.arange(2000))
+    counts = COINS["nested"].toss(TABLE, 0, torch.arange(2000))
     assert (counts.diff(dim=2) <= 0).all()
     assert (counts.diff(dim=2) < 0).any()
 
@@ -90,7 +90,7 @@ def test_systematic_coins_are_evenly_spaced(seed: int) -> None:
     """In every window of rows the count differs from the sum of p by less than 1."""
     p = torch.rand(60, 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).clamp(min=0.01)
     p[::7] = 1.0
-    counts = toss("systematic", p, seed, torch.arange(50)).double()
+    counts = COINS["systematic"].toss(p, seed, torch.arange(50)).double()
     assert set(counts.unique().tolist()) == {0.0, 1.0}
     ahead = torch.cat([torch.zeros(50, 1, 2), (counts - p).cumsum(1)], 1)  # windows are differences of this
     assert (ahead[:, :, None] - ahead[:, None]).abs().max() < 1
@@ -105,7 +105,7 @@ def test_certain_coins_always_fall_once(coins: str) -> None:
     awkward = torch.tensor([0.1, 1 / 3, 1.0, 1 - 2**-53, 1.0, 0.7, 1e-9, 1.0], dtype=torch.float64)
     p = torch.stack([awkward.repeat(4000), awkward.flip(0).repeat(4000)], 1)
     for seed in range(5):
-        counts = toss(coins, p, seed)
+        counts = COINS[coins].toss(p, seed)
         assert (counts[p == 1] == 1).all()
         assert (counts >= 0).all()
         # of 4000 repetitions, each the sum of what is uncertain; 6 standard deviations
@@ -117,7 +117,7 @@ def test_certain_coins_always_fall_once(coins: str) -> None:
 @pytest.mark.parametrize("coins", COINS)
 def test_all_certain_is_a_table_of_ones(coins: str) -> None:
     for indices in (None, torch.arange(3)):
-        assert (toss(coins, torch.ones(40, 3), 7, indices) == 1).all()
+        assert (COINS[coins].toss(torch.ones(40, 3), 7, indices) == 1).all()
 
 
 # --- refinement ----------------------------------------------------------------------------------------------------
@@ -125,19 +125,19 @@ def test_all_certain_is_a_table_of_ones(coins: str) -> None:
 
 def test_poisson_counts_are_shared_by_refined_grids() -> None:
     coarse = torch.tensor([[0.9, 0.3], [0.5, 0.8], [0.7, 0.02], [0.6, 0.4]], dtype=torch.float64).repeat(8, 1)
-    counts = toss("poisson", coarse, 4, torch.arange(200))
+    counts = COINS["poisson"].toss(coarse, 4, torch.arange(200))
     assert counts.max() > 1
     for parts in (2, 4, 16):
         fine = (coarse / parts).repeat_interleave(parts, 0)
-        finer = toss("poisson", fine, 4, torch.arange(200))
+        finer = COINS["poisson"].toss(fine, 4, torch.arange(200))
         assert torch.equal(finer.view(200, len(coarse), parts, 2).sum(2), counts)
 
 
 def test_poisson_has_uniforms_enough() -> None:
     """Were there too few, counts would stop at the end of a long table."""
     p = torch.full((3000, 2), 0.999, dtype=torch.float64)
-    counts = toss("poisson", p, 0, torch.arange(20))
-    assert uniforms_needed("poisson", p) >= counts.sum(1).max() * 2
+    counts = COINS["poisson"].toss(p, 0, torch.arange(20))
+    assert COINS["poisson"].uniforms(p) >= counts.sum(1).max() * 2
     last = counts[:, -300:].double().sum(1)
     assert ((last - 299.7).abs() < 6 * math.sqrt(299.7)).all()
 
@@ -148,22 +148,22 @@ def test_poisson_has_uniforms_enough() -> None:
 @pytest.mark.parametrize("coins", COINS)
 def test_the_seed_fixes_the_coins(coins: str) -> None:
     p = torch.full((50, 2), 0.4, dtype=torch.float64)
-    assert torch.equal(toss(coins, p, 1), toss(coins, p, 1))
-    assert not torch.equal(toss(coins, p, 1), toss(coins, p, 2))
+    assert torch.equal(COINS[coins].toss(p, 1), COINS[coins].toss(p, 1))
+    assert not torch.equal(COINS[coins].toss(p, 1), COINS[coins].toss(p, 2))
 
 
 @pytest.mark.parametrize("coins", COINS)
 def test_coins_of_a_sample_do_not_know_its_batch(coins: str) -> None:
     p = torch.full((50, 2), 0.4, dtype=torch.float64)
-    whole = toss(coins, p, 1, torch.arange(12))
+    whole = COINS[coins].toss(p, 1, torch.arange(12))
     assert whole.shape == (12, 50, 2)
-    assert torch.equal(toss(coins, p, 1, torch.tensor([7, 2, 11])), whole[[7, 2, 11]])
+    assert torch.equal(COINS[coins].toss(p, 1, torch.tensor([7, 2, 11])), whole[[7, 2, 11]])
     assert not torch.equal(whole[0], whole[1])
 
 
 def test_tossing_leaves_the_random_state_alone() -> None:
     before = torch.get_rng_state()
-    toss("poisson", TABLE, 0, torch.arange(4))
+    COINS["poisson"].toss(TABLE, 0, torch.arange(4))
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -176,15 +176,15 @@ def test_a_bad_probability_is_named(value: float, shown: str) -> None:
     p[2, 1] = value
     message = rf"^probabilities must be in \(0, 1\], got p = {shown} at evaluation 2, level 2 of 3; leave a level .*"
     with pytest.raises(ValueError, match=message):
-        toss("systematic", p, 0)
+        COINS["systematic"].toss(p, 0)
 
 
 @pytest.mark.parametrize("shape", [(3,), (0, 2), (2, 0), (1, 2, 3)])
 def test_probabilities_are_a_table(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"^probabilities must be a table \(evaluations, levels\), got shape \("):
-        toss("nested", torch.full(shape, 0.5), 0)
+        COINS["nested"].toss(torch.full(shape, 0.5), 0)
 
 
 def test_unknown_coins_are_refused() -> None:
     with pytest.raises(ValueError, match=r"^coins must be one of systematic, bernoulli, nested, poisson, got 'fair'$"):
-        toss("fair", TABLE, 0)
+        coins_called("fair")

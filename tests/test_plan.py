@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mlem.multilevel.coins import COINS, toss
+from mlem.multilevel.coins import COINS
 from mlem.multilevel.plan import Plan, collect
 from mlem.schedule import NoiseSchedule
 from tests.problems import outcomes
@@ -76,7 +76,7 @@ def test_a_held_correction_counts_once_however_often_its_coin_fell() -> None:
 def test_samples_have_the_weights_of_their_own_coins() -> None:
     plan = Plan.draw(TABLE, "nested", 2, per_sample=True)
     indices = torch.tensor([4, 9])
-    paid = toss("nested", TABLE, 2, indices) / TABLE
+    paid = COINS["nested"].toss(TABLE, 2, indices) / TABLE
     assert torch.equal(plan.sample_weights(indices), collect(paid))
     with pytest.raises(ValueError, match=r"own coins: ask sample_weights\(indices\)"):
         _ = plan.weights
@@ -207,7 +207,7 @@ def test_files_that_are_no_plan(tmp_path: Path) -> None:
         ({"estimator": "held", "counts": [[1, 1, 0]] * 4}, "held corrections must all be measured at the first row"),
         ({"estimator": "held", "probabilities": [[2.0, 1, 1]] * 4}, "probabilities must be a table"),
         ({"seed": "0"}, "'str' object cannot be interpreted as an integer"),
-        ({"memory": "long"}, ""),
+        ({"correlation_length": "long"}, ""),
         ({"about": 3}, ""),
         ({"levels": None}, ""),
     ],

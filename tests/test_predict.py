@@ -15,10 +15,11 @@ from mlem.denoiser import gaussian_denoiser
 from mlem.grids import TimeGrid
 from mlem.multilevel.calibrate import measure
 from mlem.multilevel.calibration import Calibration
-from mlem.multilevel.coins import COINS, toss
+from mlem.multilevel.coins import COINS
 from mlem.multilevel.denoiser import MultilevelDenoiser
+from mlem.multilevel.estimators import ESTIMATORS
 from mlem.multilevel.plan import Plan
-from mlem.multilevel.predict import Predictor, held_deviation
+from mlem.multilevel.predict import Predictor
 from mlem.multilevel.report import missing
 from mlem.noise import reserved_indices
 from mlem.solvers import GridPoint, make_solver, quadrature_weights
@@ -106,10 +107,10 @@ def test_the_weight_of_a_row_is_what_it_does_to_a_sample(solver: str) -> None:
 # --- what a plan says in the place of corrections ------------------------------------------------------------------
 
 HELD: list[dict[str, Any]] = [
-    {"estimator": estimator, "order": order, "memory": memory}
+    {"estimator": estimator, "order": order, "correlation_length": length}
     for estimator in ("held", "hindsight")
     for order in (0, 1)
-    for memory in (None, 0.7)
+    for length in (None, 0.7)
 ]
 
 
@@ -137,7 +138,7 @@ def test_held_deviations_are_what_the_denoiser_says(how: dict[str, Any], rows: A
     for row, here in enumerate(points):
         total += denoiser.revise(y, here)[:, 0] / here.kappa
         total += scale[row] * denoiser(y, torch.full((12,), here.t))[:, 0] / here.alpha
-    said = held_deviation(table[None, :, 1], scale, times, **how)[0]
+    said = ESTIMATORS[one.estimator].deviations(table[None, :, 1], scale, times, one.holding)[0]
     torch.testing.assert_close(said, total, rtol=0, atol=1e-10)
     assert bool(said.any()) is (len(rows) < 12)
 
@@ -158,7 +159,7 @@ def test_jump_plans_are_predicted_by_their_counts_over_probabilities() -> None:
 def test_own_coins_are_predicted_on_average(coins: str) -> None:
     """The quadratic form over 20,000 samples, each with coins of its own; systematic ones are predicted from 256."""
     by, p = predictor(steps=6), torch.tensor([[1.0, 0.6, 0.3]] * 5 + [[1.0, 1.0, 0.5]])
-    counts = toss(coins, p, 1, torch.arange(20_000))
+    counts = COINS[coins].toss(p, 1, torch.arange(20_000))
     errors = by.energy((by.scale.T * (counts / p - 1)[:, :, 1:]).transpose(1, 2))
     said = by.response_error(Plan.draw(p, coins, 3, per_sample=True))
     chance = errors.std().item() / math.sqrt(256 if coins == "systematic" else 20_000)

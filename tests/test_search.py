@@ -11,7 +11,7 @@ import torch
 
 from mlem.multilevel.calibration import Calibration
 from mlem.multilevel.planner import make_plan
-from mlem.multilevel.predict import Search
+from mlem.multilevel.search import search
 from mlem.multilevel.spec import PlanSpec
 from mlem.sampling import sample
 from mlem.solvers import make_solver
@@ -28,9 +28,8 @@ def test_a_search_spends_its_budget_well(solver: str, estimator: str, levels: tu
     """At most the budget, all but what one more measurement costs, and not worse than evenly spread rows."""
     by, costs = predictor(solver, 32), Calibration.of(family()).costs("flops")
     own = costs[[int(name) - 1 for name in levels]]
-    search = Search(by, levels, costs, 0, estimator)
     for budget in (7.0, 16.0):
-        found = search.plan(budget)
+        found = search(by, levels, costs, 0, estimator, budget)
         assert found is not None
         assert budget - 2.5 < found.cost(own) <= budget
         for stride in (2, 3, 4, 6, 8, 16):
@@ -43,9 +42,9 @@ def test_a_search_spends_its_budget_well(solver: str, estimator: str, levels: tu
 def test_a_search_keeps_every_budget(solver: str, estimator: str) -> None:
     """Also where rows are dense, so that moving one parts neighbours, and small levels are not cheap."""
     costs = torch.tensor([0.1, 0.4, 1.0])
-    search = Search(predictor(solver, 12), ("1", "2", "3"), costs, 0, estimator)
+    by = predictor(solver, 12)
     for budget in torch.linspace(4.0, 12.0, 17).tolist():
-        found = search.plan(budget)
+        found = search(by, ("1", "2", "3"), costs, 0, estimator, budget)
         assert found is not None
         assert found.cost(costs) <= budget
 
@@ -53,9 +52,9 @@ def test_a_search_keeps_every_budget(solver: str, estimator: str) -> None:
 def test_a_search_finds_nothing_for_too_little() -> None:
     by, costs = predictor("ddpm", 32), Calibration.of(family()).costs("flops")
     for levels in LEVELS:
-        assert Search(by, levels, costs, 0, "held").plan(0.9) is None
-    assert Search(by, ("3",), costs, 0, "held").plan(31.9) is None
-    alone = Search(by, ("3",), costs, 0, "held").plan(32.0)
+        assert search(by, levels, costs, 0, "held", 0.9) is None
+    assert search(by, ("3",), costs, 0, "held", 31.9) is None
+    alone = search(by, ("3",), costs, 0, "held", 32.0)
     assert alone is not None
     assert by.response_error(alone) == 0
 

@@ -10,27 +10,167 @@ of counts with these means. Kinds:
 - poisson: the jumps of a Poisson process whose intensity over row i is p_k(i), the limit of bernoulli coins for small
   steps; a row may hold several. The jumps are drawn in the clock P_k: grids that refine one another share them.
 
-Where p = 1 every kind is certain to fall, once.
+Where p = 1 every kind is certain to fall, once. Each kind is a class; names are looked up in `COINS`, and only there.
 """
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from mlem.multilevel import choices
 from mlem.noise import NoiseStream
 
-COINS = ("systematic", "bernoulli", "nested", "poisson")
-"""The kinds of coins, the recommended one first."""
+__all__ = ["COINS", "Bernoulli", "Coins", "Nested", "Poisson", "Systematic", "check_probabilities", "coins_called"]
 
 
-def check_coins(coins: str) -> str:
-    """`coins` itself; raises ValueError when it is not one of COINS."""
-    if coins not in COINS:
-        raise ValueError(f"coins must be one of {', '.join(COINS)}, got {coins!r}")
-    return coins
+class Coins(ABC):
+    """A kind of coins: how they are tossed, and the laws of their counts in one row.
+
+    Tables are (R, K): R evaluations, K levels. p, q: probabilities of two levels at the same rows, of one shape.
+    """
+
+    name: ClassVar[str]
+    independent: ClassVar[bool] = True
+    """Whether rows are tossed independently, so that the variances of rows add up."""
+    pilot: ClassVar[str] = "bernoulli"
+    """The kind whose pilot plans correct what is predicted of this kind."""
+
+    def toss(self, probabilities: Tensor, seed: int, indices: Tensor | None = None) -> Tensor:
+        """How often each coin fell.
+
+        Args:
+            probabilities: (R, K), in (0, 1].
+            seed: keys the coins, together with the sample index where indices are given.
+            indices: (B,) int64, of samples that toss coins of their own.
+
+        Returns: (R, K) int64, or (B, R, K) with indices.
+
+        Raises:
+            ValueError: a probability is out of range.
+        """
+        p = check_probabilities(probabilities)
+        stream = NoiseStream(seed, f"coins/{'batch' if indices is None else 'sample'}/{self.name}")
+        keys = torch.zeros(1, dtype=torch.int64) if indices is None else indices.cpu()
+        counts = self.counts(p, stream.uniform(keys, range(self.uniforms(p)), torch.float64).T)
+        return counts[0] if indices is None else counts
+
+    @abstractmethod
+    def uniforms(self, p: Tensor) -> int:
+        """The number of uniform numbers that `counts` takes for one table p (R, K)."""
+
+    @abstractmethod
+    def counts(self, p: Tensor, uniforms: Tensor) -> Tensor:
+        """The counts that uniform numbers mean: p (R, K), uniforms (B, `self.uniforms(p)`) -> (B, R, K) int64."""
+
+    def runs(self, p: Tensor, q: Tensor) -> Tensor:
+        """Probability that a level runs: its own coin p falls, or q of the level above, and weights do not cancel."""
+        return self._either(p, q) - self._cancel(p, q)
+
+    def variance(self, p: Tensor) -> Tensor:
+        """Variance of count / p; 0 where p = 1."""
+        return 1 / p - 1
+
+    def covariance(self, p: Tensor, q: Tensor) -> Tensor:
+        """Covariance of count / p of one level and count / q of another; 0 where levels toss independently."""
+        return torch.zeros_like(p)
+
+    def _either(self, p: Tensor, q: Tensor) -> Tensor:
+        """Probability that coin p or coin q falls."""
+        return p + q - p * q
+
+    def _cancel(self, p: Tensor, q: Tensor) -> Tensor:
+        """Probability that both fall and their weights cancel."""
+        return torch.where(p == q, p * q, 0.0)
+
+
+class Systematic(Coins):
+    name = "systematic"
+    independent = False
+    pilot = "systematic"
+
+    def uniforms(self, p: Tensor) -> int:
+        return p.shape[1]
+
+    def counts(self, p: Tensor, uniforms: Tensor) -> Tensor:
+        certain, running = _running(p)
+        passed = torch.floor(running + uniforms[:, None, :])
+        return _passed_each_row(passed, certain)
+
+
+class Bernoulli(Coins):
+    name = "bernoulli"
+
+    def uniforms(self, p: Tensor) -> int:
+        return p.numel()
+
+    def counts(self, p: Tensor, uniforms: Tensor) -> Tensor:
+        return (uniforms.view(-1, *p.shape) < p).long()
+
+
+class Nested(Coins):
+    name = "nested"
+
+    def uniforms(self, p: Tensor) -> int:
+        return len(p)
+
+    def counts(self, p: Tensor, uniforms: Tensor) -> Tensor:
+        return (uniforms[:, :, None] < p).long()
+
+    def covariance(self, p: Tensor, q: Tensor) -> Tensor:
+        return 1 / torch.maximum(p, q) - 1
+
+    def _either(self, p: Tensor, q: Tensor) -> Tensor:
+        return torch.maximum(p, q)
+
+    def _cancel(self, p: Tensor, q: Tensor) -> Tensor:
+        return torch.where(p == q, p, 0.0)
+
+
+class Poisson(Coins):
+    name = "poisson"
+
+    def uniforms(self, p: Tensor) -> int:
+        expected = p.sum(0).max().item()
+        # arrivals enough but for one table in 10^9
+        return p.shape[1] * math.ceil(expected + 6 * math.sqrt(expected) + 24)
+
+    def counts(self, p: Tensor, uniforms: Tensor) -> Tensor:
+        certain, running = _running(p)
+        arrivals = -torch.log(uniforms.view(len(uniforms), -1, p.shape[1])).cumsum(1)
+        clock = running.T.expand(len(uniforms), -1, -1).contiguous()
+        passed = torch.searchsorted(arrivals.transpose(1, 2).contiguous(), clock)
+        return _passed_each_row(passed.transpose(1, 2), certain)
+
+    def variance(self, p: Tensor) -> Tensor:
+        return torch.where(p < 1, 1 / p, 0.0)
+
+    def _either(self, p: Tensor, q: Tensor) -> Tensor:
+        # certain coins fall once for sure; the others are Poisson counts
+        none = torch.where(p < 1, torch.exp(-p), 0) * torch.where(q < 1, torch.exp(-q), 0)
+        return 1 - none
+
+    def _cancel(self, p: Tensor, q: Tensor) -> Tensor:
+        # counts m and n with m / p = n / q, even where p and q differ; summed until they no longer matter
+        fallen = torch.arange(1.0, 30.0, dtype=p.dtype)[:, None, None]
+        other = (fallen * q / p).round()
+        cancel = (other > 0) & (fallen / p == other / q)
+        both = torch.where(cancel, (_log_poisson(fallen, p) + _log_poisson(other, q)).exp(), 0.0).sum(0)
+        return torch.where((p < 1) & (q < 1), both, ((p == 1) & (q == 1)).to(p.dtype))
+
+
+COINS: dict[str, Coins] = {coins.name: coins for coins in (Systematic(), Bernoulli(), Nested(), Poisson())}
+"""Name -> coins, the recommended kind first."""
+
+
+def coins_called(name: str) -> Coins:
+    """The coins of this name. Raises ValueError with the names there are."""
+    choices.check_choice("coins", name, choices.COINS)
+    return COINS[name]
 
 
 def check_probabilities(probabilities: Tensor) -> Tensor:
@@ -48,44 +188,19 @@ def check_probabilities(probabilities: Tensor) -> Tensor:
     return p
 
 
-def toss(coins: str, probabilities: Tensor, seed: int, indices: Tensor | None = None) -> Tensor:
-    """How often each coin fell: (R, K) int64, or (B, R, K) for the samples with these indices (B,), each its own.
+def _running(p: Tensor) -> tuple[Tensor, Tensor]:
+    """Where p is certain, and the running sums of what is not: (R, K) each.
 
-    probabilities: (R, K) in (0, 1]. Keyed by seed (and sample index). Raises ValueError for bad probabilities.
+    A certain coin shifts the running sum by one, which changes nothing: left out, so that no rounding can lose it.
     """
-    p = check_probabilities(probabilities)
-    stream = NoiseStream(seed, f"coins/{'batch' if indices is None else 'sample'}/{check_coins(coins)}")
-    keys = torch.zeros(1, dtype=torch.int64) if indices is None else indices.cpu()
-    uniforms = stream.uniform(keys, range(uniforms_needed(coins, p)), torch.float64).T
-    counts = falls(coins, p, uniforms)
-    return counts[0] if indices is None else counts
-
-
-def uniforms_needed(coins: str, p: Tensor) -> int:
-    """How many uniform numbers `falls` wants for one table p (R, K)."""
-    if coins == "poisson":
-        expected = p.sum(0).max().item()
-        # arrivals enough but for one table in 10^9
-        return p.shape[1] * math.ceil(expected + 6 * math.sqrt(expected) + 24)
-    return {"bernoulli": p.numel(), "systematic": p.shape[1], "nested": len(p)}[coins]
-
-
-def falls(coins: str, p: Tensor, uniforms: Tensor) -> Tensor:
-    """The counts that these uniform numbers mean: p (R, K), uniforms (B, uniforms_needed) -> (B, R, K) int64."""
-    rows, levels = p.shape
-    if coins == "bernoulli":
-        return (uniforms.view(-1, rows, levels) < p).long()
-    if coins == "nested":
-        return (uniforms[:, :, None] < p).long()
-    # a certain coin shifts the running sum by one, which changes nothing: left out, so that no rounding can lose it
     certain = p >= 1
-    running = torch.where(certain, 0.0, p).cumsum(0)
-    if coins == "systematic":
-        passed = torch.floor(running + uniforms[:, None, :])
-    else:
-        arrivals = -torch.log(uniforms.view(len(uniforms), -1, levels)).cumsum(1)
-        passed = torch.searchsorted(
-            arrivals.transpose(1, 2).contiguous(), running.T.expand(len(uniforms), -1, -1).contiguous()
-        )
-        passed = passed.transpose(1, 2)
+    return certain, torch.where(certain, 0.0, p).cumsum(0)
+
+
+def _passed_each_row(passed: Tensor, certain: Tensor) -> Tensor:
+    """Counts of the rows, from what was passed by the end of each (B, R, K); certain coins fall once."""
     return passed.diff(dim=1, prepend=torch.zeros_like(passed[:, :1])).long() + certain
+
+
+def _log_poisson(count: Tensor, mean: Tensor) -> Tensor:
+    return count * mean.log() - mean - torch.lgamma(count + 1)

@@ -13,7 +13,7 @@ from mlem.family import Family
 from mlem.multilevel.calibration import Calibration
 from mlem.multilevel.plan import Plan
 from mlem.multilevel.planner import make_plan
-from mlem.multilevel.predict import Predictor
+from mlem.multilevel.predict import Predictor, pilot_key
 from mlem.multilevel.probes import plan_samples
 from mlem.multilevel.spec import PlanSpec
 from mlem.networks import evaluating
@@ -77,13 +77,6 @@ def discretisations() -> list[tuple[str, str]]:
     """Solvers and grids whose error on the largest level is measured, SDE solvers first: what each says of itself."""
     solvers = sorted(SOLVERS.items(), key=lambda item: not item[1].stochastic)
     return [(name, grid) for name, solver in solvers for grid in solver.measured_grids]
-
-
-def pilot_key(solver: Solver, estimator: str, coins: str | None) -> str:
-    """Under which name pilots of this kind of plan are kept."""
-    return "/".join(
-        ["sde" if solver.stochastic else "ode", estimator, *([coins] if coins and estimator == "jump" else [])]
-    )
 
 
 class _Runs:

@@ -17,11 +17,11 @@ from torch import Tensor
 from mlem.family import Family
 from mlem.grids import TimeGrid
 from mlem.multilevel.calibration import Calibration
-from mlem.multilevel.choices import ESTIMATORS
+from mlem.multilevel.choices import COINS, ESTIMATORS
 from mlem.multilevel.coefficients import Coefficients
-from mlem.multilevel.coins import COINS
 from mlem.multilevel.plan import Plan
-from mlem.multilevel.predict import Predictor, Search
+from mlem.multilevel.predict import Predictor
+from mlem.multilevel.search import search
 from mlem.multilevel.spec import PlanSpec
 from mlem.solvers import SOLVERS, GridPoint, GridPoints, Solver, quadrature_weights
 
@@ -186,7 +186,7 @@ class _Planner:
         spec = self._spec
         if spec.searched:
             assert self._predictor is not None
-            return Search(self._predictor, levels, self._costs, self._order, spec.estimator).plan(budget)
+            return search(self._predictor, levels, self._costs, self._order, spec.estimator, budget)
         costs = self._costs_of(levels)
 
         def spent(factor: float) -> float:

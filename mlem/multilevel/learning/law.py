@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from mlem.multilevel.coefficients import CERTAIN, Coefficients, feature
-from mlem.multilevel.coins import falls, uniforms_needed
+from mlem.multilevel.coins import COINS
 from mlem.multilevel.plan import collect
 from mlem.noise import NoiseStream
 from mlem.schedule import NoiseSchedule
 
 __all__ = ["Law"]
+
+_BERNOULLI = COINS["bernoulli"]
 
 
 class Law:
@@ -74,8 +76,8 @@ class Law:
         """Bernoulli coins of this optimizer step, the same on all ranks: (D, R, K) int64."""
         p = self.probabilities(theta.detach())
         keys = torch.arange(step * draws, (step + 1) * draws)
-        uniforms = self._coins.uniform(keys, range(uniforms_needed("bernoulli", p)), torch.float64).T
-        return falls("bernoulli", p, uniforms)
+        uniforms = self._coins.uniform(keys, range(_BERNOULLI.uniforms(p)), torch.float64).T
+        return _BERNOULLI.counts(p, uniforms)
 
     def directions(self, step: int, draws: int) -> Tensor:
         """A random sign for each coefficient and draw, the same on all ranks: (D, 2, K - 1)."""

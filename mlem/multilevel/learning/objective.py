@@ -30,7 +30,7 @@ from torch import Tensor
 
 from mlem.denoiser import Denoiser
 from mlem.grids import TimeGrid
-from mlem.multilevel.coins import toss
+from mlem.multilevel.coins import coins_called
 from mlem.multilevel.learning.law import Law
 from mlem.schedule import NoiseSchedule
 from mlem.solvers import EvaluationPoint, GridPoint, Solver, make_solver, model_input, quadrature_weights
@@ -216,7 +216,7 @@ class Objective(Law):
         found = []
         with torch.no_grad():
             for plan in range(plans):
-                counts = toss(coins, p, self.seed * plans + plan, indices)
+                counts = coins_called(coins).toss(p, self.seed * plans + plan, indices)
                 weights = self.weights(counts, p).to(truth.device)
                 found.append(self.errors(weights, counts, indices[:, None], truth[:, None])[:, 0].cpu())
         return torch.stack(found).mean(0)

@@ -1,0 +1,233 @@
+"""Estimators: what stands in for the levels that are not evaluated. Each kind is a class; names are in `ESTIMATORS`.
+
+`f^1 .. f^K` are the levels of a plan, cheapest first, `g^k = f^k - f^(k-1)` their corrections (`g^1 = f^1`). A table
+of counts says which corrections are evaluated at which row.
+
+- jump: `F = sum_k (count_k / p_k) g^k`, unbiased ([J], arXiv:2603.24594);
+- held: a correction that is evaluated is measured; between two measurements it is extrapolated from the last one
+  (order 0) or the last two (order 1, linearly in `-ln kappa`): see `holding.py`. Biased, but smooth: multistep solvers
+  work on it;
+- hindsight: held, and when a correction is measured again, the state is moved by what interpolation between the two
+  measurements says that extrapolation got wrong (ours; the corrector of a multistep method, for the correction alone).
+
+Weights are collected before anything is evaluated: `F = sum_k w_k f^k` with `w_k = W_k - W_(k+1)`, W_k being that of
+`g^k`; and a level of weight zero is not run, unless a held correction has to be measured.
+
+Lives here: which levels run, what is predicted of the error, and which evaluator makes a trajectory. The evaluators
+themselves stand in `evaluators.py`. Tables are (R, K): R evaluations, K levels.
+"""
+
+from __future__ import annotations
+
+import itertools
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from mlem.denoiser import Denoiser
+from mlem.multilevel import choices
+from mlem.multilevel.coins import check_probabilities
+from mlem.multilevel.evaluators import Evaluator, HeldEvaluator, HindsightEvaluator, JumpEvaluator, Program
+from mlem.multilevel.holding import Holding
+from mlem.schedule import NoiseSchedule
+
+__all__ = ["ESTIMATORS", "Estimator", "Held", "Hindsight", "Jump", "estimator_called"]
+
+
+class Estimator(ABC):
+    """How an evaluation is done, what it costs, and how far it is from the largest level."""
+
+    name: ClassVar[str]
+
+    @property
+    def holds(self) -> bool:
+        """Whether corrections are held between measurements, so that one plan serves all samples."""
+        return choices.ESTIMATORS[self.name].holds
+
+    @property
+    def moves_state(self) -> bool:
+        """Whether the state is moved between evaluations."""
+        return choices.ESTIMATORS[self.name].moves_state
+
+    @abstractmethod
+    def check(self, probabilities: Tensor, counts: Tensor | None) -> None:
+        """Raise ValueError for tables that this estimator cannot follow; counts: None where samples have their own."""
+
+    def tossed(self, counts: Tensor) -> Tensor:
+        """The counts that hold, from those that coins gave."""
+        return counts
+
+    @abstractmethod
+    def correction_weights(self, counts: Tensor, probabilities: Tensor) -> Tensor:
+        """W_k, the weights of the corrections: float64."""
+
+    def stored(self, counts: Tensor, order: int) -> Tensor:
+        """Where a correction is measured and used again at a later row: bool."""
+        return torch.zeros_like(counts, dtype=torch.bool)
+
+    def revising(self, counts: Tensor) -> Tensor:
+        """The levels that run to move the state before a row is evaluated: bool."""
+        return torch.zeros_like(counts, dtype=torch.bool)
+
+    def evaluated(self, counts: Tensor, weights: Tensor, order: int) -> Tensor:
+        """The levels that run at each evaluation, whose collected weights these are: bool."""
+        return weights != 0
+
+    @abstractmethod
+    def deviations(self, weights: Tensor, scale: Tensor, times: Tensor, holding: Holding) -> Tensor:
+        """What N plans put in the place of a correction, less the correction, as coefficients of the correction.
+
+        Args:
+            weights: (N, R), its `correction_weights`.
+            scale: (R,), what a unit of error at each row counts.
+            times: (R,), `-ln kappa` of each row.
+            holding: the rules for stand-ins.
+
+        Returns: (N, R); the error of a plan is the sum over rows of these times the correction.
+        """
+
+    @abstractmethod
+    def evaluator(
+        self,
+        levels: Sequence[Denoiser],
+        schedule: NoiseSchedule,
+        program: Program,
+        quadrature: Sequence[float] | None,
+    ) -> Evaluator:
+        """What makes the evaluations of one trajectory.
+
+        Args:
+            levels: denoisers, cheapest first.
+            schedule: that of the denoisers.
+            program: the plan, of coins that all samples share.
+            quadrature: what each evaluation adds to the end of a trajectory, where the state is moved.
+
+        Raises:
+            ValueError: quadrature is missing.
+        """
+
+
+class Jump(Estimator):
+    name = "jump"
+
+    def check(self, probabilities: Tensor, counts: Tensor | None) -> None:
+        check_probabilities(probabilities)
+
+    def correction_weights(self, counts: Tensor, probabilities: Tensor) -> Tensor:
+        return (counts / probabilities).double()
+
+    def deviations(self, weights: Tensor, scale: Tensor, times: Tensor, holding: Holding) -> Tensor:
+        return scale * (weights - 1)
+
+    def evaluator(
+        self,
+        levels: Sequence[Denoiser],
+        schedule: NoiseSchedule,
+        program: Program,
+        quadrature: Sequence[float] | None,
+    ) -> Evaluator:
+        return JumpEvaluator(levels, program)
+
+
+class Held(Estimator):
+    name = "held"
+
+    def check(self, probabilities: Tensor, counts: Tensor | None) -> None:
+        p = probabilities
+        if p.dim() != 2 or p.numel() == 0 or not bool(((p >= 0) & (p <= 1)).all()):  # 0 where rows are chosen
+            raise ValueError(
+                f"probabilities must be a table (evaluations, levels) of numbers in [0, 1], got shape {tuple(p.shape)}"
+            )
+        if counts is None:
+            raise ValueError("held corrections need one plan for all samples; leave per_sample out, or estimator=jump")
+        if counts.shape == p.shape and not bool(counts[0].all() and counts[:, 0].all()):
+            raise ValueError("held corrections must all be measured at the first row, the cheapest level at every row")
+
+    def tossed(self, counts: Tensor) -> Tensor:
+        counts = counts.clone()
+        counts[:, 0] = counts[0] = 1  # the cheapest level always runs, and the first row has nothing to hold
+        return counts
+
+    def correction_weights(self, counts: Tensor, probabilities: Tensor) -> Tensor:
+        return counts.bool().double()  # measured or not, however often its coin fell
+
+    def stored(self, counts: Tensor, order: int) -> Tensor:
+        stored = [[False] * counts.shape[1] for _ in counts]
+        for level, measured in _measurements(counts):
+            gaps = [later - row > 1 for row, later in itertools.pairwise(measured)]
+            for number, row in enumerate(measured[:-1]):
+                stored[row][level] = any(gaps[number : number + order + 1])
+        return torch.tensor(stored)
+
+    def evaluated(self, counts: Tensor, weights: Tensor, order: int) -> Tensor:
+        stored = self.stored(counts, order)
+        return (weights != 0) | stored | _level_above(stored)
+
+    def deviations(self, weights: Tensor, scale: Tensor, times: Tensor, holding: Holding) -> Tensor:
+        return holding.deviations(weights.bool(), scale, times, hindsight=self.moves_state)
+
+    def evaluator(
+        self,
+        levels: Sequence[Denoiser],
+        schedule: NoiseSchedule,
+        program: Program,
+        quadrature: Sequence[float] | None,
+    ) -> Evaluator:
+        return HeldEvaluator(levels, schedule, program)
+
+
+class Hindsight(Held):
+    name = "hindsight"
+
+    def revising(self, counts: Tensor) -> Tensor:
+        measured = counts.bool()
+        # the newest measurements are added to the cheapest level, which is then evaluated at the new state
+        return _revised(counts)[:, None] & (measured | _level_above(measured))
+
+    def evaluated(self, counts: Tensor, weights: Tensor, order: int) -> Tensor:
+        cheapest = torch.zeros_like(counts, dtype=torch.bool)
+        cheapest[:, 0] = True
+        return torch.where(_revised(counts)[:, None], cheapest, super().evaluated(counts, weights, order))
+
+    def evaluator(
+        self,
+        levels: Sequence[Denoiser],
+        schedule: NoiseSchedule,
+        program: Program,
+        quadrature: Sequence[float] | None,
+    ) -> Evaluator:
+        if quadrature is None:
+            raise ValueError("hindsight moves the state between calls, which only sample() can do; use estimator=held")
+        return HindsightEvaluator(levels, schedule, program, quadrature)
+
+
+ESTIMATORS: dict[str, Estimator] = {one.name: one for one in (Jump(), Held(), Hindsight())}
+
+
+def estimator_called(name: str) -> Estimator:
+    """The estimator of this name. Raises ValueError with the names there are."""
+    choices.check_choice("estimator", name, tuple(choices.ESTIMATORS))
+    return ESTIMATORS[name]
+
+
+def _measurements(counts: Tensor) -> list[tuple[int, list[int]]]:
+    """For each held level the rows at which it is measured, and R."""
+    rows, levels = counts.shape
+    return [(k, [*counts[:, k].nonzero().flatten().tolist(), rows]) for k in range(1, levels)]
+
+
+def _revised(counts: Tensor) -> Tensor:
+    """Rows at which a correction is measured again after a gap: (R,) bool."""
+    revised = [False] * len(counts)
+    for _, measured in _measurements(counts):
+        for row, later in itertools.pairwise(measured[:-1]):
+            revised[later] |= later - row > 1
+    return torch.tensor(revised)
+
+
+def _level_above(table: Tensor) -> Tensor:
+    """For each level what holds of the level above it: bool."""
+    return torch.cat([table[:, 1:], torch.zeros_like(table[:, :1])], 1)

@@ -1,0 +1,224 @@
+"""Evaluators: the evaluations of one trajectory under a plan, by each estimator. `estimators.py` chooses among them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mlem.denoiser import Denoiser
+from mlem.multilevel.holding import Holding, Measurement
+from mlem.schedule import NoiseSchedule, expand_like
+
+__all__ = [
+    "PADDING",
+    "Evaluator",
+    "HeldEvaluator",
+    "HindsightEvaluator",
+    "JumpEvaluator",
+    "OwnCoinsEvaluator",
+    "Program",
+]
+
+PADDING = 8
+"""Sub-batches are filled up to a multiple of this, so that their shapes repeat."""
+
+
+class Program(NamedTuple):
+    """A plan as plain lists with a row for each evaluation, so that no step waits for a device; see `Plan`."""
+
+    evaluated: list[list[bool]]
+    weights: list[list[float]]
+    measured: list[list[bool]]
+    stored: list[list[bool]]
+    revising: list[list[bool]]
+    holding: Holding
+
+
+class Evaluator(ABC):
+    """Makes the evaluations of one trajectory, in order of their rows, and keeps what they leave behind."""
+
+    @abstractmethod
+    def evaluate(self, row: int, x: Tensor, t: Tensor) -> Tensor:
+        """The noise estimate at x (B, ...) and t (B,): like x."""
+
+    def revise(self, row: int, x: Tensor, t: Tensor) -> Tensor | float:
+        """What to move the state y = x / alpha by before the evaluation of this row."""
+        return 0.0
+
+
+class JumpEvaluator(Evaluator):
+    """A weighted sum over levels."""
+
+    def __init__(self, levels: Sequence[Denoiser], program: Program) -> None:
+        self._levels, self._program = levels, program
+
+    def evaluate(self, row: int, x: Tensor, t: Tensor) -> Tensor:
+        outputs = _outputs(self._levels, self._program.evaluated[row], x, t)
+        return _weighted(outputs, self._program.weights[row], x)
+
+
+class _Share(NamedTuple):
+    """The part of a batch that a level runs on: positions with padding, positions without, and their weights."""
+
+    padded: Tensor
+    positions: Tensor
+    weights: Tensor
+
+
+class OwnCoinsEvaluator(Evaluator):
+    """The jump estimate where every sample has its own coins: each level on its share of the batch."""
+
+    def __init__(self, levels: Sequence[Denoiser], weights: Tensor, device: torch.device) -> None:
+        """weights: (B, R, K) on the CPU; device: that of the samples."""
+        self._levels = levels
+        self._shares = [[_share(level, device) for level in row.unbind(1)] for row in weights.unbind(1)]
+
+    def evaluate(self, row: int, x: Tensor, t: Tensor) -> Tensor:
+        total = torch.zeros_like(x)
+        for level, share in zip(self._levels, self._shares[row], strict=True):
+            if share is not None:
+                output = level(x[share.padded], t[share.padded])[: len(share.positions)]
+                total = total.index_add(0, share.positions, output * expand_like(share.weights, output))
+        return total
+
+
+def _share(weights: Tensor, device: torch.device) -> _Share | None:
+    """The samples whose weight (B,) is not zero."""
+    positions = weights.nonzero().flatten()
+    if not len(positions):
+        return None
+    padding = min(-len(positions) % PADDING, len(weights) - len(positions))
+    padded = torch.cat([positions, positions[:1].expand(padding)])
+    parts = [part.to(device, non_blocking=True) for part in (padded, positions, weights[positions])]
+    return _Share(*parts)
+
+
+class _Moment(NamedTuple):
+    """alpha and kappa at an evaluation, (B, 1, ...)."""
+
+    alpha: Tensor
+    kappa: Tensor
+
+    @property
+    def time(self) -> Tensor:
+        """-ln kappa."""
+        return -self.kappa.log()
+
+
+class HeldEvaluator(Evaluator):
+    """Measured corrections, and stand-ins for the others."""
+
+    def __init__(self, levels: Sequence[Denoiser], schedule: NoiseSchedule, program: Program) -> None:
+        self._levels, self._schedule, self._program = levels, schedule, program
+        self._measured: list[list[Measurement]] = [[] for _ in levels]
+
+    def evaluate(self, row: int, x: Tensor, t: Tensor) -> Tensor:
+        moment, outputs = self._moment(x, t), _outputs(self._levels, self._program.evaluated[row], x, t)
+        self._measure(row, outputs, moment)
+        return _weighted(outputs, self._program.weights[row], x) + self._corrections(row, moment, fresh=False)
+
+    def _moment(self, x: Tensor, t: Tensor) -> _Moment:
+        alpha, sigma = expand_like(self._schedule.alpha(t), x), expand_like(self._schedule.sigma(t), x)
+        return _Moment(alpha, sigma / alpha)
+
+    def _measure(self, row: int, outputs: Sequence[Tensor | None], moment: _Moment) -> Tensor | float:
+        """Keep the corrections that are measured at this row. Returns what to move the state by."""
+        move: Tensor | float = 0.0
+        for level, due in enumerate(self._program.measured[row]):
+            if level == 0 or not due or not self._keeps(row, level):
+                continue
+            above, below = outputs[level], outputs[level - 1]
+            assert above is not None
+            assert below is not None
+            self._measured[level].append(Measurement(moment.time, (above - below) / moment.alpha))
+            move = move + self._look_back(level, moment)
+            del self._measured[level][: -(self._program.holding.order + 1)]
+        return move
+
+    def _keeps(self, row: int, level: int) -> bool:
+        """Whether what is measured here is used again."""
+        return self._program.stored[row][level]
+
+    def _look_back(self, level: int, now: _Moment) -> Tensor | float:
+        """What to move the state by, now that a correction was measured again."""
+        return 0.0
+
+    def _corrections(self, row: int, moment: _Moment, fresh: bool) -> Tensor | float:
+        """The sum of the corrections at this row; without `fresh`, of those that are not measured at it."""
+        total: Tensor | float = 0.0
+        for level, due in enumerate(self._program.measured[row]):
+            if level == 0 or (due and not fresh):
+                continue
+            points = self._measured[level][-1:] if due else self._measured[level]
+            value = self._program.holding.extrapolated(points, moment.time)
+            if not due:
+                self._stands_in(level, row, moment, value)
+            total = total + value * moment.alpha
+        return total
+
+    def _stands_in(self, level: int, row: int, moment: _Moment, value: Tensor) -> None:
+        """Told of each stand-in."""
+
+
+class _StandIn(NamedTuple):
+    """What stood in for a correction, where and when."""
+
+    row: int
+    moment: _Moment
+    value: Tensor
+
+
+class HindsightEvaluator(HeldEvaluator):
+    """Held corrections that are put right when they are measured again."""
+
+    def __init__(
+        self, levels: Sequence[Denoiser], schedule: NoiseSchedule, program: Program, quadrature: Sequence[float]
+    ) -> None:
+        super().__init__(levels, schedule, program)
+        self._quadrature = quadrature
+        self._stand_ins: list[list[_StandIn]] = [[] for _ in levels]
+
+    def revise(self, row: int, x: Tensor, t: Tensor) -> Tensor | float:
+        return self._measure(row, _outputs(self._levels, self._program.revising[row], x, t), self._moment(x, t))
+
+    def evaluate(self, row: int, x: Tensor, t: Tensor) -> Tensor:
+        if not any(self._program.revising[row]):
+            return super().evaluate(row, x, t)
+        return self._levels[0](x, t) + self._corrections(row, self._moment(x, t), fresh=True)
+
+    def _keeps(self, row: int, level: int) -> bool:
+        # what is measured at a revision is added to the cheapest level in the evaluation that follows
+        return super()._keeps(row, level) or any(self._program.revising[row])
+
+    def _look_back(self, level: int, now: _Moment) -> Tensor | float:
+        """`sum_i c_i (interpolated_i - stand-in_i)` over the rows since the last measurement."""
+        move: Tensor | float = 0.0
+        for row, then, value in self._stand_ins[level]:
+            before, after = self._measured[level][-2:]
+            error = self._program.holding.interpolated(before, after, then.time) - value
+            # what entered there has shrunk since, about as it would with frozen data
+            move = move + error * then.alpha * (now.kappa / then.kappa) * self._quadrature[row]
+        self._stand_ins[level] = []
+        return move
+
+    def _stands_in(self, level: int, row: int, moment: _Moment, value: Tensor) -> None:
+        self._stand_ins[level].append(_StandIn(row, moment, value))
+
+
+def _outputs(levels: Sequence[Denoiser], runs: Sequence[bool], x: Tensor, t: Tensor) -> list[Tensor | None]:
+    """The noise estimates of the levels that run; None of the others."""
+    return [level(x, t) if run else None for level, run in zip(levels, runs, strict=True)]
+
+
+def _weighted(outputs: Sequence[Tensor | None], weights: Sequence[float], x: Tensor) -> Tensor:
+    """`sum_k w_k f^k`; one level of weight 1 is given back as it is."""
+    total: Tensor | None = None
+    for output, weight in zip(outputs, weights, strict=True):
+        if output is not None and weight:
+            term = output if weight == 1 else output * weight
+            total = term if total is None else total + term
+    return torch.zeros_like(x) if total is None else total
