@@ -24,7 +24,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Never, Self
+from typing import IO, Any, Never, Self
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 LIMIT = 1 << 20
@@ -85,16 +85,13 @@ class Forked:
                     return None
             self.returncode = self._next()
             os.close(self._status)
+            self._texts = [_all_of(file) for file in (self._out, self._err)]
         return self.returncode
 
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
         """All of standard output and standard error, after the end."""
         self.wait(timeout)
-        texts = []
-        for file in (self._out, self._err):
-            file.seek(0)
-            texts.append(file.read().decode())
-        return texts[0], texts[1]
+        return self._texts[0], self._texts[1]
 
     def send_signal(self, number: int) -> None:
         if self.poll() is None:
@@ -102,6 +99,12 @@ class Forked:
 
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
+
+
+def _all_of(file: IO[bytes]) -> str:
+    with file:
+        file.seek(0)
+        return file.read().decode()
 
 
 @functools.cache
