@@ -8,15 +8,16 @@ import json
 import os
 import re
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
+from torch.distributed import TCPStore
 
 from mlem.cli.main import compose
+from tests.forkserver import Forked
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -65,6 +66,8 @@ TRAIN = (
 )
 """A family of two levels, trained and calibrated in seconds."""
 
+RANKS = ("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2")
+STORES: list[TCPStore] = []
 
 FOREIGN = re.compile(
     r"(SLURM|TORCHELASTIC|PMI|JSM_NAMESPACE)_.*|((LOCAL|GROUP|ROLE|NODE)_)?RANK|((LOCAL|GROUP|ROLE)_)?WORLD_SIZE"
@@ -81,23 +84,38 @@ def environment(**extra: str) -> dict[str, str]:
     return kept | fixed | extra
 
 
-def start(script: str, *options: str, cwd: Path, **extra: str) -> subprocess.Popen[str]:
-    """`python <script>.py options`, running."""
-    return subprocess.Popen(
-        [sys.executable, str(REPOSITORY / f"{script}.py"), *options],
-        cwd=cwd,
-        env=environment(**extra),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def start(script: str, *options: str, cwd: Path, **extra: str) -> Forked:
+    """`python <script>.py options`, running, without the time of its imports."""
+    return Forked([str(REPOSITORY / f"{script}.py"), *options], cwd, environment(**extra))
 
 
 def execute(script: str, *options: str, cwd: Path, **extra: str) -> subprocess.CompletedProcess[str]:
     """`python <script>.py options`, to its end."""
-    with start(script, *options, cwd=cwd, **extra) as process:
-        out, err = process.communicate(timeout=300)
-    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+    return finish(start(script, *options, cwd=cwd, **extra))
+
+
+def finish(process: Forked) -> subprocess.CompletedProcess[str]:
+    """Wait for its end."""
+    out, err = process.communicate(timeout=300)
+    return subprocess.CompletedProcess(process.args, process.wait(), out, err)
+
+
+def start_ranks(script: str, *options: str, cwd: Path, **extra: str) -> list[Forked]:
+    """The command on two gloo ranks, running, as torchrun starts it on one machine: without Lightning's launcher."""
+    # where they meet: kept open here as torchrun does it, so that nobody else can take the port
+    STORES.append(store := TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False))
+    about = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "GROUP_RANK": 0, "TORCHELASTIC_RUN_ID": "test"}
+    about |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port, "TORCHELASTIC_USE_AGENT_STORE": True}
+    common = {name: str(value) for name, value in about.items()} | extra
+    return [start(script, *options, *RANKS, cwd=cwd, **common, RANK=rank, LOCAL_RANK=rank) for rank in ("0", "1")]
+
+
+def succeed_ranks(script: str, *options: str, cwd: Path, **extra: str) -> str:
+    """What the ranks print, the first before the second; both must end well."""
+    done = [finish(process) for process in start_ranks(script, *options, cwd=cwd, **extra)]
+    for one in done:
+        assert one.returncode == 0, one.stderr
+    return "".join(one.stdout for one in done)
 
 
 def succeed(script: str, *options: str, cwd: Path, **extra: str) -> str:
@@ -107,7 +125,7 @@ def succeed(script: str, *options: str, cwd: Path, **extra: str) -> str:
     return done.stdout
 
 
-def wait_until(condition: Callable[[], bool], process: subprocess.Popen[Any], seconds: float = 240) -> None:
+def wait_until(condition: Callable[[], bool], process: Forked, seconds: float = 240) -> None:
     """Poll until `condition` holds while `process` runs."""
     deadline = time.monotonic() + seconds
     while not condition():

@@ -23,7 +23,7 @@ from mlem.networks import unet
 from mlem.sampling import Sampler
 from mlem.schedule import NoiseSchedule
 from mlem.training.coefficients import CoefficientsModule, Fit
-from tests.commands import configure, execute, metrics, reached, run_here, start, succeed, wait_until
+from tests.commands import configure, execute, metrics, reached, run_here, start, succeed_ranks, wait_until
 from tests.test_learn import objective
 
 OPTIONS = (
@@ -184,8 +184,7 @@ def test_killed_and_resumed(family: Path, learned: tuple[Path, str], tmp_path: P
 def test_two_ranks_learn_what_one_does(family: Path, learned: tuple[Path, str], tmp_path: Path) -> None:
     """They share coins and take different samples: their mean is one rank's, but for the order of sums."""
     _place(family, tmp_path)
-    ranks = ("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2")
-    succeed("train", *OPTIONS, *ranks, cwd=tmp_path)
+    succeed_ranks("train", *OPTIONS, cwd=tmp_path)
     ours, theirs = _learned(tmp_path), _learned(learned[0])
     for name in ("alpha", "beta"):
         assert ours[name] == pytest.approx(theirs[name], abs=1e-3)

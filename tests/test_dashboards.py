@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mlem.files import read_json
-from tests.commands import TINY, execute, metrics, succeed
+from tests.commands import TINY, execute, metrics, succeed, succeed_ranks
 from tests.test_loggers import records
 
 AXIS = "trainer/global_step"
@@ -28,7 +28,6 @@ LEARN = (
     "model.checkpoint_every=3",
     "evaluation.reference_steps=6",
 )
-RANKS = ("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2")
 TIMES = [f"t0.{digit}5" for digit in range(10)]
 POINTS = [f"{sampler}@{steps}" for sampler, steps in (("ddpm", 2), ("ddpm", 3), ("dpm_solver_pp_karras", 2))]
 SCORES = ("mse", "seconds_per_image", "evaluations", "fid_random256@5")
@@ -104,9 +103,7 @@ def test_evaluation(trained: Path) -> None:
 def test_two_ranks_are_one_run(trained: Path, tmp_path: Path) -> None:
     options = ("evaluation.every_n_epochs=0", "evaluation.indices=0-3", "evaluation.reference_steps=2")
     samplers = "evaluation.samplers=[{solver:ddpm,steps:[2]}]"
-    succeed(
-        "train", *TINY, *RANKS, *options, samplers, "root=.", f"data.folder={trained / 'data/digits'}", cwd=tmp_path
-    )
+    succeed_ranks("train", *TINY, *options, samplers, "root=.", f"data.folder={trained / 'data/digits'}", cwd=tmp_path)
     run = Run(tmp_path / "unet_xs")
     assert len(run.files) == 1
     run.check_whole()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import socket
 import time
 from pathlib import Path
 
@@ -13,11 +12,10 @@ import torch
 from safetensors.torch import load_file
 
 from mlem.files import read_json, write_json
-from tests.commands import PLAIN, TRAIN, metrics, start, succeed, wait_until
+from tests.commands import PLAIN, RANKS, TRAIN, metrics, start, start_ranks, succeed, succeed_ranks, wait_until
 
 RUN = Path("runs/digits/unet_xs")
 OPTIONS = (*PLAIN, "training.steps=20", "training.epoch_steps=10", "training.checkpoint_every=10")
-RANKS = ("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2")
 
 
 def test_two_ranks_train_what_one_does(tmp_path: Path) -> None:
@@ -44,8 +42,8 @@ def _children(parent: int) -> list[int]:
 
 def test_a_killed_rank_ends_the_run(tmp_path: Path) -> None:
     """Rank 1 is killed: rank 0 ends non-zero within 30 s, and the same command resumes."""
-    options = (*OPTIONS, *RANKS, "training.steps=3000")
-    process = start("train", *options, cwd=tmp_path)
+    options = (*OPTIONS, "training.steps=3000")
+    process = start("train", *options, *RANKS, cwd=tmp_path)
     checkpoints = tmp_path / RUN / "checkpoints"
     wait_until(lambda: any(checkpoints.glob("*.sha256")), process)
     ranks = [child for child in _children(process.pid) if "train.py" in Path(f"/proc/{child}/cmdline").read_text()]
@@ -55,13 +53,12 @@ def test_a_killed_rank_ends_the_run(tmp_path: Path) -> None:
     process.communicate(timeout=60)
     assert time.monotonic() - begin < 30
     assert process.returncode != 0
-    again = start("train", *options, cwd=tmp_path)
     before = max(path.name for path in checkpoints.glob("*.ckpt"))
-    wait_until(lambda: max(path.name for path in checkpoints.glob("*.ckpt")) > before, again)
-    for child in _children(again.pid):
-        os.kill(child, signal.SIGKILL)
-    again.kill()
-    out, _ = again.communicate()
+    again = start_ranks("train", *options, cwd=tmp_path)
+    wait_until(lambda: max(path.name for path in checkpoints.glob("*.ckpt")) > before, again[0])
+    for rank in again:
+        rank.kill()
+    out, _ = again[0].communicate()
     assert "resuming from" in out
 
 
@@ -72,13 +69,5 @@ def test_ranks_wait_for_a_family_that_is_only_to_be_written(made: tuple[Path, st
     for level in ("xs", "s"):
         path = tmp_path / f"runs/digits/unet_{level}/settings.json"
         write_json(path, read_json(path) | {"world_size": 2})
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = str(listener.getsockname()[1])
-    about = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "test"}
-    about |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    ranks = [start("train", *TRAIN, *RANKS, cwd=tmp_path, **about, RANK=rank, LOCAL_RANK=rank) for rank in ("0", "1")]
-    for process in ranks:
-        _, err = process.communicate(timeout=120)
-        assert process.returncode == 0, err
+    succeed_ranks("train", *TRAIN, cwd=tmp_path)
     assert (tmp_path / "runs/digits/family/calibration.json").exists()

@@ -15,7 +15,7 @@ from mlem.data import Shards
 from mlem.images import quantise
 from mlem.metrics import FID, Measure
 from mlem.outputs import png_tree, read_pixels, write_png
-from tests.commands import execute, run_here, succeed
+from tests.commands import finish, run_here, start_ranks, succeed, succeed_ranks
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),  # of diffusers
@@ -120,8 +120,7 @@ def test_without_a_metric_samples_are_not_scored(here: Path) -> None:
 def test_two_ranks_give_the_same_and_report_a_broken_image_once(here: Path, tree: Path) -> None:
     options = ["eval=folder", f"folder={tree}", *ALL]
     run_here("sample", *options, "out=one", "trainer=cpu")
-    ranks = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
-    printed = succeed("sample", *options, *ranks, "out=two", cwd=here)
+    printed = succeed_ranks("sample", *options, "out=two", cwd=here)
     assert printed.count("fid_random256@40") == 2  # the warning and the score
     one, two = scores(here / "one"), scores(here / "two")
     assert one.keys() == two.keys()
@@ -129,9 +128,9 @@ def test_two_ranks_give_the_same_and_report_a_broken_image_once(here: Path, tree
         same(two[name], score)
     broken = tree / "b" / "021.png"  # of the second rank
     broken.write_bytes(broken.read_bytes()[:60])
-    done = execute("sample", *options, *ranks, cwd=here)
-    ours = [line for line in done.stderr.splitlines() if line.startswith("sample.py: ")]
-    assert done.returncode != 0  # 2; Lightning aborts rank 0 where it sees the other one leave first
+    done = [finish(process) for process in start_ranks("sample", *options, cwd=here)]
+    ours = [line for one in done for line in one.stderr.splitlines() if line.startswith("sample.py: ")]
+    assert all(one.returncode == 2 for one in done)
     assert len(ours) == 1
     assert f"{broken} cannot be read as a PNG" in ours[0]
 

@@ -13,9 +13,8 @@ from mlem.outputs import read_png
 from mlem.training.denoising import FamilyModule
 from mlem.training.evaluation import SamplerChoice
 from tests import evaluating
-from tests.commands import run_here, succeed
+from tests.commands import run_here, succeed, succeed_ranks
 
-RANKS = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
 PARALLEL = ["root=runs/tiny", "sampler=parallel_midpoint", "steps=3", "sampler.options.midpoints=4"]
 PARALLEL += ["sampler.options.window=8", "seeds=0-2", "batch_size=2"]
 
@@ -53,7 +52,7 @@ def test_a_batch_spread_over_two_ranks_is_the_batch(trained: Path, tmp_path: Pat
     """All ranks share every call: the same pictures, each written once, the calls shared out."""
     alone, shared = tmp_path / "alone", tmp_path / "shared"
     succeed("sample", *PARALLEL, "trainer=cpu", f"out={alone}", cwd=trained)
-    printed = succeed("sample", *PARALLEL, "sampler.over=ranks", f"out={shared}", *RANKS, cwd=trained)
+    printed = succeed_ranks("sample", *PARALLEL, "sampler.over=ranks", f"out={shared}", cwd=trained)
     for path in sorted(alone.glob("0*.png")):
         difference = read_png(path) - read_png(shared / path.name)
         assert difference.abs().max() <= 2 / 255  # a level rounds otherwise in a batch of another size
@@ -63,7 +62,7 @@ def test_a_batch_spread_over_two_ranks_is_the_batch(trained: Path, tmp_path: Pat
     assert costs[1]["rounds"] == pytest.approx(costs[0]["rounds"], rel=0.2)
     assert costs[1]["levels"]["s"]["calls"] == pytest.approx(costs[0]["levels"]["s"]["calls"], rel=0.2)
     assert printed.count("3 images computed, level s") == 1
-    again = succeed("sample", *PARALLEL, "sampler.over=ranks", f"out={shared}", *RANKS, cwd=trained)
+    again = succeed_ranks("sample", *PARALLEL, "sampler.over=ranks", f"out={shared}", cwd=trained)
     assert "nothing to do" in again
 
 

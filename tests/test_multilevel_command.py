@@ -25,7 +25,7 @@ from mlem.multilevel.pilot import PILOTS, discretisations
 from mlem.multilevel.plan import Plan
 from mlem.outputs import read_png, sample_path
 from mlem.sampling import sample
-from tests.commands import TRAIN, configure, metrics, run_here, run_in, start, succeed, wait_until
+from tests.commands import TRAIN, configure, metrics, run_here, run_in, start, succeed_ranks, wait_until
 from tests.test_sample_command import images
 
 pytestmark = [
@@ -34,7 +34,6 @@ pytestmark = [
 ]
 FAMILY = Path("runs/digits/family")
 MLEM = ("trainer=cpu", "sampler=mlem", "cost=flops", "budget=0.6", "steps=8", "batch_size=4")
-RANKS = ("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2")
 
 
 @pytest.fixture
@@ -317,7 +316,7 @@ def test_ranks_and_kills_leave_the_same_bytes(here: Path, tmp_path: Path) -> Non
     before = images(cut)
     assert before == {name: one[name] for name in before}
     assert len(before) < len(one) == 10
-    printed = succeed("sample", *options, *RANKS, f"out={cut}", cwd=here)
+    printed = succeed_ranks("sample", *options, f"out={cut}", cwd=here)
     assert images(cut) == one
     assert printed.count("level xs:") == printed.count("level s:") == 1
     with pytest.raises(ValueError, match=r"plan: \w+ there, \w+ now.*choose another out="):

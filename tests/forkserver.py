@@ -1,0 +1,225 @@
+"""Commands in processes of their own that need no imports: forked from one that has made them all.
+
+`python train.py` spends most of a short run on imports. Here a server makes them once, and for each command forks a
+child that takes over arguments, folder and environment, and runs the script as `__main__`.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import functools
+import gc
+import importlib
+import json
+import os
+import runpy
+import selectors
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import IO, Any, Never, Self
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+LIMIT = 1 << 20
+"""Bytes of a request, at most."""
+MODULES = (
+    "diffusers.models.unets.unet_2d",
+    "hydra.core.override_parser.overrides_parser",
+    "matplotlib.pyplot",
+    "mlem.cli.sample",
+    "mlem.cli.train",
+    "sklearn.datasets",
+    "wandb.sdk.launch",
+)
+"""What commands import, now or later."""
+NUMBER = struct.Struct("i")
+
+
+class Forked:
+    """A command that runs; as subprocess.Popen with its output caught as text."""
+
+    def __init__(self, args: list[str], cwd: Path, env: Mapping[str, str]) -> None:
+        """args: the script and its options."""
+        self.args, self.returncode = args, None
+        self._out, self._err = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115  (read at the end)
+        self._status, theirs = os.pipe()
+        request = json.dumps({"args": args, "cwd": str(cwd), "env": dict(env)}).encode()
+        assert len(request) < LIMIT
+        socket.send_fds(_server(), [request], [self._out.fileno(), self._err.fileno(), theirs])
+        os.close(theirs)
+        self.pid = self._next()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.wait()
+
+    def _next(self) -> int:
+        """What the server tells next: the process, then how it ended."""
+        told = os.read(self._status, NUMBER.size)
+        assert told, "the server of processes has ended"
+        return NUMBER.unpack(told)[0]
+
+    def poll(self) -> int | None:
+        return self._ended(0)
+
+    def wait(self, timeout: float | None = None) -> int:
+        code = self._ended(timeout)
+        if code is None:
+            raise subprocess.TimeoutExpired(self.args, timeout or 0)
+        return code
+
+    def _ended(self, timeout: float | None) -> int | None:
+        if self.returncode is None:
+            with selectors.DefaultSelector() as selector:
+                selector.register(self._status, selectors.EVENT_READ)
+                if not selector.select(timeout):
+                    return None
+            self.returncode = self._next()
+            os.close(self._status)
+            self._texts = [_all_of(file) for file in (self._out, self._err)]
+        return self.returncode
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        """All of standard output and standard error, after the end."""
+        self.wait(timeout)
+        return self._texts[0], self._texts[1]
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+def _all_of(file: IO[bytes]) -> str:
+    with file:
+        file.seek(0)
+        return file.read().decode()
+
+
+@functools.cache
+def _server() -> socket.socket:
+    """The connection to the server, which is started where there is none, and ends with this process."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    command = [sys.executable, "-m", __name__, str(theirs.fileno())]
+    env = {key: value for key, value in os.environ.items() if not key.startswith("COV_")}
+    env |= {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    null = subprocess.DEVNULL
+    server = subprocess.Popen(command, cwd=REPOSITORY, env=env, pass_fds=[theirs.fileno()], stdin=null, stdout=null)
+    theirs.close()
+
+    def end() -> None:
+        ours.close()
+        server.wait()
+
+    atexit.register(end)
+    return ours
+
+
+# --- the server ----------------------------------------------------------------------------------------------------
+
+
+def serve(control: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
+    """Fork for every request until nobody can ask any more; a request and its files are returned in the child."""
+    running: dict[int, tuple[int, int]] = {}  # descriptor of the process -> its number, where its end is told
+    with selectors.DefaultSelector() as selector:
+        selector.register(control, selectors.EVENT_READ)
+        while True:
+            for key, _ in selector.select():
+                if key.fileobj is not control:
+                    selector.unregister(key.fileobj)
+                    _tell_end(key.fd, *running.pop(key.fd))
+                    continue
+                request, files, _, _ = socket.recv_fds(control, LIMIT, 3)
+                if not request:
+                    return None
+                *outputs, status = files
+                if (pid := os.fork()) == 0:
+                    for descriptor in [status, *running, *(end for _, end in running.values())]:
+                        os.close(descriptor)
+                    return json.loads(request), outputs
+                for output in outputs:
+                    os.close(output)
+                os.write(status, NUMBER.pack(pid))
+                process = os.pidfd_open(pid)
+                running[process] = pid, status
+                selector.register(process, selectors.EVENT_READ)
+
+
+def _tell_end(process: int, pid: int, status: int) -> None:
+    _, how = os.waitpid(pid, 0)
+    os.close(process)
+    with contextlib.suppress(BrokenPipeError):  # nobody asks any more
+        os.write(status, NUMBER.pack(os.waitstatus_to_exitcode(how)))
+    os.close(status)
+
+
+def become(request: dict[str, Any], outputs: list[int]) -> None:
+    """Take over what the request asks for, and run the script as `python script options` would."""
+    for target, output in enumerate(outputs, 1):
+        os.dup2(output, target)
+        os.close(output)
+    os.chdir(request["cwd"])
+    os.environ.clear()
+    os.environ.update(request["env"])
+    from lightning.fabric.utilities import rank_zero as fabric
+    from lightning_utilities.core import rank_zero
+
+    # found out when they were imported
+    fabric.rank_zero_only.rank = rank_zero.rank_zero_only.rank = int(os.environ.get("RANK", "0"))
+    from wandb.sdk.data_types._private import MEDIA_TMP
+
+    # a folder of its own, for the end of the process removes it
+    MEDIA_TMP._finalizer.detach()  # type: ignore[attr-defined]
+    MEDIA_TMP.__init__("wandb-media")
+    script = request["args"][0]
+    sys.argv, sys.path[0] = list(request["args"]), str(Path(script).parent)
+    runpy.run_path(script, run_name="__main__")
+
+
+def end_after(job: Callable[[], None]) -> Never:
+    """Do the job and end as Python does, but for taking all modules apart, which takes a second of processor time."""
+    code = 1
+    try:
+        job()
+        code = 0
+    except SystemExit as error:
+        if isinstance(error.code, str):
+            print(error.code, file=sys.stderr)
+        else:
+            code = error.code or 0
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    threading._shutdown()  # type: ignore[attr-defined]  (waits for threads, as multiprocessing has it)
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def main() -> None:
+    """Import what commands import, then serve at the socket whose descriptor is given."""
+    import mlem.cli
+
+    named = {name: getattr(mlem.cli, name) for name in ("train", "sample")}
+    for module in MODULES:
+        importlib.import_module(module)
+    vars(mlem.cli).update(named)  # which the modules of these names replaced
+    gc.freeze()  # else each child's collector would copy all of these objects
+    with socket.socket(fileno=int(sys.argv[1])) as control:
+        asked = serve(control)
+    end_after(lambda: become(*asked) if asked is not None else None)
+
+
+if __name__ == "__main__":
+    main()
