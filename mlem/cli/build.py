@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -14,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from mlem.cli.config import on_devices, parse_indices, without_secrets, written
 from mlem.cli.measure import measure_of
+from mlem.comparison.entry import Entry, refuse_duplicates
 from mlem.data import BatchSource, Shards, held_out_batches, make_source, train_loader
 from mlem.family import Family
 from mlem.files import first_process, read_object, write_json, write_text
@@ -22,9 +22,8 @@ from mlem.multilevel.plan import Plan
 from mlem.multilevel.spec import PlanSpec, stored_plan
 from mlem.networks import unet
 from mlem.provenance import provenance
-from mlem.sampling import solver_of
 from mlem.schedule import NoiseSchedule
-from mlem.training.evaluation import SamplerChoice, SamplerEvaluation, refuse_duplicates
+from mlem.training.evaluation import SamplerEvaluation
 from mlem.training.loggers import JSONLinesLogger, wandb_logger
 
 
@@ -117,38 +116,13 @@ class LoaderFromStep(pl.LightningDataModule):
 
 
 TARGETS = ("budget", "mse", "delta")
-_PLAN_OPTIONS = (
-    *TARGETS,
-    "probabilities",
-    "coins",
-    "estimator",
-    "order",
-    "levels",
-    "cost",
-    "batch_size",
-    "seed",
-    "per_sample",
-)
-
-
-def plan_spec(options: Mapping[str, Any], name: str) -> PlanSpec:
-    """The spec with these options (null ones left out). Raises ValueError that begins with `name`."""
-    given = {key: value for key, value in options.items() if value is not None}
-    if unknown := sorted(given.keys() - set(_PLAN_OPTIONS)):
-        raise ValueError(f"{name}{unknown[0]}: there is no such option; there are {', '.join(_PLAN_OPTIONS)}")
-    for key in ("levels", "probabilities"):
-        if isinstance(given.get(key), list):
-            given[key] = tuple(given[key])
-    try:
-        return PlanSpec(**given)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{name}{error}") from error
+_SHAPING = ("probabilities", "coins", "estimator", "order", "levels", "cost", "per_sample")
 
 
 def plan_of(config: DictConfig, model: Family | Level) -> Plan | PlanSpec | None:
     """What `plan=`, `budget=` and their like ask for; None for one level. Raises ValueError for what does not fit."""
     plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
-    options = {key: plain[key] for key in _PLAN_OPTIONS if key in plain and key not in ("batch_size", "seed")}
+    options = {key: plain[key] for key in (*TARGETS, *_SHAPING) if key in plain}
     own_dial = any(plain[key] is not None for key in ("mse", "delta", "plan"))
     if own_dial and plain["budget"] == plain["sampler"].get("budget"):
         options["budget"] = plain["budget"] = None  # the sampler's own budget gives way
@@ -167,7 +141,7 @@ def plan_of(config: DictConfig, model: Family | Level) -> Plan | PlanSpec | None
     if config.level is not None:
         raise ValueError(f"level={config.level} runs one level, {(dials or ['probabilities'])[0]}= several; give one")
     if plain["plan"] is None:
-        return plan_spec(options | {"batch_size": plain["batch_size"], "seed": plain["seed"]}, "")
+        return PlanSpec.from_options(options | {"batch_size": plain["batch_size"], "seed": plain["seed"]}, "")
     shaping = [key for key in ("levels", "coins", "probabilities", "order") if plain[key] is not None]
     shaping += ["per_sample"] if plain["per_sample"] else []
     shaping += ["estimator"] if plain["estimator"] != plain["sampler"].get("estimator") else []
@@ -177,47 +151,21 @@ def plan_of(config: DictConfig, model: Family | Level) -> Plan | PlanSpec | None
     return Plan.load(path) if path.endswith(".json") else stored_plan(model, path)
 
 
-def sampler_choices(config: DictConfig) -> list[SamplerChoice]:
+def sampler_entries(config: DictConfig) -> list[Entry]:
     """The samplers that `evaluation.samplers` lists. Raises ValueError that names the entry."""
-    choices = []
-    for number, entry in enumerate(config.evaluation.samplers):
-        name = f"evaluation.samplers[{number}]"
-        known = {"solver", "steps", "grid", "plan", "options"}
-        if not OmegaConf.is_dict(entry) or not {"solver", "steps"} <= set(entry) <= known:
-            raise ValueError(
-                f"{name} must be {{solver: name, steps: [n, ..], and, where wanted, grid: name, options: of it, "
-                f"plan: options}}, got {entry}"
-            )
-        steps = entry.steps
-        if not OmegaConf.is_list(steps) or not steps or not all(isinstance(n, int) and n >= 1 for n in steps):
-            raise ValueError(f"{name}.steps must be a list of step counts >= 1, got {steps}")
-        choices.append(_choice(name, entry))
-    if not choices:
+    plain: list[Any] = OmegaConf.to_container(config.evaluation.samplers, resolve=True)  # type: ignore[assignment]
+    entries = [Entry.from_options(entry, f"evaluation.samplers[{number}]") for number, entry in enumerate(plain)]
+    if not entries:
         raise ValueError("evaluation.samplers is empty: list one or more, such as [{solver: ddim, steps: [20]}]")
-    refuse_duplicates(choices)
-    return choices
-
-
-def _choice(name: str, entry: Any) -> SamplerChoice:
-    """One entry, whose shape is right. Raises ValueError that begins with `name`."""
-    plain: dict[str, Any] = OmegaConf.to_container(entry, resolve=True)  # type: ignore[assignment]
-    plan, options = plain.get("plan"), plain.get("options")
-    for key, value in (("plan", plan), ("options", options)):
-        if value is not None and not isinstance(value, dict):
-            raise ValueError(f"{name}.{key} must be options, such as {key}: {{name: value}}, got {value}")
-    spec = plan_spec(plan, f"{name}.plan: ") if plan else None
-    try:
-        solver_of(plain["solver"], **(options or {}))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{name}: {error}") from error
-    return SamplerChoice(plain["solver"], tuple(plain["steps"]), plain.get("grid"), spec, options or {})
+    refuse_duplicates(entries)
+    return entries
 
 
 def evaluation(config: DictConfig, shards: Shards, folder: Path) -> SamplerEvaluation:
     """The sampler evaluation that `evaluation` and `metric` describe, writing into `folder`."""
     options = config.evaluation
     return SamplerEvaluation(
-        sampler_choices(config),
+        sampler_entries(config),
         parse_indices(options.indices, "evaluation.indices"),
         folder,
         batch_size=options.batch_size,

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +27,8 @@ from mlem.multilevel.predict import Predictor, Search
 from mlem.solvers import SOLVERS, GridPoint, Solver, quadrature_weights
 
 PROBABILITIES = ("calibrated", "learned", "theory")
+_OPTIONS = ("budget", "mse", "delta", "probabilities", "coins", "estimator", "order", "levels", "cost", "batch_size")
+_OPTIONS += ("seed", "per_sample")
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,20 @@ class PlanSpec:
             raise ValueError(f"{self.probabilities} probabilities need budget= or mse=, such as budget=0.25")
         if self.delta is not None and self.probabilities != "learned":
             raise ValueError("delta shifts learned coefficients; say probabilities=learned, or give budget=")
+
+    @staticmethod
+    def from_options(options: Mapping[str, Any], prefix: str) -> PlanSpec:
+        """The spec with these options, null ones left out. Raises ValueError that begins with `prefix`."""
+        given = {key: value for key, value in options.items() if value is not None}
+        if unknown := sorted(given.keys() - set(_OPTIONS)):
+            raise ValueError(f"{prefix}{unknown[0]}: there is no such option; there are {', '.join(_OPTIONS)}")
+        for key in ("levels", "probabilities"):
+            if isinstance(given.get(key), list):
+                given[key] = tuple(given[key])
+        try:
+            return PlanSpec(**given)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{prefix}{error}") from error
 
     @property
     def searched(self) -> bool:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mlem.denoiser import NetworkDenoiser
 from mlem.multilevel.learn import TANGENTS, Objective, interval
-from mlem.training.checkpoints import renew_options
+from mlem.training.optimizers import renew_options
 from mlem.training.progress import BarProgress, LineProgress
 
 TRAINING, HELD_OUT = 2 * 10**9, 3 * 10**9
