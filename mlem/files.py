@@ -15,6 +15,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+__all__ = [
+    "atomic_write",
+    "check_format",
+    "damaged",
+    "first_process",
+    "folder_lock",
+    "read_json",
+    "read_object",
+    "remove",
+    "sha256",
+    "write_json",
+    "write_text",
+]
+
 _REMEDY = "restore it or delete it and make it again"
 _OF_ANOTHER_KIND = (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError, RuntimeError)
 
@@ -44,9 +58,13 @@ def folder_lock(folder: str | os.PathLike[str]) -> Iterator[None]:
 def atomic_write(path: str | os.PathLike[str], durable: bool = True) -> Iterator[IO[bytes]]:
     """Open a binary file beside `path` that replaces it when the block ends without an error.
 
-    Flushed and fsynced before the replacement, and the folder fsynced after it: a kill or a full disk
-    at any moment leaves either the old file or the new one. The temporary name starts with a dot.
-    durable=False leaves out both fsyncs: safe against kills, not against power cuts.
+    A kill or a full disk at any moment leaves either the old file or the new one. The temporary name starts with a
+    dot.
+
+    Args:
+        path: of the file.
+        durable: whether to fsync the file before the replacement and the folder after it; without, it is safe against
+            kills, not against power cuts.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -117,7 +135,7 @@ def check_format(plain: Any, known: int, what: str | os.PathLike[str], remedy: s
 
 @contextmanager
 def damaged(what: str | os.PathLike[str], remedy: str = _REMEDY) -> Iterator[None]:
-    """Within the block what was read is taken apart: if it is of another kind, one ValueError names `what` and remedy.
+    """Turn errors of taking plain data apart into one ValueError that names `what` and the remedy.
 
     Only for plain data: an error of the program itself would be taken for one of the file.
     """

@@ -14,15 +14,21 @@ from torch import Tensor
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+__all__ = ["GUTTER", "image_grid", "quantise"]
+
 GUTTER = 200  # the grey between images, told apart from black and white pictures alike
 
 
 def quantise(x: Tensor) -> Tensor:
     """Round images to the 256 values a PNG can hold.
 
-    x: (N, ...), floating point, nominally in [-1, 1]; what lies outside is clamped.
-    Returns uint8 of the same shape: -1 -> 0, 1 -> 255, rounded to nearest, not truncated.
-    Raises ValueError naming the first sample (index along dimension 0) that is not finite.
+    Args:
+        x: (N, ...), floating point, nominally in [-1, 1]; what lies outside is clamped.
+
+    Returns: uint8 of the same shape: -1 -> 0, 1 -> 255, rounded to nearest, not truncated.
+
+    Raises:
+        ValueError: names the first sample (index along dimension 0) that is not finite.
     """
     if not x.is_floating_point():
         raise ValueError(f"images to quantise must be floating point in [-1, 1], got {x.dtype}")
@@ -37,9 +43,15 @@ def quantise(x: Tensor) -> Tensor:
 def image_grid(images: Tensor, columns: int | None = None, scale: int | None = None) -> Image:
     """Images side by side, row by row, every pixel enlarged to a scale x scale square, between grey gutters.
 
-    images: (N, C, H, W), C 1 or 3, in [-1, 1] (clamped and rounded by `quantise`) or uint8. columns: nearest to a
-    square by default. scale: by default what brings the smaller side to 64 pixels or more. The gutters are 2 pixels,
-    around the whole too. Raises ValueError for other shapes, no images, columns or scale below 1.
+    The gutters are 2 pixels, around the whole too.
+
+    Args:
+        images: (N, C, H, W), C 1 or 3, in [-1, 1] (clamped and rounded by `quantise`) or uint8.
+        columns: by default what is nearest to a square.
+        scale: by default what brings the smaller side to 64 pixels or more.
+
+    Raises:
+        ValueError: for other shapes, no images, columns or scale below 1.
     """
     from PIL import Image as pillow
 

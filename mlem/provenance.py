@@ -7,6 +7,8 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+__all__ = ["provenance"]
+
 
 @cache
 def provenance() -> dict[str, str]:

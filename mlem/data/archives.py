@@ -17,6 +17,8 @@ from typing import IO
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+__all__ = ["checked_md5", "download", "located"]
+
 _BLOCK = 2**20
 _TIMEOUT = 30  # seconds without a byte
 

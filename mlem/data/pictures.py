@@ -16,8 +16,10 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+__all__ = ["FILTERS", "SUFFIXES", "centre_square", "opened", "to_rgb"]
+
 SUFFIXES = ("png", "jpg", "jpeg", "webp")
-MAX_PIXELS = 64 * 2**20
+_MAX_PIXELS = 64 * 2**20
 FILTERS = {name.lower(): Image.Resampling[name] for name in ("BOX", "BILINEAR", "BICUBIC", "LANCZOS")}
 
 
@@ -32,11 +34,11 @@ def opened(file: BinaryIO) -> Iterator[Image.Image]:
             warnings.simplefilter("ignore")  # Pillow's advice on odd metadata
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(file, formats=("PNG", "JPEG", "WEBP")) as image:
-                if image.width * image.height > MAX_PIXELS:
+                if image.width * image.height > _MAX_PIXELS:
                     raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
                 yield image
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ValueError(f"has more than {MAX_PIXELS} pixels ({error})") from error
+        raise ValueError(f"has more than {_MAX_PIXELS} pixels ({error})") from error
     except UnidentifiedImageError as error:  # whose text holds an address in memory
         raise ValueError("cannot be decoded as PNG, JPEG or WebP (it is none)") from error
     except (OSError, SyntaxError, EOFError, struct.error, zlib.error) as error:

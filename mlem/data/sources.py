@@ -33,7 +33,12 @@ class DataSet(ABC):
 
 @dataclass(frozen=True)
 class Partial:
-    """What `images(start, stop)` gives when some cannot be read: pixels of the others, in order; index -> why not."""
+    """What `images(start, stop)` gives when some cannot be read.
+
+    Args:
+        pixels: of the others, in order.
+        left_out: index -> why not.
+    """
 
     pixels: np.ndarray
     left_out: dict[int, str]
@@ -44,11 +49,15 @@ Images = Callable[[int, int], np.ndarray | Partial]
 
 @dataclass(frozen=True)
 class Source:
-    """Images to be prepared: `images(start, stop)` gives (stop - start, H, W, C) uint8, C = 1 or 3.
+    """Images to be prepared.
 
-    `info` holds the parameters that decide the pixels, seed included: two sources with the same `info` and `count`
-    must give the same images, however the range is cut. `images` is pickled where several processes work.
-    tolerance: how many images may be left out as unreadable, in a `Partial`.
+    Args:
+        images: `images(start, stop)` gives (stop - start, H, W, C) uint8, C = 1 or 3; pickled where several processes
+            work.
+        count: number of images.
+        info: what decides the pixels, seed included: two sources with the same `info` and `count` must give the same
+            images, however the range is cut.
+        tolerance: how many images may be left out as unreadable, in a `Partial`.
     """
 
     images: Images
@@ -70,8 +79,12 @@ class Source:
 class Stored:
     """Images in files that must be opened first.
 
-    shape: (C, H, W). info: what the options say of the pixels; the opened source adds what identifies the files.
-    path: the archive or folder; None when the user did not say where. usual: what to call it then. read: opens a path.
+    Args:
+        shape: (C, H, W).
+        info: what the options say of the pixels; the opened source adds what identifies the files.
+        path: the archive or folder; None when the user did not say where.
+        usual: what to call it then.
+        read: opens a path.
     """
 
     shape: tuple[int, int, int]
@@ -96,9 +109,12 @@ def shape_of(images: Images) -> tuple[int, int, int]:
 def checked(
     images: Images, start: int, stop: int, shape: tuple[int, int, int] | None = None
 ) -> tuple[np.ndarray, dict[int, str]]:
-    """What `images(start, stop)` gives: (n, H, W, C) uint8, and by index why the others of the range are left out.
+    """What `images(start, stop)` gives, checked.
 
-    ValueError when it is of another kind, or not of `shape` (C, H, W).
+    Returns: (n, H, W, C) uint8, and index -> why it is left out, for the others of the range.
+
+    Raises:
+        ValueError: it is of another kind, or not of `shape` (C, H, W).
     """
     given = images(start, stop)
     batch, left_out = (given.pixels, given.left_out) if isinstance(given, Partial) else (given, {})

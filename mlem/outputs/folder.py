@@ -17,6 +17,8 @@ from mlem.outputs.images import read_png, sample_path, write_png
 from mlem.outputs.manifest import survey, write_manifest
 from mlem.sampling import NonFiniteError, Sampler, blocks
 
+__all__ = ["GRID_IMAGES", "claim", "clear_leftovers", "differences", "finish", "write_grid", "write_samples"]
+
 GRID_IMAGES = 64
 
 
@@ -63,10 +65,18 @@ def write_samples(
 
     Batches are cut from `indices` alone, never from what is missing, so that an image is computed in the same
     batch, and comes out in the same bytes, for any number of ranks and after any interruption. The batches that
-    miss an image are dealt to the ranks in turn.
-    missing: the indices to make, the same on every rank; None: those that are not in the folder, or broken there.
-    advance: told of the images done. keeps: write them; of several ranks that share every batch one does.
-    A batch is written while the next is computed: memory holds two.
+    miss an image are dealt to the ranks in turn. A batch is written while the next is computed: memory holds two.
+
+    Args:
+        sampler: makes them.
+        indices: of all samples that the folder is to hold.
+        folder: to write.
+        batch_size: images in a batch.
+        missing: the indices to make, the same on every rank; None: those that are not in the folder, or broken there.
+        rank: of this process, in [0, world_size).
+        world_size: number of ranks that share the work.
+        advance: told of the images done.
+        keeps: whether to write them; of several ranks that share every batch one does.
     """
     wanted = set(missing if missing is not None else set(indices) - survey(folder).sound.keys())
     ledger, failure, hashes = Ledger(), None, {}
@@ -96,9 +106,15 @@ def _write(folder: Path, images: Mapping[int, Tensor]) -> dict[int, str]:
 
 
 def finish(folder: Path, indices: Sequence[int], ledger: Ledger, hashes: Mapping[int, str]) -> dict[str, Any]:
-    """Write grid and manifest, and add this run to `ledger.json`; returns what that now holds. Rank 0, after all.
+    """Write grid and manifest, and add this run to `ledger.json`; call it on rank 0, after all.
 
-    hashes: index -> SHA-256 of every image that the folder should hold.
+    Args:
+        folder: of the samples.
+        indices: those that the grid shows first.
+        ledger: of this run.
+        hashes: index -> SHA-256 of every image that the folder should hold.
+
+    Returns: what `ledger.json` now holds.
     """
     write_grid(folder, indices)
     write_manifest(folder, hashes)

@@ -16,7 +16,9 @@ from torch import Tensor
 
 from mlem.files import atomic_write
 
-FLAT = 1000
+__all__ = ["is_whole", "png_tree", "read_pixels", "read_png", "sample_indices", "sample_path", "write_png"]
+
+_FLAT = 1000
 """Samples below this index lie in the folder itself, the others in one sub-folder for each thousand."""
 _CHANNELS = {"L": 1, "RGB": 3}
 _END = b"\0\0\0\0IEND\xaeB`\x82"
@@ -25,7 +27,7 @@ _END = b"\0\0\0\0IEND\xaeB`\x82"
 def sample_path(folder: Path, index: int) -> Path:
     """Where sample `index` is kept: `folder/00000012.png`, from 1000 on `folder/00012/00012345.png`."""
     name = f"{index:08d}.png"
-    return folder / name if index < FLAT else folder / f"{index // FLAT:05d}" / name
+    return folder / name if index < _FLAT else folder / f"{index // _FLAT:05d}" / name
 
 
 def sample_indices(folder: Path) -> list[int]:
@@ -38,7 +40,7 @@ def sample_indices(folder: Path) -> list[int]:
         if name != sample_path(folder, index).name:  # a zero too many: none of ours
             continue
         found.append(index)
-        if index >= FLAT:
+        if index >= _FLAT:
             sample_path(folder, index).parent.mkdir(exist_ok=True)
             os.replace(folder / name, sample_path(folder, index))
     for thousand in _names(folder, r"\d{5,}"):

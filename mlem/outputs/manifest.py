@@ -15,16 +15,21 @@ from pathlib import Path
 from mlem.files import read_object, sha256, write_json, write_text
 from mlem.outputs.images import is_whole, sample_indices, sample_path
 
-FORMAT = 1
-MANIFEST, LIST = "manifest.json", "images.sha256"
+__all__ = ["Survey", "spans", "survey", "verify", "write_manifest"]
+
+_FORMAT = 1
+_MANIFEST, _LIST = "manifest.json", "images.sha256"
 _READERS = 8  # files read at once: on a network disk most of the time is waiting
 
 
 @dataclass(frozen=True)
 class Survey:
-    """What is in a folder of samples. sound: index -> SHA-256 of the image. broken: index -> what is wrong with it.
+    """What is in a folder of samples.
 
-    noted: index -> SHA-256 as the manifest has it; nothing where there is no manifest.
+    Args:
+        sound: index -> SHA-256 of the image.
+        broken: index -> what is wrong with it.
+        noted: index -> SHA-256 as the manifest has it; nothing where there is no manifest.
     """
 
     sound: dict[int, str]
@@ -47,7 +52,7 @@ def survey(folder: Path) -> Survey:
         path = sample_path(folder, index)
         digest = sha256(path)
         if index in noted:
-            return digest, None if digest == noted[index] else f"differs from its SHA-256 in {LIST}"
+            return digest, None if digest == noted[index] else f"differs from its SHA-256 in {_LIST}"
         return digest, None if is_whole(path) else "is no whole PNG"
 
     with ThreadPoolExecutor(_READERS) as pool:
@@ -61,20 +66,20 @@ def survey(folder: Path) -> Survey:
 def write_manifest(folder: Path, hashes: Mapping[int, str]) -> None:
     """Note that `folder` holds the images with these indices and SHA-256s."""
     lines = [f"{hashes[index]}  {sample_path(Path(), index).as_posix()}\n" for index in sorted(hashes)]
-    write_text(folder / LIST, "".join(lines))
-    about = {"format": FORMAT, "count": len(hashes), "indices": spans(hashes)}
+    write_text(folder / _LIST, "".join(lines))
+    about = {"format": _FORMAT, "count": len(hashes), "indices": spans(hashes)}
     write_json(
-        folder / MANIFEST,
-        about | {"settings": read_object(folder / "settings.json"), "sha256": sha256(folder / LIST)},
+        folder / _MANIFEST,
+        about | {"settings": read_object(folder / "settings.json"), "sha256": sha256(folder / _LIST)},
     )
 
 
 def _noted(folder: Path) -> dict[int, str]:
     """The list, where the manifest vouches for it: a kill between the two leaves an older manifest."""
-    if not (folder / MANIFEST).exists() or not (folder / LIST).exists():
+    if not (folder / _MANIFEST).exists() or not (folder / _LIST).exists():
         return {}
-    listed = (folder / LIST).read_bytes()
-    if read_object(folder / MANIFEST).get("sha256") != hashlib.sha256(listed).hexdigest():
+    listed = (folder / _LIST).read_bytes()
+    if read_object(folder / _MANIFEST).get("sha256") != hashlib.sha256(listed).hexdigest():
         return {}
     lines = (line.split("  ", 1) for line in listed.decode().splitlines())
     return {int(Path(name).stem): digest for digest, name in lines}
@@ -85,12 +90,14 @@ def verify(folder: Path) -> tuple[int, dict[int, str]]:
 
     Raises FileNotFoundError where there is no manifest and ValueError where it was damaged.
     """
-    if not (folder / MANIFEST).is_file():
-        raise FileNotFoundError(f"{folder} has no {MANIFEST}: run its sample command again, which ends with writing it")
+    if not (folder / _MANIFEST).is_file():
+        raise FileNotFoundError(
+            f"{folder} has no {_MANIFEST}: run its sample command again, which ends with writing it"
+        )
     found = survey(folder)
     if not found.noted:
-        raise ValueError(f"{folder}/{LIST} is not what {MANIFEST} says: run its sample command again")
-    extra = dict.fromkeys(found.sound.keys() - found.noted.keys(), f"is not in {MANIFEST}")
+        raise ValueError(f"{folder}/{_LIST} is not what {_MANIFEST} says: run its sample command again")
+    extra = dict.fromkeys(found.sound.keys() - found.noted.keys(), f"is not in {_MANIFEST}")
     return len(found.noted), dict(sorted((found.broken | extra).items()))
 
 

@@ -12,13 +12,19 @@ from mlem.outputs.folder import claim, clear_leftovers, differences, write_grid
 from mlem.outputs.images import sample_path
 from mlem.outputs.manifest import survey, write_manifest
 
+__all__ = ["merge"]
+
 
 def merge(out: Path, parts: Sequence[Path]) -> int:
     """Copy the samples of `parts` into `out`; return how many it then holds. Run again, it goes on where it was.
 
     `out` may hold samples of earlier merges; its ledger is the sum of those of `parts`. Nothing is copied before all
-    is read and found in order: ValueError, with both sides, when settings differ or two folders hold other images
-    under one index, and when a part has broken images or `out` was sampled into.
+    is read and found in order.
+
+    Raises:
+        FileNotFoundError: a part holds no samples.
+        ValueError: settings differ or two folders hold other images under one index (both sides are named), a part
+            has broken images, or `out` was sampled into.
     """
     ledger = out / "ledger.json"
     if ledger.exists() and "merged" not in read_object(ledger):

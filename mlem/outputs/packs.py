@@ -21,13 +21,21 @@ from mlem.files import atomic_write
 from mlem.outputs.images import read_pixels, sample_path
 from mlem.outputs.manifest import spans
 
+__all__ = ["FORMATS", "pack"]
+
 FORMATS = ("png", "shards", "npz")
 
 
 def pack(folder: Path, indices: Sequence[int], hashes: Mapping[int, str], format: str) -> Path:
-    """Pack these samples, in this order, as `format`, one of FORMATS; returns where. Nothing is done twice.
+    """Pack samples; nothing is done twice.
 
-    hashes: index -> SHA-256 of the images; what was packed from other images is replaced.
+    Args:
+        folder: of the samples.
+        indices: of those to pack, in this order.
+        hashes: index -> SHA-256 of the images; what was packed from other images is replaced.
+        format: one of FORMATS.
+
+    Returns: where they are.
     """
     digest = hashlib.sha256("".join(hashes[index] for index in indices).encode()).hexdigest()
     if format == "npz":

@@ -18,6 +18,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 from mlem.data.shards.order import pass_order
 from mlem.data.shards.reading import Shards
 
+__all__ = ["Batch", "BatchSource", "held_out_batches", "train_loader"]
+
 Batch = dict[str, Tensor]
 
 
@@ -33,7 +35,18 @@ class BatchSource(IterableDataset[Batch]):
     "position": (n,) int64, the place in the endless sequence}, n = batch_size / world_size. No two images of a run
     share a position: key noise by it.
 
-    ValueError names an option that is out of range, and a batch_size that world_size does not divide.
+    Args:
+        shards: the data set.
+        indices: (N,), distinct images of it.
+        batch_size: images in a batch, all ranks together; a multiple of world_size.
+        seed: of the orders.
+        rank: of this process, in [0, world_size).
+        world_size: number of ranks.
+        start: number of the first batch.
+        stop: number after the last batch; None: endless.
+
+    Raises:
+        ValueError: names an option out of range.
     """
 
     def __init__(
@@ -94,7 +107,15 @@ class BatchSource(IterableDataset[Batch]):
 
 
 def train_loader(source: BatchSource, workers: int = 0) -> DataLoader[Batch]:
-    """A loader of `source`'s batches in order; `workers` processes read ahead (0: read in this process)."""
+    """Load the batches of `source` in order.
+
+    Args:
+        source: of the batches.
+        workers: processes that read ahead; 0: this one reads.
+
+    Raises:
+        ValueError: workers is negative.
+    """
     if workers < 0:
         raise ValueError(f"workers must be >= 0, got {workers}")
     return _loader(source, workers)
@@ -103,13 +124,23 @@ def train_loader(source: BatchSource, workers: int = 0) -> DataLoader[Batch]:
 def held_out_batches(
     shards: Shards, indices: np.ndarray, batch_size: int, rank: int = 0, world_size: int = 1
 ) -> DataLoader[Batch]:
-    """A sized loader for validation: rank r reads indices[r::world_size] in order, without padding.
+    """Load images for validation: rank r reads indices[r::world_size] in order, without padding.
 
     Over all ranks every index comes exactly once; the last batch may be short, and ranks may differ by one image,
     so gather at the end and not at each batch. "position" is the place in `indices`. With Lightning, give
     `use_distributed_sampler=False`: the division over ranks is already made.
 
-    ValueError when there are fewer indices than ranks.
+    Args:
+        shards: the data set.
+        indices: (N,), distinct images of it.
+        batch_size: images in a batch of this rank.
+        rank: of this process, in [0, world_size).
+        world_size: number of ranks.
+
+    Returns: a loader with a length.
+
+    Raises:
+        ValueError: an option is out of range, or there are fewer indices than ranks.
     """
     indices = _checked_indices(shards, indices)
     _check_rank(rank, world_size)

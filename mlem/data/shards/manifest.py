@@ -14,7 +14,9 @@ from typing import Any
 
 from mlem.files import read_json, write_json
 
-FORMAT = 1
+__all__ = ["MANIFEST", "UNFINISHED", "Manifest", "ShardRecord", "plain_folder", "same_data"]
+
+_FORMAT = 1
 MANIFEST = "manifest.json"
 UNFINISHED = "manifest.unfinished.json"  # the manifest so far, while a preparation runs or after it was interrupted
 
@@ -31,9 +33,16 @@ class ShardRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A data set: `shape` is (C, H, W), `info` the generator's parameters, `count` the number of images.
+    """What a prepared data set holds.
 
-    left_out: key -> file and fault of each image of the source that could not be read; they are not in `count`.
+    Args:
+        name: of the data set.
+        shape: (C, H, W) of every image.
+        info: what decides the pixels.
+        count: number of images.
+        shard_size: images of the source in a shard.
+        shards: those that are finished.
+        left_out: key -> file and fault of each image of the source that could not be read; not in `count`.
     """
 
     name: str
@@ -51,15 +60,15 @@ class Manifest:
 
     def write(self, path: Path) -> None:
         """Write to `path` atomically."""
-        write_json(path, {"format": FORMAT, **asdict(self)})
+        write_json(path, {"format": _FORMAT, **asdict(self)})
 
     @classmethod
     def read(cls, path: Path) -> Manifest:
         """Read and check `path`. ValueError names the file and what is wrong with it."""
         value = read_json(path)
-        if not isinstance(value, dict) or value.get("format") != FORMAT:
+        if not isinstance(value, dict) or value.get("format") != _FORMAT:
             found = value.get("format") if isinstance(value, dict) else type(value).__name__
-            raise ValueError(f"{path}: format is {found!r}, this version reads {FORMAT}; prepare the data set again")
+            raise ValueError(f"{path}: format is {found!r}, this version reads {_FORMAT}; prepare the data set again")
         try:
             records = tuple(
                 ShardRecord(str(r["file"]), int(r["count"]), int(r["bytes"]), str(r["sha256"])) for r in value["shards"]
@@ -85,9 +94,16 @@ class Manifest:
 
 
 def same_data(folder: Path, found: Manifest, wanted: Manifest, *, shard_size: bool) -> None:
-    """Refuse `folder` unless it holds the data that are `wanted`; ValueError names each difference, both sides.
+    """Refuse a folder that holds other data.
 
-    The division into shards is compared only if `shard_size` is true: it does not change the data.
+    Args:
+        folder: named in the error.
+        found: the manifest in it.
+        wanted: what it should hold.
+        shard_size: whether to compare the division into shards too, which does not change the data.
+
+    Raises:
+        ValueError: names each difference, both sides.
     """
     sides = [{"name": m.name, "shape": list(m.shape), "count": m.total, **m.info} for m in (found, wanted)]
     if shard_size:

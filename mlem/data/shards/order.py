@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+__all__ = ["GROUP", "pass_order", "permutation", "random_words", "split"]
+
 GROUP = 8  # shards shuffled together: a window of this many files is read at a time
 _SPLIT, _SHARDS, _IMAGES = range(3)  # purposes, so that no two uses share random words
 

@@ -13,25 +13,34 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
-Result = TypeVar("Result")
+__all__ = ["in_order"]
+
+_Result = TypeVar("_Result")
 
 _AHEAD = 2  # tasks for each process that are under way or done before they are needed
 _function: Callable[..., Any]
 
 
 def in_order(
-    function: Callable[..., Result], tasks: Iterable[tuple[Any, ...]], workers: int
-) -> Generator[Result, None, None]:
-    """`function(*task)` for each task, in order: in this process, or with workers > 1 in that many others.
+    function: Callable[..., _Result], tasks: Iterable[tuple[Any, ...]], workers: int
+) -> Generator[_Result, None, None]:
+    """Yield `function(*task)` for each task, in order; memory does not grow with their number.
 
-    `function` is pickled once for each process, a task each time; memory does not grow with the number of tasks.
-    Close the iterator to end the processes; they also end when this one is killed. ValueError when one is killed.
+    Close the iterator to end the processes; they also end when this one is killed.
+
+    Args:
+        function: pickled once for each process.
+        tasks: the arguments of each call, pickled.
+        workers: processes that work; 1: this one alone.
+
+    Raises:
+        ValueError: a process was killed.
     """
     if workers == 1:
         yield from itertools.starmap(function, tasks)
         return
     waiting = iter(tasks)
-    ahead: deque[Future[Result]] = deque()
+    ahead: deque[Future[_Result]] = deque()
     # spawn: a fork would share locks that are held and threads that are running
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=(function,)) as pool:

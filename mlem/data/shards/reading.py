@@ -26,6 +26,8 @@ from mlem.data.shards import order
 from mlem.data.shards.manifest import MANIFEST, UNFINISHED, Manifest, ShardRecord, plain_folder
 from mlem.files import atomic_write, sha256
 
+__all__ = ["SUFFIXES", "Shards", "decode"]
+
 SUFFIXES = (*IMAGE_SUFFIXES, "json", "txt", "cls")
 _INDEX = ".index.npz"  # what a verification found, with the sizes and times of the files it saw
 _OPEN_FILES = 32

@@ -30,6 +30,8 @@ from mlem.data.shards.parallel import in_order
 from mlem.data.sources import Images, checked, shape_of
 from mlem.files import atomic_write, sha256
 
+__all__ = ["write_shards"]
+
 _CHUNK = 64  # images asked from the source at a time
 _CHUNK_BYTES = 4 * 2**20  # .. unless their pixels are more
 
@@ -51,14 +53,27 @@ def write_shards(
     progress: bool = True,
     wait: bool = False,
 ) -> int:
-    """Write images 0 .. total-1 into `folder` as shards of `shard_size` images; return how many had to be made.
+    """Write images 0 .. total-1 into `folder` as shards; return how many had to be made.
 
-    Shards that are already there and whole are kept, so an interrupted call goes on and a damaged shard is remade;
-    the bytes depend neither on interruptions nor on the number of processes, `workers`. One call at a time: a second
-    one is refused, or with `wait` waits for the first. ValueError when the folder holds other data, an option is out
-    of range, or more than `tolerance` images cannot be read; up to that, they are left out and named in the manifest.
+    Whole shards that are already there are kept, so an interrupted call goes on and a damaged shard is remade. The
+    bytes depend neither on interruptions nor on the number of processes.
 
-    shape: (C, H, W); None: that of image 0.
+    Args:
+        folder: to write; one call at a time.
+        images: `images(start, stop)` gives (stop - start, H, W, C) uint8.
+        name: of the data set.
+        info: what decides the pixels; a folder that holds other data is refused.
+        total: number of images.
+        shard_size: images in a shard.
+        shape: (C, H, W); None: that of image 0.
+        tolerance: how many images may be unreadable; they are left out and named in the manifest.
+        workers: processes that call `images`.
+        progress: whether to show a bar.
+        wait: whether to wait for another call on this folder, instead of being refused.
+
+    Raises:
+        ValueError: the folder holds other data or is in use, an option is out of range, or too many images cannot be
+            read.
     """
     if total < 1 or shard_size < 1:
         raise ValueError(f"count and shard_size must be >= 1, got {total} and {shard_size}")
