@@ -9,15 +9,16 @@ from typing import Any
 
 import lightning.pytorch as pl
 
+from mlem.comparison.entry import Entry
 from mlem.data import Shards, held_out_batches
 from mlem.family import Family
 from mlem.metrics import FID, FewImagesWarning, Measure
 from mlem.training.denoising import FamilyModule
-from mlem.training.evaluation import SamplerChoice, SamplerEvaluation
+from mlem.training.evaluation import SamplerEvaluation
 from mlem.training.loggers import JSONLinesLogger, wandb_logger
 
 REFERENCE = 4
-CHOICES = (SamplerChoice("ddpm", (2, REFERENCE)), SamplerChoice("ddim", (3,)), SamplerChoice("ddim", (3,), "karras"))
+CHOICES = (Entry("ddpm", (2, REFERENCE)), Entry("ddim", (3,)), Entry("ddim", (3,), "karras"))
 COUNT = 7
 """No multiple of ranks x batch."""
 

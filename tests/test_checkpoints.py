@@ -17,7 +17,8 @@ from omegaconf import OmegaConf
 
 from mlem.cli.resume import check_resume, resume_point
 from mlem.files import read_json, sha256, write_text
-from mlem.training.checkpoints import AtomicCheckpointIO, Checkpoints, check, saved, steps_of
+from mlem.training.checkpoint_files import AtomicCheckpointIO, check, saved, steps_of
+from mlem.training.checkpoints import Checkpoints
 from tests.commands import PLAIN, execute, run_here, run_in, start, succeed, wait_until
 
 RUN = Path("runs/digits/unet_xs")
@@ -87,7 +88,7 @@ def test_a_full_disk_keeps_the_old_checkpoint(tmp_path: Path) -> None:
     before = path.read_bytes()
     code = (
         "import resource, signal, sys, torch\n"
-        "from mlem.training.checkpoints import AtomicCheckpointIO\n"
+        "from mlem.training.checkpoint_files import AtomicCheckpointIO\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
         "AtomicCheckpointIO().save_checkpoint({'w': torch.zeros(100_000)}, sys.argv[1])\n"

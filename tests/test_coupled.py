@@ -6,6 +6,7 @@ import csv
 import math
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,11 @@ import numpy as np
 import pytest
 import torch
 
-from mlem.comparison.coupled import KEY, Comparison, Entry, best_trials, read_rows
+from mlem.comparison.coupled import Comparison, read_rows
+from mlem.comparison.entry import Entry
 from mlem.comparison.equal_error import Setting, cost_at, cost_ratio
+from mlem.comparison.row import KEY, MULTILEVEL, Row
+from mlem.comparison.summary import best_trials
 from mlem.family import Family
 from mlem.files import read_json
 from mlem.level import Level
@@ -78,16 +82,16 @@ def test_a_row_for_each_run(measured: tuple[Path, str]) -> None:
     folder, printed = measured
     rows = read_rows(folder / "runs.csv")
     costs = ["calls_xs", "calls_s", "flops", *SECONDS, "mse", "mse_stderr", "image_mse"]
-    assert list(rows[0]) == [*KEY, *costs]
+    assert list(table(folder / "runs.csv")[0]) == [*KEY, *costs]
     assert len(rows) == ROWS
-    assert [(row["levels"], row["steps"]) for row in rows[:6]] == [(n, k) for k in (2, 4, 6) for n in ("xs", "s")]
+    assert [(row.levels, row.steps) for row in rows[:6]] == [(n, k) for k in (2, 4, 6) for n in ("xs", "s")]
     for row in rows[6:]:
-        assert (row["levels"], row["steps"], row["coins"]) == ("xs+s", 6, "bernoulli")
-        assert 0 < row["calls_xs"] <= 6
+        assert (row.levels, row.steps, row.coins) == ("xs+s", 6, "bernoulli")
+        assert 0 < row.calls["xs"] <= 6
     for row in rows:
-        assert row["mse"] == pytest.approx(np.mean(row["image_mse"]), rel=1e-5)
-        assert row["wall_seconds"] >= row["network_seconds"] > 0
-    assert {(row["sampler"], row["delta"], row["trial"]) for row in rows[6:]} == {
+        assert row.mse == pytest.approx(np.mean(row.image_mse), rel=1e-5)
+        assert row.seconds >= row.network_seconds > 0
+    assert {(row.sampler, row.delta, row.trial) for row in rows[6:]} == {
         (f"ML-EM, {law}", delta, trial) for law in ("fixed law", "learned") for delta in (-2, 1) for trial in (0, 1)
     }
     assert printed.count("left out: ML-EM, calibrated: this family has no calibration; measure it with: ") == 1
@@ -107,12 +111,10 @@ def test_figure_and_summary(measured: tuple[Path, str]) -> None:
 
 def test_schedulers_of_diffusers_have_rows_if_they_share_the_path(family: Path, tmp_path: Path) -> None:
     comparison = Comparison(Family.load(family / "runs/tiny/family"), range(2), tmp_path, reference_steps=9)
-    comparison.measure(comparison.runs(Entry("UniPC", "diffusers:UniPCMultistepScheduler", (3,), levels=("xs",))))
-    assert [(row["solver"], row["grid"]) for row in comparison.rows] == [
-        ("diffusers:UniPCMultistepScheduler", "diffusers")
-    ]
+    comparison.measure(comparison.runs(Entry("diffusers:UniPCMultistepScheduler", (3,), levels=("xs",))))
+    assert [(row.solver, row.grid) for row in comparison.rows] == [("diffusers:UniPCMultistepScheduler", "diffusers")]
     with pytest.raises(ValueError, match="DDPMScheduler shares a law with its reference, not a path"):
-        comparison.runs(Entry("DDPM", "diffusers:DDPMScheduler", (3,)))
+        comparison.runs(Entry("diffusers:DDPMScheduler", (3,)))
 
 
 def test_the_noise_is_that_of_sample(measured: tuple[Path, str]) -> None:
@@ -121,14 +123,14 @@ def test_the_noise_is_that_of_sample(measured: tuple[Path, str]) -> None:
     loaded = Family.load(folder.parent / "family")
     options: dict[str, Any] = {"solver": "ddpm", "indices": range(4), "batch_size": 3}
     truth = sample(loaded, steps=9, **options).x
-    alone = next(row for row in rows if (row["levels"], row["steps"]) == ("xs", 4))
+    alone = next(row for row in rows if (row.levels, row.steps) == ("xs", 4))
     assert pathwise_error(sample(loaded, steps=4, level="xs", **options).x, truth) == pytest.approx(
-        (alone["mse"], alone["mse_stderr"]), rel=1e-6
+        (alone.mse, alone.mse_stderr), rel=1e-6
     )
     spec = PlanSpec(probabilities="learned", delta=1.0, estimator="jump", coins="bernoulli", seed=1)
-    learned = next(row for row in rows if (row["sampler"], row["delta"], row["trial"]) == ("ML-EM, learned", 1.0, 1))
+    learned = next(row for row in rows if (row.sampler, row.delta, row.trial) == ("ML-EM, learned", 1.0, 1))
     mse, _ = pathwise_error(sample(loaded, steps=6, plan=spec, **options).x, truth)
-    assert mse == pytest.approx(learned["mse"], rel=1e-6)
+    assert mse == pytest.approx(learned.mse, rel=1e-6)
 
 
 def test_what_is_there_is_not_run_again(measured: tuple[Path, str], family: Path, monkeypatch: Any) -> None:
@@ -139,8 +141,8 @@ def test_what_is_there_is_not_run_again(measured: tuple[Path, str], family: Path
     run_here("sample", *OPTIONS, "out=again")
     assert (family / "again/runs.csv").read_bytes() == before
     run_here("sample", *OPTIONS, "out=again", "eval.trials=3")
-    after = read_rows(family / "again/runs.csv")
-    assert after[:ROWS] == read_rows(folder / "runs.csv")
+    after = table(family / "again/runs.csv")
+    assert after[:ROWS] == table(folder / "runs.csv")
     assert len(after) == ROWS + 4
     with pytest.raises(ValueError, match=r"holds measurements made with other settings \(reference_steps: 9 there, 8"):
         run_here("sample", *OPTIONS, "out=again", "eval.reference_steps=8")
@@ -224,7 +226,7 @@ def test_options_of_samples_are_refused(family: Path, option: str, says: str, mo
 def test_a_solver_without_a_path_is_refused(family: Path, tmp_path: Path) -> None:
     comparison = Comparison(Family.load(family / "runs/tiny/family"), range(2), tmp_path)
     with pytest.raises(ValueError, match="predictor_corrector shares a law with its reference"):
-        comparison.runs(Entry("x", "predictor_corrector", (3,)))
+        comparison.runs(Entry("predictor_corrector", (3,)))
 
 
 @pytest.mark.parametrize(
@@ -238,7 +240,7 @@ def test_a_plan_that_its_solver_cannot_follow_is_refused(family: Path, tmp_path:
     """When runs are listed, before anything is measured."""
     comparison = Comparison(Family.load(family / "runs/tiny/family"), range(2), tmp_path)
     with pytest.raises(ValueError, match=says):
-        comparison.runs(Entry("x", solver, (3,), spec=PlanSpec(probabilities=(1.0, 0.5))))
+        comparison.runs(Entry(solver, (3,), spec=PlanSpec(probabilities=(1.0, 0.5))))
 
 
 def line(costs: Any, exponent: float, factor: float, images: np.ndarray) -> list[Setting]:
@@ -306,6 +308,25 @@ def test_delta_shifts_logits() -> None:
 
 
 def test_the_best_trial_of_each_delta() -> None:
-    common = dict.fromkeys(KEY, "x")
-    rows = [{**common, "delta": d, "trial": t, "mse": abs(t - d)} for d in (0.0, 1.0) for t in (0, 1)]
-    assert [(row["delta"], row["trial"]) for row in best_trials(rows)] == [(0.0, 0), (1.0, 1)]
+    rows = [Row("x", 2, MULTILEVEL, delta=d, trial=t, mse=abs(t - d)) for d in (0.0, 1.0) for t in (0, 1)]
+    assert [(row.delta, row.trial) for row in best_trials(rows)] == [(0.0, 0), (1.0, 1)]
+
+
+def test_a_row_is_the_same_after_json_and_csv() -> None:
+    """Also one whose error means nothing, and one of a version that wrote fewer keys."""
+    costs = {"evaluations": 6.5, "rounds": 6.5, "flops": 1e6, "seconds": 0.1, "network_seconds": 0.05}
+    shared = {"levels": "xs+s", "calls": {"xs": 6.0, "s": 0.5}, **costs}
+    row = Row("a", 6, MULTILEVEL, target="budget0.5", **shared, scores={"fid_x@7": 1.0, "fid_x@7_std": math.nan})
+    plain = row.to_json()
+    assert plain | {"mse": None, "fid_x@7_std": None, "dial": "budget0.5", "flops_per_image": 1e6} == plain
+    assert repr(Row.from_json(plain)) == repr(row)  # NaN is not equal to itself
+    old = Row.from_json({"level": "s", "sampler": "a", "steps": 2, "mse": 0.5, "fid_x@7": 2.0})
+    assert (old.level, old.mse, old.target, old.scores) == ("s", 0.5, "", {"fid_x@7": 2.0})
+    with pytest.raises(ValueError, match=r"^runs/a/evaluation\.json is damaged \(no 'level'\)"):
+        Row.from_json({"sampler": "a", "steps": 2}, "runs/a/evaluation.json")
+    settings: dict[str, Any] = {"solver": "ddpm", "grid": "uniform", "coins": "nested", "plan": "0f", "delta": -2.0}
+    settings |= {"trial": 1, "mse": 0.25, "mse_stderr": 0.1, "image_mse": (0.2, 0.3), "scores": {"fid_x@7": 1.0}}
+    row = replace(row, target="", rounds=math.nan, **settings)
+    assert repr(Row.from_csv(row.to_csv())) == repr(row)
+    assert row.key == ("a", "ddpm", "xs+s", 6, "uniform", "nested", "0f", -2.0, 1)
+    assert row.setting == row.key[:-1]

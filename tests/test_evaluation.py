@@ -15,6 +15,9 @@ from lightning.pytorch.callbacks import WeightAveraging
 from PIL import Image
 from torch import Tensor
 
+from mlem.comparison.entry import Entry, refuse_duplicates
+from mlem.comparison.lineup import Lineup
+from mlem.comparison.setup import Setup
 from mlem.data import BatchSource, Shards, held_out_batches, train_loader
 from mlem.family import Family
 from mlem.level import Level
@@ -23,7 +26,7 @@ from mlem.networks import unet
 from mlem.schedule import NoiseSchedule
 from mlem.training.averaging import averaged_state, make_average
 from mlem.training.denoising import DenoisingModule, FamilyModule
-from mlem.training.evaluation import SamplerChoice, SamplerEvaluation, refuse_duplicates
+from mlem.training.evaluation import SamplerEvaluation
 from tests.commands import REPOSITORY, environment
 from tests.evaluating import CHOICES, COUNT, make, trainer
 
@@ -72,7 +75,7 @@ def one_rank(trained: Path, shards: Shards, tmp_path_factory: pytest.TempPathFac
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(out.parent)
         run_test(evaluation, Family.load(trained / "runs/tiny/family"), shards, out)
-    assert json.loads((out / "evaluation.json").read_text())["rows"] == evaluation.rows
+    assert json.loads((out / "evaluation.json").read_text())["rows"] == [row.to_json() for row in evaluation.rows]
     return out
 
 
@@ -140,10 +143,10 @@ def test_only_rank_0_logs(two_ranks: Path) -> None:
 def test_only_the_reference_itself_can_be_evaluated(trained: Path, shards: Shards, tmp_path: Path) -> None:
     """Nothing with an error above zero is left for the figure."""
     family = Family([Family.load(trained / "runs/tiny/family").levels[0]])
-    evaluation = SamplerEvaluation([SamplerChoice("ddpm", (2,))], range(3), tmp_path, reference_steps=2, batch_size=2)
+    evaluation = SamplerEvaluation([Entry("ddpm", (2,))], range(3), tmp_path, reference_steps=2, batch_size=2)
     run_test(evaluation, family, shards, tmp_path)
-    assert [row["mse"] for row in evaluation.rows] == [0]
-    assert not [name for name in evaluation.rows[0] if name.startswith("fid")]
+    assert [row.mse for row in evaluation.rows] == [0]
+    assert not evaluation.rows[0].scores
 
 
 class Spying(pl.Callback):
@@ -213,11 +216,11 @@ def test_an_evaluation_of_nothing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="indices must be different"):
         SamplerEvaluation(CHOICES, [1, 1], tmp_path)
     with pytest.raises(ValueError, match="evaluation of ddpm needs at least one step count"):
-        SamplerChoice("ddpm", ())
+        Entry("ddpm", ())
 
 
 @pytest.mark.parametrize(
-    ("spec", "label", "dial"),
+    ("spec", "label", "target"),
     [
         (PlanSpec(budget=0.2), "ddpm_hindsight", "budget0.2"),
         (PlanSpec(budget=0.2, cost="flops"), "ddpm_hindsight", "budget0.2_flops"),
@@ -230,20 +233,20 @@ def test_an_evaluation_of_nothing_is_refused(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_the_name_of_a_plan_says_all_that_is_not_usual(spec: PlanSpec, label: str, dial: str) -> None:
-    choice = SamplerChoice("ddpm", (2,), spec=spec)
-    assert (choice.label, choice.dial) == (label, dial)
+def test_the_name_of_a_plan_says_all_that_is_not_usual(spec: PlanSpec, label: str, target: str) -> None:
+    entry = Entry("ddpm", (2,), spec=spec)
+    assert (entry.label, entry.target) == (label, target)
 
 
 def test_a_sampler_that_is_listed_twice_is_refused() -> None:
-    plans = [SamplerChoice("ddpm", (2,), spec=PlanSpec(budget=0.2, cost=cost)) for cost in ("seconds", "flops")]
+    plans = [Entry("ddpm", (2,), spec=PlanSpec(budget=0.2, cost=cost)) for cost in ("seconds", "flops")]
     refuse_duplicates([*CHOICES, *plans])
     for twice, entries in (
         (
             (*plans, plans[1]),
             r"evaluation\.samplers\[1\] and evaluation\.samplers\[2\]: ddpm_hindsight at 2 steps, bud",
         ),
-        ((SamplerChoice("ddim", (3, 3)),), r"evaluation\.samplers\[0\]: ddim at 3 steps is listed twice; list it once"),
+        ((Entry("ddim", (3, 3)),), r"evaluation\.samplers\[0\]: ddim at 3 steps is listed twice; list it once"),
     ):
         with pytest.raises(ValueError, match=f"^{entries}"):
             refuse_duplicates(twice)
@@ -252,7 +255,7 @@ def test_a_sampler_that_is_listed_twice_is_refused() -> None:
 def test_plans_alone_are_evaluated_on_a_family(trained: Path, shards: Shards, tmp_path: Path) -> None:
     """No level runs alone: no figure of the largest, and nothing at all while a level is trained."""
     family = Family.load(trained / "runs/tiny/family")
-    plans = [SamplerChoice("ddpm", (2,), spec=PlanSpec(probabilities=p)) for p in ((1, 0.5), (1, 1))]
+    plans = [Entry("ddpm", (2,), spec=PlanSpec(probabilities=p)) for p in ((1, 0.5), (1, 1))]
     evaluation = SamplerEvaluation(plans, range(3), tmp_path, reference_steps=3, batch_size=2)
     run_test(evaluation, Family(family.levels[:1]), shards, tmp_path)
     assert evaluation.rows == []
@@ -264,8 +267,7 @@ def test_plans_alone_are_evaluated_on_a_family(trained: Path, shards: Shards, tm
     assert not (tmp_path / "quality_vs_evaluations.png").exists()
 
 
-def test_a_plan_that_cannot_be_made_names_its_entry(trained: Path, tmp_path: Path) -> None:
-    choices = [*CHOICES, SamplerChoice("ddpm", (2,), spec=PlanSpec(mse=0.1))]
-    evaluation = SamplerEvaluation(choices, range(3), tmp_path)
+def test_a_plan_that_cannot_be_made_names_its_entry(trained: Path) -> None:
+    entries = [*CHOICES, Entry("ddpm", (2,), spec=PlanSpec(mse=0.1))]
     with pytest.raises(ValueError, match=r"^evaluation\.samplers\[3\]: this family of digits is not calibrated"):
-        evaluation._tallies(Family.load(trained / "runs/tiny/family"), torch.device("cpu"))
+        Lineup(Setup(Family.load(trained / "runs/tiny/family"), [[0, 1], [2]]), entries)

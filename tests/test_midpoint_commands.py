@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from mlem.comparison.entry import Entry
 from mlem.data import Shards, held_out_batches
 from mlem.family import Family
 from mlem.outputs import read_png
 from mlem.training.denoising import FamilyModule
-from mlem.training.evaluation import SamplerChoice
 from tests import evaluating
 from tests.commands import run_here, succeed
 
@@ -74,21 +74,21 @@ def test_the_evaluation_runs_them(trained: Path, tmp_path: Path) -> None:
     shards = Shards.open(trained / "data" / "digits")
     evaluation = evaluating.make(tmp_path, shards)
     evaluation.samplers = (
-        SamplerChoice("randomized_midpoint", (2,), options={"clock": "ou"}),
-        SamplerChoice("parallel_midpoint", (2,), options={"midpoints": 4, "rounds": 2}),
-        SamplerChoice("predictor_corrector", (3,)),
+        Entry("randomized_midpoint", (2,), options={"clock": "ou"}),
+        Entry("parallel_midpoint", (2,), options={"midpoints": 4, "rounds": 2}),
+        Entry("predictor_corrector", (3,)),
     )
     loader = held_out_batches(shards, shards.split(16)[1], 8, 0, 1)
     runner = evaluating.trainer(tmp_path, [evaluation])
     runner.test(FamilyModule(Family.load(trained / "runs/tiny/family"), 0), dataloaders=loader, verbose=False)
     own, parallel, law = evaluation.rows[-3:]
-    assert own["sampler"] == "randomized_midpoint_clock-ou"
-    assert own["evaluations"] == own["rounds"] == 4
-    assert parallel["rounds"] < parallel["evaluations"] <= 2 * (1 + 2 * 4)
-    assert own["mse"] > 0
-    assert parallel["mse"] > 0
-    assert law["mse"] is None
-    assert law["fid_random256@7"] > 0
+    assert own.sampler == "randomized_midpoint_clock-ou"
+    assert own.evaluations == own.rounds == 4
+    assert parallel.rounds < parallel.evaluations <= 2 * (1 + 2 * 4)
+    assert own.mse > 0
+    assert parallel.mse > 0
+    assert law.to_json()["mse"] is None
+    assert law.scores["fid_random256@7"] > 0
     for name in ("error_vs_time", "quality_vs_evaluations"):
         assert (tmp_path / f"{name}.png").stat().st_size > 10_000
 

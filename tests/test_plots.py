@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from mlem.plots import error_by_noise_level, error_vs_time, probabilities, quality_vs_evaluations, scaling_law
+from mlem.comparison.figures import error_vs_time, quality_vs_evaluations
+from mlem.comparison.row import MULTILEVEL, Row
+from mlem.plots import error_by_noise_level, probabilities, scaling_law
 
 ROWS = [
-    {
-        "level": level,
-        "sampler": sampler,
-        "steps": steps,
-        "seconds_per_image": steps / 1e4,
-        "mse": 1 / steps,
-        "mse_stderr": 1e-3,
-    }
+    Row(sampler, steps, level, seconds=steps / 1e4, mse=1 / steps, mse_stderr=1e-3)
     for level in ("xs", "m")
     for sampler in ("ddpm", "ddim")
     for steps in (25, 100)
@@ -58,14 +56,15 @@ def test_figures_are_whole_pngs_and_nothing_else(draw, tmp_path):
 def figure_of(monkeypatch, draw):
     """The Figure that `draw` would save."""
     figures = []
-    monkeypatch.setattr("mlem.plots._save", lambda figure, path: figures.append(figure))
+    for module in ("mlem.plots.lines", "mlem.plots.law", "mlem.comparison.figures"):
+        monkeypatch.setattr(f"{module}.save", lambda figure, path: figures.append(figure))
     draw()
     return figures[0]
 
 
 @pytest.mark.parametrize(("seconds", "mse"), [(0.0133383956673, 0.00510820720), (0.69, 0.0145), (0.000157, 0.146)])
 def test_one_point_alone_has_axes_with_room(seconds, mse, tmp_path, monkeypatch):
-    row = {**ROWS[0], "seconds_per_image": seconds, "mse": mse, "mse_stderr": 0.01 * mse}
+    row = replace(ROWS[0], seconds=seconds, mse=mse, mse_stderr=0.01 * mse)
     saved, savefig = [], Figure.savefig
 
     def save(figure, *args, **options):
@@ -96,8 +95,8 @@ def test_error_vs_time_shows_the_numbers_with_units(monkeypatch):
 
 
 def test_quality_is_of_the_largest_level_that_runs_alone(monkeypatch, tmp_path):
-    alone = [{**row, "evaluations": row["steps"], "dial": ""} for row in ROWS]
-    shared = [{**row, "level": "mlem", "sampler": "ddpm_jump_probabilities-learned"} for row in alone[:2]]  # no dial
+    alone = [replace(row, evaluations=float(row.steps)) for row in ROWS]
+    shared = [replace(row, level=MULTILEVEL, sampler="ddpm_jump_probabilities-learned") for row in alone[:2]]
     figure = figure_of(monkeypatch, lambda: quality_vs_evaluations([*alone, *shared], "x.png", "digits"))
     assert figure.axes[0].get_title(loc="left") == "level m; digits"
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["ddpm", "ddim"]
@@ -136,10 +135,9 @@ def test_nothing_to_draw_is_refused(tmp_path):
 
 def test_bad_numbers_are_refused(tmp_path):
     path = tmp_path / "figure.png"
-    with pytest.raises(ValueError, match="mse is missing"):
-        error_vs_time([{k: v for k, v in ROWS[0].items() if k != "mse"}], path, "")
-    with pytest.raises(ValueError, match="above 0 and a standard error"):
-        error_vs_time([{**ROWS[0], "mse": 0.0}], path, "")
+    for mse in (0.0, math.nan):  # NaN: not measured
+        with pytest.raises(ValueError, match="above 0 and a standard error"):
+            error_vs_time([replace(ROWS[0], mse=mse)], path, "")
     with pytest.raises(ValueError, match=r"curve 'xs' .* log_snr \(3,\), error \(2,\)"):
         error_by_noise_level({"xs": ([0, 1, 2], [1, 1])}, path, "")
     law = laws()["error - floor"]

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 
+from mlem.comparison.row import Row
 from mlem.images import image_grid
-from mlem.plots import curves, grid_name
+from mlem.plots import curves
 from mlem.provenance import provenance
 from mlem.report import write_report
 from mlem.report.__main__ import main
@@ -73,7 +74,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "grids").mkdir()
     for one in ROWS:
         if "/" not in one["sampler"]:
-            image_grid(torch.zeros(4, 1, 8, 8)).save(folder / "grids" / f"{grid_name(one)}.png")
+            image_grid(torch.zeros(4, 1, 8, 8)).save(folder / "grids" / f"{Row.from_json(one).picture}.png")
     write_report(folder)
     return folder
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from mlem.comparison.lineup import Lineup
 from mlem.files import read_json
-from mlem.training.evaluation import SamplerEvaluation
 from tests.commands import PLAIN, metrics, reached, run_here, run_in, start, succeed, wait_until
 
 # shuffling, dropout, gradient accumulation and two loader workers
@@ -198,7 +198,7 @@ def test_sigterm_between_batches_of_the_evaluation(tmp_path: Path, monkeypatch: 
         begun.append(arguments)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(SamplerEvaluation, "_run_all", signalled)
+    monkeypatch.setattr(Lineup, "add", signalled)
     with pytest.raises(SystemExit) as ended:
         run_in(tmp_path, lambda: run_here("train", *EPOCHS))
     assert ended.value.code == 143

@@ -12,10 +12,11 @@ from torch import nn
 
 from mlem.denoiser import PREDICTIONS
 from mlem.level import Level
+from mlem.metrics.denoising import NOISE_LEVELS, denoising_errors
 from mlem.networks import unet
 from mlem.schedule import NoiseSchedule
 from mlem.training.averaging import averaged_state, make_average
-from mlem.training.denoising import NOISE_LEVELS, DenoisingModule, denoising_errors
+from mlem.training.denoising import DenoisingModule
 from tests.commands import PLAIN, metrics, succeed
 
 SHAPE = (1, 8, 8)

@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from mlem.cli.config import on_devices, parse_indices, without_secrets, written
 from mlem.cli.measure import measure_of
+from mlem.comparison.entry import Entry, refuse_duplicates
 from mlem.data import BatchSource, Shards, held_out_batches, make_source, train_loader
 from mlem.family import Family
 from mlem.files import first_process, read_object, write_json, write_text
@@ -22,9 +23,8 @@ from mlem.multilevel.planner import stored_plan
 from mlem.multilevel.spec import PlanSpec
 from mlem.networks import build
 from mlem.provenance import provenance
-from mlem.sampling import solver_of
 from mlem.schedule import NoiseSchedule
-from mlem.training.evaluation import SamplerChoice, SamplerEvaluation, refuse_duplicates
+from mlem.training.evaluation import SamplerEvaluation
 from mlem.training.loggers import JSONLinesLogger, wandb_logger
 
 
@@ -117,24 +117,13 @@ class LoaderFromStep(pl.LightningDataModule):
 
 
 TARGETS = ("budget", "mse", "delta")
-_PLAN_OPTIONS = (
-    *TARGETS,
-    "probabilities",
-    "coins",
-    "estimator",
-    "order",
-    "levels",
-    "cost",
-    "batch_size",
-    "seed",
-    "per_sample",
-)
+_SHAPING = ("probabilities", "coins", "estimator", "order", "levels", "cost", "per_sample")
 
 
 def plan_of(config: DictConfig, model: Family | Level) -> Plan | PlanSpec | None:
     """What `plan=`, `budget=` and their like ask for; None for one level. Raises ValueError for what does not fit."""
     plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
-    options = {key: plain[key] for key in _PLAN_OPTIONS if key in plain and key not in ("batch_size", "seed")}
+    options = {key: plain[key] for key in (*TARGETS, *_SHAPING) if key in plain}
     own_dial = any(plain[key] is not None for key in ("mse", "delta", "plan"))
     if own_dial and plain["budget"] == plain["sampler"].get("budget"):
         options["budget"] = plain["budget"] = None  # the sampler's own budget gives way
@@ -163,47 +152,21 @@ def plan_of(config: DictConfig, model: Family | Level) -> Plan | PlanSpec | None
     return Plan.load(path) if path.endswith(".json") else stored_plan(model, path)
 
 
-def sampler_choices(config: DictConfig) -> list[SamplerChoice]:
+def sampler_entries(config: DictConfig) -> list[Entry]:
     """The samplers that `evaluation.samplers` lists. Raises ValueError that names the entry."""
-    choices = []
-    for number, entry in enumerate(config.evaluation.samplers):
-        name = f"evaluation.samplers[{number}]"
-        known = {"solver", "steps", "grid", "plan", "options"}
-        if not OmegaConf.is_dict(entry) or not {"solver", "steps"} <= set(entry) <= known:
-            raise ValueError(
-                f"{name} must be {{solver: name, steps: [n, ..], and, where wanted, grid: name, options: of it, "
-                f"plan: options}}, got {entry}"
-            )
-        steps = entry.steps
-        if not OmegaConf.is_list(steps) or not steps or not all(isinstance(n, int) and n >= 1 for n in steps):
-            raise ValueError(f"{name}.steps must be a list of step counts >= 1, got {steps}")
-        choices.append(_choice(name, entry))
-    if not choices:
+    plain: list[Any] = OmegaConf.to_container(config.evaluation.samplers, resolve=True)  # type: ignore[assignment]
+    entries = [Entry.from_options(entry, f"evaluation.samplers[{number}]") for number, entry in enumerate(plain)]
+    if not entries:
         raise ValueError("evaluation.samplers is empty: list one or more, such as [{solver: ddim, steps: [20]}]")
-    refuse_duplicates(choices)
-    return choices
-
-
-def _choice(name: str, entry: Any) -> SamplerChoice:
-    """One entry, whose shape is right. Raises ValueError that begins with `name`."""
-    plain: dict[str, Any] = OmegaConf.to_container(entry, resolve=True)  # type: ignore[assignment]
-    plan, options = plain.get("plan"), plain.get("options")
-    for key, value in (("plan", plan), ("options", options)):
-        if value is not None and not isinstance(value, dict):
-            raise ValueError(f"{name}.{key} must be options, such as {key}: {{name: value}}, got {value}")
-    spec = PlanSpec.from_options(plan, f"{name}.plan: ") if plan else None
-    try:
-        solver_of(plain["solver"], **(options or {}))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{name}: {error}") from error
-    return SamplerChoice(plain["solver"], tuple(plain["steps"]), plain.get("grid"), spec, options or {})
+    refuse_duplicates(entries)
+    return entries
 
 
 def evaluation(config: DictConfig, shards: Shards, folder: Path) -> SamplerEvaluation:
     """The sampler evaluation that `evaluation` and `metric` describe, writing into `folder`."""
     options = config.evaluation
     return SamplerEvaluation(
-        sampler_choices(config),
+        sampler_entries(config),
         parse_indices(options.indices, "evaluation.indices"),
         folder,
         batch_size=options.batch_size,

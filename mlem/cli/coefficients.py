@@ -24,7 +24,8 @@ from mlem.multilevel.learning import Objective, first_coefficients, frozen
 from mlem.plots import probabilities as probabilities_figure
 from mlem.report import write_report
 from mlem.solvers import Solver, make_solver
-from mlem.training.checkpoints import AtomicCheckpointIO, Checkpoints
+from mlem.training.checkpoint_files import AtomicCheckpointIO
+from mlem.training.checkpoints import Checkpoints
 from mlem.training.coefficients import CoefficientsModule, Fit, learning_progress
 from mlem.training.loggers import log_pictures
 

@@ -14,22 +14,21 @@ from mlem.cli.config import parse_indices, written
 from mlem.cli.find import family_folder, out_folder
 from mlem.cli.main import compose
 from mlem.cli.measure import measure_of, new_fabric, prepared
-from mlem.comparison.coupled import Comparison, Entry
+from mlem.comparison.coupled import Comparison
+from mlem.comparison.entry import Entry
+from mlem.comparison.equal_error import Advantage, Ratio
 from mlem.comparison.scaling import ERRORS, draw_scaling, held_out_errors, plain_fits, scaling_fits
 from mlem.comparison.summary import draw, ratios
 from mlem.family import Family
 from mlem.files import folder_lock, write_json
-from mlem.multilevel.spec import PlanSpec
 from mlem.report import write_report
-from mlem.sampling import solver_of
-
-_ENTRY = ("name", "solver", "steps", "grid", "options", "levels", "plan", "deltas", "trials")
 
 
 def error_against_time(config: DictConfig) -> None:
     """`eval=benchmark`: run what is not there yet, then the figure, the ratios of costs, and where they are."""
     family, out = _family(config), out_folder(config)
-    entries = [_entry(number, entry) for number, entry in enumerate(config.eval.samplers)]
+    plain: list[Any] = OmegaConf.to_container(config.eval.samplers, resolve=True)  # type: ignore[assignment]
+    entries = [Entry.from_options(one, f"eval.samplers[{n}]", named=True) for n, one in enumerate(plain)]
     fabric = new_fabric(config)
     if fabric.world_size > 1:
         raise ValueError(f"eval=benchmark times one process, got {fabric.world_size} ranks: add trainer=cpu or gpu")
@@ -39,7 +38,7 @@ def error_against_time(config: DictConfig) -> None:
         measure.check(len(indices))
     for entry in entries:
         if missing := entry.missing(family):
-            print(f"left out: {entry.name}: this family has no {missing}; {_REMEDY[missing]}", flush=True)
+            print(f"left out: {entry.label}: this family has no {missing}; {_REMEDY[missing]}", flush=True)
     entries = [entry for entry in entries if not entry.missing(family)]
     with folder_lock(out), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -61,7 +60,8 @@ def error_against_time(config: DictConfig) -> None:
             comparison.measure(runs, advance)
         found = ratios(comparison, runs, config.eval.draws)
         draw(comparison, runs, out / "error_vs_time.png", config.eval.shown)
-        write_json(out / "summary.json", {"caption": comparison.caption, "ratios": found})
+        plain_ratios = [advantage.to_dict() for advantage in found]
+        write_json(out / "summary.json", {"caption": comparison.caption, "ratios": plain_ratios})
     if out.parent == Path(config.root) and (out.parent / "report.html").exists():
         write_report(out.parent)  # which shows it too
     for message in dict.fromkeys(str(warning.message) for warning in caught):
@@ -138,51 +138,6 @@ def _family(config: DictConfig) -> Family:
     return Family.load(family_folder(config))
 
 
-def _entry(number: int, entry: Any) -> Entry:
-    """An item of `eval.samplers`. Raises ValueError that names it."""
-    name = f"eval.samplers[{number}]"
-    if not OmegaConf.is_dict(entry) or not {"name", "solver", "steps"} <= set(entry) <= set(_ENTRY):
-        raise ValueError(
-            f"{name} must be {{name: text, solver: name, steps: [n, ..], and, where wanted, "
-            f"{', '.join(_ENTRY[3:])}: ..}}, got {entry}"
-        )
-    plain: dict[str, Any] = OmegaConf.to_container(entry, resolve=True)  # type: ignore[assignment]
-    plan, options, deltas, trials = (plain.get(key) for key in ("plan", "options", "deltas", "trials"))
-    steps, levels = plain["steps"], plain.get("levels")
-    if not isinstance(steps, list) or not steps or not all(type(n) is int and n >= 1 for n in steps):
-        raise ValueError(f"{name}.steps must be a list of step counts >= 1, got {steps}")
-    for key, value, kind in (("plan", plan, dict), ("options", options, dict), ("levels", levels, list)):
-        if value is not None and not isinstance(value, kind):
-            raise ValueError(f"{name}.{key} must be {'options' if kind is dict else 'a list'}, got {value}")
-    if deltas is not None and not (isinstance(deltas, list) and all(type(d) in (int, float) for d in deltas)):
-        raise ValueError(f"{name}.deltas must be a list of numbers, got {deltas}")
-    if trials is not None and not (type(trials) is int and trials >= 1):
-        raise ValueError(f"{name}.trials must be a whole number >= 1, got {trials}")
-    if plan is None and (deltas is not None or trials is not None):
-        raise ValueError(f"{name}: deltas and trials are of coins: add plan={{...}}, or leave them out")
-    if plan is not None and levels is not None:
-        raise ValueError(f"{name}.levels is of levels that run alone; of a plan, write plan={{levels: [..]}}")
-    spec = PlanSpec.from_options(plan, f"{name}.plan: ") if plan is not None else None
-    tosses = deltas is not None or trials is not None
-    if tosses and spec is not None and spec.estimator != "jump":
-        raise ValueError(f"{name}: deltas and trials toss coins: add estimator: jump to its plan")
-    try:
-        solver_of(plain["solver"], **(options or {}))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{name}: {error}") from error
-    return Entry(
-        str(plain["name"]),
-        plain["solver"],
-        tuple(steps),
-        plain.get("grid"),
-        options or {},
-        None if levels is None else tuple(levels),
-        spec,
-        None if deltas is None else tuple(float(delta) for delta in deltas),
-        trials,
-    )
-
-
 class _progress:
     """A bar of the work done, in evaluations of the largest level."""
 
@@ -201,27 +156,27 @@ class _progress:
         self._bar.stop()
 
 
-def _table(found: list[dict[str, Any]], comparison: Comparison) -> None:
+def _table(found: list[Advantage], comparison: Comparison) -> None:
     from rich.console import Console
     from rich.table import Table
 
     top = comparison.family.level().name
-    over = f"{comparison.count} images and the mean's coins"
+    over = f"{comparison.setup.count} images and the mean's coins"
     title = f"EM's cost over ML-EM's at equal error, 95 percent intervals over {over}"
     table = Table(title=title)
     for column in ("sampler", "coins", "MSE", f"time, level {top}", "time, any level", f"FLOPs, {top}", "FLOPs, any"):
         table.add_column(column)
 
-    def cell(one: dict[str, Any]) -> str:
-        return "not reached" if one["ratio"] is None else f"{one['ratio']:.2f} [{one['low']:.2f}, {one['high']:.2f}]"
+    def cell(one: Ratio) -> str:
+        return f"{one.ratio:.2f} [{one.low:.2f}, {one.high:.2f}]" if one.known else "not reached"
 
     unreached: dict[str, list[str]] = {}
-    for row in found:
-        error, ratios_ = f"{row['mse']:.1e}", row["against"].values()
-        if all(one["ratio"] is None for one in ratios_):
-            unreached.setdefault(f"{row['sampler']}, {row['coins']}", []).append(error)
+    for one in found:
+        error = f"{one.mse:.1e}"
+        if one.known:
+            table.add_row(one.sampler, one.coins, error, *(cell(ratio) for ratio in one.against.values()))
         else:
-            table.add_row(row["sampler"], row["coins"], error, *(cell(one) for one in ratios_))
+            unreached.setdefault(f"{one.sampler}, {one.coins}", []).append(error)
     if table.row_count:
         Console(width=None if os.isatty(1) else 140).print(table)
     for name, errors in unreached.items():

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
-from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -13,12 +13,12 @@ from omegaconf import DictConfig
 from mlem.cli.build import LoaderFromStep, evaluation, loggers
 from mlem.cli.config import devices
 from mlem.cli.find import run_folder
+from mlem.comparison.row import Row
 from mlem.comparison.scaling import draw_scaling, scaling_fits
 from mlem.data import Shards
 from mlem.family import Family
 from mlem.report import write_report
-from mlem.training.denoising import FamilyModule
-from mlem.training.evaluation import noise_level_figure
+from mlem.training.denoising import FamilyModule, noise_level_figure
 from mlem.training.loggers import log_pictures
 
 
@@ -56,11 +56,11 @@ def _scaling_law(family: Family, module: FamilyModule, path: Path) -> None:
         print(line)
 
 
-def _report(rows: list[dict[str, Any]], family: Family, folder: Path, artefact: Path) -> None:
+def _report(rows: list[Row], family: Family, folder: Path, artefact: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    fid = next((name for name in rows[0] if name.startswith("fid_")), None)
+    fid = next((name for name in rows[0].scores if name.startswith("fid_")), None)
     console = Console(width=None if os.isatty(1) else 110)
     levels = Table("level", "parameters", "MFLOPs", "held-out error", "ms/image", title="levels")
     for level in family.levels:
@@ -69,17 +69,10 @@ def _report(rows: list[dict[str, Any]], family: Family, folder: Path, artefact: 
     title = "samplers: mean squared error to the many-step reference ± standard error" + (f"; {fid}" if fid else "")
     samplers = Table("level", "sampler", "steps", "calls", "ms/image", "MSE", "FID" if fid else "", title=title)
     for row in rows:
-        error = "law only" if row["mse"] is None else f"{row['mse']:.2e} ± {row['mse_stderr']:.1e}"
-        time_ = f"{1e3 * row['seconds_per_image']:.2f}"
-        calls = " + ".join(
-            f"{count:g} {name}" for name, count in row["calls"].items() if len(row["calls"]) > 1 and count
-        )
-        calls = calls or f"{row['evaluations']:.4g}"
-        if row["rounds"] < 0.99 * row["evaluations"]:
-            calls += f" in {row['rounds']:.3g} rounds"
-        samplers.add_row(
-            row["level"], row["sampler"], str(row["steps"]), calls, time_, error, f"{row[fid]:.3f}" if fid else ""
-        )
+        error = "law only" if math.isnan(row.mse) else f"{row.mse:.2e} ± {row.mse_stderr:.1e}"
+        score = f"{row.scores[fid]:.3f}" if fid else ""
+        time_ = f"{1e3 * row.seconds:.2f}"
+        samplers.add_row(row.level, row.sampler, str(row.steps), _calls(row), time_, error, score)
     console.print(levels, samplers)
     for what, path in (
         ("trained", artefact),
@@ -94,3 +87,10 @@ def _report(rows: list[dict[str, Any]], family: Family, folder: Path, artefact: 
     ):
         if path.exists():
             print(f"{what:38s}{path}", flush=True)
+
+
+def _calls(row: Row) -> str:
+    several = len(row.calls) > 1
+    calls = " + ".join(f"{count:g} {name}" for name, count in row.calls.items() if several and count)
+    rounds = f" in {row.rounds:.3g} rounds" if row.rounds < 0.99 * row.evaluations else ""
+    return (calls or f"{row.evaluations:.4g}") + rounds

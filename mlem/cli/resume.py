@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from mlem.files import first_process, read_object, write_json
-from mlem.training.checkpoints import check, saved, steps_of
+from mlem.training.checkpoint_files import check, saved, steps_of
 
 WORDS = ("auto", "force")
 """What `resume` may be, when it is not a path."""

@@ -20,7 +20,7 @@ from mlem.cli.build import (
     image_shape,
     loggers,
     new_level,
-    sampler_choices,
+    sampler_entries,
     world_size_of,
 )
 from mlem.cli.coefficients import learn_coefficients
@@ -41,8 +41,10 @@ from mlem.networks import seconds_per_image
 from mlem.report import write_report
 from mlem.sampling import Sampler, solver_of
 from mlem.training.averaging import averaged_state, make_average
-from mlem.training.checkpoints import AtomicCheckpointIO, Checkpoints
+from mlem.training.checkpoint_files import AtomicCheckpointIO
+from mlem.training.checkpoints import Checkpoints
 from mlem.training.denoising import DenoisingModule
+from mlem.training.lightning_internals import average_of, log_at_last_step
 from mlem.training.loggers import validated
 from mlem.training.progress import make_progress
 from mlem.training.system import SystemFigures
@@ -157,7 +159,7 @@ def _check_jobs(config: DictConfig, family: Family) -> None:
 
 
 def _check_samplers(config: DictConfig, family: Family) -> None:
-    choices, several = sampler_choices(config), len(family.levels) > 1
+    choices, several = sampler_entries(config), len(family.levels) > 1
     if not several and all(choice.spec is not None for choice in choices):
         raise ValueError(
             f"evaluation.samplers lists plans alone, which need several levels, and there is {family.names[0]}: add an "
@@ -278,10 +280,8 @@ def _prepare(
 def _export(trainer: pl.Trainer, module: DenoisingModule, folder: Path) -> None:
     """Write the averaged network as a level, with what was measured of it."""
     seconds = next(callback.seconds for callback in trainer.checkpoint_callbacks if isinstance(callback, Checkpoints))
-    average = next(callback for callback in trainer.callbacks if hasattr(callback, "_average_model"))  # type: ignore[attr-defined]
-    module.load_state_dict(averaged_state(average))  # type: ignore[arg-type]
-    # the step that the logger notes: Lightning's own count is one short when there was nothing left to train
-    trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+    module.load_state_dict(averaged_state(average_of(trainer)))
+    log_at_last_step(trainer)
     error = trainer.validate(module, datamodule=trainer.datamodule, verbose=False)[0]["val/error"]  # type: ignore[attr-defined]
     if trainer.is_global_zero:
         cost = seconds_per_image(module.network.eval(), module.level({}).shape, 64)

@@ -1,1 +1,11 @@
-"""Experiments on a trained family: samplers side by side from the same noise, costs at equal error, the scaling law."""
+"""Samplers side by side from the same noise: what each costs, and how far it ends from a many-step reference.
+
+entry.py          `Entry`: one line of a list of samplers
+setup.py          `Setup`: what all samplers share; `Run`: one of them at one number of steps, before it is measured
+tally.py          `Tally`: runs it batch by batch and adds up error, scores and costs
+row.py            `Row`: the result, as JSON (`evaluation.json`) and as CSV (`runs.csv`)
+evaluation.py     all samplers in one pass over the images, for training and `trainer.test`
+coupled.py        one sampler after another into a CSV that can be resumed
+equal_error.py    ratios of costs at equal error;  summary.py  those of a CSV;  figures.py  error against cost
+scaling.py        the scaling law of a family
+"""

@@ -8,10 +8,15 @@ it holds for these coins.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
+
+from mlem.files import damaged
+
+__all__ = ["Advantage", "Ratio", "Setting", "cost_at", "cost_ratio", "frontier"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,9 +52,15 @@ class Setting:
 
 @dataclass(frozen=True)
 class Ratio:
-    """ratio: their cost over ours at equal error, with its 95 percent interval; nan where a curve does not go there.
+    """Their cost over ours at equal error. NaN where a curve does not reach that error.
 
-    cost: ours. share: how much of the bootstrap both curves reach that error in; the interval is over these.
+    Attributes:
+        error: mean squared error at which costs are compared.
+        cost: ours.
+        ratio: theirs over ours.
+        low: beginning of the 95 percent interval of the ratio.
+        high: its end.
+        share: of the bootstrap, in which both curves reach the error; the interval is over these.
     """
 
     error: float
@@ -59,9 +70,57 @@ class Ratio:
     high: float
     share: float
 
+    @property
+    def known(self) -> bool:
+        """Whether both curves reach the error."""
+        return not math.isnan(self.ratio)
+
     def to_dict(self) -> dict[str, float | None]:
-        """For JSON, which has no nan: None."""
+        """For JSON, which has no NaN: None."""
         return {name: value if math.isfinite(value) else None for name, value in asdict(self).items()}
+
+    @staticmethod
+    def from_dict(plain: Mapping[str, Any]) -> Ratio:
+        """What `to_dict` gave; what is missing is NaN."""
+        values = {name: plain.get(name) for name in ("error", "cost", "ratio", "low", "high", "share")}
+        return Ratio(**{name: math.nan if value is None else float(value) for name, value in values.items()})
+
+
+@dataclass(frozen=True)
+class Advantage:
+    """What single levels cost over what a sampler with a plan costs, at equal error: an entry of `summary.json`.
+
+    Attributes:
+        sampler: its name.
+        solver: its solver.
+        coins: "mean" over replicates, "best of N" or "one draw".
+        mse: the error.
+        against: "COST, RIVAL" -> the ratio. COST: time or FLOPs. RIVAL: the largest level, or any.
+    """
+
+    sampler: str
+    solver: str
+    coins: str
+    mse: float
+    against: Mapping[str, Ratio]
+
+    @property
+    def known(self) -> bool:
+        """Whether any ratio is."""
+        return any(ratio.known for ratio in self.against.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        against = {name: ratio.to_dict() for name, ratio in self.against.items()}
+        about = {"sampler": self.sampler, "solver": self.solver, "coins": self.coins, "mse": self.mse}
+        return about | {"against": against}
+
+    @staticmethod
+    def from_dict(plain: Mapping[str, Any], where: str = "summary.json") -> Advantage:
+        """What `to_dict` gave. Raises ValueError that names `where` for other data."""
+        with damaged(where):
+            against = {name: Ratio.from_dict(ratio) for name, ratio in plain["against"].items()}
+            return Advantage(plain["sampler"], plain["solver"], plain["coins"], float(plain["mse"]), against)
 
 
 def frontier(

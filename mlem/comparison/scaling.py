@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from mlem.family import Family
+from mlem.metrics.denoising import denoising_errors
 from mlem.multilevel.calibration import Calibration
 from mlem.multilevel.scaling import ScalingFit, fit_differences, fit_errors
 from mlem.networks import evaluating
 from mlem.plots import scaling_law
-from mlem.training.denoising import denoising_errors
+
+__all__ = ["ERRORS", "costs_of", "draw_scaling", "held_out_errors", "plain_fits", "scaling_fits"]
 
 ERRORS = "denoising error - floor"
 """Name of the fit of floor and gamma jointly."""

@@ -1,59 +1,92 @@
-"""What came of a coupled benchmark: ratios of costs at equal error, and the figure."""
+"""What came of a comparison: ratios of costs at equal error, and the figure."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from PIL.Image import Image
 
-from mlem.comparison.coupled import Comparison, Run, best_trials, settings
-from mlem.comparison.equal_error import cost_ratio
+from mlem.comparison.coupled import Comparison
+from mlem.comparison.equal_error import Advantage, Setting, cost_ratio
+from mlem.comparison.figures import coupled_errors
+from mlem.comparison.row import Row
+from mlem.comparison.setup import Run
 from mlem.images import image_grid
-from mlem.plots import coupled_errors
 
-COSTS = {"time": "wall_seconds", "FLOPs": "flops"}
-"""What cost is counted in, and the column that holds it."""
+__all__ = ["best_trials", "draw", "ratios", "settings"]
+
+COSTS: dict[str, Callable[[Row], float]] = {"time": lambda row: row.seconds, "FLOPs": lambda row: row.flops}
+"""What cost is counted in."""
 
 
-def ratios(comparison: Comparison, runs: Sequence[Run], draws: int = 400) -> list[dict[str, Any]]:
+def settings(rows: Sequence[Row], cost: Callable[[Row], float]) -> list[Setting]:
+    """Rows that differ in nothing but the trial are replicates of one setting. cost: of a row."""
+    return [
+        Setting(np.array([cost(row) for row in group]), np.array([row.image_mse for row in group]))
+        for group in _replicates(rows)
+    ]
+
+
+def best_trials(rows: Sequence[Row]) -> list[Row]:
+    """Of rows that differ in nothing but the trial, the one of the smallest error on all images."""
+    return [min(group, key=lambda row: row.mse) for group in _replicates(rows)]
+
+
+def _replicates(rows: Sequence[Row]) -> Iterable[list[Row]]:
+    groups: dict[tuple[str | int | float | None, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row.setting, []).append(row)
+    return groups.values()
+
+
+def _trials(rows: Sequence[Row]) -> int:
+    return max((row.trial or 0) for row in rows) + 1
+
+
+def ratios(comparison: Comparison, runs: Sequence[Run], draws: int = 400) -> list[Advantage]:
     """For each sampler whose levels share the work: what single levels cost over what it costs, at equal error.
 
     The errors lie half-way, in the logarithm, between those of the largest level alone in its numbers of steps. Single
-    levels are the largest one, and whichever is best; draws of coins count on average, and the best of each setting.
+    levels are the largest one, and whichever is best; replicates of coins count on average, and the best of each
+    setting.
+
+    Args:
+        runs: those that are compared; what has no row is left out.
+        draws: of the bootstrap.
     """
     table = []
     for solver in dict.fromkeys(run.solver.reference for run in runs):
-        rows = [(run, row) for run in runs if run.solver.reference == solver and (row := comparison.row(run))]
-        alone = [row for run, row in rows if run.plan is None]
-        top = [row for row in alone if row["levels"] == comparison.family.level().name]
-        errors = sorted({row["mse"] for row in top if row["mse"] > 0}, reverse=True)
+        rows = [row for run in runs if run.solver.reference == solver and (row := comparison.row(run))]
+        alone = [row for row in rows if not row.shared]
+        top = [row for row in alone if row.levels == comparison.family.level().name]
+        errors = sorted({row.mse for row in top if row.mse > 0}, reverse=True)
         errors = [math.sqrt(high * low) for high, low in itertools.pairwise(errors)] or errors
-        shared = [row for run, row in rows if run.plan is not None]
-        for name in dict.fromkeys((row["sampler"], row["solver"]) for row in shared):
-            own = [row for row in shared if (row["sampler"], row["solver"]) == name]
-            trials = max((row["trial"] or 0) for row in own) + 1
-            for best in (False, True)[: 2 if trials > 1 else 1]:
-                for error in errors:
-                    against = {
-                        f"{cost}, {rival}": cost_ratio(
-                            settings(theirs, column),
-                            settings(own, column),
-                            error,
-                            np.random.default_rng(0),
-                            best=best,
-                            draws=draws,
-                        ).to_dict()
-                        for cost, column in COSTS.items()
-                        for rival, theirs in (("largest", top), ("any", alone))
-                    }
-                    coins = f"best of {trials}" if best else "mean" if trials > 1 else "one draw"
-                    row = {"sampler": name[0], "solver": name[1], "coins": coins, "mse": error}
-                    table.append(row | {"against": against})
+        shared = [row for row in rows if row.shared]
+        for name in dict.fromkeys((row.sampler, row.solver) for row in shared):
+            own = [row for row in shared if (row.sampler, row.solver) == name]
+            for best in (False, True)[: 2 if _trials(own) > 1 else 1]:
+                table += [_advantage(own, top, alone, error, best, draws) for error in errors]
     return table
+
+
+def _advantage(
+    own: Sequence[Row], top: Sequence[Row], alone: Sequence[Row], error: float, best: bool, draws: int
+) -> Advantage:
+    """Of the rows of one sampler over those of the largest level (`top`) and of all levels alone."""
+    against = {}
+    for name, cost in COSTS.items():
+        ours = settings(own, cost)
+        for rival, theirs in (("largest", top), ("any", alone)):
+            random = np.random.default_rng(0)
+            ratio = cost_ratio(settings(theirs, cost), ours, error, random, best=best, draws=draws)
+            against[f"{name}, {rival}"] = ratio
+    trials = _trials(own)
+    coins = f"best of {trials}" if best else "mean" if trials > 1 else "one draw"
+    return Advantage(own[0].sampler, own[0].solver, coins, error, against)
 
 
 def draw(comparison: Comparison, runs: Sequence[Run], path: Path, shown: int) -> None:
@@ -61,39 +94,48 @@ def draw(comparison: Comparison, runs: Sequence[Run], path: Path, shown: int) ->
     references = list(dict.fromkeys(run.solver.reference for run in runs))
     for name in references:
         pairs = [(run, row) for run in runs if run.solver.reference == name and (row := comparison.row(run))]
-        pairs = [(run, row) for run, row in pairs if row["mse"] > 0]  # the reference itself has no place on a log axis
+        pairs = [(run, row) for run, row in pairs if row.mse > 0]  # the reference itself has no place on a log axis
         if not pairs:
             continue
         rows = [row for _, row in pairs]
-        shared = [row for row in rows if row["plan"]]
-        best = best_trials(shared)
-        pictures: dict[str, tuple[Mapping[str, Any] | None, Any]] = {}
-        if shown:
-            columns = min(shown, len(comparison.blocks[0]))
-            pictures["reference"] = (None, image_grid(comparison.pictures(name, columns), columns))
-            for letter, (run, row) in zip("ABCDEFGH", selected(comparison, pairs, best), strict=False):
-                words = f"{letter}: {row['sampler']}, " + (f"level {row['levels']}, " if not row["plan"] else "")
-                words += f"{row['steps']} steps" + (f", Δ = {row['delta']:g}" if row["delta"] is not None else "")
-                pictures[words] = (row, image_grid(comparison.pictures(run, columns), columns))
-        trials = max((row["trial"] or 0) for row in rows) + 1
+        best = best_trials([row for row in rows if row.shared])
+        pictures = _pictures(comparison, name, pairs, best, shown) if shown else {}
+        trials = _trials(rows)
         caption = f"{comparison.caption}; bars: one standard error over images"
         caption += f"; {trials} trials of the coins, the best by these images large" if trials > 1 else ""
         own = path if len(references) == 1 else path.with_name(f"{path.stem}_{name}.png")
         coupled_errors(rows, best, own, caption, pictures)
 
 
+def _pictures(
+    comparison: Comparison, reference: str, pairs: Sequence[tuple[Run, Row]], best: Sequence[Row], shown: int
+) -> dict[str, tuple[Row | None, Image]]:
+    """Samples of the reference and of the rows that are `selected`, by the words above them."""
+    columns = min(shown, len(comparison.setup.blocks[0]))
+    pictures: dict[str, tuple[Row | None, Image]] = {
+        "reference": (None, image_grid(comparison.pictures(reference, columns), columns))
+    }
+    for letter, (run, row) in zip("ABCDEFGH", selected(comparison, pairs, best), strict=False):
+        words = f"{letter}: {row.sampler}, " + (f"level {row.levels}, " if not row.shared else "")
+        words += f"{row.steps} steps" + (f", Δ = {row.delta:g}" if row.delta is not None else "")
+        pictures[words] = (row, image_grid(comparison.pictures(run, columns), columns))
+    return pictures
+
+
 def selected(
-    comparison: Comparison, pairs: Sequence[tuple[Run, dict[str, Any]]], best: Sequence[Mapping[str, Any]]
-) -> Sequence[tuple[Run, Mapping[str, Any]]]:
-    """Whose samples are shown: the largest level in the two smallest numbers of steps, then of every sampler with coins
-    the best trial whose cost is nearest to the first of these.
+    comparison: Comparison, pairs: Sequence[tuple[Run, Row]], best: Sequence[Row]
+) -> Sequence[tuple[Run, Row]]:
+    """Whose samples are shown.
+
+    The largest level in its two smallest numbers of steps, then of every sampler with coins the best trial whose cost
+    is nearest to the first of these.
     """
     top = comparison.family.level().name
-    alone = sorted((row["steps"], i) for i, (_, row) in enumerate(pairs) if not row["plan"] and row["levels"] == top)
-    chosen: list[tuple[Run, Mapping[str, Any]]] = [pairs[i] for _, i in alone[:2]]
-    target = chosen[0][1]["flops"] if chosen else 0.0
-    for name in dict.fromkeys((row["sampler"], row["solver"]) for row in best):
-        own = [row for row in best if (row["sampler"], row["solver"]) == name]
-        row = min(own, key=lambda one: abs(one["flops"] - target))
+    alone = sorted((row.steps, i) for i, (_, row) in enumerate(pairs) if not row.shared and row.levels == top)
+    chosen = [pairs[i] for _, i in alone[:2]]
+    target = chosen[0][1].flops if chosen else 0.0
+    for name in dict.fromkeys((row.sampler, row.solver) for row in best):
+        own = [row for row in best if (row.sampler, row.solver) == name]
+        row = min(own, key=lambda one: abs(one.flops - target))
         chosen.append(next((run, same) for run, same in pairs if same is row))
     return chosen

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from mlem.metrics.fid import FID, FewImagesWarning, Score, frechet_distance
     from mlem.metrics.kernel import kernel_distance
     from mlem.metrics.neighbours import precision_recall
-    from mlem.metrics.pathwise import PathwiseError, pathwise_error
+    from mlem.metrics.pathwise import PathwiseError, mean_error, pathwise_error
     from mlem.metrics.random_features import RandomFeatures
     from mlem.metrics.reference import reference_path, reference_statistics
     from mlem.metrics.scores import Measure
@@ -28,6 +28,7 @@ _HOMES = {
     "Score": "mlem.metrics.fid",
     "frechet_distance": "mlem.metrics.fid",
     "kernel_distance": "mlem.metrics.kernel",
+    "mean_error": "mlem.metrics.pathwise",
     "pathwise_error": "mlem.metrics.pathwise",
     "precision_recall": "mlem.metrics.neighbours",
     "quantise": "mlem.images",
@@ -44,6 +45,7 @@ __all__ = [
     "Score",
     "frechet_distance",
     "kernel_distance",
+    "mean_error",
     "pathwise_error",
     "precision_recall",
     "quantise",

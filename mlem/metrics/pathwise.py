@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+__all__ = ["PathwiseError", "mean_error", "pathwise_error"]
+
 
 def pathwise_error(x: Tensor, reference: Tensor) -> tuple[float, float]:
     """Mean squared difference to the reference, and its standard error over samples.
@@ -19,7 +21,11 @@ def pathwise_error(x: Tensor, reference: Tensor) -> tuple[float, float]:
     over its values, in float64; returned are the mean of these over samples and their standard deviation / sqrt(N).
     Raises ValueError for shapes that differ, fewer than 2 samples, and values that are not finite.
     """
-    errors = _errors(x, reference)
+    return mean_error(_errors(x, reference))
+
+
+def mean_error(errors: Tensor) -> tuple[float, float]:
+    """Mean and its standard error of the errors of samples, (N,). Raises ValueError for N < 2."""
     if len(errors) < 2:
         raise ValueError(f"a standard error needs at least 2 samples, got {len(errors)}")
     return float(errors.mean()), float(errors.std() / math.sqrt(len(errors)))
@@ -29,6 +35,9 @@ class PathwiseError(Metric):
     """`pathwise_error` in pieces: update on shards and ranks, compute once on their sums (float64).
 
     compute returns (mse, standard_error) as floats and raises ValueError for fewer than 2 samples.
+
+    Attributes:
+        errors: of the samples that this rank has seen, in order: a tensor (N,) for each update.
     """
 
     is_differentiable = False
@@ -38,18 +47,26 @@ class PathwiseError(Metric):
     total_squares: Tensor
     count: Tensor
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
+        self.errors: list[Tensor] = []
         self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("total_squares", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, x: Tensor, reference: Tensor) -> None:
         """x, reference: (N, ...), N >= 0, as for `pathwise_error`."""
-        errors = _errors(x, reference).to(self.total.device)
+        errors = _errors(x, reference)
+        self.errors.append(errors)
+        errors = errors.to(self.total.device)
         self.total += errors.sum()
         self.total_squares += errors.square().sum()
         self.count += len(errors)
+
+    def reset(self) -> None:
+        """Forget everything seen so far."""
+        super().reset()
+        self.errors = []
 
     def compute(self) -> tuple[float, float]:
         """(mse, standard_error) over everything seen on all ranks."""

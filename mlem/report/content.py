@@ -6,6 +6,7 @@ A folder is one run (`runs/digits/unet_s`) or holds several (`runs/digits`); wha
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,8 +14,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from mlem.files import read_json, write_text
-from mlem.plots import curves, grid_name
+from mlem.comparison.equal_error import Advantage
+from mlem.comparison.row import Row
+from mlem.files import damaged, read_json, read_object, write_text
+from mlem.plots import curves
 from mlem.report.html import Cell, Markup, figure, join, page, section, table, tag
 
 Line = tuple[list[float], list[float]]
@@ -80,7 +83,7 @@ class _Run:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _runs(folder: Path) -> Iterator[_Run]:
@@ -145,70 +148,75 @@ def _levels(folder: Path) -> list[Markup]:
     return [table("Networks of the family; press a header to sort", columns, rows)]
 
 
+def _rows(home: Path) -> tuple[list[Row], str]:
+    """The rows of an evaluation, and their caption."""
+    path = home / "evaluation.json"
+    found = read_object(path)
+    with damaged(path):
+        return [Row.from_json(plain, str(path)) for plain in found["rows"]], found["caption"]
+
+
 def _samplers(home: Path | None) -> list[Markup]:
     if home is None:
         return []
-    found = read_json(home / "evaluation.json")
-    scores = list(dict.fromkeys(name for row in found["rows"] for name in row if "@" in name))
-    columns = ["level", "sampler", "steps", "dial", "calls per level", "calls per image", "rounds"]
+    found, caption = _rows(home)
+    scores = list(dict.fromkeys(name for row in found for name in row.scores))
+    columns = ["level", "sampler", "steps", "target", "calls per level", "calls per image", "rounds"]
     columns += ["MFLOPs per image", "time [ms/image]", "MSE", "standard error", *scores]
     rows = []
-    for row in found["rows"]:
-        calls = row.get("calls", {})
-        per_level = " + ".join(f"{count:.4g} {name}" for name, count in calls.items() if count)
+    for row in found:
+        per_level = " + ".join(f"{count:.4g} {name}" for name, count in row.calls.items() if count)
         rows.append(
             [
-                _text(row["level"]),
-                _text(row["sampler"]),
-                _number(row["steps"], "d"),
-                _text(row.get("dial", "")),
-                _text(per_level),
-                _number(row.get("evaluations"), ".4g"),
-                _number(row.get("rounds"), ".4g"),
-                _number(_scaled(row.get("flops_per_image"), 1e-6), ",.4g"),
-                _number(_scaled(row.get("seconds_per_image"), 1e3), ".3g"),
-                _number(row.get("mse"), ".3g"),
-                _number(row.get("mse_stderr"), ".1g"),
-                *(_number(row.get(name), ".4g") for name in scores),
+                *map(_text, (row.level, row.sampler)),
+                _number(row.steps, "d"),
+                *map(_text, (row.target, per_level)),
+                _number(row.evaluations, ".4g"),
+                _number(row.rounds, ".4g"),
+                _number(1e-6 * row.flops, ",.4g"),
+                _number(1e3 * row.seconds, ".3g"),
+                _number(row.mse, ".3g"),
+                _number(row.mse_stderr, ".1g"),
+                *(_number(row.scores.get(name), ".4g") for name in scores),
             ]
         )
-    return [table(f"{found['caption']}; press a header to sort", columns, rows)]
+    return [table(f"{caption}; press a header to sort", columns, rows)]
 
 
 def _equal_error(folder: Path) -> list[Markup]:
     """Figures and ratios of `sample.py experiment=error_vs_time`."""
     shown = []
     for path in sorted(folder.glob("*/summary.json")):
-        found = read_json(path)
+        found = read_object(path)
+        with damaged(path):
+            caption, ratios = found["caption"], [Advantage.from_dict(one, str(path)) for one in found["ratios"]]
         for picture in sorted(path.parent.glob("*.png")):
             words = "Error against time and FLOPs of single levels and of levels that share the work"
-            shown.append(figure(picture.read_bytes(), f"Figure: {words}", f"{words}; {found['caption']}.", "plot wide"))
+            shown.append(figure(picture.read_bytes(), f"Figure: {words}", f"{words}; {caption}.", "plot wide"))
         columns = ["sampler", "solver", "coins", "MSE", "cost in", "against", "its cost over ours", "95 % interval"]
-        rows: list[list[Cell]] = []
-        unreached: dict[str, list[str]] = {}
-        for one in found["ratios"]:
-            if any(ratio["ratio"] is not None for ratio in one["against"].values()):
-                rows += _ratios(one)
-            else:
-                unreached.setdefault(f"{one['sampler']} ({one['coins']})", []).append(f"{one['mse']:.2g}")
+        rows = [cells for one in ratios if one.known for cells in _ratios(one)]
         if rows:
-            shown.append(table(f"{found['caption']}; press a header to sort", columns, rows))
+            shown.append(table(f"{caption}; press a header to sort", columns, rows))
+        unreached: dict[str, list[str]] = {}
+        for one in ratios:
+            if not one.known:
+                unreached.setdefault(f"{one.sampler} ({one.coins})", []).append(f"{one.mse:.2g}")
         if unreached:
             told = "; ".join(f"{name} {', '.join(errors)}" for name, errors in unreached.items())
             shown.append(tag("p", f"No ratio, one side was not measured down to that MSE: {told}."))
     return shown
 
 
-def _ratios(one: Mapping[str, Any]) -> Iterator[list[Cell]]:
+def _ratios(one: Advantage) -> Iterator[list[Cell]]:
     """A row for each cost and rival."""
     names = {"largest": "the largest level alone", "any": "the best single level"}
-    for what, ratio in one["against"].items():
+    for what, ratio in one.against.items():
         unit, rival = what.split(", ")
-        known = None not in (ratio["low"], ratio["high"])
-        interval = f"{ratio['low']:.2f} to {ratio['high']:.2f}" if known else "not reached"
-        texts = [_text(one[name]) for name in ("sampler", "solver", "coins")]
-        texts += [_number(one["mse"], ".2g"), _text(unit), _text(names[rival])]
-        yield [*texts, _number(ratio["ratio"], ".2f"), Cell(interval, ratio["low"])]
+        known = math.isfinite(ratio.low) and math.isfinite(ratio.high)
+        interval = f"{ratio.low:.2f} to {ratio.high:.2f}" if known else "not reached"
+        texts = [_text(value) for value in (one.sampler, one.solver, one.coins)]
+        texts += [_number(one.mse, ".2g"), _text(unit), _text(names[rival])]
+        yield [*texts, _number(ratio.ratio, ".2f"), Cell(interval, ratio.low if known else None)]
 
 
 def _pictures(folder: Path, home: Path | None) -> list[Markup]:
@@ -283,11 +291,11 @@ def _grids(home: Path | None) -> list[Markup]:
     if home is None:
         return []
     shown = []
-    for row in read_json(home / "evaluation.json")["rows"]:
-        path = home / "grids" / f"{grid_name(row)}.png"
+    for row in _rows(home)[0]:
+        path = home / "grids" / f"{row.picture}.png"
         if path.exists():
-            dial = f", {row['dial']}" if row.get("dial") else ""
-            words = f"{row['sampler']}, {row['steps']} steps{dial}; level {row['level']}"
+            target = f", {row.target}" if row.target else ""
+            words = f"{row.sampler}, {row.steps} steps{target}; level {row.level}"
             shown.append(figure(path.read_bytes(), f"Samples of {words}", words, "grid"))
     return shown
 

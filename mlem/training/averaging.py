@@ -8,12 +8,16 @@ import torch
 from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor
 
+from mlem.training.lightning_internals import averaged_state
+
+__all__ = ["averaged_state", "make_average"]
+
 
 def make_average(decay: float) -> WeightAveraging:
     """Averages with `decay`, or with `(1 + n) / (10 + n)` after n updates while that is smaller.
 
-    (Lightning's own EMAWeightAveraging has no warm-up: a short run would keep its random initial weights.)
-    Raises ValueError unless decay is in [0, 1).
+    Lightning's own EMAWeightAveraging has no warm-up: a short run would keep its random initial weights. Raises
+    ValueError unless decay is in [0, 1).
     """
     if not 0 <= decay < 1:
         raise ValueError(f"training.average_decay must be in [0, 1), got {decay}")
@@ -27,9 +31,3 @@ def make_average(decay: float) -> WeightAveraging:
             average.lerp_(weights, weight)
 
     return WeightAveraging(use_buffers=False, multi_avg_fn=update)
-
-
-def averaged_state(callback: WeightAveraging) -> dict[str, Tensor]:
-    """The averaged weights of the LightningModule, by its own names."""
-    assert callback._average_model is not None
-    return callback._average_model.module.state_dict()

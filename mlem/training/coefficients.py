@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from mlem.denoiser import NetworkDenoiser
 from mlem.multilevel.learning import TANGENTS, Objective, interval
 from mlem.noise import RESERVED
-from mlem.training.checkpoints import renew_options
+from mlem.training.optimizers import renew_options
 from mlem.training.progress import BarProgress, LineProgress
 
 TRAINING, HELD_OUT = RESERVED["learning"].start, RESERVED["judging"].start

@@ -8,37 +8,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
-from mlem.denoiser import Denoiser, NetworkDenoiser, training_target
+from mlem.denoiser import NetworkDenoiser, training_target
 from mlem.family import Family
 from mlem.level import Level
+from mlem.metrics.denoising import denoising_errors
 from mlem.noise import NoiseStream
-from mlem.schedule import NoiseSchedule, expand_like
-from mlem.training.checkpoints import renew_options
+from mlem.plots import error_by_noise_level
+from mlem.schedule import expand_like
+from mlem.training.optimizers import renew_options
 
-NOISE_LEVELS = tuple((i + 0.5) / 10 for i in range(10))
-"""Times at which the denoising error is measured."""
-
-
-def denoising_errors(
-    denoiser: Denoiser, schedule: NoiseSchedule, images: Tensor, index: Tensor, seed: int
-) -> dict[float, Tensor]:
-    """Mean squared error of the noise estimate at each of NOISE_LEVELS, (B,), averaged over the pixels of each image.
-
-    images: (B, C, H, W) in [-1, 1]; index: (B,), which keys the noise, so that every network sees the same.
-    """
-    stream, errors = NoiseStream(seed, "validation"), {}
-    for slot, time in enumerate(NOISE_LEVELS):
-        t = torch.full((len(images),), time, device=images.device)
-        z = stream.normal(index, [slot], images.shape[1:], images.dtype)[0]
-        x_t = expand_like(schedule.alpha(t), images) * images + expand_like(schedule.sigma(t), images) * z
-        errors[time] = (denoiser(x_t.contiguous(memory_format=torch.channels_last), t) - z).square().flatten(1).mean(1)
-    return errors
+__all__ = ["DenoisingModule", "FamilyModule", "noise_level_figure"]
 
 
 class DenoisingModule(pl.LightningModule):
@@ -168,3 +154,16 @@ class FamilyModule(pl.LightningModule):
             by_image = torch.stack(list(errors.values())).mean(0)
             self.image_errors[level.name].append(by_image.cpu())
             self.log(f"test/{level.name}/error", by_image.mean(), **options)
+
+
+def noise_level_figure(family: Family, metrics: dict[str, float], images: int, path: Path) -> None:
+    """Draw `test/<level>/error_t...` of FamilyModule as denoising error against log-SNR; images: how many held out."""
+    curves = {}
+    for name in family.names:
+        prefix = f"test/{name}/error_t"
+        times = {float(key.removeprefix(prefix)): value for key, value in metrics.items() if key.startswith(prefix)}
+        log_snr = family.schedule.log_snr(torch.tensor(sorted(times), dtype=torch.float64))
+        curves[name] = (log_snr.tolist(), [float(times[time]) for time in sorted(times)])
+    steps = ", ".join(f"{level.name} {level.measured.get('steps', '?')}" for level in family.levels)
+    caption = f"{family.data}, {images} held-out images; averaged weights, training steps: {steps}"
+    error_by_noise_level(curves, path, caption)

@@ -11,6 +11,10 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.callbacks.progress.progress_bar import ProgressBar
 
+from mlem.training.lightning_internals import in_training
+
+__all__ = ["BarProgress", "LineProgress", "announced", "make_progress"]
+
 Item = TypeVar("Item")
 
 
@@ -78,7 +82,7 @@ class LineProgress(ProgressBar):
         self._speed.read(trainer, self._batch_size)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.is_global_zero and trainer.state.fn == "fit" and not trainer.sanity_checking:
+        if trainer.is_global_zero and in_training(trainer):
             self._print(trainer)
 
     def _print(self, trainer: pl.Trainer) -> None:

@@ -1,4 +1,4 @@
-"""Speed and memory of a training, as metrics, for those who look at `metrics.jsonl` and not at W&B's own figures."""
+"""Speed and memory of a training as metrics, for readers of `metrics.jsonl`; W&B has figures of its own."""
 
 from __future__ import annotations
 
@@ -9,13 +9,19 @@ import time
 import lightning.pytorch as pl
 import torch
 
+from mlem.training.lightning_internals import in_training
+
+__all__ = ["SystemFigures"]
+
 
 class SystemFigures(pl.Callback):
-    """Logs, at each validation in training, what rank 0 measures.
+    """Logs speed and memory, as rank 0 measures them, at each validation in training.
 
-    system/images_per_second: of all ranks together, since the validation before, the validation itself left out.
-    system/memory_gib, system/gpu_memory_gib: the most that this process held so far.
-    batch_size: images in a step, all ranks together.
+    system/images_per_second is of all ranks together, since the validation before and without it; system/memory_gib
+    and system/gpu_memory_gib are the most that this process has held so far.
+
+    Args:
+        batch_size: images in a step, all ranks together.
     """
 
     def __init__(self, batch_size: int) -> None:
@@ -29,10 +35,10 @@ class SystemFigures(pl.Callback):
         self._start = time.perf_counter(), trainer.global_step
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not trainer.is_global_zero or trainer.state.fn != "fit" or trainer.sanity_checking:
+        if not trainer.is_global_zero or not in_training(trainer):
             return
         begin, step = self._start
-        if step == trainer.global_step:  # a validation that is made up for after a resume
+        if step == trainer.global_step:  # a validation that was pending when the run was resumed
             return
         images = (trainer.global_step - step) * self._batch_size
         values = {"system/images_per_second": images / (time.perf_counter() - begin), "system/memory_gib": _memory()}

@@ -1,0 +1,160 @@
+"""One entry in a list of samplers, as `evaluation.samplers` and `eval.samplers` of the config hold them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from mlem.family import Family
+from mlem.multilevel.choices import ESTIMATORS
+from mlem.multilevel.spec import TARGETS, PlanSpec
+from mlem.sampling import solver_of
+
+__all__ = ["Entry", "refuse_duplicates"]
+
+_NEEDS = {"learned": "coefficients", "calibrated": "calibration"}
+_KEYS = {"grid": "grid: name", "options": "options: of it", "plan": "plan: options"}
+_NAMED = ("grid", "options", "levels", "plan", "deltas", "trials")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A sampler at several numbers of steps: a line in the figure.
+
+    Attributes:
+        solver: its name.
+        steps: numbers of steps, at least one.
+        grid: name of a time grid; None for the solver's own choice.
+        spec: how levels share the work; None: every level by itself.
+        options: of the solver.
+        name: in figures and tables; None for `label`'s own words.
+        levels: which levels run by themselves; None for all. Only without `spec`.
+        deltas: shifts of the logits of p_k, one plan each; None for the plan as it is. Only with coins.
+        trials: replicates of the coins; None for the plan's own coins. Only with coins.
+
+    Raises:
+        ValueError: for no steps, and for options that do not go together.
+    """
+
+    solver: str
+    steps: tuple[int, ...]
+    grid: str | None = None
+    spec: PlanSpec | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    name: str | None = None
+    levels: tuple[str, ...] | None = None
+    deltas: tuple[float, ...] | None = None
+    trials: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.steps:
+            raise ValueError(f"evaluation of {self.solver} needs at least one step count")
+        tosses = self.deltas is not None or self.trials is not None
+        if tosses and self.spec is None:
+            raise ValueError("deltas and trials are of coins: add plan={...}, or leave them out")
+        if tosses and self.spec is not None and ESTIMATORS[self.spec.estimator].holds:
+            raise ValueError("deltas and trials toss coins: add estimator: jump to its plan")
+        if self.spec is not None and self.levels is not None:
+            raise ValueError("levels is of levels that run alone; of a plan, write plan={levels: [..]}")
+
+    @property
+    def label(self) -> str:
+        """The name, or else all that is not the default, except steps and target."""
+        if self.name is not None:
+            return self.name
+        label = "_".join([self.solver.replace(":", "_"), *([self.grid] if self.grid else [])])
+        label += "".join(f"_{key}-{value}" for key, value in self.options.items())
+        if self.spec is None:
+            return label
+        label += f"_{self.spec.estimator}" + (f"_{self.spec.coins}" if self.spec.coins else "")
+        for one in fields(self.spec):
+            value = getattr(self.spec, one.name)
+            if one.name not in (*TARGETS, "cost", "estimator", "coins") and value != one.default:
+                label += f"_{one.name}-{'+'.join(map(str, value)) if isinstance(value, (list, tuple)) else value}"
+        return label
+
+    @property
+    def method(self) -> str:
+        """The solver with its options, such as heun(order=2)."""
+        options = ", ".join(f"{key}={value}" for key, value in self.options.items())
+        return f"{self.solver}({options})" if options else self.solver
+
+    @property
+    def target(self) -> str:
+        """What the plan is made for, such as budget0.25, with the unit unless that is seconds; "" for no target."""
+        if self.spec is None:
+            return ""
+        target = "".join(f"{name}{v:g}" for name in TARGETS if (v := getattr(self.spec, name)) is not None)
+        return f"{target}_{self.spec.cost}" if target and self.spec.cost != PlanSpec.cost else target
+
+    def missing(self, family: Family) -> str | None:
+        """What must be fitted to the family first, "coefficients" or "calibration"; None for nothing."""
+        law = self.spec.probabilities if self.spec is not None else None
+        needed = _NEEDS.get(law) if isinstance(law, str) else None
+        return needed if needed not in family.fitted else None
+
+    @classmethod
+    def from_options(cls, options: Any, where: str, *, named: bool = False) -> Entry:
+        """The entry that a config describes.
+
+        Args:
+            options: plain data; a mapping with solver, steps and, where wanted, grid, options, plan.
+            where: begins every message, such as evaluation.samplers[0].
+            named: the entry has a name too and, where wanted, levels, deltas, trials.
+
+        Raises:
+            ValueError: for what is missing, unknown, or of the wrong kind.
+        """
+        _check_keys(options, where, named)
+        given = {key: value for key, value in options.items() if value is not None}
+        _check_kinds(given, where)
+        spec = PlanSpec.from_options(given["plan"], f"{where}.plan: ") if "plan" in given else None
+        own: dict[str, Any] = {"trials": given.get("trials"), "name": str(options["name"]) if named else None}
+        own["levels"] = tuple(given["levels"]) if "levels" in given else None
+        own["deltas"] = tuple(map(float, given["deltas"])) if "deltas" in given else None
+        try:
+            solver_of(given["solver"], **given.get("options", {}))
+            return cls(given["solver"], tuple(given["steps"]), given.get("grid"), spec, given.get("options", {}), **own)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{where}: {error}") from error
+
+
+def _check_keys(options: Any, where: str, named: bool) -> None:
+    needed = ("name", "solver", "steps") if named else ("solver", "steps")
+    known = {*needed, *(_NAMED if named else _KEYS)}
+    if isinstance(options, Mapping) and set(needed) <= {*options} <= known:
+        return
+    first = "name: text, " if named else ""
+    others = f"{', '.join(_NAMED)}: .." if named else ", ".join(_KEYS.values())
+    raise ValueError(
+        f"{where} must be {{{first}solver: name, steps: [n, ..], and, where wanted, {others}}}, got {options}"
+    )
+
+
+def _check_kinds(given: Mapping[str, Any], where: str) -> None:
+    steps, deltas, trials = (given.get(key) for key in ("steps", "deltas", "trials"))
+    if not isinstance(steps, list) or not steps or not all(type(n) is int and n >= 1 for n in steps):
+        raise ValueError(f"{where}.steps must be a list of step counts >= 1, got {steps}")
+    for key in ("plan", "options"):
+        if key in given and not isinstance(given[key], dict):
+            raise ValueError(f"{where}.{key} must be options, such as {key}: {{name: value}}, got {given[key]}")
+    if not isinstance(given.get("levels", []), list):
+        raise ValueError(f"{where}.levels must be a list, got {given['levels']}")
+    if deltas is not None and not (isinstance(deltas, list) and all(type(d) in (int, float) for d in deltas)):
+        raise ValueError(f"{where}.deltas must be a list of numbers, got {deltas}")
+    if trials is not None and not (type(trials) is int and trials >= 1):
+        raise ValueError(f"{where}.trials must be a whole number >= 1, got {trials}")
+
+
+def refuse_duplicates(entries: Sequence[Entry]) -> None:
+    """Raise ValueError for a sampler that is listed twice: its pictures and metrics would share a name."""
+    seen: dict[tuple[str, int, str], int] = {}
+    for number, entry in enumerate(entries):
+        for steps in entry.steps:
+            key = (entry.label, steps, entry.target)
+            if key in seen:
+                places = " and ".join(f"evaluation.samplers[{n}]" for n in sorted({seen[key], number}))
+                plan = f", {entry.target}" if entry.target else ""
+                raise ValueError(f"{places}: {entry.label} at {steps} steps{plan} is listed twice; list it once")
+            seen[key] = number

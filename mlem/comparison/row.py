@@ -1,0 +1,172 @@
+"""The result of one sampler: a row of `evaluation.json` and of `runs.csv`.
+
+Lives here: `Row`, and how it becomes JSON and CSV and back. Knows nothing of how it was measured.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from mlem.files import damaged
+
+__all__ = ["KEY", "MULTILEVEL", "Row"]
+
+MULTILEVEL = "mlem"
+"""Stands for a level's name where several share the work."""
+KEY = ("sampler", "solver", "levels", "steps", "grid", "coins", "plan", "delta", "trial")
+"""The attributes, and columns of the CSV, that tell runs apart."""
+_JSON = {
+    "level": "level",
+    "sampler": "sampler",
+    "steps": "steps",
+    "target": "dial",
+    "calls": "calls",
+    "evaluations": "evaluations",
+    "rounds": "rounds",
+    "flops": "flops_per_image",
+    "seconds": "seconds_per_image",
+    "network_seconds": "network_seconds_per_image",
+    "mse": "mse",
+    "mse_stderr": "mse_stderr",
+}
+"""Attribute -> key; all other keys are scores."""
+_CSV = {"flops": "flops", "network_seconds": "network_seconds", "seconds": "wall_seconds"}
+_CSV |= {"mse": "mse", "mse_stderr": "mse_stderr"}
+"""Attribute -> column, beside KEY, `calls_LEVEL`, the scores and `image_mse`."""
+_SPREAD = "_std"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One sampler at one number of steps. Costs are per image; NaN means not measured, or not in the file.
+
+    Attributes:
+        sampler: its name in figures and metrics.
+        steps: steps of the solver.
+        level: the level that runs alone, or MULTILEVEL.
+        levels: names of all levels that may run, joined by "+".
+        solver: its name and options.
+        grid: name of the time grid.
+        coins: how the plan tosses coins; "" where it tosses none.
+        plan: hash of the plan before `delta`; "" for a level alone.
+        target: what the plan was made for, such as "budget0.25"; "" for no target.
+        delta: added to the logits of p_k; None for the plan as it is.
+        trial: replicate of the coins; None for the plan's own coins.
+        calls: network evaluations (NFE) of each level.
+        evaluations: network evaluations of all levels together.
+        rounds: network calls one after another.
+        flops: of the networks.
+        seconds: wall time.
+        network_seconds: time in the networks.
+        mse: mean squared error to the reference; NaN for a solver that shares a law with it, not a path.
+        mse_stderr: standard error of `mse` over images.
+        scores: FID and its like, named by protocol and count; `NAME_std` is the spread of NAME.
+        image_mse: error of each image, to six digits; () where it is not kept.
+    """
+
+    sampler: str
+    steps: int
+    level: str
+    levels: str = ""
+    solver: str = ""
+    grid: str = ""
+    coins: str = ""
+    plan: str = ""
+    target: str = ""
+    delta: float | None = None
+    trial: int | None = None
+    calls: Mapping[str, float] = field(default_factory=dict)
+    evaluations: float = math.nan
+    rounds: float = math.nan
+    flops: float = math.nan
+    seconds: float = math.nan
+    network_seconds: float = math.nan
+    mse: float = math.nan
+    mse_stderr: float = math.nan
+    scores: Mapping[str, float] = field(default_factory=dict)
+    image_mse: tuple[float, ...] = ()
+
+    @property
+    def shared(self) -> bool:
+        """Whether levels share the work under a plan."""
+        return self.level == MULTILEVEL
+
+    @property
+    def key(self) -> tuple[str | int | float | None, ...]:
+        """Tells runs apart: the attributes in KEY."""
+        return tuple(getattr(self, name) for name in KEY)
+
+    @property
+    def setting(self) -> tuple[str | int | float | None, ...]:
+        """Equal for rows that are replicates of each other: `key` without the trial."""
+        return tuple(getattr(self, name) for name in KEY if name != "trial")
+
+    @property
+    def point(self) -> str:
+        """Steps and target, such as "20_budget0.25"."""
+        return f"{self.steps}_{self.target}" if self.target else str(self.steps)
+
+    @property
+    def picture(self) -> str:
+        """Name of the file that shows samples, without its suffix."""
+        return f"{self.level}_{self.sampler}_{self.point}"
+
+    def metrics(self) -> dict[str, float]:
+        """What loggers are told, by names such as eval/s/ddpm@20/mse."""
+        prefix = f"eval/{self.level}/{self.sampler}@{self.point}"
+        measured = {"mse": self.mse, "seconds_per_image": self.seconds, "evaluations": self.evaluations, **self.scores}
+        values = {f"calls_{name}": calls for name, calls in self.calls.items()}
+        values |= {name: value for name, value in measured.items() if not math.isnan(value)}
+        return {f"{prefix}/{name}": value for name, value in values.items()}
+
+    def to_json(self) -> dict[str, Any]:
+        """The object of `evaluation.json`."""
+        known = {key: getattr(self, name) for name, key in _JSON.items()}
+        return {key: None if _is_nan(value) else value for key, value in (known | dict(self.scores)).items()}
+
+    @staticmethod
+    def from_json(plain: Mapping[str, Any], where: str = "evaluation.json") -> Row:
+        """The row that `to_json` wrote, of older versions too. Raises ValueError that names `where` for other data."""
+        with damaged(where):
+            needed = {name: plain[name] for name in ("sampler", "steps", "level")}
+            known: dict[str, Any] = {name: plain[key] for name, key in _JSON.items() if key in plain}
+            known = {name: math.nan if value is None else value for name, value in known.items()}
+            others = {key: value for key, value in plain.items() if key not in _JSON.values()}
+            scores = {name: math.nan if value is None else value for name, value in others.items()}
+            return Row(**known | needed, levels="+".join(known.get("calls", ())), scores=scores)
+
+    def to_csv(self) -> dict[str, str]:
+        """Column -> cell of `runs.csv`; spreads of scores are left out."""
+        cells = {name: getattr(self, name) for name in KEY}
+        cells |= {f"calls_{name}": calls for name, calls in self.calls.items()}
+        cells |= {column: getattr(self, name) for name, column in _CSV.items()}
+        cells |= {name: value for name, value in self.scores.items() if not name.endswith(_SPREAD)}
+        cells["image_mse"] = " ".join(map(str, self.image_mse))
+        return {name: "" if value is None else str(value) for name, value in cells.items()}
+
+    @staticmethod
+    def from_csv(cells: Mapping[str, str]) -> Row:
+        """The row that `to_csv` wrote. Raises KeyError or ValueError for other cells."""
+        texts = {name: cells[name] for name in ("sampler", "solver", "levels", "grid", "coins", "plan")}
+        numbers: dict[str, Any] = {name: float(cells[column]) for name, column in _CSV.items()}
+        calls = {name.removeprefix("calls_"): float(cells[name]) for name in cells if name.startswith("calls_")}
+        known = {*KEY, *_CSV.values(), "image_mse", *(f"calls_{name}" for name in calls)}
+        return Row(
+            **texts,
+            **numbers,
+            steps=int(cells["steps"]),
+            level=MULTILEVEL if texts["plan"] else texts["levels"],
+            delta=float(cells["delta"]) if cells["delta"] else None,
+            trial=int(cells["trial"]) if cells["trial"] else None,
+            calls=calls,
+            evaluations=sum(calls.values()),
+            scores={name: float(cells[name]) for name in cells if name not in known},
+            image_mse=tuple(float(part) for part in cells["image_mse"].split()),
+        )
+
+
+def _is_nan(value: Any) -> bool:
+    return isinstance(value, float) and math.isnan(value)

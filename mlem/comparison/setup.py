@@ -1,0 +1,143 @@
+"""What the samplers of a comparison share, and the runs that an entry stands for."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from mlem.comparison.entry import Entry
+from mlem.comparison.row import MULTILEVEL, Row
+from mlem.family import Family
+from mlem.grids import TimeGrid
+from mlem.level import Level
+from mlem.metrics import Measure
+from mlem.multilevel.plan import Plan
+from mlem.multilevel.planner import make_plan
+from mlem.sampling import Sampler, solver_of
+from mlem.solvers import GridPoint, Solver
+
+__all__ = ["Run", "Setup"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A sampler at one number of steps, to be measured.
+
+    Attributes:
+        row: names and settings; nothing is measured in it yet.
+        solver: with its options.
+        grid: name of the time grid; None for the solver's own choice.
+        plan: how levels share the work; None: the level `row.level` runs alone.
+        cost: of an image, in evaluations of the largest level by FLOPs.
+    """
+
+    row: Row
+    solver: Solver
+    grid: str | None
+    plan: Plan | None
+    cost: float
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What the samplers of a comparison share.
+
+    Attributes:
+        family: its largest level gives the references.
+        blocks: indices of the images, in batches.
+        seed: of the noise.
+        reference_steps: of the references.
+        device: where networks run.
+        precision: of the networks, as in `Sampler`.
+        measure: FID and its like; None for the error alone.
+    """
+
+    family: Family
+    blocks: list[list[int]]
+    seed: int = 0
+    reference_steps: int = 1000
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    precision: str = "fp32"
+    measure: Measure | None = None
+
+    @property
+    def count(self) -> int:
+        """Number of images."""
+        return sum(map(len, self.blocks))
+
+    @property
+    def caption(self) -> str:
+        """The beginning of a caption: data, images, reference."""
+        return (
+            f"{self.family.data}, {self.count} images, seed {self.seed}; reference: level {self.family.level().name}, "
+            f"{self.reference_steps} steps, same noise"
+        )
+
+    def runs(self, entry: Entry) -> list[Run]:
+        """The runs of an entry, by steps. Raises ValueError for what does not fit the family or the solver."""
+        solver, found = solver_of(entry.solver, **entry.options), []
+        expand = self._alone if entry.spec is None else self._together
+        for steps in entry.steps:
+            grid = solver.grid(self.family.schedule, steps, entry.grid)
+            row = Row(entry.label, steps, "", solver=entry.method, grid=grid.name, target=entry.target)
+            found += expand(entry, solver, grid, row)
+        return found
+
+    def _alone(self, entry: Entry, solver: Solver, grid: TimeGrid, row: Row) -> Iterator[Run]:
+        evaluations = solver.evaluations(GridPoint.of(self.family.schedule, grid))
+        for name in entry.levels or self.family.names:
+            cost = evaluations * self.family.level(name).flops / self.family.level().flops
+            yield Run(replace(row, level=name, levels=name), solver, entry.grid, None, cost)
+
+    def _together(self, entry: Entry, solver: Solver, grid: TimeGrid, row: Row) -> Iterator[Run]:
+        assert entry.spec is not None
+        plan = make_plan(entry.spec, self.family, solver, grid)
+        table = json.dumps(plan.to_dict() | {"about": {}, "seed": entry.spec.seed}, sort_keys=True)
+        names = plan.levels or tuple(self.family.names)
+        row = replace(row, level=MULTILEVEL, levels="+".join(names), coins=plan.coins)
+        row = replace(row, plan=hashlib.sha256(table.encode()).hexdigest()[:12])
+        flops = torch.tensor([self.family.level(name).flops for name in names], dtype=torch.float64)
+        for delta in entry.deltas or (None,):
+            for trial in range(entry.trials) if entry.trials is not None else (None,):
+                tossed = delta is not None or trial is not None
+                drawn = plan.redrawn(delta or 0.0, entry.spec.seed + (trial or 0)) if tossed else plan
+                cost = drawn.cost(flops / self.family.level().flops)
+                yield Run(replace(row, delta=delta, trial=trial), solver, entry.grid, drawn, cost)
+
+    def sampler(self, run: Run) -> Sampler:
+        """The sampler of this run."""
+        model = self.family if run.plan is not None else self.family.level(run.row.level)
+        return self._bind(model, run.solver, run.row.steps, run.grid, run.plan)
+
+    def reference(self, solver: str) -> Sampler:
+        """The many-step sampler of the largest level that errors of runs with this `solver.reference` are to."""
+        return self._bind(self.family.level(), solver, self.reference_steps)
+
+    def warm_up(self) -> None:
+        """Keep warm-up out of the timings: the first call for a batch size sets up kernels."""
+        for level in self.family.levels:
+            for size in {len(self.blocks[0]), len(self.blocks[-1])}:
+                self._bind(level, "ddim", 2).run(range(size))
+
+    def _bind(
+        self,
+        model: Family | Level,
+        solver: str | Solver,
+        steps: int,
+        grid: str | None = None,
+        plan: Plan | None = None,
+    ) -> Sampler:
+        return Sampler(
+            model,
+            solver=solver,
+            steps=steps,
+            grid=grid,
+            plan=plan,
+            seed=self.seed,
+            device=self.device,
+            precision=self.precision,
+        )

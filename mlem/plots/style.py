@@ -1,0 +1,118 @@
+"""How all figures look: colours, panels, captions, and saving whole or not at all.
+
+Drawn with Figure objects, never pyplot: no global state, no display.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from textwrap import fill
+from typing import TYPE_CHECKING, Any
+
+from mlem.files import atomic_write
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+__all__ = [
+    "COLOURS",
+    "STYLES",
+    "figure_with_axes",
+    "in_digits",
+    "legend_key",
+    "need",
+    "panels",
+    "plain",
+    "positive",
+    "save",
+]
+
+# Okabe and Ito (2008), distinct for all common kinds of colour blindness; yellow left out: too pale on white
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+STYLES = (
+    ("o", "-"),
+    ("s", "--"),
+    ("^", "-."),
+    ("D", ":"),
+    ("v", (0, (5, 1))),
+    ("P", (0, (3, 1, 1, 1))),
+    ("X", (0, (1, 1))),
+)
+"""Marker and line style."""
+
+
+def figure_with_axes(xlabel: str, ylabel: str, caption: str) -> tuple[Figure, Axes]:
+    """A figure of one panel; the caption stands above it."""
+    figure, (axes,) = panels(xlabel, [ylabel], caption)
+    return figure, axes
+
+
+def panels(xlabel: str, ylabels: Sequence[str], caption: str) -> tuple[Figure, list[Axes]]:
+    """A panel for each ylabel, side by side; the caption stands above the first."""
+    from matplotlib.figure import Figure
+
+    width = 3.0 + 4.5 * len(ylabels)
+    figure = Figure(figsize=(width, 4.5), dpi=150, layout="constrained")
+    found = [figure.add_subplot(1, len(ylabels), i, xlabel=xlabel, ylabel=y) for i, y in enumerate(ylabels, 1)]
+    # wrapped here, since matplotlib would let it run on under the legend
+    found[0].set_title(fill(caption, 72), fontsize="small", loc="left", color="0.3")
+    for axes in found:
+        axes.grid(which="major", color="0.9")
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure, found
+
+
+def legend_key(label: str, colour: str, marker: str, line: Any) -> Line2D:
+    """An entry of a legend that belongs to no line of the figure. line: a style of matplotlib's."""
+    from matplotlib.lines import Line2D
+
+    return Line2D([], [], color=colour, marker=marker, linestyle=line, label=label)
+
+
+def in_digits(axis: Axis) -> None:
+    """Label a logarithmic axis with 10 and 100, not powers, and between them where there is room."""
+    from matplotlib.ticker import LogFormatter
+
+    axis.set_major_formatter(LogFormatter())
+    axis.set_minor_formatter(LogFormatter(minor_thresholds=(1.0, 0.4)))
+
+
+def plain(text: str) -> str:
+    """Text in which matplotlib sees no mathematics and nothing to hide."""
+    return " " + text.replace("$", r"\$") if text.startswith("_") else text.replace("$", r"\$")
+
+
+def save(figure: Figure, path: str | os.PathLike[str]) -> None:
+    """Write a PNG, atomically. Raises ValueError for another suffix."""
+    if Path(path).suffix != ".png":
+        raise ValueError(f"figures are PNG files, got {path}")
+    for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):
+        low, high = axis.get_view_interval()
+        if axis.get_scale() == "log" and high < 1.1 * low:  # one value alone: no width, and a layout that divides by it
+            axis.set_view_interval(low / 1.5, high * 1.5, ignore=True)
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png")
+
+
+def need(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], figure: str) -> None:
+    """Raise ValueError that names the figure where there are no rows, or one lacks a column."""
+    if not rows:
+        raise ValueError(f"{figure} has nothing to draw: no rows")
+    for row in rows:
+        missing = [column for column in columns if column not in row]
+        if missing:
+            raise ValueError(
+                f"{figure} needs {', '.join(columns)} in every row, {missing[0]} is missing in {dict(row)}"
+            )
+
+
+def positive(value: float) -> bool:
+    """Whether a logarithmic axis can show it."""
+    return math.isfinite(value) and value > 0
