@@ -19,6 +19,8 @@ from typing import Any
 
 from mlem.files import read_json
 
+__all__ = ["Run", "main", "read_run", "runs"]
+
 _RUN = {"settings.json", "config.yaml"}
 _OTHER = {"settings.json", "family.json", "manifest.json"}  # samples, families and data sets hold no runs
 _RESULTS = ("level/mlem.json", "coefficients.json")  # what a finished run has
@@ -26,10 +28,18 @@ _RESULTS = ("level/mlem.json", "coefficients.json")  # what a finished run has
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder. state: "training" (its lock is held), "finished" or "interrupted".
+    """A run folder.
 
-    step: the last that was logged or saved, of `steps`. error: the lowest held-out denoising error. fid: the lowest of
-    the last evaluation, whose sampler, protocol and count are in fid_name. bytes: on disk. changed: Unix seconds.
+    Attributes:
+        path: of the folder.
+        state: "training" (its lock is held), "finished" or "interrupted".
+        step: the last that was logged or saved.
+        steps: how many there will be; None where the settings do not say.
+        error: the lowest held-out denoising error; None before the first validation.
+        fid: the lowest of the last evaluation; None without one.
+        fid_name: its sampler, protocol and count.
+        bytes: on disk.
+        changed: time of the last change, in Unix seconds.
     """
 
     path: str
@@ -49,7 +59,7 @@ def runs(root: Path) -> list[Run]:
 
 
 def read_run(folder: Path) -> Run:
-    """What the files in a run folder say."""
+    """The state of a run, from the files in its folder."""
     size, changed = _usage(folder)
     logged, error, fid_name, fid = _logged(folder / "metrics.jsonl")
     finished = any((folder / result).exists() for result in _RESULTS)

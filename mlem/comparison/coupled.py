@@ -114,14 +114,14 @@ class Comparison:
         return [run for run in runs if run.row.key not in known]
 
     def cost(self, runs: Sequence[Run]) -> float:
-        """What `measure` has to do, in evaluations of the largest level for an image."""
+        """The work left for `measure`, in evaluations of the largest level for an image."""
         missing = self.missing(runs)
         references = {run.solver.reference for run in missing}
         todo = [name for name in references if name not in self._truths and not self._reference(name).exists()]
         return sum(run.cost for run in missing) + self.setup.reference_steps * len(todo)
 
     def measure(self, runs: Sequence[Run], progress: Callable[[float], None] = lambda cost: None) -> None:
-        """Add the rows that are not there. progress: told of what is behind us, in all `cost(runs)`."""
+        """Add the rows that are missing. progress: called with the cost of each piece of work, in all `cost(runs)`."""
         missing = self.missing(runs)
         if missing:
             self.setup.warm_up()

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from mlem.family import Family
-from mlem.multilevel.spec import PlanSpec
+from mlem.multilevel.choices import ESTIMATORS
+from mlem.multilevel.spec import TARGETS, PlanSpec
 from mlem.sampling import solver_of
 
 __all__ = ["Entry", "refuse_duplicates"]
 
-_TARGETS = ("budget", "mse", "delta")
 _NEEDS = {"learned": "coefficients", "calibrated": "calibration"}
 _KEYS = {"grid": "grid: name", "options": "options: of it", "plan": "plan: options"}
 _NAMED = ("grid", "options", "levels", "plan", "deltas", "trials")
@@ -53,7 +53,7 @@ class Entry:
         tosses = self.deltas is not None or self.trials is not None
         if tosses and self.spec is None:
             raise ValueError("deltas and trials are of coins: add plan={...}, or leave them out")
-        if tosses and self.spec is not None and self.spec.estimator != "jump":
+        if tosses and self.spec is not None and ESTIMATORS[self.spec.estimator].holds:
             raise ValueError("deltas and trials toss coins: add estimator: jump to its plan")
         if self.spec is not None and self.levels is not None:
             raise ValueError("levels is of levels that run alone; of a plan, write plan={levels: [..]}")
@@ -70,7 +70,7 @@ class Entry:
         label += f"_{self.spec.estimator}" + (f"_{self.spec.coins}" if self.spec.coins else "")
         for one in fields(self.spec):
             value = getattr(self.spec, one.name)
-            if one.name not in (*_TARGETS, "cost", "estimator", "coins") and value != one.default:
+            if one.name not in (*TARGETS, "cost", "estimator", "coins") and value != one.default:
                 label += f"_{one.name}-{'+'.join(map(str, value)) if isinstance(value, (list, tuple)) else value}"
         return label
 
@@ -85,7 +85,7 @@ class Entry:
         """What the plan is made for, such as budget0.25, with the unit unless that is seconds; "" for no target."""
         if self.spec is None:
             return ""
-        target = "".join(f"{name}{v:g}" for name in _TARGETS if (v := getattr(self.spec, name)) is not None)
+        target = "".join(f"{name}{v:g}" for name in TARGETS if (v := getattr(self.spec, name)) is not None)
         return f"{target}_{self.spec.cost}" if target and self.spec.cost != PlanSpec.cost else target
 
     def missing(self, family: Family) -> str | None:

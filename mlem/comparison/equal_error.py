@@ -1,8 +1,8 @@
 """What the same error costs: curves of error against cost, and their ratio with a bootstrap interval.
 
-Images are resampled, and the draws of the coins too: all images share their coins, so draws differ however many images
-there are. With few draws the interval is somewhat short (about 85 percent instead of 95 with 5 to 15), and with one
-it holds for these coins.
+Images are resampled, and the replicates of the coins too: all images share their coins, so replicates differ however
+many images there are. With few replicates the interval is somewhat short (about 85 percent instead of 95 with 5 to
+15), and with one it holds for these coins.
 """
 
 from __future__ import annotations
@@ -21,25 +21,32 @@ __all__ = ["Advantage", "Ratio", "Setting", "cost_at", "cost_ratio", "frontier"]
 
 @dataclass(frozen=True, eq=False)
 class Setting:
-    """One point of a curve, measured in T draws of the coins: costs (T,), squared errors of N images (T, N)."""
+    """One point of a curve, measured in T replicates of the coins.
+
+    Attributes:
+        costs: (T,).
+        errors: squared errors of N images, (T, N).
+    """
 
     costs: np.ndarray
     errors: np.ndarray
 
     def mean(self, weights: np.ndarray, coins: np.ndarray | None = None) -> tuple[float, float]:
-        """Cost and error on average over the draws. weights: (N,) of the images.
+        """Cost and error on average over the replicates.
 
-        coins: at least T numbers in [0, 1) that resample the draws; settings of as many draws resample alike.
+        Args:
+            weights: of the images, (N,).
+            coins: at least T numbers in [0, 1) that resample the replicates; settings of equal T resample alike.
         """
         count = len(self.costs)
         drawn = slice(None) if coins is None else (coins[:count] * count).astype(int)
         return self.costs[drawn].mean(), (self.errors[drawn] @ weights).mean() / weights.sum()
 
     def best(self, weights: np.ndarray) -> tuple[float, float]:
-        """Cost and error of the best draw. One half of the images chooses, the other judges, and in turn.
+        """Cost and error of the best replicate: each half of the images is judged by the other half's choice.
 
-        So the choice does not flatter itself, as it would if the images that choose also judged. Draws are never
-        resampled here: a plan is memorised with its coins.
+        Images that both chose and judged would flatter the choice. Replicates are never resampled here: a plan is
+        memorised with its coins.
         """
         even = np.arange(len(weights)) % 2 == 0
         cost = error = 0.0
@@ -131,7 +138,10 @@ def frontier(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Logs of cost and error, both (M,), of the points that no other beats in both; cost rises, error falls.
 
-    weights: of the images. best: of the draws of a setting take the best, not the mean. coins: as in `Setting.mean`.
+    Args:
+        weights: of the images; None: equal.
+        best: take the best replicate of a setting, not the mean.
+        coins: as in `Setting.mean`.
     """
     weights = np.ones(settings[0].errors.shape[1]) if weights is None else weights
     points = sorted(setting.best(weights) if best else setting.mean(weights, coins) for setting in settings)
@@ -150,7 +160,7 @@ def cost_at(
     best: bool = False,
     coins: np.ndarray | None = None,
 ) -> float:
-    """Cost at which this error is reached, by straight lines in the logarithms; nan outside of what was measured."""
+    """Cost at which this error is reached, by straight lines in the logarithms; NaN outside the measured range."""
     costs, errors = frontier(settings, weights, best, coins)
     if not len(errors) or not errors.min() <= math.log(error) <= errors.max():
         return math.nan
@@ -166,9 +176,12 @@ def cost_ratio(
     best: bool = False,
     draws: int = 400,
 ) -> Ratio:
-    """Cost of theirs over cost of ours at this error. Images are resampled for all together: they share their noise.
+    """Cost of theirs over cost of ours at this error. Images are resampled for both together: they share their noise.
 
-    best: of our draws of the coins.
+    Args:
+        random: of the bootstrap.
+        best: count our best replicate, not the mean.
+        draws: of the bootstrap.
     """
     count, most = ours[0].errors.shape[1], max(len(setting.costs) for setting in (*theirs, *ours))
     cost = cost_at(ours, error, best=best)

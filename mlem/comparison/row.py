@@ -115,7 +115,7 @@ class Row:
         return f"{self.level}_{self.sampler}_{self.point}"
 
     def metrics(self) -> dict[str, float]:
-        """What loggers are told, by names such as eval/s/ddpm@20/mse."""
+        """Metrics for loggers, by names such as eval/s/ddpm@20/mse."""
         prefix = f"eval/{self.level}/{self.sampler}@{self.point}"
         measured = {"mse": self.mse, "seconds_per_image": self.seconds, "evaluations": self.evaluations, **self.scores}
         values = {f"calls_{name}": calls for name, calls in self.calls.items()}

@@ -26,7 +26,12 @@ ERRORS = "denoising error - floor"
 def held_out_errors(family: Family, images: Tensor, index: Tensor, seed: int = 0, batch_size: int = 256) -> np.ndarray:
     """Mean squared error of the noise estimate of each level on each image: (K, N), all levels from the same noise.
 
-    images: (N, C, H, W) in [-1, 1]. index: (N,), which keys the noise; as in the test of a family after training.
+    Args:
+        family: of K levels.
+        images: (N, C, H, W), in [-1, 1].
+        index: (N,); it keys the noise, as in the test of a family after training.
+        seed: of the noise.
+        batch_size: images in a batch.
     """
     table = []
     for level in family.levels:
@@ -67,19 +72,19 @@ def scaling_fits(
 def draw_scaling(
     family: Family, fits: dict[str, ScalingFit], images: int, path: Path, unit: str = "flops"
 ) -> list[str]:
-    """Draw the fits; returns what they say, a line each, with a warning where gamma is not above 2."""
+    """Draw the fits. Returns a line for each, which begins with "warning: " where gamma is not above 2."""
     steps = ", ".join(f"{level.name} {level.measured.get('steps', '?')}" for level in family.levels)
     caption = f"{family.data}, {images} held-out images; training steps: {steps}; 95 percent bootstrap bands"
     words = {"flops": "FLOPs", "seconds": "seconds"}[unit]
     scaling_law({name: fit.curve() for name, fit in fits.items()}, path, caption, f"{words} per image")
-    said = []
+    lines = []
     for name, fit in fits.items():
-        # the errors do not level off: a floor and a power law cannot be told apart
+        # the errors do not level off: a floor and a power law cannot be distinguished
         bounded = name == ERRORS and fit.floor_interval[0] < 1e-3 * fit.values.min()
         warning = "" if 2 < fit.gamma < np.inf and not bounded else "warning: "
         doubt = "; but the floor may be 0, its bound, and then this gamma says little" if bounded else ""
-        said.append(f"{warning}scaling law, {name}: {fit.verdict}{doubt}")
-    return said
+        lines.append(f"{warning}scaling law, {name}: {fit.verdict}{doubt}")
+    return lines
 
 
 def plain_fits(fits: dict[str, ScalingFit], names: Sequence[str]) -> dict[str, Any]:

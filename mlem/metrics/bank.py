@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+__all__ = ["FeatureBank", "distributed"]
+
 
 class FeatureBank:
     """Features of images, float64, by index. The order of updates and the number of ranks leave no trace."""

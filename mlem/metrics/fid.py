@@ -21,6 +21,8 @@ from mlem.metrics.bank import FeatureBank
 from mlem.metrics.inception import inception
 from mlem.metrics.random_features import RandomFeatures
 
+__all__ = ["FID", "FewImagesWarning", "Score", "frechet_distance"]
+
 
 class FewImagesWarning(UserWarning):
     """Fewer images than feature dimensions: the covariance is singular and the distance biased upwards."""
@@ -28,9 +30,15 @@ class FewImagesWarning(UserWarning):
 
 @dataclass(frozen=True)
 class Score:
-    """One metric. name: kind, protocol and count, as in `fid_random256@2000`; count, real_count: generated and
-    reference images used, over all ranks. spread: the standard deviation over `parts` ("5 blocks", "100 subsets"),
-    whose mean is then the value; None where there are none.
+    """One metric.
+
+    Attributes:
+        name: kind, protocol and count, as in `fid_random256@2000`.
+        value: the mean over `parts`, if any.
+        count: generated images, over all ranks.
+        real_count: reference images, over all ranks.
+        spread: standard deviation over `parts`; None without parts.
+        parts: such as "5 blocks" or "100 subsets".
     """
 
     name: str
@@ -64,11 +72,19 @@ def _root(cov: Tensor) -> Tensor:
 class FID:
     """Frechet distance to reference images; under DDP each rank updates with its own images, sums meet in `compute`.
 
-    features: "random256" (no download, `RandomFeatures`), "inception" (needs the extra `fid` and a weights file; grey
-    images are repeated to three channels), or a module from uint8 (N, C, H, W) to (N, num_features) that has the
-    attributes `num_features` and `protocol` (its name). image_shape: (C, H, W). weights, sha256: of Inception, see
-    `inception`. keep: keep the features of every image too, in float64: each update is then told the indices.
-    Sums are float64. Raises ValueError where Inception cannot run; downloads nothing.
+    Sums are float64. Nothing is downloaded.
+
+    Args:
+        features: "random256" (`RandomFeatures`), "inception" (needs the extra `fid` and a weights file; grey images
+            are repeated to three channels), or a module from uint8 (N, C, H, W) to (N, num_features) with the
+            attributes `num_features` and `protocol`, its name.
+        image_shape: (C, H, W).
+        weights: of Inception, see `inception`.
+        sha256: of Inception, see `inception`.
+        keep: keep the features of every image too, in float64; updates then need the indices.
+
+    Raises:
+        ValueError: where Inception cannot run.
     """
 
     def __init__(
@@ -131,8 +147,8 @@ class FID:
         if tuple(images.shape[1:]) != self.image_shape:
             raise ValueError(f"{self.name} was made for images {self.image_shape}, got a batch {tuple(images.shape)}")
         if self.keep and (indices is None or len(indices) != len(images)):
-            told = "none" if indices is None else len(indices)
-            raise ValueError(f"{self.name} keeps features by index: {len(images)} images need as many, got {told}")
+            given = "none" if indices is None else len(indices)
+            raise ValueError(f"{self.name} keeps features by index: {len(images)} images need as many, got {given}")
         pixels = images if images.dtype == torch.uint8 else quantise(images)
         if len(pixels) == 0:  # the share of a rank may be empty
             return

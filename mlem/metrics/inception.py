@@ -15,6 +15,8 @@ from torch import nn
 
 from mlem.files import sha256 as sha256_of
 
+__all__ = ["ORIGINAL", "inception"]
+
 ORIGINAL = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 """SHA-256 of the file with the original weights."""
 # The same file under the names that pytorch-fid and torch-fidelity keep it.
@@ -24,9 +26,16 @@ _FILES = ("pt_inception-2015-12-05-6726825d.pth", "weights-inception-2015-12-05-
 def inception(weights: str | Path | None = None, sha256: str | None = None) -> tuple[nn.Module, str]:
     """The network, from uint8 (N, 3, H, W) to float32 (N, 2048), and its protocol.
 
-    weights: the file; None looks in the torch hub cache. sha256: the first 8 or more hexadecimal digits of the
-    SHA-256 of weights that are not the original ones; None expects those. The protocol is `inception`, and of other
-    weights `inception-` with 8 digits of their SHA-256. Raises ValueError, in one line, for whatever is missing.
+    Args:
+        weights: the file; None looks in the torch hub cache.
+        sha256: the first 8 or more hexadecimal digits of the SHA-256 of weights that are not the original ones; None
+            expects those.
+
+    Returns:
+        The network and its protocol: `inception`, or `inception-` with 8 digits of the SHA-256 of other weights.
+
+    Raises:
+        ValueError: for whatever is missing.
     """
     path = _weights_file(weights)
     found = sha256_of(path)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+__all__ = ["SUBSETS", "SUBSET_SIZE", "kernel_distance"]
+
 SUBSETS = 100
 SUBSET_SIZE = 1000
 _SEED = 0

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+__all__ = ["NEIGHBOURS", "precision_recall"]
+
 NEIGHBOURS = 3
 _ROWS = 1000  # of a matrix of distances that are in memory at once
 

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+__all__ = ["RandomFeatures"]
+
 _SEED = 256
 _WIDTHS = (32, 48, 64)
 _SMALLEST = 8

@@ -15,6 +15,8 @@ from mlem.files import atomic_write
 from mlem.metrics.bank import distributed
 from mlem.metrics.fid import FID
 
+__all__ = ["reference_path", "reference_statistics"]
+
 _SUMS = ("real_features_sum", "real_features_cov_sum", "real_features_num_samples")
 
 
@@ -27,19 +29,27 @@ def reference_path(folder: str | Path, fid: FID, key: Mapping[str, Any]) -> Path
 def reference_statistics(
     images: Iterable[tuple[Sequence[int], Tensor]], fid: FID, folder: str | Path | None, key: Mapping[str, Any]
 ) -> bool:
-    """Fill `fid` with the reference, from the cache where its key agrees, else from `images`, then cached.
+    """Fill `fid` with the reference: from the cache where its key agrees, else from `images`, which are then cached.
 
-    images: batches as for `update_real`, (indices, images), not read when the cache serves; under DDP each rank
-    passes its own share. folder: of the cache, or None for no cache. key: what identifies the reference (data set,
-    manifest hash, and `count`, which is checked against the images read), JSON values; protocol, which tells
-    Inception weights apart, and image shape are added. Returns whether the cache served. Raises ValueError if `fid`
-    already holds real images, or for a wrong count.
+    Args:
+        images: batches (indices, images) as for `update_real`, not read when the cache serves; under DDP each rank
+            passes its own share.
+        fid: without real images.
+        folder: of the cache; None for no cache.
+        key: identifies the reference by JSON values: data set, manifest hash, and `count`, which is checked against
+            the images read. Protocol, which distinguishes Inception weights, and image shape are added.
+
+    Returns:
+        Whether the cache served.
+
+    Raises:
+        ValueError: if `fid` already holds real images, and for a wrong count.
     """
     if fid.metric.real_features_num_samples > 0:
         raise ValueError("reference_statistics needs an FID without real images: call fid.reset(real=True) first")
     path = None if folder is None else reference_path(folder, fid, key)
     served = _read(path, fid, key) if path is not None and _rank() == 0 else None
-    if _said_by_rank_0(served is not None):
+    if _of_rank_0(served is not None):
         _fill(fid, served or {})  # the ranks are summed: all but rank 0 stay at zero
         return True
     for indices, batch in images:
@@ -96,7 +106,7 @@ def _rank() -> int:
     return torch.distributed.get_rank() if distributed() else 0
 
 
-def _said_by_rank_0(answer: bool) -> bool:
+def _of_rank_0(answer: bool) -> bool:
     """The answer of rank 0, on every rank: ranks that disagreed would wait for each other for ever."""
     if not distributed():
         return answer

@@ -1,4 +1,4 @@
-"""All that is asked about a set of images, from one pass of one feature network: FID, KID, precision and recall."""
+"""All scores of a set of images from one pass of one feature network: FID, KID, precision and recall."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from mlem.metrics.kernel import SUBSETS, kernel_distance
 from mlem.metrics.neighbours import NEIGHBOURS, precision_recall
 from mlem.metrics.reference import reference_statistics
 
+__all__ = ["KINDS", "Measure"]
+
 KINDS = ("fid", "kid", "precision", "recall")
 """What the names of scores begin with."""
 
@@ -24,11 +26,17 @@ KINDS = ("fid", "kid", "precision", "recall")
 class Measure:
     """What to compute of images, and against which reference.
 
-    fid: the features; it keeps them if anything but FID is asked (`Measure.keeps`). reals, key, cache: the reference,
-    as for `reference_statistics`, read at the first `start`. kid, precision_recall: from the same features. blocks:
-    if above 1, every score is also computed in as many disjoint blocks of count // blocks consecutive images in the
-    order of their indices (a remainder is left out), and given as mean and standard deviation over them, named by
-    the count of a block.
+    Attributes:
+        fid: the features; it keeps them if anything but FID is asked for (`Measure.keeps`).
+        reals: the reference, as for `reference_statistics`, read at the first `start`.
+        key: of the reference, as for `reference_statistics`.
+        cache: of the reference, as for `reference_statistics`.
+        kid: also KID, from the same features.
+        precision_recall: also precision and recall, from the same features.
+        blocks: if above 1, also compute every score in as many disjoint blocks of count // blocks consecutive images
+            in the order of their indices (a remainder is left out), as mean and standard deviation over them, named
+            by the count of a block.
+        cached: whether the cache served the reference; None before `start`.
     """
 
     fid: FID
@@ -38,7 +46,6 @@ class Measure:
     kid: bool = False
     precision_recall: bool = False
     blocks: int = 1
-    #: whether the cache served the reference; None before `start`
     cached: bool | None = field(default=None, init=False)
 
     @staticmethod

@@ -202,8 +202,8 @@ def _equal_error(folder: Path) -> list[Markup]:
             if not one.known:
                 unreached.setdefault(f"{one.sampler} ({one.coins})", []).append(f"{one.mse:.2g}")
         if unreached:
-            told = "; ".join(f"{name} {', '.join(errors)}" for name, errors in unreached.items())
-            shown.append(tag("p", f"No ratio, one side was not measured down to that MSE: {told}."))
+            listed = "; ".join(f"{name} {', '.join(errors)}" for name, errors in unreached.items())
+            shown.append(tag("p", f"No ratio, one side was not measured down to that MSE: {listed}."))
     return shown
 
 

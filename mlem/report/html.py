@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from html import escape
 from importlib.resources import files
 
+__all__ = ["Cell", "Markup", "figure", "join", "page", "section", "table", "tag"]
+
 
 class Markup(str):
     """HTML; every other text is escaped where it is put into an element."""

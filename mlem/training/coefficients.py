@@ -21,6 +21,8 @@ from mlem.noise import RESERVED
 from mlem.training.optimizers import renew_options
 from mlem.training.progress import BarProgress, LineProgress
 
+__all__ = ["HELD_OUT", "PLANS", "TIMES", "TRAINING", "CoefficientsModule", "Fit", "LearningLines", "learning_progress"]
+
 TRAINING, HELD_OUT = RESERVED["learning"].start, RESERVED["judging"].start
 """First indices of the samples that are learned from, and of those that are held out: no sample shares their noise."""
 TIMES = (0.05, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95)
@@ -31,10 +33,22 @@ PLANS = 4
 
 @dataclass(frozen=True)
 class Fit:
-    """How to learn. images: samples, whose references are kept. batch_size: of them in a step, all ranks together.
-    draws: of the coins in a step. updates: optimizer steps. tangents: "exact" or "random". held_out: samples to judge
-    by. reference_steps: of the many-step run. weight: of the cost, or None to keep about the spending that one begins
-    with. log_every: steps from one line of progress to the next.
+    """How to learn.
+
+    Attributes:
+        images: samples to learn from, a multiple of `batch_size`; their references are kept.
+        batch_size: samples in a step, all ranks together.
+        draws: replicates of the coins in a step, at least 2.
+        updates: optimizer steps.
+        learning_rate: of the first step; it falls to zero.
+        tangents: "exact" or "random".
+        held_out: samples to judge by.
+        reference_steps: of the many-step run.
+        weight: of the cost; None: measured, such that about as much is spent as at the start.
+        log_every: steps from one line of progress to the next.
+
+    Raises:
+        ValueError: for values out of range.
     """
 
     images: int
@@ -58,7 +72,7 @@ class Fit:
 
 
 class _Steps:
-    """A loader of nothing, that Lightning may leave and take up anywhere: it has no state, and says so."""
+    """Counts steps. Stateless, so that Lightning may leave it and resume it anywhere."""
 
     def __init__(self, count: int) -> None:
         self._count = count
@@ -79,7 +93,11 @@ class _Steps:
 class CoefficientsModule(pl.LightningModule):
     """alpha and beta of levels 2 .. K as parameters (float64), and the weight of the cost.
 
-    start: (2, K - 1), where learning begins. objective: its networks are no part of the module. names: of the levels.
+    Args:
+        objective: what is minimised; its networks are no part of the module.
+        start: (2, K - 1), where learning begins.
+        fit: how to learn.
+        names: of the levels.
     """
 
     alpha: nn.Parameter
@@ -102,7 +120,7 @@ class CoefficientsModule(pl.LightningModule):
         return torch.stack([self.alpha, self.beta]).detach().cpu()
 
     def train_dataloader(self) -> Any:
-        """As many entries as there are steps; what a step does depends on its number alone."""
+        """An entry for each step; what a step does depends on its number alone."""
         return _Steps(self.fit_options.updates)
 
     def on_fit_start(self) -> None:
@@ -177,10 +195,10 @@ class CoefficientsModule(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def judge(self) -> dict[str, Any]:
-        """J on held-out samples before and after learning, for bernoulli and systematic coins; every rank must call it.
+        """The objective on held-out samples before and after learning, as plain numbers; every rank must call it.
 
-        Plain numbers. Every sample has coins of its own, the same uniform numbers before and after, so that samples are
-        independent: `half_width` is half of a 95 % interval, `change` that of the pairs.
+        For systematic and bernoulli coins. Every sample has coins of its own, from the same uniform numbers before and
+        after, so that samples are independent: `half_width` is half of a 95 % interval, `change` that of the pairs.
         """
         count, ranks = self.fit_options.held_out, self.trainer.world_size
         indices = torch.arange(HELD_OUT + self.trainer.global_rank, HELD_OUT + count, ranks, device=self._home)
@@ -196,16 +214,16 @@ class CoefficientsModule(pl.LightningModule):
         mine = torch.stack([torch.cat(column) for column in columns], 1)
         errors = _gathered(mine, ranks).view(count, len(kinds), len(thetas))
         costs = {name: self.objective.cost(theta).item() for name, theta in thetas.items()}
-        told: dict[str, Any] = {"samples": count, "plans": PLANS, "weight": weight}
+        judged: dict[str, Any] = {"samples": count, "plans": PLANS, "weight": weight}
         for number, coins in enumerate(kinds):
-            told[coins] = {}
+            judged[coins] = {}
             for place, (name, cost) in enumerate(costs.items()):
                 mse, half = interval(errors[:, number, place])
-                told[coins][name] = {"objective": mse + weight * cost, "half_width": half, "mse": mse, "cost": cost}
+                judged[coins][name] = {"objective": mse + weight * cost, "half_width": half, "mse": mse, "cost": cost}
             change, half = interval(errors[:, number, 1] - errors[:, number, 0])
             change += weight * (costs["after"] - costs["before"])
-            told[coins]["change"] = {"objective": change, "half_width": half}
-        return told
+            judged[coins]["change"] = {"objective": change, "half_width": half}
+        return judged
 
 
 def _gathered(mine: Tensor, ranks: int) -> Tensor:
@@ -214,9 +232,9 @@ def _gathered(mine: Tensor, ranks: int) -> Tensor:
         return mine
     import torch.distributed as distributed
 
-    all_gather: list[Any] = [None] * ranks
-    distributed.all_gather_object(all_gather, mine)
-    return torch.cat(all_gather)
+    parts: list[Any] = [None] * ranks
+    distributed.all_gather_object(parts, mine)
+    return torch.cat(parts)
 
 
 class LearningLines(LineProgress):
@@ -238,5 +256,5 @@ class LearningLines(LineProgress):
 
 
 def learning_progress(fit: Fit, watched: bool) -> pl.Callback:
-    """A bar when somebody watches, else lines."""
+    """A bar in a terminal (`watched`), else lines."""
     return BarProgress(fit.batch_size) if watched else LearningLines(fit.batch_size, fit.log_every)

@@ -28,10 +28,16 @@ __all__ = ["DenoisingModule", "FamilyModule", "noise_level_figure"]
 
 
 class DenoisingModule(pl.LightningModule):
-    """A network that learns to denoise. The network is its only part: averaging covers it and nothing else.
+    """A network that learns to denoise. It is the only part of the module, so that averaging covers nothing else.
 
-    level: the network with its schedule and prediction type. batch_size: of all ranks together. steps: optimizer
-    steps in all; the learning rate rises linearly over warmup_steps and falls to a tenth by a half cosine.
+    Args:
+        level: the network with its schedule and prediction.
+        seed: of times, noise and dropout.
+        batch_size: images in a step, all ranks together.
+        steps: optimizer steps in all.
+        learning_rate: at the end of the warm-up; it falls to a tenth by a half cosine.
+        warmup_steps: over which the learning rate rises linearly.
+        weight_decay: of AdamW.
     """
 
     def __init__(
@@ -131,7 +137,8 @@ class DenoisingModule(pl.LightningModule):
 class FamilyModule(pl.LightningModule):
     """A trained family under `trainer.test`: the denoising error of every level on held-out images.
 
-    `image_errors`: for each level that of every image of this rank, averaged over noise levels.
+    Attributes:
+        image_errors: level -> the error of each image of this rank, averaged over noise levels, in batches.
     """
 
     def __init__(self, family: Family, seed: int) -> None:
@@ -157,7 +164,14 @@ class FamilyModule(pl.LightningModule):
 
 
 def noise_level_figure(family: Family, metrics: dict[str, float], images: int, path: Path) -> None:
-    """Draw `test/<level>/error_t...` of FamilyModule as denoising error against log-SNR; images: how many held out."""
+    """Draw denoising error against log-SNR, a line for each level.
+
+    Args:
+        family: whose levels they are.
+        metrics: of FamilyModule, `test/LEVEL/error_tTIME`.
+        images: how many were held out.
+        path: of the PNG.
+    """
     curves = {}
     for name in family.names:
         prefix = f"test/{name}/error_t"

@@ -20,12 +20,16 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from mlem.files import first_process, read_json, write_json, write_text
 
+__all__ = ["ForgivingWandbLogger", "JSONLinesLogger", "log_pictures", "validated", "wandb_logger"]
+
 
 class JSONLinesLogger(Logger):
-    """One JSON object a line: `{"step": ..., "time": unix seconds, metric: value, ...}`.
+    """One JSON object a line: `{"step": ..., "time": unix seconds, metric: value, ...}`. Steps count from 0.
 
-    Lightning counts steps from 0. On a resume after `resume_step` of them, the lines of later ones are dropped, and
-    those of a validation after it that was cut short: the run writes them again.
+    Args:
+        path: of the file.
+        resume_step: steps done before a resume. Lines of later steps are dropped, and those of a validation after it
+            that was cut short: the run writes them again.
     """
 
     def __init__(self, path: str | os.PathLike[str], resume_step: int = 0) -> None:
@@ -80,9 +84,11 @@ def _step_of(line: str) -> float:
 
 
 class ForgivingWandbLogger(WandbLogger):
-    """Lightning's W&B logger, which gives up, with one warning, when W&B stops answering in the middle of a run.
+    """Lightning's W&B logger; it gives up, with one warning, when W&B stops answering.
 
-    run: opened. known: (step, metric) that the run has already, from before it was killed; they are not logged again.
+    Args:
+        run: an open run.
+        known: (step, metric) that the run holds already, from before a kill; they are not logged again.
     """
 
     def __init__(self, run: Any, known: Set[tuple[int, str]] = frozenset()) -> None:
@@ -113,11 +119,20 @@ def wandb_logger(
 ) -> WandbLogger | None:
     """A W&B logger whose run id is kept in `folder`, so that a resumed run continues it.
 
-    resume_step: what W&B holds of the step before this (its validation) and of later ones, from before a kill, is not
-    logged again; None: it is.
+    Args:
+        folder: of the run.
+        project: in W&B.
+        name: of the run in W&B.
+        group: in W&B.
+        mode: "auto" (online when a key is present), "online", "offline" or "disabled".
+        resume_step: what W&B holds of the step before this (its validation) and of later ones is not logged again;
+            None: everything is logged.
 
-    mode: "auto" (online when a key is present), "online", "offline" or "disabled". W&B failing to start never
-    stops a run: it gives one warning and None.
+    Returns:
+        The logger; None when disabled, and, with a warning, when W&B cannot start: that never stops a run.
+
+    Raises:
+        ValueError: for another mode.
     """
     if mode not in ("auto", "online", "offline", "disabled"):
         raise ValueError(f"logger.mode must be auto, online, offline or disabled, got {mode!r}")
@@ -162,7 +177,7 @@ def _known(folder: Path, step: int) -> frozenset[tuple[int, str]]:
         items = [json.loads(line).get("history", {}).get("item", {}) for line in lines if line.startswith("{")]
         for item in items:
             at = item.get("trainer/global_step", -1)
-            # a picture is told as eval/grids.count, eval/grids.width, ...
+            # a picture is logged as eval/grids.count, eval/grids.width, ...
             found |= {(at, one) for name in item for one in (name, name.rpartition(".")[0]) if at >= step}
     return frozenset(found)
 

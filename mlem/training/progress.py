@@ -94,5 +94,5 @@ class LineProgress(ProgressBar):
 
 
 def make_progress(batch_size: int, name: str) -> ProgressBar:
-    """A bar when somebody watches, else lines. batch_size: of all ranks together."""
+    """A bar in a terminal, else lines. batch_size: of all ranks together."""
     return BarProgress(batch_size) if sys.stdout.isatty() else LineProgress(batch_size, name)
