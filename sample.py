@@ -1,6 +1,6 @@
 """Sample from a trained family or level: `python sample.py --help`."""
 
-from mlem.cli import sample
+from mlem.cli.main import sample
 
 if __name__ == "__main__":
     sample()

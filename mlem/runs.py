@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from mlem.files import read_json
+from mlem.invocation import called, command
 
 __all__ = ["Run", "main", "read_run", "runs"]
 
@@ -172,14 +173,14 @@ def _show(found: Sequence[Run], root: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code: 0, or 2 where there is no such folder."""
-    parser = argparse.ArgumentParser("python -m mlem.runs", description="The training runs below a folder.")
+    parser = argparse.ArgumentParser(command("runs"), description="The training runs below a folder.")
     parser.add_argument("root", type=Path, nargs="?", default=Path("runs"))
     parser.add_argument("--json", action="store_true", help="a list of objects, with sizes in bytes, times in seconds")
     options = parser.parse_args(arguments)
     try:
         found = runs(options.root)
     except OSError as error:
-        print(f"mlem.runs: {error}", file=sys.stderr)
+        print(f"{called('runs')}: {error}", file=sys.stderr)
         return 2
     if options.json:
         print(json.dumps([asdict(run) for run in found], indent=2))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import json
 import os
@@ -16,7 +17,8 @@ from typing import Any
 from omegaconf import DictConfig
 from torch.distributed import TCPStore
 
-from mlem.cli.main import compose
+from mlem.cli.compose import compose, plain, without_secrets
+from mlem.cli.options import read
 from tests.forkserver import Forked
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -149,15 +151,19 @@ def metrics(path: Path) -> list[dict[str, Any]]:
 
 def run_here(name: str, *options: str) -> Any:
     """The job itself, in this process."""
-    from mlem.cli import sample, train  # noqa: F401  (the package first: its names shadow the modules)
-
-    job = __import__(f"mlem.cli.{name}", fromlist=["run"]).run
-    return job(configure(name, *options))
+    work = getattr(importlib.import_module(f"mlem.cli.{name}"), name)
+    return work(job(name, *options))
 
 
 def configure(name: str, *options: str) -> DictConfig:
     """The composed config."""
     return compose(name, list(options))
+
+
+def job(name: str, *options: str) -> Any:
+    """The typed options of a command, not checked."""
+    config = configure(name, *options)
+    return read(plain(config), without_secrets(config))
 
 
 def run_in(folder: Path, command: Callable[[], Any]) -> str:

@@ -132,16 +132,17 @@ def main() -> None:
     from mlem.images import quantise
     from mlem.metrics import FID, Measure
     from mlem.outputs import read_pixels, write_png
-    from tests.commands import configure, run_here
+    from tests.commands import job, run_here
 
     weights = Path("weights.pth")
     random_weights(weights)
     metric = ["metric=fid_inception", f"metric.weights={weights}", f'metric.sha256="{sha256(weights)}"']
     metric += ["metric.kid=true", "metric.precision_recall=true"]
 
-    from mlem.cli.measure import measure_of, prepared
+    from mlem.cli.metrics import measure_of, prepared
 
-    shards = prepared(configure("sample", *DATA))
+    asked = job("sample", *DATA, *metric)
+    shards = prepared(asked.data)
     reals = shards.images(range(COUNT))
     noise = torch.randn(reals.shape, generator=torch.Generator().manual_seed(1))
     generated = (1.5 * reals.flip(0) + 0.3 * noise).roll(3, 2)  # values outside [-1, 1] too
@@ -153,7 +154,7 @@ def main() -> None:
     run_here("sample", "eval=folder", "folder=generated", "out=scores", "batch_size=5", *DATA, *metric)
     results["png"] = json.loads(Path("scores/metrics.json").read_text())["scores"]
 
-    measure = measure_of(configure("sample", *DATA, *metric), shards)
+    measure = measure_of(asked.metric, asked.data, shards)
     assert isinstance(measure, Measure)
     fid = measure.start("cpu")
     fid.update(generated, range(COUNT))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from mlem.cli.config import build_callbacks, check
+from mlem.cli.callbacks import build_callbacks
+from mlem.cli.compose import plain
+from mlem.cli.options import check
 from tests.commands import configure
 
 CALLBACK = "{_target_: lightning.pytorch.callbacks.Timer, duration: '00:01:00:00'}"
@@ -24,7 +26,7 @@ CALLBACK = "{_target_: lightning.pytorch.callbacks.Timer, duration: '00:01:00:00
 )
 def test_a_target_is_refused(option: str, says: str) -> None:
     with pytest.raises(ValueError, match="_target_") as error:
-        check(configure("train", option))
+        check(plain(configure("train", option)))
     assert says in str(error.value)
 
 
@@ -42,13 +44,14 @@ def test_a_target_is_refused(option: str, says: str) -> None:
 )
 def test_what_is_no_callback_is_refused(entry: str, says: str) -> None:
     with pytest.raises(ValueError, match="callbacks") as error:
-        build_callbacks(configure("train", f"callbacks=[{entry}]"))
+        build_callbacks(plain(configure("train", f"callbacks=[{entry}]"))["callbacks"])
     assert says in str(error.value)
 
 
 def test_a_callback_may_come_from_a_module_that_is_allowed() -> None:
     entry = "callbacks=[{_target_: tests.test_cli.os.system}]"
     with pytest.raises(ValueError, match=r"if you trust it, add allow=\[tests\]"):
-        check(configure("train", entry))
-    check(configure("train", entry, "allow=[tests]"))
-    assert [type(one).__name__ for one in build_callbacks(configure("train", f"callbacks=[{CALLBACK}]"))] == ["Timer"]
+        check(plain(configure("train", entry)))
+    check(plain(configure("train", entry, "allow=[tests]")))
+    built = build_callbacks(plain(configure("train", f"callbacks=[{CALLBACK}]"))["callbacks"])
+    assert [type(one).__name__ for one in built] == ["Timer"]

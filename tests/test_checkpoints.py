@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 
 from mlem.cli.resume import check_resume, resume_point
 from mlem.files import read_json, sha256, write_text
@@ -226,14 +225,14 @@ def test_a_path_is_for_its_own_level_alone(tmp_path: Path) -> None:
             AtomicCheckpointIO().save_checkpoint(state, tmp_path / name / "checkpoints" / f"step-{step:08d}.ckpt")
     (tmp_path / "s/checkpoints/step-00000005.ckpt").rename(tmp_path / "s/checkpoints/mine.ckpt")
     (tmp_path / "s/checkpoints/step-00000005.ckpt.sha256").rename(tmp_path / "s/checkpoints/mine.ckpt.sha256")
-    config = OmegaConf.create({"resume": str(tmp_path / "s" / "checkpoints" / "mine.ckpt")})
-    check_resume(config, [tmp_path / "s", tmp_path / "m"])
+    mine = str(tmp_path / "s" / "checkpoints" / "mine.ckpt")
+    check_resume(mine, [tmp_path / "s", tmp_path / "m"])
     asked, weights = ("training.steps", 20), {"s": {"w": torch.zeros(3)}, "m": {"w": torch.zeros(2)}}
-    assert resume_point(config, tmp_path / "s", weights["s"], asked, []) == (Path(config.resume), 5)
-    assert resume_point(config, tmp_path / "m", weights["m"], asked, [])[1] == 10
+    assert resume_point(mine, tmp_path / "s", weights["s"], asked, []) == (Path(mine), 5)
+    assert resume_point(mine, tmp_path / "m", weights["m"], asked, [])[1] == 10
     wrong = r"does not fit the model: w \[2\] there, \[3\] now; give the model options"
     with pytest.raises(ValueError, match=wrong):
-        resume_point(config, tmp_path / "m", weights["s"], asked, [])
+        resume_point(mine, tmp_path / "m", weights["s"], asked, [])
 
 
 def test_damage_stops_the_command_and_its_remedy_works(finished: Path) -> None:

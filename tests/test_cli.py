@@ -5,23 +5,26 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from omegaconf import OmegaConf
 
 from mlem.cli import main as cli
-from mlem.cli.build import world_size_of
-from mlem.cli.config import CONFIGS, check, devices, parse_indices, without_secrets
-from mlem.cli.find import folders, run_folder, training
-from mlem.cli.main import compose, sweep
-from mlem.cli.measure import new_fabric
+from mlem.cli.choices import CONFIGS
+from mlem.cli.compose import compose, plain, sweep, without_secrets
+from mlem.cli.options import OPEN, check, plan_defaults, rows
+from mlem.cli.paths import folders, run_folder, training_command
+from mlem.cli.ranks import new_fabric, world_size_of
+from mlem.cli.values import parse_indices
 from mlem.denoiser import MixtureDenoiser
 from mlem.sampling import Sampler, solver_of
 from mlem.schedule import NoiseSchedule
-from tests.commands import REPOSITORY, TINY, configure, environment, execute, run_here
+from tests.commands import REPOSITORY, TINY, configure, environment, execute, job, run_here
 from tests.conftest import SECRET
 
 CHOICES = sorted((path.parent.name, path.stem) for path in CONFIGS.glob("*/*.yaml"))
@@ -64,11 +67,27 @@ def test_every_group_belongs_to_a_command() -> None:
     assert {group for group, _ in CHOICES} == groups("train").keys() | groups("sample").keys()
 
 
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_is_of_the_schema(name: str) -> None:
+    """Whatever is chosen, so that each is checked and in the help; samplers may set options of plans too."""
+    known = {row.name for row in rows(name)} | {f"sampler.{option}" for option in plan_defaults()}
+    for group, choice in CHOICES:
+        if group in groups(name) and (group != "experiment" or sampling(choice) == (name == "sample")):
+            config = plain(configure(name, f"{group}={choice}", *NEEDED.get((group, choice), [])))
+            assert not {option for option in leaves(config) if not option.startswith(OPEN[1:])} - known
+
+
+def leaves(node: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """Dotted names of the options of a config."""
+    for key, value in node.items():
+        yield from leaves(value, f"{prefix}{key}.") if isinstance(value, dict) and value else [f"{prefix}{key}"]
+
+
 @pytest.mark.parametrize(("group", "choice"), CHOICES)
 def test_every_config_composes(group: str, choice: str) -> None:
     for name in COMMANDS:
         if group in groups(name) and (group != "experiment" or sampling(choice) == (name == "sample")):
-            check(configure(name, f"{group}={choice}", *NEEDED.get((group, choice), [])))
+            check(plain(configure(name, f"{group}={choice}", *NEEDED.get((group, choice), []))))
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of diffusers
@@ -153,7 +172,7 @@ MISTAKES = {
         ("trainer.precision=fp8", "trainer.precision must be one of fp32, bf16, fp16, got 'fp8'"),
         ("logger.mode=on", "logger.mode must be one of"),
         ("seed=-1", "seed must be a whole number >= 0, got -1"),
-        ("~seed", "'seed' is not in struct"),
+        ("~seed", "~seed: options cannot be removed but from schedule, data.options, sampler.options; leave it out"),
         ("root=null", "root must be text, got None"),
         ("callbacks=x", "callbacks must be a list"),
         ("schedule=diffusers", "schedule.file must be given: add schedule.file=..."),
@@ -181,7 +200,7 @@ def test_a_mistake_is_one_line(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [f"{name}.py", option])
     with pytest.raises(SystemExit) as stop:
-        cli._main(name, lambda config: config.seed)
+        cli.run(name, lambda job: job.seed)
     out, err = capsys.readouterr()
     assert stop.value.code == 2
     assert not out
@@ -214,7 +233,7 @@ def test_a_mistake_is_one_line(
 )
 def test_a_mistake_in_a_chosen_group(overrides: list[str], says: str) -> None:
     with pytest.raises(ValueError, match=re.escape(says)):
-        check(configure("train", *overrides))
+        check(plain(configure("train", *overrides)))
 
 
 def test_options_may_be_added_where_they_are_read() -> None:
@@ -227,23 +246,24 @@ def test_options_may_be_added_where_they_are_read() -> None:
 def test_several_machines_reach_lightning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "0")
     for name, ranks in (
-        ("train", lambda config: world_size_of(config)),
-        ("sample", lambda c: new_fabric(c).world_size),
+        ("train", lambda trainer: world_size_of(trainer, 8, 1)),
+        ("sample", lambda trainer: new_fabric(trainer).world_size),
     ):
-        config = configure(name, "trainer=cpu", "trainer.num_nodes=2", "trainer.devices=4", "trainer.strategy=ddp")
-        check(config)
-        assert devices(config) == {"accelerator": "cpu", "devices": 4, "strategy": "ddp", "num_nodes": 2}
+        options = ["trainer=cpu", "trainer.num_nodes=2", "trainer.devices=4", "trainer.strategy=ddp"]
+        check(plain(configure(name, *options)))
+        trainer = job(name, *options).trainer
+        assert trainer.place() == {"accelerator": "cpu", "devices": 4, "strategy": "ddp", "num_nodes": 2}
         monkeypatch.delenv("RANK")
-        assert ranks(config) == 8
+        assert ranks(trainer) == 8
         monkeypatch.setenv("RANK", "0")
 
 
 def test_what_lightning_refuses_is_one_line() -> None:
-    for name, make in (("train", world_size_of), ("sample", new_fabric)):
+    for name, make in (("train", lambda trainer: world_size_of(trainer, 8, 1)), ("sample", new_fabric)):
         with pytest.raises(
             ValueError, match=r"^trainer: .*devices.* \(accelerator=cpu, devices=\[0, 1\], strategy=auto"
         ):
-            make(configure(name, "trainer=cpu", "trainer.devices=[0,1]"))
+            make(job(name, "trainer=cpu", "trainer.devices=[0,1]").trainer)
 
 
 # found by what needs torch, before anything is written
@@ -304,20 +324,20 @@ def test_a_missing_schedule_file_is_named(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_a_level_is_evaluated_where_it_was_trained(monkeypatch: pytest.MonkeyPatch) -> None:
     """model.size= takes another folder, and so leaves the results of unet_xs alone."""
-    from mlem.cli import report
+    from mlem.cli import evaluation as evaluating
 
     places: list[Path] = []
 
-    def evaluation(config: object, shards: object, folder: Path) -> None:
+    def evaluation(job: object, shards: object, folder: Path) -> None:
         places.append(folder)
         raise InterruptedError
 
-    monkeypatch.setattr(report, "evaluation", evaluation)
-    config = configure("train", "model=unet_xs", "model.size=s")
+    monkeypatch.setattr(evaluating, "evaluation", evaluation)
+    asked = job("train", "model=unet_xs", "model.size=s")
     with pytest.raises(InterruptedError):
-        report.evaluate_family(config, SimpleNamespace(names=["s"]), None)  # type: ignore[arg-type]
-    assert places == [run_folder(config, "s") / "evaluation"] == [Path("runs/digits/unet_s/evaluation")]
-    assert folders(config) == [Path("runs/digits/unet_s")]
+        evaluating.evaluate_family(asked, SimpleNamespace(names=["s"]), None)  # type: ignore[arg-type]
+    assert places == [run_folder(asked.root, "s") / "evaluation"] == [Path("runs/digits/unet_s/evaluation")]
+    assert folders(asked) == [Path("runs/digits/unet_s")]
 
 
 def test_ranks_must_divide_the_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -366,11 +386,12 @@ def test_a_process_ends_with_status_2_and_one_line_or_a_traceback(tmp_path: Path
     ],
 )
 def test_the_remedy_trains_on_the_same_data(overrides: list[str], command: str) -> None:
-    said = training(configure("sample", *overrides), "family")
+    asked = job("sample", *overrides)
+    said = training_command("family", asked.root, asked.data)
     assert said.startswith("python train.py model=family data=")
     assert said.endswith(command)
     again = configure("train", *said.split()[2:])
-    assert (again.data.name, again.root) == (configure("sample", *overrides).data.name, again.root)
+    assert (again.data.name, again.root) == (asked.data.name, asked.root)
 
 
 def test_secrets_are_named_but_not_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from mlem.cli.config import check
+from mlem.cli.compose import plain
+from mlem.cli.options import check
 from mlem.family import Family
 from mlem.files import read_json
 from mlem.level import Level
@@ -248,7 +249,7 @@ def test_a_dry_run_writes_nothing(family: Path, tmp_path: Path) -> None:
 )
 def test_bad_options(option: str, says: str) -> None:
     with pytest.raises(ValueError) as error:  # noqa: PT011  (the text is looked at below)
-        check(configure("train", *OPTIONS, option))
+        check(plain(configure("train", *OPTIONS, option)))
     assert str(error.value) == says
 
 

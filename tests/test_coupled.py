@@ -198,10 +198,11 @@ def test_mistakes(family: Path, monkeypatch: Any, options: list[str], says: str)
     ],
 )
 def test_bad_values(option: str, says: str) -> None:
-    from mlem.cli.config import check
+    from mlem.cli.compose import plain
+    from mlem.cli.options import check
 
     with pytest.raises(ValueError, match=says):
-        check(configure("sample", "experiment=error_vs_time", option))
+        check(plain(configure("sample", "experiment=error_vs_time", option)))
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
-from mlem.cli.config import CONFIGS
+from mlem.cli.choices import CONFIGS
 from mlem.data import DATASETS, Shards, count_of, ensure, make_source, prepare
 from mlem.data.command import main
 from mlem.data.datasets import celeba, cifar10

@@ -80,7 +80,7 @@ def test_readme_python_runs(demo: tuple[Path, str]) -> None:
 
 def test_readme_commands_exist(demo: tuple[Path, str]) -> None:
     """Every `python train.py` and `python sample.py` line of the README composes; one sampling line really runs."""
-    from mlem.cli.main import compose
+    from mlem.cli.compose import compose
 
     lines = re.findall(r"^python (train|sample)\.py ([^#\n]*)", (REPOSITORY / "README.md").read_text(), re.MULTILINE)
     assert len(lines) >= 6

@@ -19,13 +19,13 @@ from mlem import plots
 from mlem.family import Family
 from mlem.files import read_json, write_json
 from mlem.images import quantise
-from mlem.multilevel import __main__ as multilevel
+from mlem.multilevel import command as multilevel
 from mlem.multilevel.calibration import Calibration
 from mlem.multilevel.pilot import PILOTS, discretisations
 from mlem.multilevel.plan import Plan
 from mlem.outputs import read_png, sample_path
 from mlem.sampling import sample
-from tests.commands import TRAIN, configure, metrics, run_here, run_in, start, succeed_ranks, wait_until
+from tests.commands import TRAIN, configure, job, metrics, run_here, run_in, start, succeed_ranks, wait_until
 from tests.test_sample_command import images
 
 pytestmark = [
@@ -50,8 +50,7 @@ def out(tmp_path: Path) -> Path:
 
 def tool(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
     """`python -m mlem.multilevel`, in this process."""
-    monkeypatch.setattr(sys, "argv", ["mlem.multilevel", *map(str, arguments)])
-    multilevel.main()
+    assert multilevel.main(list(map(str, arguments))) == 0
 
 
 def ledger(out: Path) -> dict[str, Any]:
@@ -108,10 +107,10 @@ def test_a_calibration_that_is_kept_says_how_to_have_another(capsys: pytest.Capt
 
     found = {"about": {"images": 2, "reference_steps": 20}, "log_snr": [0.0] * 4, "seconds": {"64": []}}
     for options in ([], ["calibration.images=0"]):
-        _say_other_options(configure("train", *TRAIN, *options), found, FAMILY)
+        _say_other_options(job("train", *TRAIN, *options).calibration, found, FAMILY)
     assert not capsys.readouterr().out
     changed = ("calibration.images=3", "calibration.batch_sizes=[64,8]")
-    _say_other_options(configure("train", *TRAIN, *changed), found, FAMILY)
+    _say_other_options(job("train", *TRAIN, *changed).calibration, found, FAMILY)
     assert capsys.readouterr().out == (
         "runs/digits/family/calibration.json is kept (calibration.images 2 there, 3 now; calibration.batch_sizes [64] "
         "there, [8, 64] now); to have it anew: python -m mlem.multilevel calibrate runs/digits/family --images 3 "

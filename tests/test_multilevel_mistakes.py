@@ -11,7 +11,7 @@ import torch
 
 from mlem.cli import main as cli
 from mlem.files import read_json, write_json
-from mlem.multilevel import __main__ as multilevel
+from mlem.multilevel import command as multilevel
 from mlem.multilevel.plan import Plan
 from tests.commands import REPOSITORY, execute, run_here
 from tests.test_multilevel_command import FAMILY, calls
@@ -124,10 +124,7 @@ def test_a_family_that_is_not_calibrated_gets_one_line(
     path.unlink()
     says = "sample.py: this family of digits is not calibrated: python -m mlem.multilevel calibrate FAMILY\n"
     assert refused(monkeypatch, capsys, *options) == says
-    monkeypatch.setattr(sys, "argv", ["mlem.multilevel", "report", str(family)])
-    with pytest.raises(SystemExit) as stop:
-        multilevel.main()
-    assert stop.value.code == 2
+    assert multilevel.main(["report", str(family)]) == 2
     assert capsys.readouterr().err == says.replace("sample.py", "mlem.multilevel")
     # numbers need no calibration
     run_here("sample", "trainer=cpu", *options, "budget=0.9", "probabilities=[1,0.5]", "steps=8", "seeds=0")
@@ -143,10 +140,7 @@ def test_a_damaged_calibration_gets_one_line(
     said = refused(monkeypatch, capsys, f"family={family}", "budget=0.5", f"out={out}")
     assert "calibration.json " in said
     assert not out.exists()
-    monkeypatch.setattr(sys, "argv", ["mlem.multilevel", "report", str(family)])
-    with pytest.raises(SystemExit) as stop:
-        multilevel.main()
-    assert stop.value.code == 2
+    assert multilevel.main(["report", str(family)]) == 2
     assert capsys.readouterr().err == said.replace("sample.py", "mlem.multilevel")
 
 
@@ -172,12 +166,8 @@ def test_bad_options_of_the_tool_get_one_line(
     """At once: nothing is measured."""
     monkeypatch.setattr(multilevel, "calibrate", None)
     before = {path: path.read_bytes() for path in FAMILY.rglob("*.json")}
-    monkeypatch.setattr(sys, "argv", ["mlem.multilevel", options[0], str(FAMILY), "--coins", "nested", *options[1:]])
-    if options[0] == "calibrate":
-        sys.argv[3:5] = []
-    with pytest.raises(SystemExit) as stop:
-        multilevel.main()
-    assert stop.value.code == 2
+    more = ["--coins", "nested"] if options[0] == "memorise" else []
+    assert multilevel.main([options[0], str(FAMILY), *more, *options[1:]]) == 2
     said = capsys.readouterr().err
     assert said.startswith(f"mlem.multilevel: {says}")
     assert said.count("\n") == 1
@@ -187,10 +177,7 @@ def test_bad_options_of_the_tool_get_one_line(
 def test_a_device_that_is_not_here_gets_one_line(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["mlem.multilevel", "calibrate", str(FAMILY), "--device", "gpu"])
-    with pytest.raises(SystemExit) as stop:
-        multilevel.main()
-    assert stop.value.code == 2
+    assert multilevel.main(["calibrate", str(FAMILY), "--device", "gpu"]) == 2
     said = capsys.readouterr().err
     assert said.startswith("mlem.multilevel: --device gpu cannot be used (")
     assert said.endswith("); take cpu, or another device\n")

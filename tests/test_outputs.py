@@ -31,7 +31,7 @@ from mlem.outputs import (
     write_png,
     write_samples,
 )
-from mlem.outputs.__main__ import main
+from mlem.outputs.command import main
 from mlem.outputs.manifest import spans
 from mlem.sampling import Sampler
 from mlem.schedule import NoiseSchedule
@@ -159,7 +159,7 @@ def test_a_manifest_without_its_list_is_refused(copy: Path, capsys: pytest.Captu
 
 @pytest.mark.parametrize("indices", [[5], [0, 1, 2], [0, 2, 3, 9, 8], [1999, 0]])
 def test_spans_say_what_seeds_takes(indices: list[int]) -> None:
-    from mlem.cli.config import parse_indices
+    from mlem.cli.values import parse_indices
 
     assert parse_indices(spans(indices), "seeds") == sorted(indices)
 

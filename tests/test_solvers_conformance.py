@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 from omegaconf import OmegaConf
 
-from mlem.cli.config import CONFIGS
+from mlem.cli.choices import CONFIGS
 from mlem.family import Family
 from mlem.grids import GRIDS
 from mlem.multilevel.calibration import Calibration

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from mlem.cli.main import compose, refuse_one_folder, sweep
-from tests.commands import execute, succeed
+from mlem.cli.compose import sweep
+from mlem.cli.main import refuse_one_folder
+from tests.commands import execute, job, succeed
 
 
 def test_a_sweep_runs_every_point(tmp_path: Path) -> None:
@@ -51,9 +52,9 @@ def test_a_sweep_runs_every_point(tmp_path: Path) -> None:
 )
 def test_jobs_of_a_sweep_have_their_own_folders(name: str, arguments: list[str], says: str | None) -> None:
     points = sweep(["-m", *arguments])
-    configs = [compose(name, point) for point in points]
+    jobs = [job(name, *point) for point in points]
     with nullcontext() if says is None else pytest.raises(ValueError, match=re.escape(says)):
-        refuse_one_folder(points, configs)
+        refuse_one_folder(points, jobs)
 
 
 def test_a_sweep_spans_all_its_commas() -> None:

@@ -1,5 +1,1 @@
-"""What train.py and sample.py call. The only code that knows Hydra; heavy imports wait until options are known good."""
-
-from mlem.cli.main import sample, train
-
-__all__ = ["sample", "train"]
+"""The command line. The only code that knows Hydra; `mlem.cli.main` has the entry points."""

@@ -1,84 +1,73 @@
-"""From a checked config to the parts of a run."""
+"""From checked options to the parts of a training run."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
-from mlem.cli.config import on_devices, parse_indices, without_secrets, written
-from mlem.cli.measure import measure_of
+from mlem.cli.metrics import measure_of
+from mlem.cli.schema import Data, Network, Networks, Train, Training
+from mlem.cli.values import parse_indices
 from mlem.comparison.entry import Entry, refuse_duplicates
 from mlem.data import BatchSource, Shards, held_out_batches, make_source, train_loader
-from mlem.family import Family
 from mlem.files import first_process, read_object, write_json, write_text
 from mlem.level import Level
-from mlem.multilevel.plan import Plan
-from mlem.multilevel.planner import stored_plan
-from mlem.multilevel.spec import PlanSpec
 from mlem.networks import build
 from mlem.provenance import provenance
 from mlem.schedule import NoiseSchedule
 from mlem.training.evaluation import SamplerEvaluation
 from mlem.training.loggers import JSONLinesLogger, wandb_logger
 
+__all__ = ["LoaderFromStep", "evaluation", "image_shape", "loggers", "new_level", "sampler_entries"]
 
-def image_shape(config: DictConfig) -> tuple[int, int, int]:
+
+def image_shape(data: Data) -> tuple[int, int, int]:
     """(C, H, W) without preparing the data."""
-    return make_source(config.data.source, **config.data.options).shape
+    return make_source(data.source, **data.options).shape
 
 
-def schedule(config: DictConfig) -> NoiseSchedule:
+def _schedule(options: dict[str, Any]) -> NoiseSchedule:
     """The schedule that `schedule` describes."""
-    options: dict[str, Any] = OmegaConf.to_container(config.schedule, resolve=True)  # type: ignore[assignment]
     if options["kind"] == "diffusers":
         options = {"kind": "diffusers", "config": read_object(options["file"])}
     return NoiseSchedule.from_config(options)
 
 
-def new_level(config: DictConfig, size: str) -> Level:
+def new_level(job: Train, size: str) -> Level:
     """A level with fresh weights, drawn from the seed."""
-    shape = image_shape(config)
+    model, shape = job.model, image_shape(job.data)
+    assert isinstance(model, (Network, Networks))
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        network = build("unet", size, shape, dropout=config.model.dropout)
-    return Level(size, network, schedule(config), shape, prediction=config.model.prediction, data=config.data.name)
+        torch.manual_seed(job.seed)
+        network = build("unet", size, shape, dropout=model.dropout)
+    return Level(size, network, _schedule(job.schedule), shape, prediction=model.prediction, data=job.data.name)
 
 
-def world_size_of(config: DictConfig) -> int:
-    """How many ranks there will be. Raises ValueError when the batch cannot be shared by them."""
-    trainer = on_devices(config, partial(pl.Trainer, logger=False, enable_checkpointing=False))
-    world_size = trainer.world_size
-    share = world_size * config.training.accumulate
-    if config.training.batch_size % share:
-        raise ValueError(
-            f"training.batch_size must be a multiple of ranks x accumulate = {world_size} x "
-            f"{config.training.accumulate}, got {config.training.batch_size}"
-        )
-    return world_size
-
-
-def loggers(config: DictConfig, folder: Path, name: str, step: int | None) -> list[Any]:
+def loggers(job: Train, folder: Path, name: str, step: int | None) -> list[Any]:
     """JSON lines and W&B. Notes in the folder what runs there: code and config.
 
-    step: the one that is resumed from, 0 for a beginning; None: what is measured is new, whatever was measured before.
+    Args:
+        folder: of the run.
+        name: of the run; W&B shows it behind that of the data set.
+        step: the one that is resumed from, 0 for a beginning; None: what is measured is new, whatever was there.
     """
-    plain, code = without_secrets(config), provenance()
+    plain, code = job.told, provenance()
     if first_process():
         write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(plain)))
         now = datetime.now(UTC).isoformat(sep=" ", timespec="seconds")
         write_json(folder / "run.json", {"name": f"{plain['data']['name']}/{name}", **code, "time": now})
     wandb = wandb_logger(
         folder,
-        project=config.logger.project,
-        name=f"{config.data.name}/{name}",
+        project=job.logger.project,
+        name=f"{job.data.name}/{name}",
         group=plain["root"],
-        mode=config.logger.mode,
+        mode=job.logger.mode,
         resume_step=step,
     )
     if wandb is not None:
@@ -89,10 +78,10 @@ def loggers(config: DictConfig, folder: Path, name: str, step: int | None) -> li
 class LoaderFromStep(pl.LightningDataModule):
     """Loads the batches that follow the trainer's step: order is a function of the step, so a resume is exact."""
 
-    def __init__(self, shards: Shards, config: DictConfig) -> None:
+    def __init__(self, shards: Shards, held_out: int, training: Training, seed: int) -> None:
         super().__init__()
-        self._shards, self._training, self._seed = shards, config.training, config.seed
-        self._train, self._held_out = shards.split(config.data.held_out)
+        self._shards, self._training, self._seed = shards, training, seed
+        self._train, self._held_out = shards.split(held_out)
 
     def train_dataloader(self) -> Any:
         trainer, options = self.trainer, self._training
@@ -116,62 +105,25 @@ class LoaderFromStep(pl.LightningDataModule):
     test_dataloader = val_dataloader
 
 
-TARGETS = ("budget", "mse", "delta")
-_SHAPING = ("probabilities", "coins", "estimator", "order", "levels", "cost", "per_sample")
-
-
-def plan_of(config: DictConfig, model: Family | Level) -> Plan | PlanSpec | None:
-    """What `plan=`, `budget=` and their like ask for; None for one level. Raises ValueError for what does not fit."""
-    plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
-    options = {key: plain[key] for key in (*TARGETS, *_SHAPING) if key in plain}
-    own_target = any(plain[key] is not None for key in ("mse", "delta", "plan"))
-    if own_target and plain["budget"] == plain["sampler"].get("budget"):
-        options["budget"] = plain["budget"] = None  # the sampler's own budget gives way
-    targets = [key for key in (*TARGETS, "plan") if plain[key] is not None]
-    if not targets and plain["probabilities"] != "learned":
-        shaping = [key for key in ("levels", "coins", "probabilities", "estimator", "order") if plain[key] is not None]
-        shaping += [key for key, usual in (("per_sample", False), ("cost", "seconds")) if plain[key] != usual]
-        if shaping:
-            key, value = shaping[0], written(plain[shaping[0]])
-            raise ValueError(f"{key}={value} shapes a multilevel plan: add budget=, such as budget=0.25")
-        return None
-    if not isinstance(model, Family):
-        raise ValueError(
-            f"{(targets or ['probabilities'])[0]}= shares work among levels, and model= is one; leave it out"
-        )
-    if config.level is not None:
-        raise ValueError(f"level={config.level} runs one level, {(targets or ['probabilities'])[0]}= several; give one")
-    if plain["plan"] is None:
-        return PlanSpec.from_options(options | {"batch_size": plain["batch_size"], "seed": plain["seed"]}, "")
-    shaping = [key for key in ("levels", "coins", "probabilities", "order") if plain[key] is not None]
-    shaping += ["per_sample"] if plain["per_sample"] else []
-    shaping += ["estimator"] if plain["estimator"] != plain["sampler"].get("estimator") else []
-    if others := [key for key in targets if key != "plan"] + shaping:
-        raise ValueError(f"plan={plain['plan']} is made already: leave out {others[0]}=")
-    path = str(plain["plan"])
-    return Plan.load(path) if path.endswith(".json") else stored_plan(model, path)
-
-
-def sampler_entries(config: DictConfig) -> list[Entry]:
+def sampler_entries(samplers: Sequence[Any]) -> list[Entry]:
     """The samplers that `evaluation.samplers` lists. Raises ValueError that names the entry."""
-    plain: list[Any] = OmegaConf.to_container(config.evaluation.samplers, resolve=True)  # type: ignore[assignment]
-    entries = [Entry.from_options(entry, f"evaluation.samplers[{number}]") for number, entry in enumerate(plain)]
+    entries = [Entry.from_options(entry, f"evaluation.samplers[{number}]") for number, entry in enumerate(samplers)]
     if not entries:
         raise ValueError("evaluation.samplers is empty: list one or more, such as [{solver: ddim, steps: [20]}]")
     refuse_duplicates(entries)
     return entries
 
 
-def evaluation(config: DictConfig, shards: Shards, folder: Path) -> SamplerEvaluation:
+def evaluation(job: Train, shards: Shards, folder: Path) -> SamplerEvaluation:
     """The sampler evaluation that `evaluation` and `metric` describe, writing into `folder`."""
-    options = config.evaluation
+    options = job.evaluation
     return SamplerEvaluation(
-        sampler_entries(config),
+        sampler_entries(options.samplers),
         parse_indices(options.indices, "evaluation.indices"),
         folder,
         batch_size=options.batch_size,
-        seed=config.seed,
+        seed=job.seed,
         reference_steps=options.reference_steps,
         every_n_epochs=max(1, options.every_n_epochs),
-        measure=measure_of(config, shards),
+        measure=measure_of(job.metric, job.data, shards),
     )

@@ -1,4 +1,4 @@
-"""`python train.py model=coefficients`: learn how a trained family shares out its evaluations."""
+"""`model=coefficients`: learn how a trained family shares out its evaluations."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from torch import Tensor
 
-from mlem.cli.build import loggers, world_size_of
-from mlem.cli.config import build_callbacks, devices, without_secrets
-from mlem.cli.find import family_folder
+from mlem.cli.build import loggers
+from mlem.cli.callbacks import build_callbacks
+from mlem.cli.paths import family_folder
+from mlem.cli.ranks import world_size_of
 from mlem.cli.resume import changes, check_resume, note_settings, resume_point
+from mlem.cli.schema import Learning, Train
 from mlem.family import Family
 from mlem.files import first_process, folder_lock, read_object, write_json
 from mlem.multilevel.coefficients import Coefficients
@@ -29,10 +31,14 @@ from mlem.training.checkpoints import Checkpoints
 from mlem.training.coefficients import CoefficientsModule, Fit, learning_progress
 from mlem.training.loggers import log_pictures
 
+__all__ = ["learn_coefficients"]
 
-def learn_coefficients(config: DictConfig) -> None:
-    """Learn what `config`, already checked, describes, resuming what is there."""
-    options = config.model
+
+def learn_coefficients(job: Train, options: Learning) -> None:
+    """Learn what the options, already checked, describe, resuming what is there.
+
+    options: those of the job's model.
+    """
     fit = Fit(
         images=options.images,
         batch_size=options.batch_size,
@@ -41,51 +47,52 @@ def learn_coefficients(config: DictConfig) -> None:
         learning_rate=options.learning_rate,
         tangents=options.tangents,
         held_out=options.held_out,
-        reference_steps=config.evaluation.reference_steps,
-        weight=options["lambda"],
+        reference_steps=job.evaluation.reference_steps,
+        weight=options.weight,
         log_every=options.checkpoint_every,
     )
-    world_size = _ranks(config)
-    build_callbacks(config)
-    folder = Path(config.root) / "coefficients"
-    check_resume(config, [folder])
-    where = family_folder(config)
+    world_size = _ranks(job, options)
+    build_callbacks(job.callbacks, job.allow)
+    folder = Path(job.root) / "coefficients"
+    check_resume(job.resume, [folder])
+    where = family_folder(job.family, job.root, job.data)
     family = Family.load(where)
-    objective = _objective(config, family)
+    objective = _objective(options, family, job.seed)
     start = first_coefficients(family, objective.solver, objective.grid, options.budget)
     module = CoefficientsModule(objective, start, fit, family.names)
-    if config.dry_run:
-        _dry_run(config, where, module)
+    if job.dry_run:
+        print(OmegaConf.to_yaml(OmegaConf.create(job.told)))
+        _say_duration(where, module)
         return
     with folder_lock(folder) if first_process() else nullcontext():
-        settings = _settings(config, family, start, world_size)
-        changed, finished = changes(config, folder, settings), (folder / "coefficients.json").exists()
+        settings = _settings(job, family, start, world_size)
+        changed, finished = changes(job.resume, folder, settings), (folder / "coefficients.json").exists()
         if finished and changed:
             raise ValueError(
                 f"{folder} is finished, with other settings ({'; '.join(changed)}): resume=force has nothing to go "
                 "on with; choose another root=, with family=, or remove the folder to learn anew"
             )
-        told: list[Any] = []
+        loggers_used: list[Any] = []
         if not finished:
             asked = ("model.updates", fit.updates)
-            checkpoint, step = resume_point(config, folder, module.state_dict(), asked, changed)
+            checkpoint, step = resume_point(job.resume, folder, module.state_dict(), asked, changed)
             note_settings(folder, settings)
-            told = _learn(config, folder, family, module, checkpoint, step)
+            loggers_used = _learn(job, folder, family, module, checkpoint, step)
         elif first_process():
             print(f"coefficients: already learned, in {folder}", flush=True)
         if first_process():
-            _hand_over(config, folder, family, where, objective, start)
-            log_pictures(told, {"p/probabilities": folder / "probabilities.png"}, fit.updates)
+            _hand_over(folder, family, where, objective, start)
+            log_pictures(loggers_used, {"p/probabilities": folder / "probabilities.png"}, fit.updates)
             write_report(folder)
             if (folder.parent / "report.html").exists():
                 write_report(folder.parent)  # which shows what was learned beside what was trained
 
 
-def _ranks(config: DictConfig) -> int:
-    world_size = world_size_of(config)
-    for name in ("batch_size", "held_out"):
-        if config.model[name] % world_size:
-            raise ValueError(f"model.{name} must be a multiple of the ranks, {world_size}, got {config.model[name]}")
+def _ranks(job: Train, options: Learning) -> int:
+    world_size = world_size_of(job.trainer, job.training.batch_size, job.training.accumulate)
+    for name, value in (("batch_size", options.batch_size), ("held_out", options.held_out)):
+        if value % world_size:
+            raise ValueError(f"model.{name} must be a multiple of the ranks, {world_size}, got {value}")
     return world_size
 
 
@@ -96,23 +103,23 @@ def _solver(name: str) -> Solver:
         raise ValueError(f"model.{error}") from error
 
 
-def _objective(config: DictConfig, family: Family) -> Objective:
-    solver = _solver(config.model.solver)
+def _objective(options: Learning, family: Family, seed: int) -> Objective:
+    solver = _solver(options.solver)
     try:
-        grid = solver.grid(family.schedule, config.model.steps, config.model.grid)
+        grid = solver.grid(family.schedule, options.steps, options.grid)
     except ValueError as error:
         raise ValueError(f"model.{error}") from error
     flops = torch.tensor([level.flops for level in family.levels], dtype=torch.float64)
-    return Objective(frozen(family), family.schedule, family.shape, solver, grid, flops / flops[-1], seed=config.seed)
+    return Objective(frozen(family), family.schedule, family.shape, solver, grid, flops / flops[-1], seed=seed)
 
 
-def _settings(config: DictConfig, family: Family, start: Tensor, world_size: int) -> dict[str, Any]:
+def _settings(job: Train, family: Family, start: Tensor, world_size: int) -> dict[str, Any]:
     """What decides the coefficients that come out: a resumed run must agree on all of it."""
-    model = {key: value for key, value in without_secrets(config)["model"].items() if key != "checkpoint_every"}
+    model = {key: value for key, value in job.told["model"].items() if key != "checkpoint_every"}
     return {
         "model": model,
-        "reference_steps": config.evaluation.reference_steps,
-        "seed": config.seed,
+        "reference_steps": job.evaluation.reference_steps,
+        "seed": job.seed,
         "weights": family.weights_hash,
         "start": start.tolist(),
         "world_size": world_size,
@@ -120,18 +127,18 @@ def _settings(config: DictConfig, family: Family, start: Tensor, world_size: int
 
 
 def _learn(
-    config: DictConfig, folder: Path, family: Family, module: CoefficientsModule, checkpoint: Path | None, step: int
+    job: Train, folder: Path, family: Family, module: CoefficientsModule, checkpoint: Path | None, step: int
 ) -> list[Any]:
     """Fit, judge, and write `coefficients.json` into the run's folder. The loggers that were told."""
     fit = module.fit_options
     rate = f"model.learning_rate={fit.learning_rate:g}"
-    checkpoints = Checkpoints(folder / "checkpoints", config.model.checkpoint_every, rate)
-    callbacks = [checkpoints, *build_callbacks(config)]
+    checkpoints = Checkpoints(folder / "checkpoints", fit.log_every, rate)
+    callbacks = [checkpoints, *build_callbacks(job.callbacks, job.allow)]
     callbacks.append(learning_progress(fit, sys.stdout.isatty()))
     trainer = pl.Trainer(
-        **devices(config),
+        **job.trainer.place(),
         precision="32-true",
-        logger=loggers(config, folder, "coefficients", step),
+        logger=loggers(job, folder, "coefficients", step),
         callbacks=callbacks,
         plugins=[AtomicCheckpointIO()],
         max_steps=fit.updates,
@@ -184,9 +191,7 @@ def _about(module: CoefficientsModule, family: Family) -> dict[str, Any]:
     }
 
 
-def _hand_over(
-    config: DictConfig, folder: Path, family: Family, where: Path, objective: Objective, start: Tensor
-) -> None:
+def _hand_over(folder: Path, family: Family, where: Path, objective: Objective, start: Tensor) -> None:
     """Put the coefficients beside the family, draw them, and say what came of it."""
     plain = read_object(folder / "coefficients.json")
     # nothing else: a calibration may have been written since this family was read
@@ -200,7 +205,7 @@ def _hand_over(
     log_snr = family.schedule.log_snr(torch.tensor(objective.times, dtype=torch.float64)).tolist()
     curves = {name: (before[k], after[k]) for k, name in enumerate(family.names) if k}
     solver = f"{objective.solver.name}, {objective.grid.steps} steps, {objective.grid.name} grid"
-    caption = f"{family.data}: learned for {solver}, {learned.about['updates']} updates, seed {config.seed}"
+    caption = f"{family.data}: learned for {solver}, {learned.about['updates']} updates, seed {objective.seed}"
     probabilities_figure(log_snr, curves, folder / "probabilities.png", caption)
     print(_outcome(learned.about["held_out"]), flush=True)
     print(
@@ -219,9 +224,8 @@ def _outcome(judged: dict[str, Any]) -> str:
     )
 
 
-def _dry_run(config: DictConfig, where: Path, module: CoefficientsModule) -> None:
-    """Print what would be done and how long it would take here, on the CPU."""
-    print(OmegaConf.to_yaml(OmegaConf.create(without_secrets(config))))
+def _say_duration(where: Path, module: CoefficientsModule) -> None:
+    """Print how long it would take here, on the CPU."""
     fit, objective = module.fit_options, module.objective
     indices = torch.arange(fit.batch_size)
     begin = time.perf_counter()

@@ -1,11 +1,21 @@
-"""Progress of sampling: a bar in a terminal, a line now and then in a log file."""
+"""Progress: a bar in a terminal, for sampling also a line now and then in a log file."""
 
 from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+__all__ = ["SamplingProgress", "WorkProgress"]
 
 EVERY = 30.0
 """Seconds between two lines in a log file."""
@@ -24,7 +34,7 @@ class SamplingProgress:
         self._bar = Progress(*columns, TimeRemainingColumn(), disable=not (shown and watched))
         self._task = self._bar.add_task("sampling", total=total, completed=done, speed="")
         self._total, self._before, self._done, self._world_size = total, done, done, world_size
-        self._begin = self._said = time.perf_counter()
+        self._begin = self._printed = time.perf_counter()
         self._prints = shown and not watched
 
     def __enter__(self) -> SamplingProgress:
@@ -39,8 +49,24 @@ class SamplingProgress:
         now = time.perf_counter()
         speed = (self._done - self._before) / max(now - self._begin, 1e-9)
         self._bar.update(self._task, completed=self._done, speed=f"{speed:.1f} images/s")
-        if self._prints and now - self._said > EVERY:
-            self._said = now
+        if self._prints and now - self._printed > EVERY:
+            self._printed = now
             minutes = (self._total - self._done) / max(speed, 1e-9) / 60
             left = f"{self._done} of {self._total} images, {speed:.1f} images/s, {minutes:.1f} minutes left"
             print(f"sampling: {left}", flush=True)
+
+
+class WorkProgress:
+    """A bar of the work done, in evaluations of the largest level. total: 0 for no bar."""
+
+    def __init__(self, total: float) -> None:
+        columns = (TextColumn("samplers"), BarColumn(), TaskProgressColumn())
+        self._bar = Progress(*columns, TimeRemainingColumn(elapsed_when_finished=True), disable=not total)
+        self._task = self._bar.add_task("samplers", total=total)
+
+    def __enter__(self) -> Callable[[float], None]:
+        self._bar.start()
+        return lambda cost: self._bar.advance(self._task, cost)
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.stop()

@@ -1,4 +1,4 @@
-"""What a run folder holds already: whether the config agrees with it, and where to go on."""
+"""What a run folder holds already: whether the options agree with it, and where to go on."""
 
 from __future__ import annotations
 
@@ -6,23 +6,24 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
 from torch import Tensor
 
 from mlem.files import first_process, read_object, write_json
 from mlem.training.checkpoint_files import check, saved, steps_of
 
+__all__ = ["WORDS", "changes", "check_resume", "note_settings", "resume_point"]
+
 WORDS = ("auto", "force")
 """What `resume` may be, when it is not a path."""
 
 
-def check_resume(config: DictConfig, folders: Sequence[Path]) -> None:
+def check_resume(resume: str, folders: Sequence[Path]) -> None:
     """Raise ValueError when `resume` is neither a word nor a checkpoint of one of these run folders."""
-    if config.resume in WORDS:
+    if resume in WORDS:
         return
-    path = Path(config.resume)
+    path = Path(resume)
     if not path.is_file():
-        raise ValueError(f"resume must be auto, force or the path of a checkpoint, got {config.resume!r}: no such file")
+        raise ValueError(f"resume must be auto, force or the path of a checkpoint, got {resume!r}: no such file")
     if not any(_is_of(path, folder) for folder in folders):
         places = ", ".join(str(folder / "checkpoints") for folder in folders)
         raise ValueError(f"resume={path} is no checkpoint of this run: give one in {places}, or resume=auto")
@@ -32,11 +33,11 @@ def _is_of(path: Path, folder: Path) -> bool:
     return path.resolve().parent == (folder / "checkpoints").resolve()
 
 
-def changes(config: DictConfig, folder: Path, settings: dict[str, Any]) -> list[str]:
+def changes(resume: str, folder: Path, settings: dict[str, Any]) -> list[str]:
     """How the settings differ from those of the run in `folder`. Raises ValueError if they do, unless resume=force."""
     path = folder / "settings.json"
     found = _differences(read_object(path), settings) if path.exists() else []
-    if found and config.resume != "force":
+    if found and resume != "force":
         raise ValueError(
             f"{folder} holds a run with other settings ({'; '.join(found)}); change them back, choose another "
             "root=, or continue all the same with resume=force"
@@ -52,14 +53,19 @@ def _differences(old: Any, new: Any, name: str = "") -> list[str]:
 
 
 def resume_point(
-    config: DictConfig, folder: Path, weights: Mapping[str, Tensor], asked: tuple[str, int], changed: list[str]
+    resume: str, folder: Path, weights: Mapping[str, Tensor], asked: tuple[str, int], changed: list[str]
 ) -> tuple[Path | None, int]:
     """The checkpoint to go on from, which has these weights, and its step; (None, 0) at the beginning.
 
-    asked: the option of the number of steps, and its value. changed: see `changes`. Raises ValueError when the
-    checkpoint is damaged, naming the one before it, or when nothing would be left to train.
+    Args:
+        resume: auto, force, or the path of a checkpoint.
+        folder: of the run.
+        weights: those that the checkpoint must have, by name and shape.
+        asked: the option of the number of steps, and its value.
+        changed: see `changes`.
+    Raises: ValueError when the checkpoint is damaged, naming the one before it, or when nothing is left to train.
     """
-    path = _checkpoint(config, folder)
+    path = _checkpoint(resume, folder)
     step = 0 if path is None else steps_of(path, weights)
     option, steps = asked
     if step > steps or (changed and step == steps):
@@ -71,10 +77,10 @@ def resume_point(
     return path, step
 
 
-def _checkpoint(config: DictConfig, folder: Path) -> Path | None:
+def _checkpoint(resume: str, folder: Path) -> Path | None:
     """That of `resume`, where it is of this folder (and not of another level), else the newest."""
-    if config.resume not in WORDS and _is_of(Path(config.resume), folder):
-        return check(Path(config.resume))
+    if resume not in WORDS and _is_of(Path(resume), folder):
+        return check(Path(resume))
     complete = saved(folder / "checkpoints")
     return check(complete[0]) if complete else None
 

@@ -1,4 +1,4 @@
-"""`python sample.py`: sample from a trained family or level, to PNGs, on any number of ranks; measure.py scores."""
+"""The work of `sample.py`: sample from a trained family or level, to PNGs, on any number of ranks."""
 
 from __future__ import annotations
 
@@ -10,24 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
 
-from mlem.cli.build import plan_of
-from mlem.cli.config import parse_indices
-from mlem.cli.experiment import error_against_time, scaling
-from mlem.cli.find import family_folder, out_folder, run_folder, training
-from mlem.cli.measure import (
-    all_gather,
-    end_with_parent,
-    fail_together,
-    measure_folder,
-    measure_of,
-    measure_reference,
-    new_fabric,
-    prepared,
-    report,
-)
+from mlem.cli.experiments import error_against_time, scaling
+from mlem.cli.metrics import measure_folder, measure_of, measure_reference, prepared, report
+from mlem.cli.paths import family_folder, out_folder, run_folder, training_command
+from mlem.cli.plans import plan_of
 from mlem.cli.progress import SamplingProgress
+from mlem.cli.ranks import all_gather, end_with_parent, fail_together, new_fabric
+from mlem.cli.schema import Network, Sample
+from mlem.cli.values import parse_indices
 from mlem.family import Family
 from mlem.files import first_process, folder_lock, sha256
 from mlem.ledger import Ledger
@@ -40,62 +31,70 @@ from mlem.sampling import Sampler, solver_of
 from mlem.solvers import Solver
 from mlem.solvers.lipschitz import estimate_lipschitz
 
+__all__ = ["find_model", "sample"]
 
-def run(config: DictConfig) -> None:
+
+def sample(job: Sample) -> None:
     """What `eval` says: make the samples that are not there yet and measure them, measure others, or an experiment."""
     for name in ("lightning.fabric", "lightning.pytorch"):
         logging.getLogger(name).setLevel(logging.WARNING)
     verbs = {"samples": _sample, "folder": measure_folder, "ref": measure_reference}
     verbs |= {"benchmark": error_against_time, "scaling": scaling}
-    verbs[config.eval.name](config)
+    verbs[job.eval.name](job)
 
 
-def _sample(config: DictConfig) -> None:
-    if config.folder is not None:
-        raise ValueError(f"folder={config.folder} is what eval=folder scores: add eval=folder, or leave it out")
-    indices = parse_indices(config.seeds, "seeds")
-    folder, model = find_model(config)
-    measure = measure_of(config, prepared(config)) if config.metric.features is not None else None
+def _sample(job: Sample) -> None:
+    if job.folder is not None:
+        raise ValueError(f"folder={job.folder} is what eval=folder scores: add eval=folder, or leave it out")
+    indices = parse_indices(job.seeds, "seeds")
+    folder, model = find_model(job)
+    measure = measure_of(job.metric, job.data, prepared(job.data)) if job.metric.features is not None else None
     if measure is not None:
         measure.check(len(indices))
-        _check_shape(model, measure, config.data.name)
-    fabric = new_fabric(config)
-    plan = plan_of(config, model)
+        _check_shape(model, measure, job.data.name)
+    fabric = new_fabric(job.trainer)
+    sampler, model = _sampler(job, model, fabric.device)
+    out = out_folder(job)
+    # all that may be refused is refused before there are other ranks, which would wait for this one
+    if first_process():
+        claim(out, _settings(job, model, folder, sampler))
+    with folder_lock(out) if first_process() else nullcontext():
+        hashes = _make(job, sampler, model, fabric, indices, out)
+        if measure is not None:
+            # from the files, so that samples of earlier runs count too, and the numbers are those of eval=folder
+            report(measure, [sample_path(out, index) for index in indices], fabric, job.batch_size, out)
+        if fabric.is_global_zero and job.format != "png":
+            print(f"packed: {pack(out, indices, hashes, job.format)}")
+
+
+def _sampler(job: Sample, model: Family | Level, device: torch.device) -> tuple[Sampler, Family | Level]:
+    """The sampler, and what it runs: the family where its levels share the work, else one of them."""
+    plan = plan_of(job, model)
     if isinstance(model, Family) and plan is None:
-        model = model.level(config.level)
-    if config.trainer.compile:
+        model = model.level(job.level)
+    if job.trainer.compile:
         for level in model.levels if isinstance(model, Family) else [model]:
             level.network.compile()
     sampler = Sampler(
         model,
-        solver=_solver(config, model, fabric.device),
-        steps=config.steps,
-        grid=config.grid,
-        seed=config.seed,
-        level=config.level if isinstance(model, Family) else None,
+        solver=_solver(job, model, device),
+        steps=job.steps,
+        grid=job.grid,
+        seed=job.seed,
+        level=job.level if isinstance(model, Family) else None,
         plan=plan,
-        device=fabric.device,
-        precision=config.trainer.precision,
-        spread=OmegaConf.select(config, "sampler.over") == "ranks",
+        device=device,
+        precision=job.trainer.precision,
+        spread=job.sampler.over == "ranks",
     )
-    out = out_folder(config)
-    # all that may be refused is refused before there are other ranks, which would wait for this one
-    if first_process():
-        claim(out, _settings(config, model, folder, sampler))
-    with folder_lock(out) if first_process() else nullcontext():
-        hashes = _make(config, sampler, model, fabric, indices, out)
-        if measure is not None:
-            # from the files, so that samples of earlier runs count too, and the numbers are those of eval=folder
-            report(measure, [sample_path(out, index) for index in indices], fabric, config.batch_size, out)
-        if fabric.is_global_zero and config.format != "png":
-            print(f"packed: {pack(out, indices, hashes, config.format)}")
+    return sampler, model
 
 
 def _make(
-    config: DictConfig, sampler: Sampler, model: Family | Level, fabric: Any, indices: list[int], out: Path
+    job: Sample, sampler: Sampler, model: Family | Level, fabric: Any, indices: list[int], out: Path
 ) -> dict[int, str]:
     """Make the samples that are missing; on rank 0, index -> SHA-256 of all images in `out`."""
-    over_ranks = OmegaConf.select(config, "sampler.over") == "ranks"
+    over_ranks = job.sampler.over == "ranks"
     found = None
     if first_process():
         clear_leftovers(out)
@@ -115,7 +114,7 @@ def _make(
             sampler,
             indices,
             out,
-            batch_size=config.batch_size,
+            batch_size=job.batch_size,
             missing=missing,
             rank=rank,
             world_size=world_size,
@@ -135,19 +134,19 @@ def _make(
     return hashes
 
 
-def _solver(config: DictConfig, model: Family | Level, device: torch.device) -> Solver:
+def _solver(job: Sample, model: Family | Level, device: torch.device) -> Solver:
     """The solver that `sampler` describes. lipschitz=estimate is measured here, on the largest level."""
-    options: dict[str, Any] = OmegaConf.to_container(config.sampler.get("options") or OmegaConf.create(), resolve=True)  # type: ignore[assignment]
+    options = dict(job.sampler.options)
     if options.get("lipschitz") == "estimate":
         level = model.level() if isinstance(model, Family) else model
         options["lipschitz"] = table = estimate_lipschitz(
-            level.denoiser, level.schedule, level.shape, seed=config.seed, device=device
+            level.denoiser, level.schedule, level.shape, seed=job.seed, device=device
         )
         if first_process():
             values = ", ".join(f"{constant:.3g} at t = {t:.3g}" for t, constant in table)
             print(f"Lipschitz constant of the score, estimated on level {level.name}: {values}")
     try:
-        return solver_of(config.sampler.solver, **options)
+        return solver_of(job.sampler.solver, **options)
     except (ValueError, TypeError) as error:
         raise ValueError(f"sampler.options: {error}" if options else str(error)) from error
 
@@ -161,25 +160,25 @@ def _check_shape(model: Family | Level, measure: Measure, data: str) -> None:
         )
 
 
-def find_model(config: DictConfig) -> tuple[Path, Family | Level]:
+def find_model(job: Sample) -> tuple[Path, Family | Level]:
     """The folder and the family or level that `family=`, `model=` or `data=` names. Raises FileNotFoundError."""
-    model = OmegaConf.select(config, "model.name")
-    for other in ("family", "level") if model is not None else ():
-        if config[other] is not None:
-            raise ValueError(f"model={model} is one level by itself: leave out {other}={config[other]}")
-    if model is not None:
-        if "size" not in config.model:
-            raise ValueError(f"model={model} is no level by itself: leave it out, and family= or data= name a family")
-        size = config.model.size
-        folder = run_folder(config, size) / "level"
-        if not folder.is_dir():
-            raise FileNotFoundError(f"{folder} does not exist; make it with: {training(config, f'unet_{size}')}")
-        return folder, Level.load(folder)
-    folder = family_folder(config)
-    return folder, Family.load(folder)
+    model = job.model
+    if model is None:
+        folder = family_folder(job.family, job.root, job.data)
+        return folder, Family.load(folder)
+    for name, value in (("family", job.family), ("level", job.level)):
+        if value is not None:
+            raise ValueError(f"model={model.name} is one level by itself: leave out {name}={value}")
+    if not isinstance(model, Network):
+        raise ValueError(f"model={model.name} is no level by itself: leave it out, and family= or data= name a family")
+    folder = run_folder(job.root, model.size) / "level"
+    if not folder.is_dir():
+        remedy = training_command(f"unet_{model.size}", job.root, job.data)
+        raise FileNotFoundError(f"{folder} does not exist; make it with: {remedy}")
+    return folder, Level.load(folder)
 
 
-def _settings(config: DictConfig, model: Family | Level, folder: Path, sampler: Sampler) -> dict[str, Any]:
+def _settings(job: Sample, model: Family | Level, folder: Path, sampler: Sampler) -> dict[str, Any]:
     """What decides the bytes of an image."""
     if isinstance(model, Family):
         assert sampler.plan is not None
@@ -189,13 +188,13 @@ def _settings(config: DictConfig, model: Family | Level, folder: Path, sampler: 
         weights = next(path for path in (folder / f"level_{model.name}", folder) if (path / "mlem.json").exists())
         own = {"level": model.name, "weights": sha256(weights / "diffusion_pytorch_model.safetensors")}
     return own | {
-        "solver": config.sampler.solver,
-        "options": OmegaConf.to_container(config.sampler.get("options") or OmegaConf.create(), resolve=True),
-        "steps": config.steps,
+        "solver": job.sampler.solver,
+        "options": job.sampler.options,
+        "steps": job.steps,
         "grid": sampler.grid.name,
-        "seed": config.seed,
-        "batch_size": config.batch_size,
-        "precision": config.trainer.precision,
+        "seed": job.seed,
+        "batch_size": job.batch_size,
+        "precision": job.trainer.precision,
     }
 
 

@@ -1,4 +1,4 @@
-"""`python train.py`: train a level, or every level of a family, and evaluate what came out."""
+"""The work of `train.py`: train a level, or every level of a family, and evaluate what came out."""
 
 from __future__ import annotations
 
@@ -7,35 +7,32 @@ import os
 import time
 import warnings
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
-from mlem.cli.build import (
-    LoaderFromStep,
-    evaluation,
-    image_shape,
-    loggers,
-    new_level,
-    sampler_entries,
-    world_size_of,
-)
+from mlem.cli.build import LoaderFromStep, evaluation, image_shape, loggers, new_level, sampler_entries
+from mlem.cli.callbacks import build_callbacks
 from mlem.cli.coefficients import learn_coefficients
-from mlem.cli.config import build_callbacks, devices, parse_indices, without_secrets
-from mlem.cli.find import run_folder
-from mlem.cli.measure import check_measure, fail_together, new_fabric, new_fid
-from mlem.cli.report import evaluate_family
+from mlem.cli.evaluation import evaluate_family
+from mlem.cli.metrics import check_measure, new_fid
+from mlem.cli.paths import run_folder
+from mlem.cli.ranks import fail_together, new_fabric, world_size_of
 from mlem.cli.resume import changes, check_resume, note_settings, resume_point
+from mlem.cli.schema import Calibration, Learning, Train
+from mlem.cli.values import parse_indices
 from mlem.data import Shards, count_of, ensure
 from mlem.family import Family
 from mlem.files import damaged, first_process, folder_lock, read_object
+from mlem.invocation import command
 from mlem.level import Level
 from mlem.metrics import FewImagesWarning
-from mlem.multilevel.__main__ import calibrate_folder
 from mlem.multilevel.coefficients import Coefficients
+from mlem.multilevel.command import calibrate_folder
 from mlem.multilevel.planner import check_estimator, check_spec
 from mlem.networks import seconds_per_image
 from mlem.report import write_report
@@ -49,50 +46,51 @@ from mlem.training.loggers import validated
 from mlem.training.progress import make_progress
 from mlem.training.system import SystemFigures
 
+__all__ = ["train", "train_level"]
+
 LIGHTNING_PRECISION = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 
 
-def run(config: DictConfig) -> None:
-    """Train what `config`, already checked, describes."""
+def train(job: Train) -> None:
+    """Train what the options, already checked, describe."""
     _quiet()
-    if config.model.name == "coefficients":
-        learn_coefficients(config)
+    if isinstance(job.model, Learning):
+        learn_coefficients(job, job.model)
         return
-    sizes = list(config.model.levels) if "levels" in config.model else [config.model.size]
-    levels = [new_level(config, size) for size in sizes]
+    levels = [new_level(job, size) for size in job.model.sizes]
     # an odd list of levels is refused before anything is trained
     family = Family(levels)
-    check_resume(config, [run_folder(config, level.name) for level in levels])
-    _check_jobs(config, family)
-    if config.dry_run:
-        _dry_run(config, levels)
+    check_resume(job.resume, [run_folder(job.root, level.name) for level in levels])
+    _check_job(job, family)
+    if job.dry_run:
+        _dry_run(job, levels)
         return
-    shards = ensure(config.data.source, config.data.folder, **config.data.options)
+    shards = ensure(job.data.source, job.data.folder, **job.data.options)
     for level in levels:
-        train_level(config, level, shards)
-    family = Family([Level.load(run_folder(config, level.name) / "level") for level in levels])
-    if "levels" in config.model:
-        _save_together(config, family)
-        family = Family.load(Path(config.root) / "family")  # every rank knows what the first one fitted
-    evaluate_family(config, family, shards)
+        train_level(job, level, shards)
+    family = Family([Level.load(run_folder(job.root, level.name) / "level") for level in levels])
+    if job.model.several:
+        _save_together(job, family)
+        family = Family.load(Path(job.root) / "family")  # every rank knows what the first one fitted
+    evaluate_family(job, family, shards)
 
 
-def _save_together(config: DictConfig, family: Family) -> None:
+def _save_together(job: Train, family: Family) -> None:
     """The first rank writes the family; the others wait for it, and end if it fails."""
-    if world_size_of(config) > 1 and not torch.distributed.is_initialized():
-        new_fabric(config).launch()  # all levels had been trained before: nothing has brought the ranks together
+    if _world_size(job) > 1 and not torch.distributed.is_initialized():
+        new_fabric(job.trainer).launch()  # all levels had been trained before: nothing has brought the ranks together
     failure = None
     try:
         if first_process():
-            _save_family(config, family)
+            _save_family(job, family)
     except (ValueError, OSError, FloatingPointError) as error:
         failure = error
     fail_together(failure)
 
 
-def _save_family(config: DictConfig, family: Family) -> None:
+def _save_family(job: Train, family: Family) -> None:
     """Write the family; calibrate it where that was not done for these weights, by the process that came first."""
-    folder = Path(config.root) / "family"
+    folder = Path(job.root) / "family"
     known = folder / "calibration.json"
     if known.exists():
         found = read_object(known)
@@ -100,19 +98,24 @@ def _save_family(config: DictConfig, family: Family) -> None:
             fits = found["about"]["weights"] == family.weights_hash
         if fits:
             family.fitted["calibration"] = found
-            _say_other_options(config, found, folder)
+            _say_other_options(job.calibration, found, folder)
     family.save(folder)
-    if len(family.levels) > 1 and config.calibration.images and "calibration" not in family.fitted:
-        device = "cuda" if torch.cuda.is_available() and config.trainer.accelerator != "cpu" else "cpu"
-        options: dict[str, Any] = OmegaConf.to_container(config.calibration)  # type: ignore[assignment]
+    if len(family.levels) > 1 and job.calibration.images and "calibration" not in family.fitted:
         print("calibrating the family", flush=True)
-        calibrate_folder(family, folder, device=device, **options)
+        calibrate_folder(family, folder, device=_device(job).type, **asdict(job.calibration))
 
 
-def _say_other_options(config: DictConfig, found: dict[str, Any], folder: Path) -> None:
+def _device(job: Train) -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() and job.trainer.accelerator != "cpu" else "cpu")
+
+
+def _world_size(job: Train) -> int:
+    return world_size_of(job.trainer, job.training.batch_size, job.training.accumulate)
+
+
+def _say_other_options(options: Calibration, found: dict[str, Any], folder: Path) -> None:
     """Where `calibration` asks for other options than the one that is kept had: which, and how to have it anew."""
-    options = config.calibration
-    now = {"images": options.images, "times": options.times, "reference_steps": options.reference_steps}
+    now: dict[str, Any] = {"images": options.images, "times": options.times, "reference_steps": options.reference_steps}
     now["batch_sizes"] = sorted(set(options.batch_sizes))
     there = {name: found["about"].get(name) for name in ("images", "reference_steps")}
     there |= {"times": len(found["log_snr"]), "batch_sizes": sorted(map(int, found["seconds"]))}
@@ -123,7 +126,7 @@ def _say_other_options(config: DictConfig, found: dict[str, Any], folder: Path) 
             for name, value in now.items()
         )
         print(
-            f"{folder / 'calibration.json'} is kept ({'; '.join(changed)}); to have it anew: python -m mlem.multilevel "
+            f"{folder / 'calibration.json'} is kept ({'; '.join(changed)}); to have it anew: {command('multilevel')} "
             f"calibrate {folder} {flags}, then this again",
             flush=True,
         )
@@ -140,33 +143,34 @@ def _quiet() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 
 
-def _check_jobs(config: DictConfig, family: Family) -> None:
-    """What can only be known with torch, said before anything is written. family: not trained yet."""
-    world_size_of(config)
-    build_callbacks(config)
-    indices = parse_indices(config.evaluation.indices, "evaluation.indices")
+def _check_job(job: Train, family: Family) -> None:
+    """Raise for what can only be known with torch, before anything is written. family: not trained yet."""
+    _world_size(job)
+    build_callbacks(job.callbacks, job.allow)
+    indices = parse_indices(job.evaluation.indices, "evaluation.indices")
     if len(indices) < 2:
         raise ValueError(
             f"evaluation.indices must be 2 samples or more, such as 0-63, for a standard error, got "
-            f"{config.evaluation.indices}"
+            f"{job.evaluation.indices}"
         )
-    _check_samplers(config, family)
-    new_fid(config, image_shape(config))  # before the data: what is not there is the nearer fault
-    count = count_of(config.data.source, config.data.folder, **config.data.options)
-    check_measure(config, image_shape(config), count, len(indices))
-    if not 2 <= config.data.held_out < count:
-        raise ValueError(f"data.held_out must be in [2, {count - 1}], got {config.data.held_out}")
+    _check_samplers(job, family)
+    data, shape = job.data, image_shape(job.data)
+    new_fid(job.metric, shape)  # before the data: what is not there is the nearer fault
+    count = count_of(data.source, data.folder, **data.options)
+    check_measure(job.metric, shape, count, len(indices))
+    if not 2 <= data.held_out < count:
+        raise ValueError(f"data.held_out must be in [2, {count - 1}], got {data.held_out}")
 
 
-def _check_samplers(config: DictConfig, family: Family) -> None:
-    choices, several = sampler_entries(config), len(family.levels) > 1
+def _check_samplers(job: Train, family: Family) -> None:
+    choices, several = sampler_entries(job.evaluation.samplers), len(family.levels) > 1
     if not several and all(choice.spec is not None for choice in choices):
         raise ValueError(
             f"evaluation.samplers lists plans alone, which need several levels, and there is {family.names[0]}: add an "
             "entry without plan, or train model=family"
         )
     for number, choice in enumerate(choices):
-        if choice.spec is not None and several and not config.calibration.images:
+        if choice.spec is not None and several and not job.calibration.images:
             raise ValueError(f"evaluation.samplers[{number}] has a plan, which needs calibration.images >= 2, got 0")
         try:
             for steps in choice.steps:
@@ -177,7 +181,7 @@ def _check_samplers(config: DictConfig, family: Family) -> None:
                 if choice.spec is not None and several:
                     check_spec(choice.spec, family, solver, sampler.grid)
             if choice.spec is not None and several and choice.spec.probabilities == "learned":
-                _check_learned(Path(config.root) / "family", family.names)
+                _check_learned(Path(job.root) / "family", family.names)
         except ValueError as error:
             raise ValueError(f"evaluation.samplers[{number}]: {error}") from error
 
@@ -189,77 +193,67 @@ def _check_learned(folder: Path, names: list[str]) -> None:
         return
     raise ValueError(
         f"learned probabilities are of a trained family, and {folder} is none of {', '.join(names)}: leave the entry "
-        f"out, then run python train.py model=coefficients family={folder}, then this again"
+        f"out, then run {command('train')} model=coefficients family={folder}, then this again"
     )
 
 
-def train_level(config: DictConfig, level: Level, shards: Shards) -> None:
+def train_level(job: Train, level: Level, shards: Shards) -> None:
     """Train one level in its run folder, resuming what is there; nothing to do when it is finished."""
-    folder = run_folder(config, level.name)
+    folder = run_folder(job.root, level.name)
     # only rank 0 takes the lock: the others belong to it
     with folder_lock(folder) if first_process() else nullcontext():
-        settings = _settings(config, level, world_size_of(config))
-        changed = changes(config, folder, settings)
-        if not changed and _trained(config, folder):
+        settings = _settings(job, level)
+        changed = changes(job.resume, folder, settings)
+        if not changed and _trained(folder, job.training.steps):
             if first_process():
                 print(f"{level.name}: already trained, in {folder}", flush=True)
             return
-        module = _module(config, level)
-        asked = ("training.steps", config.training.steps)
-        checkpoint, step = resume_point(config, folder, module.state_dict(), asked, changed)
+        module = _module(job, level)
+        asked = ("training.steps", job.training.steps)
+        checkpoint, step = resume_point(job.resume, folder, module.state_dict(), asked, changed)
         note_settings(folder, settings)
-        trainer, data = _prepare(config, level, shards, folder, step)
+        trainer, data = _prepare(job, level, shards, folder, step)
         if checkpoint is not None and trainer.is_global_zero:
             print(f"{level.name}: resuming from {checkpoint}", flush=True)
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
         _export(trainer, module, folder)
 
 
-def _trained(config: DictConfig, folder: Path) -> bool:
+def _trained(folder: Path, steps: int) -> bool:
     """Whether the level is there with all its steps: resume=force may have asked for more."""
-    path, steps = folder / "level" / "mlem.json", config.training.steps
+    path = folder / "level" / "mlem.json"
     if not path.exists():
         return False
     with damaged(path):
         return read_object(path)["measured"].get("steps", steps) == steps
 
 
-def _module(config: DictConfig, level: Level) -> DenoisingModule:
-    options = config.training
+def _module(job: Train, level: Level) -> DenoisingModule:
+    options = job.training
     module = DenoisingModule(
         level,
-        seed=config.seed,
+        seed=job.seed,
         batch_size=options.batch_size // options.accumulate,
         steps=options.steps,
         learning_rate=options.learning_rate,
         warmup_steps=options.warmup_steps,
         weight_decay=options.weight_decay,
     )
-    if config.trainer.compile:
+    if job.trainer.compile:
         level.network.compile()  # in place: the names of the weights stay
     return module
 
 
 def _prepare(
-    config: DictConfig, level: Level, shards: Shards, folder: Path, step: int
+    job: Train, level: Level, shards: Shards, folder: Path, step: int
 ) -> tuple[pl.Trainer, pl.LightningDataModule]:
     """The trainer that goes on from `step`, and its data."""
-    options = config.training
-    callbacks: list[pl.Callback] = []
-    if config.evaluation.every_n_epochs:
-        callbacks.append(evaluation(config, shards, folder / "evaluation"))
-    # the evaluation stands before the average, and so sees the averaged weights
-    pending = step > 0 and step % options.epoch_steps == 0 and not validated(folder / "metrics.jsonl", step)
-    rate = f"training.learning_rate={options.learning_rate:g}"
-    checkpoints = Checkpoints(folder / "checkpoints", options.checkpoint_every, rate, pending)
-    callbacks += [make_average(options.average_decay), checkpoints]
-    callbacks += [SystemFigures(options.batch_size), make_progress(options.batch_size, level.name)]
-    callbacks += build_callbacks(config)
+    options = job.training
     trainer = pl.Trainer(
-        **devices(config),
-        precision=LIGHTNING_PRECISION[config.trainer.precision],  # type: ignore[arg-type]
-        logger=loggers(config, folder, level.name, step),
-        callbacks=callbacks,
+        **job.trainer.place(),
+        precision=LIGHTNING_PRECISION[job.trainer.precision],  # type: ignore[arg-type]
+        logger=loggers(job, folder, level.name, step),
+        callbacks=_callbacks(job, level, shards, folder, step),
         plugins=[AtomicCheckpointIO()],
         max_steps=options.steps,
         max_epochs=-1,
@@ -274,7 +268,21 @@ def _prepare(
         enable_model_summary=False,
         default_root_dir=folder,
     )
-    return trainer, LoaderFromStep(shards, config)
+    return trainer, LoaderFromStep(shards, job.data.held_out, options, job.seed)
+
+
+def _callbacks(job: Train, level: Level, shards: Shards, folder: Path, step: int) -> list[pl.Callback]:
+    options = job.training
+    callbacks: list[pl.Callback] = []
+    if job.evaluation.every_n_epochs:
+        # stands before the average, and so sees the averaged weights
+        callbacks.append(evaluation(job, shards, folder / "evaluation"))
+    pending = step > 0 and step % options.epoch_steps == 0 and not validated(folder / "metrics.jsonl", step)
+    rate = f"training.learning_rate={options.learning_rate:g}"
+    checkpoints = Checkpoints(folder / "checkpoints", options.checkpoint_every, rate, pending)
+    callbacks += [make_average(options.average_decay), checkpoints]
+    callbacks += [SystemFigures(options.batch_size), make_progress(options.batch_size, level.name)]
+    return callbacks + build_callbacks(job.callbacks, job.allow)
 
 
 def _export(trainer: pl.Trainer, module: DenoisingModule, folder: Path) -> None:
@@ -291,28 +299,26 @@ def _export(trainer: pl.Trainer, module: DenoisingModule, folder: Path) -> None:
     trainer.strategy.barrier("level written")
 
 
-def _settings(config: DictConfig, level: Level, world_size: int) -> dict[str, Any]:
+def _settings(job: Train, level: Level) -> dict[str, Any]:
     """What decides the weights that come out: a resumed run must agree on all of it."""
-    plain = without_secrets(config)
+    plain = job.told
     training = {key: value for key, value in plain["training"].items() if key not in ("workers", "checkpoint_every")}
     return {
         "model": {key: value for key, value in plain["model"].items() if key not in ("name", "levels", "size")},
         "level": level.name,
         "data": {key: plain["data"][key] for key in ("source", "held_out", "options")},
         "schedule": level.schedule.to_config(),
-        "seed": config.seed,
+        "seed": job.seed,
         "training": training,
-        "precision": config.trainer.precision,
-        "world_size": world_size,
+        "precision": job.trainer.precision,
+        "world_size": _world_size(job),
     }
 
 
-def _dry_run(config: DictConfig, levels: list[Level]) -> None:
+def _dry_run(job: Train, levels: list[Level]) -> None:
     """Print what would be done and how long it would take."""
-    print(OmegaConf.to_yaml(OmegaConf.create(without_secrets(config))))
-    options, ranks = config.training, world_size_of(config)
-    on_gpu = torch.cuda.is_available() and config.trainer.accelerator != "cpu"
-    device = torch.device("cuda" if on_gpu else "cpu")
+    print(OmegaConf.to_yaml(OmegaConf.create(job.told)))
+    options, ranks, device = job.training, _world_size(job), _device(job)
     for level in levels:
         level.network.to(device)
         images = torch.zeros(options.batch_size // options.accumulate // ranks, *level.shape, device=device)
@@ -320,7 +326,7 @@ def _dry_run(config: DictConfig, levels: list[Level]) -> None:
         for _ in range(3):
             begin = time.perf_counter()
             level.denoiser.predict(images, torch.zeros(len(images), device=device)).square().mean().backward()
-            if on_gpu:
+            if device.type == "cuda":
                 torch.cuda.synchronize()
             seconds.append(time.perf_counter() - begin)
         minutes = min(seconds) * options.accumulate * options.steps / 60

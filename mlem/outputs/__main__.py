@@ -1,55 +1,8 @@
-"""`python -m mlem.outputs`: check a folder of samples to the byte, or join folders that several runs made."""
+"""`python -m mlem.outputs`: see `mlem.outputs.command`."""
 
-from __future__ import annotations
-
-import argparse
 import sys
-from collections.abc import Sequence
-from pathlib import Path
 
-from mlem.outputs import merge, sample_path, verify
-
-SHOWN = 20
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit code: 0, 1 where images are not in order, 2 for wrong folders."""
-    options = _parser().parse_args(arguments)
-    try:
-        return _verify(options.folder) if options.verb == "verify" else _merge(options.out, options.parts)
-    except (ValueError, OSError) as error:
-        print(f"mlem.outputs: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("python -m mlem.outputs", description=__doc__)
-    verbs = parser.add_subparsers(dest="verb", required=True)
-    one = verbs.add_parser("verify", help="compare every image with the manifest; name what is missing or damaged")
-    one.add_argument("folder", type=Path, help="folder of samples, such as runs/digits/samples/ddpm_200")
-    one = verbs.add_parser("merge", help="copy the samples of several folders, made with equal settings, into one")
-    one.add_argument("out", type=Path, help="folder to write; an interrupted merge goes on")
-    one.add_argument("parts", type=Path, nargs="+", help="folders of samples")
-    return parser
-
-
-def _verify(folder: Path) -> int:
-    count, faults = verify(folder)
-    for index, why in list(faults.items())[:SHOWN]:
-        print(f"{sample_path(folder, index)} {why}")
-    if len(faults) > SHOWN:
-        print(f".. and {len(faults) - SHOWN} more")
-    if faults:
-        print(f"{folder}: {len(faults)} faults; run the sample command again, which makes these images anew")
-        return 1
-    print(f"{folder}: {count} images, as in the manifest")
-    return 0
-
-
-def _merge(out: Path, parts: Sequence[Path]) -> int:
-    print(f"{out}: {merge(out, parts)} images of {len(parts)} folders")
-    return 0
-
+from mlem.outputs.command import main
 
 if __name__ == "__main__":
     sys.exit(main())

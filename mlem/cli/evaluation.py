@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import lightning.pytorch as pl
 import torch
-from omegaconf import DictConfig
 
 from mlem.cli.build import LoaderFromStep, evaluation, loggers
-from mlem.cli.config import devices
-from mlem.cli.find import run_folder
+from mlem.cli.paths import run_folder
+from mlem.cli.schema import Train
 from mlem.comparison.row import Row
 from mlem.comparison.scaling import draw_scaling, scaling_fits
 from mlem.data import Shards
@@ -21,15 +21,20 @@ from mlem.report import write_report
 from mlem.training.denoising import FamilyModule, noise_level_figure
 from mlem.training.loggers import log_pictures
 
+if TYPE_CHECKING:
+    from rich.table import Table
 
-def evaluate_family(config: DictConfig, family: Family, shards: Shards) -> None:
+__all__ = ["evaluate_family"]
+
+
+def evaluate_family(job: Train, family: Family, shards: Shards) -> None:
     """Every sampler on every level; pictures, figures, a table, and where to look."""
-    whole = "levels" in config.model
-    folder = Path(config.root) if whole else run_folder(config, family.names[0]) / "evaluation"
-    samplers = evaluation(config, shards, folder)
+    whole = getattr(job.model, "several", False)
+    folder = Path(job.root) if whole else run_folder(job.root, family.names[0]) / "evaluation"
+    samplers = evaluation(job, shards, folder)
     trainer = pl.Trainer(
-        **devices(config),
-        logger=loggers(config, folder, "evaluation", None),
+        **job.trainer.place(),
+        logger=loggers(job, folder, "evaluation", None),
         callbacks=[samplers],
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -37,16 +42,17 @@ def evaluate_family(config: DictConfig, family: Family, shards: Shards) -> None:
         use_distributed_sampler=False,
         default_root_dir=folder,
     )
-    module = FamilyModule(family, config.seed)
-    metrics = trainer.test(module, datamodule=LoaderFromStep(shards, config), verbose=False)[0]
+    loader = LoaderFromStep(shards, job.data.held_out, job.training, job.seed)
+    module = FamilyModule(family, job.seed)
+    metrics = trainer.test(module, datamodule=loader, verbose=False)[0]
     if trainer.is_global_zero:
         if len(family.levels) > 2:
             _scaling_law(family, module, folder / "scaling_law.png")
-        noise_level_figure(family, dict(metrics), config.data.held_out, folder / "error_by_noise_level.png")
+        noise_level_figure(family, dict(metrics), job.data.held_out, folder / "error_by_noise_level.png")
         pictures = {f"eval/{name}": folder / f"{name}.png" for name in ("error_by_noise_level", "scaling_law")}
         log_pictures(trainer.loggers, pictures, 0)
         write_report(folder if whole else folder.parent)
-        _report(samplers.rows, family, folder, Path(config.root) / "family" if whole else folder.parent / "level")
+        _report(samplers.rows, family, folder, Path(job.root) / "family" if whole else folder.parent / "level")
 
 
 def _scaling_law(family: Family, module: FamilyModule, path: Path) -> None:
@@ -58,22 +64,8 @@ def _scaling_law(family: Family, module: FamilyModule, path: Path) -> None:
 
 def _report(rows: list[Row], family: Family, folder: Path, artefact: Path) -> None:
     from rich.console import Console
-    from rich.table import Table
 
-    fid = next((name for name in rows[0].scores if name.startswith("fid_")), None)
-    console = Console(width=None if os.isatty(1) else 110)
-    levels = Table("level", "parameters", "MFLOPs", "held-out error", "ms/image", title="levels")
-    for level in family.levels:
-        error, cost = level.measured["error"], 1e3 * level.measured["seconds"]
-        levels.add_row(level.name, f"{level.parameters:,}", f"{level.flops / 1e6:.1f}", f"{error:.4f}", f"{cost:.3f}")
-    title = "samplers: mean squared error to the many-step reference ± standard error" + (f"; {fid}" if fid else "")
-    samplers = Table("level", "sampler", "steps", "calls", "ms/image", "MSE", "FID" if fid else "", title=title)
-    for row in rows:
-        error = "law only" if math.isnan(row.mse) else f"{row.mse:.2e} ± {row.mse_stderr:.1e}"
-        score = f"{row.scores[fid]:.3f}" if fid else ""
-        time_ = f"{1e3 * row.seconds:.2f}"
-        samplers.add_row(row.level, row.sampler, str(row.steps), _calls(row), time_, error, score)
-    console.print(levels, samplers)
+    Console(width=None if os.isatty(1) else 110).print(_levels_table(family), _samplers_table(rows))
     for what, path in (
         ("trained", artefact),
         ("sample grids", folder / "grids"),
@@ -89,7 +81,31 @@ def _report(rows: list[Row], family: Family, folder: Path, artefact: Path) -> No
             print(f"{what:38s}{path}", flush=True)
 
 
+def _levels_table(family: Family) -> Table:
+    from rich.table import Table
+
+    table = Table("level", "parameters", "MFLOPs", "held-out error", "ms/image", title="levels")
+    for level in family.levels:
+        error, cost = level.measured["error"], 1e3 * level.measured["seconds"]
+        table.add_row(level.name, f"{level.parameters:,}", f"{level.flops / 1e6:.1f}", f"{error:.4f}", f"{cost:.3f}")
+    return table
+
+
+def _samplers_table(rows: list[Row]) -> Table:
+    from rich.table import Table
+
+    fid = next((name for name in rows[0].scores if name.startswith("fid_")), None)
+    title = "samplers: mean squared error to the many-step reference ± standard error" + (f"; {fid}" if fid else "")
+    table = Table("level", "sampler", "steps", "calls", "ms/image", "MSE", "FID" if fid else "", title=title)
+    for row in rows:
+        error = "law only" if math.isnan(row.mse) else f"{row.mse:.2e} ± {row.mse_stderr:.1e}"
+        milliseconds, score = f"{1e3 * row.seconds:.2f}", f"{row.scores[fid]:.3f}" if fid else ""
+        table.add_row(row.level, row.sampler, str(row.steps), _calls(row), milliseconds, error, score)
+    return table
+
+
 def _calls(row: Row) -> str:
+    """Calls of each level for an image, and in how many rounds where they run side by side."""
     several = len(row.calls) > 1
     calls = " + ".join(f"{count:g} {name}" for name, count in row.calls.items() if several and count)
     rounds = f" in {row.rounds:.3g} rounds" if row.rounds < 0.99 * row.evaluations else ""

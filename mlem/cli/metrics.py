@@ -1,12 +1,9 @@
-"""Metrics of images on disk, on any number of ranks: what `metric=` and `eval=` of the command line mean."""
+"""Metrics of images on disk, on any number of ranks: what `metric=`, `eval=ref` and `eval=folder` mean."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import threading
-import time
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -14,23 +11,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
 
-from mlem.cli.config import on_devices
-from mlem.cli.main import USAGE
+from mlem.cli.ranks import fail_together, new_fabric
+from mlem.cli.schema import Data, Metric, Sample
 from mlem.data import Shards, ensure
 from mlem.files import first_process, write_json
 from mlem.metrics import FID, Measure, Score, reference_path
 from mlem.outputs import png_tree, read_pixels
 
+__all__ = ["check_measure", "measure_folder", "measure_of", "measure_reference", "new_fid", "prepared", "report"]
+
 BATCH = 256
 """Real images in a batch."""
 
 
-def measure_reference(config: DictConfig) -> None:
+def measure_reference(job: Sample) -> None:
     """`eval=ref`: compute the reference statistics and cache them; nothing where they are there."""
-    measure = _asked(config)
-    fabric = new_fabric(config)
+    measure = _asked(job)
+    fabric = new_fabric(job.trainer)
     fabric.launch()
     measure.start(fabric.device)
     if fabric.is_global_zero:
@@ -40,54 +38,53 @@ def measure_reference(config: DictConfig) -> None:
         print(f"reference statistics {state} ({what}): {reference_path(measure.cache, measure.fid, measure.key)}")
 
 
-def measure_folder(config: DictConfig) -> None:
+def measure_folder(job: Sample) -> None:
     """`eval=folder`: score the PNGs of `folder`."""
-    if config.folder is None:
+    if job.folder is None:
         raise ValueError("eval=folder needs the images: add folder=PATH")
-    paths = png_tree(Path(config.folder))
-    measure = _asked(config)
+    paths = png_tree(Path(job.folder))
+    measure = _asked(job)
     measure.check(len(paths))
-    fabric = new_fabric(config)
+    fabric = new_fabric(job.trainer)
     fabric.launch()
-    report(measure, paths, fabric, config.batch_size, None if config.out is None else Path(config.out))
+    report(measure, paths, fabric, job.batch_size, None if job.out is None else Path(job.out))
 
 
-def _asked(config: DictConfig) -> Measure:
-    measure = measure_of(config, prepared(config)) if config.metric.features is not None else None
+def _asked(job: Sample) -> Measure:
+    measure = measure_of(job.metric, job.data, prepared(job.data)) if job.metric.features is not None else None
     if measure is None:
-        raise ValueError(f"eval={config.eval.name} needs a metric, got metric=none: choose fid_random256")
+        raise ValueError(f"eval={job.eval.name} needs a metric, got metric=none: choose fid_random256")
     return measure
 
 
-def prepared(config: DictConfig) -> Shards:
+def prepared(data: Data) -> Shards:
     """The data set, prepared where it is not there."""
-    return ensure(config.data.source, config.data.folder, progress=first_process(), **config.data.options)
+    return ensure(data.source, data.folder, progress=first_process(), **data.options)
 
 
-def new_fid(config: DictConfig, shape: tuple[int, int, int]) -> FID | None:
+def new_fid(metric: Metric, shape: tuple[int, int, int]) -> FID | None:
     """The features that `metric` names; None for none. Raises ValueError where they cannot be had."""
-    metric = config.metric
     if metric.features is None:
         return None
     keep = Measure.keeps(metric.kid, metric.precision_recall, metric.blocks)
     return FID(metric.features, shape, metric.weights, metric.sha256, keep)
 
 
-def measure_of(config: DictConfig, shards: Shards) -> Measure | None:
-    """What `metric` asks for, against `shards`; None for nothing. Raises ValueError as `new_fid` does."""
-    metric, fid = config.metric, new_fid(config, shards.shape)
+def measure_of(metric: Metric, data: Data, shards: Shards) -> Measure | None:
+    """What `metric` asks for, against the images of `data`; None for nothing. Raises ValueError as `new_fid` does."""
+    fid = new_fid(metric, shards.shape)
     if fid is None:
         return None
     reals = _RealImages(shards, metric.reference)
     records = json.dumps([record.sha256 for record in shards.manifest.shards])
     manifest = hashlib.sha256(records.encode()).hexdigest()
-    key = {"data": config.data.name, "manifest": manifest, "count": reals.count}
+    key = {"data": data.name, "manifest": manifest, "count": reals.count}
     return Measure(fid, reals, key, Path(metric.cache), metric.kid, metric.precision_recall, metric.blocks)
 
 
-def check_measure(config: DictConfig, shape: tuple[int, int, int], reals: int, count: int) -> None:
+def check_measure(metric: Metric, shape: tuple[int, int, int], reals: int, count: int) -> None:
     """Raise ValueError where `count` images, or `reals` real ones, are too few for `metric`; as `new_fid` too."""
-    metric, fid = config.metric, new_fid(config, shape)
+    fid = new_fid(metric, shape)
     if fid is not None:
         key = {"count": min(reals, metric.reference or reals)}
         options = {"kid": metric.kid, "precision_recall": metric.precision_recall, "blocks": metric.blocks}
@@ -95,7 +92,7 @@ def check_measure(config: DictConfig, shape: tuple[int, int, int], reals: int, c
 
 
 class _RealImages:
-    """Batches (indices, images) of the first real images, this rank's share, read anew at every iteration."""
+    """Batches (indices, images) of the first real images, the share of this rank, read anew at every iteration."""
 
     def __init__(self, shards: Shards, limit: int | None) -> None:
         self._shards, self.count = shards, min(len(shards), limit or len(shards))
@@ -111,7 +108,7 @@ class _RealImages:
 
 
 def report(measure: Measure, paths: Sequence[Path], fabric: Any, batch_size: int, out: Path | None) -> None:
-    """Score the images in `paths`; rank 0 says the scores, and writes them to `metrics.json` in `out`."""
+    """Score the images in `paths`; rank 0 prints the scores, and writes them to `metrics.json` in `out`."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         scores = _scores(measure, paths, fabric, batch_size)
@@ -138,40 +135,3 @@ def _scores(measure: Measure, paths: Sequence[Path], fabric: Any, batch_size: in
         failure = error
     fail_together(failure)
     return measure.scores(fid, expected=len(paths))
-
-
-def new_fabric(config: DictConfig) -> Any:
-    """Lightning's Fabric on the devices of `trainer`, not launched yet. Raises ValueError where they are not there."""
-    from lightning.fabric import Fabric
-
-    return on_devices(config, Fabric)
-
-
-def all_gather(mine: Any) -> list[Any]:
-    """What each rank says, on every rank."""
-    if not torch.distributed.is_initialized():
-        return [mine]
-    said = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(said, mine)
-    return said
-
-
-def fail_together(failure: Exception | None) -> None:
-    """Where any rank failed, end all: rank 0 raises its own failure or the first one, the others leave quietly."""
-    failures = [text for text in all_gather(None if failure is None else str(failure)) if text is not None]
-    if failures and torch.distributed.is_initialized() and torch.distributed.get_rank() > 0:
-        raise SystemExit(USAGE)
-    if failures:
-        raise failure or ValueError(failures[0])
-
-
-def end_with_parent() -> None:
-    """End this process when the one that started it dies: ranks that sample would notice only at the end."""
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()

@@ -1,0 +1,76 @@
+"""Where runs lie: the folders that a job writes, the family that it reads, and what makes one that is not there."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from mlem.cli.choices import usual_options
+from mlem.cli.schema import Data, Learning, Sample, Train
+from mlem.cli.values import written
+from mlem.files import read_object
+from mlem.invocation import command
+
+__all__ = ["family_folder", "folders", "out_folder", "run_folder", "same_job", "training_command"]
+
+_DEFAULT = {"samples": "samples/{sampler}_{steps}", "benchmark": "error_vs_time", "scaling": "scaling_law"}
+"""Where each `eval` writes below root; the others write where out= says, or nowhere."""
+_SHARED = ("seeds", "format", "metric", "debug")
+"""What jobs of `eval=samples` may differ in that write into one folder."""
+
+
+def run_folder(root: str, size: str) -> Path:
+    """Of the run that trains the level of this size."""
+    return Path(root) / f"unet_{size}"
+
+
+def out_folder(job: Sample) -> Path:
+    """Where `sample.py` writes what it makes."""
+    if job.out is not None:
+        return Path(job.out)
+    return Path(job.root) / _DEFAULT[job.eval.name].format(sampler=job.sampler.name, steps=job.steps)
+
+
+def folders(job: Train | Sample) -> list[Path]:
+    """Those that a job writes, whatever else it may read."""
+    if isinstance(job, Sample):
+        return [out_folder(job)] if job.out is not None or job.eval.name in _DEFAULT else []
+    if job.dry_run:
+        return []
+    if isinstance(job.model, Learning):
+        return [Path(job.root) / "coefficients"]
+    runs = [run_folder(job.root, size) for size in job.model.sizes]
+    return [Path(job.root) / "family", *runs] if job.model.several else runs
+
+
+def same_job(one: Train | Sample, other: Train | Sample) -> bool:
+    """Whether two jobs of `sample.py` add to the same samples."""
+    if not isinstance(one, Sample) or not isinstance(other, Sample) or one.eval.name != "samples":
+        return False
+    return one == replace(other, **{name: getattr(one, name) for name in _SHARED})
+
+
+def family_folder(family: str | None, root: str, data: Data) -> Path:
+    """The folder that `family=` names, or of the newest family of this data set beside root.
+
+    Raises: FileNotFoundError that says how to make one.
+    """
+    if family is not None:
+        return Path(family)
+    beside = Path(root).parent
+    found = [path for path in beside.glob("*/family/family.json") if read_object(path).get("data", "") == data.name]
+    if not found:
+        raise FileNotFoundError(
+            f"there is no trained family of {data.name} under {beside}; make one with: "
+            f"{training_command('family', root, data)}"
+        )
+    return max(found, key=lambda path: path.stat().st_mtime).parent
+
+
+def training_command(model: str, root: str, data: Data) -> str:
+    """The command that trains `model` on this data and under this root."""
+    usual = usual_options(data.source)
+    given = [f"model={model}", f"data={data.source}"]
+    given += [f"data.options.{key}={written(value)}" for key, value in data.options.items() if value != usual.get(key)]
+    given += [f"root={root}"] if root != f"runs/{data.name}" else []
+    return " ".join([command("train"), *given])

@@ -1,0 +1,358 @@
+"""Every option of the two commands, once: its name, default, what its value must be, and what it means.
+
+A class is a group of options; its fields are the options. Defaults, checks, `--help` and the typed values that the
+commands work with all follow from here. Fields without a default get their values from the choices in `configs/`.
+The options of plans are the fields of `PlanSpec`. Nothing here imports torch or Hydra.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import MISSING, dataclass, field
+from typing import Any, ClassVar
+
+from mlem.cli.values import (
+    BOOL,
+    DEVICES,
+    FRACTION,
+    INDICES,
+    LIST,
+    NUMBER,
+    OPTIONS,
+    SHARE,
+    SIZES,
+    TEXT,
+    Kind,
+    list_of_whole,
+    number,
+    one_of,
+    text,
+    whole,
+)
+
+GRIDS = "uniform, log_snr, karras, ou_uniform, ou_halving, trailing, leading; null: the solver's own choice"
+PLAN_ONLY = ("benchmark", "scaling")
+"""The `eval`s that make no samples, and refuse the options of samples."""
+
+
+def option(
+    kind: Kind, words: str = "", default: Any = MISSING, unused: tuple[str, ...] = (), name: str | None = None
+) -> Any:
+    """A field that is an option.
+
+    Args:
+        kind: what its value must be.
+        words: what it means.
+        default: none where the choices in `configs/` give it.
+        unused: the choices of `eval` that do nothing with it, and refuse it.
+        name: where the option is not named as the field is.
+    """
+    metadata = {"kind": kind, "help": words, "unused": unused, "name": name}
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: copy.deepcopy(default), metadata=metadata)
+    return field(metadata=metadata) if default is MISSING else field(default=default, metadata=metadata)
+
+
+def group(*classes: type, words: str = "", default: Any = MISSING) -> Any:
+    """A field that is a group of options, of one of these classes."""
+    metadata = {"classes": classes, "help": words}
+    return field(metadata=metadata) if default is MISSING else field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """The data set."""
+
+    name: str = option(TEXT)
+    source: str = option(TEXT)
+    folder: str = option(TEXT)
+    held_out: int = option(whole(0), "images kept for validation")
+    options: dict[str, Any] = option(OPTIONS, "of the source, such as data.options.size=64")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Network:
+    """One level."""
+
+    name: str = option(TEXT)
+    size: str = option(TEXT)
+    prediction: str = option(one_of("v", "eps", "x0"), "what the network predicts: v, eps or x0")
+    dropout: float = option(FRACTION, "share of activations that training drops")
+
+    @property
+    def sizes(self) -> list[str]:
+        """Of the levels to train."""
+        return [self.size]
+
+    @property
+    def several(self) -> bool:
+        """Whether a family comes of it."""
+        return False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Networks:
+    """Several levels, trained in turn."""
+
+    name: str = option(TEXT)
+    levels: list[str] = option(SIZES)
+    prediction: str = option(one_of("v", "eps", "x0"), "what the networks predict: v, eps or x0")
+    dropout: float = option(FRACTION, "share of activations that training drops")
+
+    @property
+    def sizes(self) -> list[str]:
+        """Of the levels to train."""
+        return self.levels
+
+    @property
+    def several(self) -> bool:
+        """Whether a family comes of it."""
+        return True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Learning:
+    """The coefficients of a trained family."""
+
+    names: ClassVar = ("coefficients",)
+
+    name: str = option(TEXT)
+    solver: str = option(TEXT, "for which the coefficients are learned")
+    steps: int = option(whole(1), "of the solver")
+    grid: str | None = option(text(null=True), GRIDS)
+    budget: float = option(SHARE, "where learning begins: share of the largest level's cost (FLOPs), in (0, 1]")
+    weight: float | None = option(
+        number(above=0).or_null(),
+        "mean squared error that the cost of one plain sample is worth; null: about keep the budget",
+        name="lambda",
+    )
+    updates: int = option(whole(1), "optimizer steps; dry_run=true says how long they take")
+    batch_size: int = option(whole(1), "images in a step, all ranks together")
+    draws: int = option(whole(2), "of the coins in a step, each for all its images")
+    images: int = option(whole(1), "learned from in turn, each with one reference of evaluation.reference_steps")
+    learning_rate: float = option(number(above=0), "of Adam, falling linearly to 0")
+    tangents: str = option(
+        one_of("exact", "random"), "exact: derivatives along all coefficients; random: along one for each draw"
+    )
+    held_out: int = option(whole(2), "images that the outcome is judged by")
+    checkpoint_every: int = option(whole(1), "optimizer steps; also from one line of progress to the next")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """The noise schedule; which options there are depends on its kind."""
+
+    kind: str = option(TEXT)
+    offset: float | None = option(NUMBER, "of the cosine schedule", None)
+    log_snr_min: float | None = option(NUMBER, "of the cosine schedule", None)
+    beta_start: float | None = option(NUMBER, "of the linear schedule", None)
+    beta_end: float | None = option(NUMBER, "of the linear schedule", None)
+    num_timesteps: int | None = option(whole(2), "of the linear schedule", None)
+    file: str | None = option(TEXT, "of schedule=diffusers: path of a scheduler_config.json", None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trainer:
+    """The devices, and how networks run on them."""
+
+    accelerator: str = option(TEXT, "auto, cpu, gpu or another of Lightning's")
+    devices: int | str | list[int] = option(DEVICES, "how many, which ones, or auto")
+    strategy: str = option(TEXT, "auto, ddp or another of Lightning's")
+    num_nodes: int = option(whole(1), "machines; above 1: docs/cluster.md")
+    precision: str = option(one_of("fp32", "bf16", "fp16"), "fp32, bf16 or fp16")
+    compile: bool = option(BOOL, "compile the networks")
+
+    def place(self) -> dict[str, Any]:
+        """What Lightning's Trainer and Fabric want to know of the machines."""
+        return {name: getattr(self, name) for name in ("accelerator", "devices", "strategy", "num_nodes")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Logger:
+    """Where numbers go, besides metrics.jsonl."""
+
+    mode: str = option(one_of("auto", "online", "offline", "disabled"), "of W&B; auto: online with a key, else offline")
+    project: str = option(TEXT, "of W&B")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """The score of samples against real images."""
+
+    features: str | None = option(text(null=True), "random256 or inception; null: no metrics", unused=("scaling",))
+    kid: bool = option(BOOL, "KID of the same features too")
+    precision_recall: bool = option(BOOL, "precision and recall of the same features too")
+    blocks: int = option(whole(1), "above 1: also mean and spread over as many disjoint blocks of the samples")
+    reference: int | None = option(whole(2).or_null(), "real images to compare with, the first ones; null: all")
+    cache: str = option(TEXT, "folder of the reference statistics")
+    weights: str | None = option(text(null=True), "of Inception: path of the file; null: the torch hub cache")
+    sha256: str | None = option(
+        text(null=True), "of Inception weights that are not the original ones: the first 8 digits or more"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplerChoice:
+    """The solver. shared: the options of plans that the choice sets, any of which it may."""
+
+    name: str = option(TEXT, unused=PLAN_ONLY)
+    solver: str = option(TEXT, unused=PLAN_ONLY)
+    steps: int = option(whole(1), "steps= is this one")
+    grid: str | None = option(text(null=True), "grid= is this one")
+    over: str = option(one_of("samples", "ranks"), "what ranks share: the samples, or every batch", "samples")
+    options: dict[str, Any] = option(OPTIONS, "of the solver, such as sampler.options.clock=ou", {}, unused=PLAN_ONLY)
+    shared: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verb:
+    """Samples to make, a folder to score, or references to compute."""
+
+    name: str = option(one_of("samples", "folder", "ref", "benchmark", "scaling"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Benchmark(Verb):
+    """Error against time of a list of samplers."""
+
+    names: ClassVar = ("benchmark",)
+
+    solver: str = option(TEXT, "of the list; ddim for the ODE")
+    steps: list[int] = option(LIST, "of every level by itself")
+    reference_steps: int = option(whole(1), "of the largest level, from the same noise")
+    plan_steps: int = option(whole(1), "of levels together")
+    budget: float = option(SHARE, "their share of the largest level's cost at every step (FLOPs) where delta is 0")
+    deltas: list[float] = option(LIST, "added to the logit of every p_k but the first")
+    trials: int = option(whole(1), "draws of the coins at every delta")
+    coins: str = option(one_of("systematic", "bernoulli", "nested", "poisson"), "how the coins are tossed")
+    draws: int = option(whole(1), "bootstrap samples of the images")
+    shown: int = option(whole(0), "images of a row of samples; 0: none")
+    samplers: list[Any] = option(LIST, "name, solver, steps; grid, options; levels: each alone; or plan: together")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scaling(Verb):
+    """The scaling law of a family."""
+
+    names: ClassVar = ("scaling",)
+
+    cost: str = option(one_of("flops", "seconds"), "flops or seconds")
+    replicates: int = option(whole(100), "bootstrap samples of the images")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """How a level is trained."""
+
+    steps: int = option(whole(1), "optimizer steps", 1000)
+    batch_size: int = option(whole(1), "images in a step, all ranks together", 128)
+    accumulate: int = option(whole(1), "batches of a step: each holds batch_size / accumulate images", 1)
+    learning_rate: float = option(number(above=0), "of Adam, after the warm-up", 2.0e-3)
+    warmup_steps: int = option(whole(0), "in which the learning rate rises", 50)
+    weight_decay: float = option(number(least=0), "of AdamW", 0.01)
+    gradient_clip: float = option(number(least=0), "largest norm of the gradient; 0: off", 1.0)
+    average_decay: float = option(FRACTION, "of the averaged weights", 0.995)
+    epoch_steps: int = option(whole(1), "optimizer steps from one validation to the next", 200)
+    checkpoint_every: int = option(whole(1), "optimizer steps; before each validation too", 200)
+    workers: int = option(whole(0), "processes that read data ahead", 0)
+
+
+_USUAL_SAMPLERS = [
+    {"solver": "ddpm", "steps": [20]},
+    {"solver": "ddim", "steps": [20]},
+    {"solver": "dpm_solver_pp", "steps": [10, 20]},
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What is measured in training and after it."""
+
+    every_n_epochs: int = option(whole(0), "in training; 0: only at the end", 5)
+    indices: str = option(INDICES, "of the samples", "0-63")
+    batch_size: int = option(whole(1), "images in a batch", 64)
+    reference_steps: int = option(whole(1), "of the many-step reference", 200)
+    samplers: list[Any] = option(LIST, "solver, step counts, and, where wanted, grid, options, plan", _USUAL_SAMPLERS)
+
+
+_IMAGES = Kind("a whole number >= 2, or 0 for none", lambda value: whole(0).holds(value) and value != 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """Of a family, after training: what its levels cost and how far apart they are."""
+
+    images: int = option(_IMAGES, "trajectories; 0: leave calibration out", 16)
+    times: int = option(whole(3), "noise levels along them", 24)
+    batch_sizes: list[int] = option(list_of_whole(1), "at which levels are timed", [64])
+    reference_steps: int = option(whole(1), "of the run that discretisation is measured against", 500)
+
+
+_RESUME = "auto, force (although settings differ), or the path of a checkpoint"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """A run of `train.py`. told: all of it as plain data, for files; values from the environment are left as names."""
+
+    data: Data = group(Data)
+    model: Network | Networks | Learning = group(Network, Networks, Learning)
+    schedule: dict[str, Any] = group(Schedule)
+    trainer: Trainer = group(Trainer)
+    logger: Logger = group(Logger)
+    metric: Metric = group(Metric)
+    seed: int = option(whole(0), "of all noise and of the first weights", 0)
+    root: str = option(TEXT, "where runs are written: <root>/<model>, <root>/family", "runs/${data.name}")
+    family: str | None = option(
+        text(null=True), "of model=coefficients: folder of a family; null: the newest of this data set", None
+    )
+    training: Training = group(Training)
+    evaluation: Evaluation = group(Evaluation)
+    calibration: Calibration = group(
+        Calibration, words="of a family, after training: what its levels cost and how far apart they are"
+    )
+    callbacks: list[Any] = option(
+        LIST, "more Lightning callbacks, as [{_target_: lightning.pytorch.callbacks.LearningRateMonitor}]", []
+    )
+    allow: list[str] = option(
+        LIST, "modules beside lightning, torch, torchmetrics, diffusers and mlem that a _target_ may come from", []
+    )
+    resume: str = option(TEXT, _RESUME, "auto")
+    dry_run: bool = option(BOOL, "print the config, parameters, FLOPs and the estimated time, and stop", False)
+    debug: bool = option(BOOL, "show tracebacks", False)
+    told: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """A run of `sample.py`. shared: the options of plans, which say how levels share the work."""
+
+    data: Data = group(Data)
+    model: Network | Networks | Learning | None = group(Network, Networks, Learning, default=None)
+    sampler: SamplerChoice = group(SamplerChoice)
+    trainer: Trainer = group(Trainer)
+    metric: Metric = group(Metric)
+    eval: Verb = group(Verb, Benchmark, Scaling)
+    root: str = option(TEXT, "where samples are written: <root>/samples", "runs/${data.name}")
+    family: str | None = option(
+        text(null=True), "folder of a family; null: the newest of this data set, or the level of model=", None
+    )
+    level: str | None = option(text(null=True), "the level of the family to run; null: the largest", None)
+    shared: dict[str, Any] = field(default_factory=dict, metadata={"plans": True})
+    plan: str | None = option(text(null=True), "best (memorised with the family), or a plan's JSON file", None)
+    steps: int = option(whole(1), "of the solver", "${sampler.steps}", PLAN_ONLY)
+    grid: str | None = option(text(null=True), GRIDS, "${sampler.grid}", PLAN_ONLY)
+    seeds: str = option(INDICES, "indices of the samples: ranges and commas", "0-63", ("scaling",))
+    seed: int = option(whole(0), "of all noise: index and seed fix an image", 0)
+    batch_size: int = option(whole(1), "images in a batch", 64, ("scaling",))
+    out: str | None = option(
+        text(null=True), "null: <root>/samples/<sampler>_<steps>; of eval=folder: where metrics.json goes", None
+    )
+    format: str = option(
+        one_of("png", "shards", "npz"),
+        "also shards (WebDataset) or npz (ADM's layout): the PNGs packed, in the order of seeds=",
+        "png",
+        PLAN_ONLY,
+    )
+    folder: str | None = option(text(null=True), "of eval=folder: the images", None)
+    debug: bool = option(BOOL, "show tracebacks", False)

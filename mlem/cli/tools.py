@@ -1,0 +1,43 @@
+"""The installed command `mlem`: the tools of its parts, by name."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from mlem.cli.errors import USAGE, instead
+
+__all__ = ["main"]
+
+_TOOLS = {
+    "data": ("mlem.data.command", "prepare a data set as shards with a manifest"),
+    "multilevel": ("mlem.multilevel.command", "calibrate a family, show what is known of it, memorise a plan"),
+    "outputs": ("mlem.outputs.command", "check folders of samples, or join them"),
+    "report": ("mlem.report.command", "write the report.html of a run folder again"),
+    "runs": ("mlem.runs", "list the training runs below a folder"),
+}
+"""name: the module whose `main` it is, and what it does."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the tool that the first argument names with the others; return the exit code: 2 for bad input."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_usage())
+        return 0 if arguments else USAGE
+    name, *others = arguments
+    if name not in _TOOLS:
+        print(f"mlem: {name}: there is no such tool{instead(name, list(_TOOLS))}", file=sys.stderr)
+        return USAGE
+    return importlib.import_module(_TOOLS[name][0]).main(others)
+
+
+def _usage() -> str:
+    lines = [
+        "Train a family of diffusion networks and sample it fast: the tools beside mlem-train and mlem-sample.",
+        "",
+    ]
+    lines += ["usage: mlem TOOL ...", ""]
+    lines += [f"  {name:12s}{words}" for name, (_, words) in _TOOLS.items()]
+    return "\n".join([*lines, "", "mlem TOOL --help says more of each; mlem-train --help and mlem-sample --help too"])

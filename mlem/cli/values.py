@@ -1,0 +1,146 @@
+"""What the value of an option may be: each kind in words and as a test."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = [
+    "ANY",
+    "BOOL",
+    "DEVICES",
+    "FRACTION",
+    "INDICES",
+    "LIST",
+    "NUMBER",
+    "OPTIONS",
+    "SHARE",
+    "SIZES",
+    "TEXT",
+    "Kind",
+    "list_of_whole",
+    "number",
+    "one_of",
+    "parse_indices",
+    "text",
+    "whole",
+    "written",
+]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """`NAME must be WORDS, got VALUE` unless `holds(value)`. In words, {name} stands for the option's name."""
+
+    words: str
+    holds: Callable[[Any], bool]
+
+    def check(self, name: str, value: Any) -> None:
+        """Raise ValueError with the option, what it must be and what it is."""
+        if not self.holds(value):
+            raise ValueError(f"{name} must be {self.words.format(name=name)}, got {value!r}")
+
+    def or_null(self) -> Kind:
+        """The same, or nothing."""
+        return Kind(f"{self.words}, or null", lambda value: value is None or self.holds(value))
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_finite(value: Any) -> bool:
+    return _is_number(value) and math.isfinite(value)
+
+
+def whole(least: int) -> Kind:
+    """A whole number, `least` or more."""
+    return Kind(f"a whole number >= {least}", lambda value: _is_whole(value) and value >= least)
+
+
+def list_of_whole(least: int) -> Kind:
+    """A list of one or more whole numbers."""
+    return Kind(
+        f"a list of whole numbers >= {least}",
+        lambda value: isinstance(value, list) and bool(value) and all(_is_whole(n) and n >= least for n in value),
+    )
+
+
+def number(*, above: float | None = None, least: float | None = None) -> Kind:
+    """A finite number above one bound, or no less than it."""
+    if above is not None:
+        return Kind(f"a number > {above:g}", lambda value: _is_finite(value) and value > above)
+    assert least is not None
+    return Kind(f"a number >= {least:g}", lambda value: _is_finite(value) and value >= least)
+
+
+def one_of(*choices: str) -> Kind:
+    """One of these names."""
+    return Kind(f"one of {', '.join(choices)}", lambda value: value in choices)
+
+
+def text(*, null: bool = False) -> Kind:
+    """Text that is not empty; null=True: or nothing."""
+    return Kind("text", lambda value: (isinstance(value, str) and bool(value)) or (null and value is None))
+
+
+def _are_devices(value: Any) -> bool:
+    if isinstance(value, list):
+        return bool(value) and all(_is_whole(n) and n >= 0 for n in value)
+    return value in ("auto", -1) or (_is_whole(value) and value >= 1)
+
+
+def _are_sizes(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(name, str) for name in value)
+
+
+def _are_indices(value: Any) -> bool:
+    try:
+        return bool(_ranges(value))
+    except ValueError:
+        return False
+
+
+ANY = Kind("anything", lambda value: True)
+BOOL = Kind("true or false", lambda value: isinstance(value, bool))
+NUMBER = Kind("a number", _is_number)
+TEXT = text()
+SHARE = Kind("in (0, 1]", lambda value: _is_finite(value) and 0 < value <= 1)
+FRACTION = Kind("in [0, 1)", lambda value: _is_finite(value) and 0 <= value < 1)
+LIST = Kind("a list, as in {name}=[...]", lambda value: isinstance(value, list))
+OPTIONS = Kind("options, as in {name}.OPTION=VALUE", lambda value: isinstance(value, dict))
+DEVICES = Kind("a whole number >= 1, a list of device numbers, or auto", _are_devices)
+SIZES = Kind("a list of one or more sizes, such as [xs,s]", _are_sizes)
+INDICES = Kind("ranges such as 0-63 or 0-9,20", _are_indices)
+
+
+def parse_indices(value: Any, name: str) -> list[int]:
+    """`"0-63"` or `"0-9,20"` as whole numbers. Raises ValueError that names the option."""
+    if not INDICES.holds(value):
+        raise ValueError(f"{name} must be {INDICES.words}, got {value}")
+    numbers = _ranges(value)
+    if len(set(numbers)) < len(numbers):
+        raise ValueError(f"{name} names an index twice: {value}")
+    return numbers
+
+
+def _ranges(value: Any) -> list[int]:
+    numbers: list[int] = []
+    for part in str(value).replace(" ", "").split(","):
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
+        if not match or (match[2] and int(match[2]) < int(match[1])):
+            raise ValueError(part)
+        numbers += range(int(match[1]), int(match[2] or match[1]) + 1)
+    return numbers
+
+
+def written(value: Any) -> str:
+    """A value as the command line has it."""
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

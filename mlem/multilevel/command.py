@@ -1,0 +1,169 @@
+"""The command `mlem.multilevel`: calibrate a family, show what is known of it, memorise a plan."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from mlem.arguments import check_whole
+from mlem.family import Family
+from mlem.invocation import called, command, in_words_of_the_user
+from mlem.level import check_name
+from mlem.multilevel.calibrate import calibrate
+from mlem.multilevel.calibration import Calibration
+from mlem.multilevel.memorise import memorise
+from mlem.multilevel.pilot import pilot
+from mlem.multilevel.report import report
+from mlem.multilevel.spec import PlanSpec
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+__all__ = ["calibrate_folder", "main"]
+
+
+def calibrate_folder(
+    family: Family,
+    folder: Path,
+    *,
+    images: int = 16,
+    times: int = 24,
+    batch_sizes: Sequence[int] = (64,),
+    reference_steps: int = 500,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+) -> Calibration:
+    """Calibrate the family in `folder`, run pilots, keep the result there, print the report.
+
+    Args:
+        images: trajectories, of the calibration and of the pilots.
+        times, batch_sizes: see `calibrate`.
+        reference_steps: see `pilot`.
+    """
+    check_whole("reference_steps", reference_steps)  # of the pilots, which come after all the rest
+    console = _console()
+    with console.status("calibrating") as status:
+
+        def progress(text: str) -> None:
+            status.update(f"calibrating: {text}")
+
+        found = calibrate(
+            family, images=images, times=times, batch_sizes=batch_sizes, seed=seed, device=device, progress=progress
+        )
+        found = pilot(
+            family,
+            found,
+            images=images,
+            reference_steps=reference_steps,
+            seed=seed,
+            device=device,
+            progress=progress,
+        )
+    family.fitted["calibration"] = found.to_dict()
+    family.save_fitted(folder)
+    report(found, console)
+    return found
+
+
+def _console() -> Console:
+    """As wide as the terminal; off it, wide enough for a report of three levels."""
+    from rich.console import Console
+
+    return Console(width=None if os.isatty(1) else 140)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit code: 0, or 2 after one line for bad input."""
+    options = _parser().parse_args(arguments)
+    try:
+        family = Family.load(options.family)
+        _check_device(getattr(options, "device", "cpu"))
+        {"calibrate": _calibrate, "report": _report, "memorise": _memorise}[options.verb](family, options)
+    except (ValueError, OSError) as error:
+        print(f"{called('multilevel')}: {in_words_of_the_user(' '.join(str(error).split()))}", file=sys.stderr)
+        return 2
+    return 0
+
+
+_ABOUT = "Calibrate a family, show what is known of it, memorise a plan."
+
+
+def _parser() -> argparse.ArgumentParser:
+    show = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(command("multilevel"), description=_ABOUT, formatter_class=show)
+    verbs = parser.add_subparsers(dest="verb", required=True)
+
+    def verb(name: str, words: str) -> argparse.ArgumentParser:
+        one = verbs.add_parser(name, help=words, description=words, formatter_class=show)
+        one.add_argument("family", type=Path, help="folder of a family, such as runs/demo/family")
+        return one
+
+    one = verb("calibrate", "measure what the levels cost and how far apart they are: FAMILY/calibration.json")
+    one.add_argument("--images", type=int, default=16, help="trajectories")
+    one.add_argument("--times", type=int, default=24, help="noise levels along them")
+    one.add_argument("--batch-sizes", type=int, nargs="+", default=[64], help="at which levels are timed")
+    one.add_argument("--reference-steps", type=int, default=500, help="of the run discretisation is measured against")
+    one.add_argument("--seed", type=int, default=0)
+    one.add_argument("--device", default="cpu")
+    verb("report", "show what calibration found")
+    one = verb("memorise", "draw plans, keep the best on a training set of indices: FAMILY/plans/NAME.json")
+    one.add_argument("--name", default="best", help="sample.py finds it as plan=NAME")
+    one.add_argument("--solver", default="ddpm")
+    one.add_argument("--steps", type=int, default=64)
+    one.add_argument("--grid", default=None, help="the solver's own choice where none is given")
+    one.add_argument("--budget", type=float, default=0.35, help="share of the cost of the largest level at every step")
+    one.add_argument("--estimator", default="jump", help="hindsight, held or jump")
+    one.add_argument("--coins", default="systematic", help="systematic, bernoulli, nested or poisson")
+    one.add_argument("--levels", nargs="+", default=None, help="the best subset where none are given")
+    one.add_argument("--cost", default="flops", help="what budget counts: seconds or flops")
+    one.add_argument("--draws", type=int, default=15)
+    one.add_argument("--images", type=int, default=16, help="to choose by, and as many others to judge by")
+    one.add_argument("--reference-steps", type=int, default=1000)
+    one.add_argument("--device", default="cpu")
+    return parser
+
+
+def _check_device(name: str) -> None:
+    """Raise ValueError for a device that is not here."""
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device {name} cannot be used ({reason}); take cpu, or another device") from error
+
+
+def _calibrate(family: Family, options: argparse.Namespace) -> None:
+    names = ("images", "times", "batch_sizes", "reference_steps", "seed", "device")
+    calibrate_folder(family, options.family, **{name: getattr(options, name) for name in names})
+
+
+def _report(family: Family, options: argparse.Namespace) -> None:
+    report(Calibration.of(family), _console())
+
+
+def _memorise(family: Family, options: argparse.Namespace) -> None:
+    check_name("--name", options.name)
+    if options.name.endswith(".json"):
+        raise ValueError(f"--name must not end in .json, or plan= would take it for a path, got {options.name!r}")
+    levels = None if options.levels is None else tuple(options.levels)
+    spec = PlanSpec(
+        budget=options.budget, estimator=options.estimator, coins=options.coins, cost=options.cost, levels=levels
+    )
+    names = ("solver", "steps", "grid", "draws", "images", "reference_steps", "device")
+    plan = memorise(family, spec, **{name: getattr(options, name) for name in names})
+    family.fitted.setdefault("plans", {})[options.name] = plan.to_dict()
+    family.save_fitted(options.family)
+    found = plan.about
+    print(
+        f"best of {found['draws']} draws: mean squared error {found['chosen_mse']:.3g} on the {found['images']} images "
+        f"it was chosen by; on {found['images']} others {found['judged_mse']:.3g}, where all draws have "
+        f"{found['others_mse']:.3g} ± {found['others_spread']:.2g}"
+    )
+    print(f"kept as {options.family}/plans/{options.name}.json: {command('sample')} plan={options.name} ...")
