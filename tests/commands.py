@@ -99,7 +99,8 @@ def execute(script: str, *options: str, cwd: Path, **extra: str) -> subprocess.C
 def finish(process: Forked) -> subprocess.CompletedProcess[str]:
     """Wait for its end."""
     out, err = process.communicate(timeout=300)
-    return subprocess.CompletedProcess(process.args, process.wait(), out, err)
+    assert process.returncode is not None
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
 def start_ranks(script: str, *options: str, cwd: Path, **extra: str) -> list[Forked]:

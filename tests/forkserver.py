@@ -12,19 +12,21 @@ import functools
 import gc
 import importlib
 import json
+import math
 import os
 import runpy
+import select
 import selectors
 import signal
 import socket
 import struct
 import subprocess
 import sys
-import tempfile
 import threading
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import IO, Any, Never, Self
+from typing import Any, Never, Self
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 LIMIT = 1 << 20
@@ -48,19 +50,20 @@ class Forked:
     def __init__(self, args: list[str], cwd: Path, env: Mapping[str, str]) -> None:
         """args: the script and its options."""
         self.args, self.returncode = args, None
-        self._out, self._err = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115  (read at the end)
-        self._status, theirs = os.pipe()
+        pipes = [os.pipe() for _ in range(3)]
+        self._out, self._err, self._status = (ours for ours, _ in pipes)
         request = json.dumps({"args": args, "cwd": str(cwd), "env": dict(env)}).encode()
         assert len(request) < LIMIT
-        socket.send_fds(_server(), [request], [self._out.fileno(), self._err.fileno(), theirs])
-        os.close(theirs)
+        socket.send_fds(_server(), [request], [theirs for _, theirs in pipes])
+        for _, theirs in pipes:
+            os.close(theirs)
         self.pid = self._next()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.wait()
+        self.communicate()
 
     def _next(self) -> int:
         """What the server tells next: the process, then how it ended."""
@@ -69,29 +72,34 @@ class Forked:
         return NUMBER.unpack(told)[0]
 
     def poll(self) -> int | None:
-        return self._ended(0)
-
-    def wait(self, timeout: float | None = None) -> int:
-        code = self._ended(timeout)
-        if code is None:
-            raise subprocess.TimeoutExpired(self.args, timeout or 0)
-        return code
-
-    def _ended(self, timeout: float | None) -> int | None:
-        if self.returncode is None:
-            with selectors.DefaultSelector() as selector:
-                selector.register(self._status, selectors.EVENT_READ)
-                if not selector.select(timeout):
-                    return None
+        if self.returncode is None and select.select([self._status], [], [], 0)[0]:
             self.returncode = self._next()
             os.close(self._status)
-            self._texts = [_all_of(file) for file in (self._out, self._err)]
         return self.returncode
 
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
-        """All of standard output and standard error, after the end."""
-        self.wait(timeout)
-        return self._texts[0], self._texts[1]
+        """All of standard output and standard error, when it has ended, and all those that it started."""
+        if not hasattr(self, "_texts"):
+            self._texts = self._read(math.inf if timeout is None else time.monotonic() + timeout)
+        while self.poll() is None:
+            select.select([self._status], [], [])
+        return self._texts
+
+    def _read(self, deadline: float) -> tuple[str, str]:
+        told = {self._out: b"", self._err: b""}
+        still = set(told)
+        while still:
+            seconds = deadline - time.monotonic()
+            ready = select.select([*still], [], [], None if seconds == math.inf else max(0, seconds))[0]
+            if not ready:
+                self.kill()
+                raise subprocess.TimeoutExpired(self.args, 0)
+            for descriptor in ready:
+                told[descriptor] += (more := os.read(descriptor, LIMIT))
+                if not more:
+                    still.remove(descriptor)
+                    os.close(descriptor)
+        return told[self._out].decode(), told[self._err].decode()
 
     def send_signal(self, number: int) -> None:
         if self.poll() is None:
@@ -99,12 +107,6 @@ class Forked:
 
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
-
-
-def _all_of(file: IO[bytes]) -> str:
-    with file:
-        file.seek(0)
-        return file.read().decode()
 
 
 @functools.cache
