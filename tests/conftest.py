@@ -59,3 +59,24 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A folder in which `train.py model=family` made and calibrated runs/digits/family, and what was printed."""
     folder = tmp_path_factory.mktemp("multilevel")
     return folder, run_in(folder, lambda: run_here("train", *TRAIN))
+
+
+FIRST = ("resume", "data_archives", "demo", "dashboards", "coefficients_command", "learn")
+"""Files that take longest, which begin before all others."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With --dist loadgroup: one process for a file, and for all that share a fixture of the session; long ones first.
+
+    So that no fixture is made twice.
+    """
+    if not config.pluginmanager.hasplugin("xdist"):
+        return
+    for item in items:
+        shared = [name for name in ("trained", "made") if name in getattr(item, "fixturenames", ())]
+        item.add_marker(pytest.mark.xdist_group(shared[0] if shared else item.path.stem))
+    order = ["trained", "made", *(f"test_{name}" for name in FIRST)]
+    rank = {name: number for number, name in enumerate(order)}
+    groups = {item: next(item.iter_markers("xdist_group")).args[0] for item in items}
+    items.sort(key=lambda item: rank.get(groups[item], len(order)))

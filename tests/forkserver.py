@@ -211,12 +211,8 @@ def end_after(job: Callable[[], None]) -> Never:
 
 def main() -> None:
     """Import what commands import, then serve at the socket whose descriptor is given."""
-    import mlem.cli
-
-    named = {name: getattr(mlem.cli, name) for name in ("train", "sample")}
     for module in MODULES:
         importlib.import_module(module)
-    vars(mlem.cli).update(named)  # which the modules of these names replaced
     gc.freeze()  # else each child's collector would copy all of these objects
     with socket.socket(fileno=int(sys.argv[1])) as control:
         asked = serve(control)
