@@ -56,7 +56,7 @@ def follow(page: str, repository: Path) -> set[str]:
 
 
 def test_the_pages_are_found() -> None:
-    assert list(PAGES) == ["A new solver", "A new data set", "A network of your own"]
+    assert list(PAGES) == ["A new solver", "A new data set", "A network of your own", "A changed plan search"]
 
 
 @pytest.mark.parametrize("title", PAGES)

@@ -17,14 +17,13 @@ import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
-from mlem.cli.choices import CONFIGS
 from mlem.data import DATASETS, Shards, count_of, ensure, make_source, prepare
 from mlem.data.command import main
 from mlem.data.datasets import celeba, cifar10
 from mlem.data.options import Option, options_of
 from mlem.data.sources import checked
 from tests import archives
-from tests.commands import environment
+from tests.commands import REPOSITORY, environment
 
 SHARDS = 4
 
@@ -226,7 +225,7 @@ def test_an_option_of_another_type_is_named(name: str, option: Option) -> None:
 
 @pytest.mark.parametrize("name", DATASETS)
 def test_a_yaml_offers_it_to_training(name: str) -> None:
-    path = CONFIGS / "data" / f"{name}.yaml"
+    path = REPOSITORY / "configs/data" / f"{name}.yaml"
     assert path.is_file(), f"{path} is missing: data={name} would not be known"
     config: Any = OmegaConf.load(path)
     assert config.source == name

@@ -11,7 +11,6 @@ from dataclasses import replace
 import pytest
 from omegaconf import OmegaConf
 
-from mlem.cli.choices import CONFIGS
 from mlem.family import Family
 from mlem.grids import GRIDS
 from mlem.multilevel.calibration import Calibration
@@ -20,8 +19,10 @@ from mlem.multilevel.planner import make_plan
 from mlem.multilevel.spec import PlanSpec
 from mlem.solvers import SOLVERS, make_solver
 from tests import waves
+from tests.commands import REPOSITORY
 
 MSE = 1e-4
+CONFIGS = REPOSITORY / "configs/sampler"
 
 
 @functools.cache
@@ -34,8 +35,8 @@ def family() -> Family:
 
 @pytest.mark.parametrize("name", SOLVERS)
 def test_a_config_offers_it(name: str) -> None:
-    offered = {OmegaConf.load(path).get("solver") for path in (CONFIGS / "sampler").glob("*.yaml")}
-    assert name in offered, f"no file in {CONFIGS / 'sampler'} has solver: {name}"
+    offered = {OmegaConf.load(path).get("solver") for path in CONFIGS.glob("*.yaml")}
+    assert name in offered, f"no file in {CONFIGS} has solver: {name}"
 
 
 @pytest.mark.usefixtures("float64_module")
