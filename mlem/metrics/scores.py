@@ -16,10 +16,7 @@ from mlem.metrics.kernel import SUBSETS, kernel_distance
 from mlem.metrics.neighbours import NEIGHBOURS, precision_recall
 from mlem.metrics.reference import reference_statistics
 
-__all__ = ["KINDS", "Measure"]
-
-KINDS = ("fid", "kid", "precision", "recall")
-"""What the names of scores begin with."""
+__all__ = ["Measure"]
 
 
 @dataclass

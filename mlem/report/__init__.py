@@ -1,6 +1,7 @@
 """`report.html`: a run folder as one page that needs nothing else, made from the files in that folder alone.
 
-`content` reads the folder, `html` writes elements, `report.css` and `report.js` stand inside the page.
+`content` makes the sections from the folder's files, with `logs` and `tables`; `html` writes elements; `report.css` and
+`report.js` stand inside the page.
 """
 
 from mlem.report.content import write_report

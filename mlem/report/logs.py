@@ -1,0 +1,72 @@
+"""Reading `metrics.jsonl`: the lines that training logs."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlem.files import read_json
+
+__all__ = ["Line", "RunLog", "is_number", "run_logs"]
+
+Line = tuple[list[float], list[float]]
+"""x and y."""
+
+
+@dataclass(frozen=True)
+class RunLog:
+    """One metrics.jsonl.
+
+    Attributes:
+        name: of its folder.
+        records: the lines.
+    """
+
+    name: str
+    records: list[dict[str, Any]]
+
+    def line(self, metric: str, x: str = "step") -> Line | None:
+        """Values of the metric against steps; None where there are none."""
+        points = [(one[x], one[metric]) for one in self.records if is_number(one.get(metric)) and x in one]
+        return ([at for at, _ in points], [value for _, value in points]) if points else None
+
+    def last(self, prefix: str) -> Line | None:
+        """The newest values of the metrics `<prefix><number>` against these numbers; None where there are none."""
+        found = {name: value for one in self.records for name, value in one.items() if name.startswith(prefix)}
+        points = sorted((float(name.removeprefix(prefix)), value) for name, value in found.items() if is_number(value))
+        return ([at for at, _ in points], [value for _, value in points]) if points else None
+
+    def names(self, prefix: str) -> list[str]:
+        """Metrics that begin with `prefix`, in the order in which they appear."""
+        return list(dict.fromkeys(name for one in self.records for name in one if name.startswith(prefix)))
+
+
+def is_number(value: Any) -> bool:
+    """Whether it can be drawn and sorted: neither missing nor NaN."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def run_logs(folder: Path) -> Iterator[RunLog]:
+    """The logs of the folder and of the folders in it."""
+    # the smallest level first, as in the other figures
+    family = folder / "family" / "family.json"
+    order = [f"unet_{level}" for level in read_json(family)["levels"]] if family.exists() else []
+    inside = sorted(folder.glob("*/metrics.jsonl"))
+    inside.sort(key=lambda path: order.index(path.parent.name) if path.parent.name in order else len(order))
+    for path in [folder / "metrics.jsonl", *inside]:
+        if path.exists():
+            yield RunLog(path.resolve().parent.name, list(_records(path)))
+
+
+def _records(path: Path) -> Iterator[dict[str, Any]]:
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:  # cut short by a kill
+            continue
+        if isinstance(record, dict) and is_number(record.get("step")):
+            yield record
