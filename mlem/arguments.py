@@ -8,7 +8,7 @@ import inspect
 from collections.abc import Callable, Iterable
 from typing import ParamSpec, TypeVar
 
-__all__ = ["check_whole", "named", "nearest"]
+__all__ = ["called", "check_whole", "hint", "named", "nearest"]
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -42,6 +42,15 @@ def named(function: Callable[_P, _R], name: str) -> Callable[_P, _R]:
     return call
 
 
+def called(name: str) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
+    """`named` as a decorator, also of an `__init__`: `@called("Sampler")`."""
+
+    def decorate(function: Callable[_P, _R]) -> Callable[_P, _R]:
+        return named(function, name)
+
+    return decorate
+
+
 def _complaint(signature: inspect.Signature, unknown: list[str], error: str) -> str:
     """What follows the name of the function; error: what `bind` said."""
     parameters = [parameter for parameter in signature.parameters.values() if parameter.name != "self"]
@@ -59,10 +68,14 @@ def _complaint(signature: inspect.Signature, unknown: list[str], error: str) -> 
 def nearest(word: str, known: Iterable[str]) -> str:
     """`did you mean steps?` for the nearest of the known words; where none is near, the list of them."""
     known = list(known)
-    near = difflib.get_close_matches(word, known, 1)
-    if near:
-        return f"did you mean {near[0]}?"
-    return f"there are {', '.join(known)}" if known else "there are none"
+    near = hint(word, known).removeprefix("; ")
+    return near or (f"there are {', '.join(known)}" if known else "there are none")
+
+
+def hint(word: str, known: Iterable[str]) -> str:
+    """`; did you mean steps?` for the nearest of the known words; nothing where none is near."""
+    near = difflib.get_close_matches(word, list(known), 1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def check_whole(name: str, value: object, least: int = 1) -> int:

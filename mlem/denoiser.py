@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,27 @@ class Denoiser(Protocol):
     """See the module docstring."""
 
     def __call__(self, x: Tensor, t: Tensor, /) -> Tensor: ...
+
+
+@runtime_checkable
+class Scheduled(Protocol):
+    """A denoiser that declares its schedule."""
+
+    schedule: NoiseSchedule
+
+
+@runtime_checkable
+class AnyDtype(Protocol):
+    """A denoiser that says whether it takes x and t in float64."""
+
+    any_dtype: bool
+
+
+@runtime_checkable
+class HoldsNetwork(Protocol):
+    """A denoiser around a network."""
+
+    network: Any
 
 
 def check_prediction(prediction: str) -> str:

@@ -5,12 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from mlem.files import damaged
+
+__all__ = ["Ledger", "LevelLedger", "Meter", "Network"]
+
+Network: TypeAlias = Callable[[Tensor, Tensor], Any]
+"""network(x, t): a tensor, or an object with `.sample`, as diffusers' networks return."""
 
 
 @dataclass
@@ -85,7 +90,7 @@ class Meter:
     The host never waits for a device.
     """
 
-    def __init__(self, network: Callable[..., Any], flops: float) -> None:
+    def __init__(self, network: Network, flops: float) -> None:
         self.network, self._flops = network, flops
         self._images, self._seconds = 0, 0.0
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []

@@ -1,34 +1,37 @@
-"""Sampling: `sample()` and the `Sampler`, which binds a solver to a model and keeps the ledger of what it costs.
+"""Sampling: `sample()`, and the `Sampler` that binds a solver to a model and keeps the ledger of what it costs.
 
-They know denoisers, solvers and noise; they know nothing of files, metrics or training.
+Denoisers, solvers and noise are known here; files, metrics and training are not.
 """
 
 from __future__ import annotations
 
-import operator
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from mlem.brownian import BrownianPath
-from mlem.denoiser import Denoiser, NetworkDenoiser
+from mlem.arguments import called, check_whole
+from mlem.bars import with_bar
 from mlem.family import Family
 from mlem.grids import TimeGrid
-from mlem.ledger import Ledger, LevelLedger, Meter
+from mlem.ledger import Ledger
 from mlem.level import Level
-from mlem.multilevel.denoiser import MultilevelDenoiser
+from mlem.metered import MeteredModel, Model
 from mlem.multilevel.plan import Plan
 from mlem.multilevel.planner import check_estimator, make_plan
 from mlem.multilevel.spec import PlanSpec
 from mlem.networks import evaluating
-from mlem.noise import NoiseStream
+from mlem.noise import check_indices
+from mlem.nonfinite import FirstFailure, suspects
 from mlem.schedule import NoiseSchedule
 from mlem.solvers import EvaluationPoint, GridPoint, Solver, make_solver, model_input, quadrature_weights
+from mlem.spreading import spread_rows
+from mlem.trajectory import Watch, starting_noise, trajectory
+
+__all__ = ["PRECISIONS", "NonFiniteError", "Result", "Sampler", "blocks", "sample", "solver_of"]
 
 PRECISIONS: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Names of what the network may be computed in (autocast); times, noise and the sum over steps stay full."""
@@ -44,28 +47,41 @@ class Result:
 
 
 class NonFiniteError(FloatingPointError):
-    """A sample became NaN or infinite. `result` holds the other samples, `indices` (of it) says which."""
+    """A sample became NaN or infinite. `result` holds the other samples, `indices` says which these are."""
 
-    result: Result
-    indices: list[int]
+    def __init__(self, message: str, result: Result, indices: list[int]) -> None:
+        super().__init__(message)
+        self.result, self.indices = result, indices
 
 
 class Sampler:
-    """A solver bound to a model, a grid and a seed. `run(indices)` gives the samples with these indices.
+    """A solver bound to a model, a grid and a seed; `run(indices)` gives the samples with these indices.
 
-    model: a Family (its largest level, or `level`, or several under `plan`), a Level, or any denoiser together with
-    `schedule` and `shape`. solver: a name or a Solver. grid: name of a time grid, or a TimeGrid (which says the steps
-    itself); by default the solver's own choice. plan: which levels run when: a Plan with a row for each evaluation, or
-    a PlanSpec (`family.plan(...)`), from which one is made. device: where to run; by default where the network is.
-    precision: "fp32", "bf16" or "fp16" (autocast of the network). spread: under torch.distributed, every rank runs the
-    same samples and evaluates its share of the rows of each call, which pays for solvers that ask for many at once.
-    The dtype of samples is float32, or float64 when that is the default dtype.
-    Raises ValueError for options out of range.
+    Samples are float32, or float64 where that is torch's default dtype.
+
+    Args:
+        model: a Family (its largest level, or `level`, or several under `plan`), a Level, or any denoiser together
+            with `schedule` and `shape`.
+        solver: a name or a Solver.
+        steps: of the time grid.
+        seed: fixes all chance, together with the index of a sample.
+        grid: name of a time grid, or a TimeGrid, which has steps of its own; by default the solver's choice.
+        level: name of a level of the family.
+        plan: which levels run when: a Plan with a row for each evaluation, or a specification (`family.plan(...)`),
+            from which one is made.
+        schedule, shape: of a bare denoiser, and of one sample; others bring theirs.
+        device: where to run; by default where the network is.
+        precision: "fp32", "bf16" or "fp16" (autocast of the network).
+        spread: under torch.distributed, every rank runs the same samples and evaluates its share of the rows of each
+            call, which pays for solvers that ask for many at once.
+
+    Raises: ValueError for options out of range.
     """
 
+    @called("Sampler")
     def __init__(
         self,
-        model: Family | Level | Denoiser,
+        model: Model,
         *,
         solver: str | Solver = "ddim",
         steps: int = 50,
@@ -79,51 +95,37 @@ class Sampler:
         precision: str = "fp32",
         spread: bool = False,
     ) -> None:
-        if precision not in PRECISIONS:
-            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
-        if not isinstance(seed, int):
-            raise ValueError(f"seed must be a whole number, got {seed!r}")
-        if plan is not None and not isinstance(model, Family):
-            raise ValueError(
-                "plan= chooses between the levels of a family, but the model is not a Family; leave it out"
-            )
-        self.solver = solver_of(solver)
-        if isinstance(model, Family):
-            schedule, shape = schedule or model.schedule, shape or model.shape
-            if plan is None:
-                model = model.level(level)
-            elif level is not None:
-                raise ValueError(f"level={level!r} runs one level, plan= several; give one of them")
-        elif level is not None:
-            raise ValueError(f"level={level!r} chooses within a family, but the model is not a Family; leave level out")
-        elif isinstance(model, Level):
+        _check_choices(model, seed, precision, level, plan)
+        if isinstance(model, Family | Level):
             schedule, shape = schedule or model.schedule, shape or model.shape
         if schedule is None or shape is None:
             raise ValueError("a bare denoiser says nothing of its schedule and sample shape; pass schedule= and shape=")
-        self.schedule, self.shape = schedule, tuple(shape)
+        self.solver = solver_of(solver)
+        self.schedule, self.shape, self.seed = schedule, tuple(shape), seed
         self.grid = self.solver.grid(schedule, steps, grid)
         self.points = GridPoint.of(schedule, self.grid)
-        self.plan = self._check_plan(model, plan)
-        if spread and self.plan is not None:
-            _refuse_spread(self.plan)
-        self._meters: dict[str, Meter] = {}
-        self._denoiser = self._metered(model)
-        self._refuse_other_schedule()
-        inside = [getattr(part.network, "network", part.network) for part in self._meters.values()]
-        self._networks = nn.ModuleList(part for part in inside if isinstance(part, nn.Module))
-        self.device = torch.device(device) if device is not None else _device_of(self._networks)
-        self._networks.to(self.device)
-        self.seed, self.precision, self._spread = seed, precision, spread
-        self._rounds = 0
+        self.plan = None if plan is None else self._fitting(model, plan, spread)
+        self._model = self._metered(model, level)
+        _refuse_other_schedule(schedule, self._model.schedule)
+        self.device = self._model.device if device is None else torch.device(device)
+        self._model.networks.to(self.device)
+        self.precision, self._spread, self._rounds = precision, spread, 0
+        self._input_dtype = torch.float64 if self._model.any_dtype else torch.get_default_dtype()
         self._quadrature: list[float] | None = None
         if self.plan is not None and self.plan.estimator == "hindsight":
             self._quadrature = quadrature_weights(self.solver, schedule, self.points)[0].tolist()
-        self._input_dtype = torch.float64 if getattr(self._denoiser, "any_dtype", False) else torch.get_default_dtype()
 
-    def _check_plan(self, model: Family | Level | Denoiser, plan: Plan | PlanSpec | None) -> Plan | None:
-        if plan is None:
-            return None
-        assert isinstance(model, Family)
+    def _metered(self, model: Model, level: str | None) -> MeteredModel:
+        if not isinstance(model, Family):
+            return MeteredModel.of(model)
+        return MeteredModel.of(model.level(level)) if self.plan is None else MeteredModel.under(model, self.plan)
+
+    def _fitting(self, model: Model, plan: Plan | PlanSpec, spread: bool) -> Plan:
+        """The plan, made where it is a specification. Raises ValueError where it cannot be followed."""
+        if not isinstance(model, Family):
+            raise ValueError(
+                "plan= chooses between the levels of a family, but the model is not a Family; leave it out"
+            )
         if isinstance(plan, PlanSpec):
             plan = make_plan(plan, model, self.solver, self.grid)
         check_estimator(self.solver, self.points, plan.estimator)
@@ -133,168 +135,106 @@ class Sampler:
                 f"the plan has {plan.evaluations} rows, but {self.solver.name} in {self.grid.steps} steps evaluates "
                 f"{evaluations} times; draw it for these steps, or pass family.plan(...), which fits any"
             )
+        if spread:
+            _refuse_spread(plan)
         return plan
-
-    def _metered(self, model: Family | Level | Denoiser) -> Any:
-        """The model as a denoiser, with a meter before each of its networks."""
-
-        def meter(name: str, network: Any) -> Meter:
-            self._meters[name] = Meter(network, costs.get(name, 0))
-            return self._meters[name]
-
-        costs: dict[str, int] = {}
-        if isinstance(model, Family):
-            assert self.plan is not None
-            denoiser = MultilevelDenoiser(model, self.plan)
-            costs = {name: model.level(name).flops for name in denoiser.names}
-            return denoiser.metered(meter)
-        name, whole = "model", model
-        if isinstance(model, Level):
-            name, whole, costs = model.name, model.denoiser, {model.name: model.flops}
-        if isinstance(whole, NetworkDenoiser):
-            return whole.through(meter(name, whole.network))
-        own = getattr(whole, "schedule", None)
-        metered: Any = meter(name, whole)
-        metered.schedule, metered.any_dtype = own, getattr(whole, "any_dtype", False)
-        return metered
-
-    def _refuse_other_schedule(self) -> None:
-        own = getattr(self._denoiser, "schedule", None)
-        if isinstance(own, NoiseSchedule) and own.fingerprint != self.schedule.fingerprint:
-            raise ValueError(
-                f"schedule= is {self.schedule.to_config()}, but the model has {own.to_config()}; leave schedule out"
-            )
 
     @property
     def levels(self) -> list[str]:
         """Names of the levels that may run."""
-        return list(self._meters)
+        return list(self._model.meters)
 
     def start(self, indices: Tensor) -> Tensor:
         """The starting noise x_T ~ N(0, I) of these samples: indices (B,) int64 -> (B, *shape)."""
-        dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
-        return NoiseStream(self.seed, "start").normal(indices, [0], self.shape, dtype)[0]
+        return starting_noise(self.seed, indices, self.shape)
 
     def run(self, indices: Sequence[int]) -> Result:
         """The samples with these indices, as one batch.
 
-        Raises NonFiniteError that names sample, step, time and level.
+        Args:
+            indices: whole numbers in [0, 10**9); those above are reserved for calibration and its like.
+
+        Raises:
+            NonFiniteError: a sample became NaN or infinite; it names sample, step, time and level.
+            ValueError: indices out of range.
         """
         begin = time.perf_counter()
-        with torch.inference_mode(), evaluating(self._networks):
-            index = torch.as_tensor(list(indices), dtype=torch.int64, device=self.device)
+        with torch.inference_mode(), evaluating(self._model.networks):
+            index = torch.as_tensor(check_indices(indices), dtype=torch.int64, device=self.device)
             x_T, self._rounds = self.start(index), 0
-            x = self._solve(x_T, index, None)
+            x = self._solve(x_T, index)
             # the one place where the host waits for the device
             finite = torch.isfinite(x.flatten(1)).all(1).tolist()
-            levels = self._collect(len(index))
+            levels = self._model.collect(len(index), self.plan)
             # levels that share a call run one after another
             rounds = self._rounds if self.plan is None else sum(cost.calls for cost in levels.values()) / len(index)
-            ledger = Ledger(levels, time.perf_counter() - begin, len(index), rounds)
+            result = Result(x, Ledger(levels, time.perf_counter() - begin, len(index), rounds), x_T)
             if not all(finite):
-                self._report_non_finite(x, x_T, index, finite, ledger)
-        return Result(x, ledger, x_T)
+                raise self._non_finite(result, x_T, index, finite)
+        return result
 
-    def _collect(self, images: int) -> dict[str, LevelLedger]:
-        """What each level cost since the last time, beside what it should cost on average over the coins."""
-        levels = {name: meter.collect() for name, meter in self._meters.items()}
-        if self.plan is not None:
-            for cost, expected in zip(levels.values(), self.plan.expected_calls.tolist(), strict=True):
-                cost.expected_calls = expected * images
-        return levels
-
-    def _solve(self, x_T: Tensor, index: Tensor, watch: Callable[[int, Tensor], None] | None) -> Tensor:
-        path = BrownianPath(self.schedule, self.seed, index, self.shape, x_T.dtype)
-        # the state is float64: at large kappa, y and kappa eps are both large and nearly cancel
-        y = x_T.double() / self.points[0].alpha
-        if y.dim() == 4:
-            y = y.contiguous(memory_format=torch.channels_last)
+    def _solve(self, x_T: Tensor, index: Tensor, watch: Watch | None = None) -> Tensor:
         revise = None
-        if self.plan is not None:
-            self._denoiser.start(index, self._quadrature)
+        if self._model.multilevel is not None:
+            self._model.multilevel.start(index, self._quadrature)
             revise = self._revise if self._quadrature is not None else None
-        y = self.solver.integrate(self._estimate, y, self.points, path, index, self.seed, revise=revise, watch=watch)
-        return (y * self.points[-1].alpha).to(x_T.dtype)
+        start = x_T.contiguous(memory_format=torch.channels_last) if x_T.dim() == 4 else x_T
+        options = {"revise": revise, "watch": watch}
+        x = trajectory(self._estimate, self.solver, self.points, start, index, self.seed, **options)
+        return x.to(x_T.dtype)
 
     def _estimate(self, y: Tensor, place: EvaluationPoint) -> Tensor:
         self._rounds += 1
         x, t = (part.to(self._input_dtype) for part in model_input(self.schedule, y, place))
         if self._spread and torch.distributed.is_initialized():
-            return self._share(x, t)
-        return self._chunks(x, t)
+            return spread_rows(self._denoise, x, t)
+        return self._denoise(x, t)
 
-    def _chunks(self, x: Tensor, t: Tensor) -> Tensor:
+    def _denoise(self, x: Tensor, t: Tensor) -> Tensor:
+        """eps of all rows, in calls of `solver.chunk` rows at most."""
         chunk = self.solver.chunk or len(x)
         with self._autocast():
-            parts = [self._denoiser(*part) for part in zip(x.split(chunk), t.split(chunk), strict=True)]
+            parts = [self._model.denoiser(*part) for part in zip(x.split(chunk), t.split(chunk), strict=True)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _share(self, x: Tensor, t: Tensor) -> Tensor:
-        """This rank's rows, and those that the others found: every rank holds all of them afterwards, the same bits."""
-        rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-        size = -(-len(x) // world_size)
-        mine = slice(min(rank * size, len(x) - 1), (rank + 1) * size)  # a rank without rows repeats the last
-        own = self._chunks(x[mine], t[mine])
-        own = torch.cat([own, own[-1:].expand(size - len(own), *own.shape[1:])]).contiguous()
-        found = [torch.empty_like(own) for _ in range(world_size)]
-        torch.distributed.all_gather(found, own)
-        return torch.cat(found)[: len(x)]
-
     def _revise(self, y: Tensor, point: GridPoint) -> Tensor:
+        assert self._model.multilevel is not None
         with self._autocast():
-            return self._denoiser.revise(y, point)
+            return self._model.multilevel.revise(y, point)
 
-    def _autocast(self) -> AbstractContextManager[Any]:
+    def _autocast(self) -> AbstractContextManager[object]:
         dtype = PRECISIONS[self.precision]
         return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
 
-    def _report_non_finite(self, x: Tensor, x_T: Tensor, index: Tensor, finite: list[bool], ledger: Ledger) -> None:
-        """Run the batch again, now looking after every step (chance is keyed, so it fails in the same place)."""
-        found: list[tuple[int, int]] = []
-
-        def watch(step: int, y: Tensor) -> None:
-            if not found:
-                bad = ~torch.isfinite(y.flatten(1)).all(1)
-                found.extend((step, int(index[row])) for row in bad.nonzero().flatten().tolist())
-
-        with _suspected(self._meters) as suspects:
-            self._solve(x_T, index, watch)
-        self._collect(0)  # the second run is no part of what the samples cost
-        step, sample = found[0] if found else (self.grid.steps - 1, int(index[finite.index(False)]))
-        level = "+".join(suspects[:1] or self._meters)
-        error = NonFiniteError(
-            f"sample {sample} became NaN or infinite at step {step + 1} of {self.grid.steps} "
-            f"(t = {self.grid.times[step]:.4g}), level {level}; {finite.count(False)} of {len(finite)} samples of this "
-            f"batch are lost; try precision=fp32 or another solver"
-        )
+    def _non_finite(self, result: Result, x_T: Tensor, index: Tensor, finite: list[bool]) -> NonFiniteError:
+        """What went wrong: the batch is run again, watched (chance is keyed, so that it fails in the same place)."""
+        failure = FirstFailure()
+        with suspects(self._model.meters) as found:
+            self._solve(x_T, index, failure)
+        self._model.collect(0, None)  # the second run is no part of what the samples cost
+        step = self.grid.steps - 1 if failure.step is None else failure.step
+        row = finite.index(False) if failure.row is None else failure.row
         keep = [row for row, good in enumerate(finite) if good]
-        error.result = Result(x[keep], ledger, x_T[keep])
-        error.indices = index[keep].tolist()
-        raise error
+        return NonFiniteError(
+            f"sample {int(index[row])} became NaN or infinite at step {step + 1} of {self.grid.steps} "
+            f"(t = {self.grid.times[step]:.4g}), level {'+'.join(found[:1] or self._model.meters)}; "
+            f"{finite.count(False)} of {len(finite)} samples of this batch are lost; try precision=fp32 or another "
+            "solver",
+            Result(result.x[keep], result.ledger, x_T[keep]),
+            index[keep].tolist(),
+        )
 
 
-@contextmanager
-def _suspected(meters: Mapping[str, Meter]) -> Iterator[list[str]]:
-    """Names of the networks that make what is not finite of what is, in the order in which they do."""
-    found: list[str] = []
-
-    def watched(name: str, network: Callable[..., Any]) -> Callable[..., Any]:
-        def call(x: Tensor, t: Tensor) -> Any:
-            output = network(x, t)
-            if torch.isfinite(x).all() and not torch.isfinite(getattr(output, "sample", output)).all():
-                found.append(name)
-            return output
-
-        return call
-
-    networks = {name: meter.network for name, meter in meters.items()}
-    try:
-        for name, meter in meters.items():
-            meter.network = watched(name, networks[name])
-        yield found
-    finally:
-        for name, meter in meters.items():
-            meter.network = networks[name]
+def _check_choices(model: Model, seed: int, precision: str, level: str | None, plan: Plan | PlanSpec | None) -> None:
+    """Raise ValueError for options that are out of range, or that this kind of model does not have."""
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    if not isinstance(seed, int):
+        raise ValueError(f"seed must be a whole number, got {seed!r}")
+    if plan is not None and level is not None:
+        raise ValueError(f"level={level!r} runs one level, plan= several; give one of them")
+    if level is not None and not isinstance(model, Family):
+        raise ValueError(f"level={level!r} chooses within a family, but the model is not a Family; leave level out")
 
 
 def _refuse_spread(plan: Plan) -> None:
@@ -304,12 +244,13 @@ def _refuse_spread(plan: Plan) -> None:
         raise ValueError(f"spread=True deals the rows of a call to the ranks, and {kind} needs all; leave spread out")
 
 
-def _device_of(network: nn.Module) -> torch.device:
-    parameter = next(network.parameters(), None)
-    return torch.device("cpu") if parameter is None else parameter.device
+def _refuse_other_schedule(given: NoiseSchedule, own: NoiseSchedule | None) -> None:
+    """Raise ValueError where the model declares another schedule."""
+    if own is not None and own.fingerprint != given.fingerprint:
+        raise ValueError(f"schedule= is {given.to_config()}, but the model has {own.to_config()}; leave schedule out")
 
 
-def solver_of(solver: str | Solver, **options: Any) -> Solver:
+def solver_of(solver: str | Solver, **options: object) -> Solver:
     """`make_solver`, for diffusers' schedulers too (`diffusers:ClassName`). Raises ValueError for unknown options."""
     if isinstance(solver, str) and solver.startswith("diffusers:"):
         from mlem.interop.diffusers import DiffusersSolver
@@ -319,62 +260,99 @@ def solver_of(solver: str | Solver, **options: Any) -> Solver:
 
 
 def blocks(indices: Sequence[int], batch_size: int) -> list[list[int]]:
-    """`indices` cut into batches. Raises ValueError for no, repeated, negative or fractional indices, or no batch."""
-    if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
-        raise ValueError(f"batch_size must be a whole number >= 1, got {batch_size!r}")
-    try:
-        listed = [operator.index(index) for index in indices]
-    except TypeError as error:
-        raise ValueError(f"indices must be whole numbers >= 0: {error}") from error
-    if not listed or min(listed) < 0 or len(set(listed)) < len(listed):
+    """`indices` cut into batches.
+
+    Raises: ValueError for no, repeated, reserved, negative or fractional indices, and for no batch.
+    """
+    check_whole("batch_size", batch_size)
+    listed = check_indices(indices)
+    if not listed or len(set(listed)) < len(listed):
         raise ValueError(f"indices must be different whole numbers >= 0, at least one; got {len(listed)} of them")
     return [listed[i : i + batch_size] for i in range(0, len(listed), batch_size)]
 
 
+@called("sample")
 def sample(
-    model: Family | Level | Denoiser,
+    model: Model,
     *,
     indices: Sequence[int],
+    solver: str | Solver = "ddim",
+    steps: int = 50,
+    seed: int = 0,
     batch_size: int = 64,
+    grid: str | TimeGrid | None = None,
+    level: str | None = None,
+    plan: Plan | PlanSpec | None = None,
+    schedule: NoiseSchedule | None = None,
+    shape: Sequence[int] | None = None,
+    device: str | torch.device | None = None,
+    precision: str = "fp32",
+    spread: bool = False,
     return_noise: bool = False,
     progress: bool = False,
-    **options: Any,
 ) -> Result:
-    """Sample the images with these indices: index i and the seed fix an image, whatever the batch size.
+    """Sample the images with these indices.
 
-    model and **options: see `Sampler`: solver, steps, seed, grid, level, plan, schedule, shape, device, precision.
-    return_noise: also give `x_T`. progress: show a bar.
-    Raises ValueError for options out of range, NonFiniteError for samples that became NaN or infinite (after all
-    others are done; they are in the error's `result`).
+    Args:
+        model: a Family (its largest level, or `level`, or several under `plan`), a Level, or any denoiser together
+            with `schedule` and `shape`.
+        indices: sample indices, each in [0, 10**9); index and seed fix an image, whatever the batch size.
+        solver: a name, such as "ddim" or "dpm_solver_pp", or a Solver.
+        steps: of the time grid.
+        seed: fixes all chance, together with the index.
+        batch_size: images at once.
+        grid: name of a time grid, or a TimeGrid, which has steps of its own; by default the solver's choice.
+        level: name of a level of the family.
+        plan: which levels run when: a Plan, or a specification, `family.plan(...)`.
+        schedule, shape: of a bare denoiser, and of one sample.
+        device: where to run; by default where the network is.
+        precision: "fp32", "bf16" or "fp16" (autocast of the network).
+        spread: under torch.distributed, ranks share the rows of every call.
+        return_noise: also give `x_T`.
+        progress: show a bar.
+
+    Returns: the samples, not clipped, and a ledger of what they cost.
+
+    Raises:
+        ValueError: options out of range.
+        NonFiniteError: samples became NaN or infinite; the others are all done, and are in the error's `result`.
     """
-    sampler = Sampler(model, **options)
-    results, ledger, error, kept = [], Ledger(), None, []
-    for block in _with_progress(blocks(indices, batch_size), progress):
+    sampler = Sampler(
+        model,
+        solver=solver,
+        steps=steps,
+        seed=seed,
+        grid=grid,
+        level=level,
+        plan=plan,
+        schedule=schedule,
+        shape=shape,
+        device=device,
+        precision=precision,
+        spread=spread,
+    )
+    results: list[Result] = []
+    kept: list[int] = []
+    error: NonFiniteError | None = None
+    for block in with_bar(blocks(indices, batch_size), progress):
         try:
             result, good = sampler.run(block), block
         except NonFiniteError as caught:
             error = error or caught
             result, good = caught.result, caught.indices
-        ledger.add(result.ledger)
-        results.append((result.x, result.x_T if return_noise else None))
+        results.append(result if return_noise else Result(result.x, result.ledger))
         kept += good
-    x_T = torch.cat([noise for _, noise in results]) if return_noise else None  # type: ignore[misc]
-    whole = Result(torch.cat([x for x, _ in results]), ledger, x_T)
+    whole = _joined(results)
     if error is not None:
         error.result, error.indices = whole, kept
         raise error
     return whole
 
 
-def _with_progress(batches: list[list[int]], progress: bool) -> Iterator[list[int]]:
-    if not progress:
-        yield from batches
-        return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("sampling"), BarColumn(), MofNCompleteColumn(), TextColumn("images"), TimeRemainingColumn())
-    with Progress(*columns) as bar:
-        task = bar.add_task("sampling", total=sum(map(len, batches)))
-        for batch in batches:
-            yield batch
-            bar.advance(task, len(batch))
+def _joined(results: Sequence[Result]) -> Result:
+    """The results of several batches as one."""
+    ledger = Ledger()
+    for result in results:
+        ledger.add(result.ledger)
+    noises = [result.x_T for result in results if result.x_T is not None]
+    return Result(torch.cat([result.x for result in results]), ledger, torch.cat(noises) if noises else None)

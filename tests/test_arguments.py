@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from mlem.arguments import check_whole, named, nearest
+from mlem.arguments import called, check_whole, named, nearest
 
 
 def draw(model: str, *, steps: int = 50, seed: int = 0) -> tuple[str, int, int]:
@@ -29,10 +29,9 @@ class Options:
 class Holder:
     plan = staticmethod(named(Options, "family.plan"))
 
+    @called("Holder")
     def __init__(self, model: str, *, steps: int = 1) -> None:
         self.told = (model, steps)
-
-    __init__ = named(__init__, "Holder")
 
 
 def test_what_is_right_goes_through() -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mlem.brownian import BrownianPath
-from mlem.noise import GOLDEN, NoiseStream, mix
+from mlem.noise import GOLDEN, RESERVED, USER_INDICES, NoiseStream, mix, reserved_indices
 from mlem.schedule import NoiseSchedule
 from tests.problems import SCHEDULES
 
@@ -249,3 +249,16 @@ def test_rising_times_are_refused() -> None:
         path.at(0.6)
     with pytest.raises(ValueError, match=r"2.0 comes after 1.0$"):
         brownian(1).at(2.0)
+
+
+def test_reserved_ranges_do_not_meet() -> None:
+    ranges = [USER_INDICES, *sorted(RESERVED.values(), key=lambda one: one.start)]
+    assert all(low.stop <= high.start for low, high in itertools.pairwise(ranges))
+    assert all(one == range(one.start, one.stop) and len(one) >= 10**8 for one in ranges)
+
+
+def test_reserved_indices_follow_one_another() -> None:
+    first, second = (reserved_indices("memorising", 3, skip=skip) for skip in (0, 3))
+    assert torch.cat([first, second]).tolist() == list(RESERVED["memorising"][:6])
+    with pytest.raises(ValueError, match=r"^memorising may draw 100000000 samples at most, got 100000001$"):
+        reserved_indices("memorising", 1, skip=10**8)

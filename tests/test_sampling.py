@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import subprocess
@@ -18,8 +19,8 @@ from mlem.denoiser import NetworkDenoiser
 from mlem.family import Family
 from mlem.grids import TimeGrid
 from mlem.ledger import Ledger, LevelLedger
-from mlem.noise import NoiseStream
-from mlem.sampling import NonFiniteError, blocks, sample
+from mlem.noise import RESERVED, USER_INDICES, NoiseStream
+from mlem.sampling import NonFiniteError, Sampler, blocks, sample
 from mlem.schedule import NoiseSchedule
 from mlem.solvers import SOLVERS, make_solver
 from tests.problems import gaussian, level
@@ -294,6 +295,43 @@ def test_bad_options_get_one_line(options: dict[str, Any], message: str) -> None
     pattern = re.escape(message).replace(r"\.\*", ".*")
     with pytest.raises(ValueError, match=f"^{pattern}$"):
         sample(gaussian(COSINE), **{"indices": range(2), "steps": 2, **BARE} | options)
+
+
+@pytest.mark.parametrize(
+    ("call", "options", "message"),
+    [
+        (sample, {"stepz": 3}, "sample() has no argument 'stepz'; did you mean steps?"),
+        (sample, {"sampler": "ddim"}, "sample() has no argument 'sampler'; did you mean "),
+        (sample, {"quality": 3}, "sample() has no argument 'quality'; there are model, indices, solver, steps, seed, "),
+        (Sampler, {"sheed": 3}, "Sampler() has no argument 'sheed'; did you mean seed?"),
+        (Sampler, {"batch_size": 3}, "Sampler() has no argument 'batch_size'; there are model, solver, steps, "),
+    ],
+)
+def test_a_misspelt_argument_names_the_nearest(call: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=f"^{re.escape(message)}"):
+        call(gaussian(COSINE), **BARE, **options)
+
+
+def test_every_argument_of_the_sampler_is_one_of_sample() -> None:
+    sampler, front = (inspect.signature(one).parameters for one in (Sampler.__init__, sample))
+    for name, parameter in sampler.items():
+        if name != "self":
+            assert front[name] == parameter
+
+
+@pytest.mark.parametrize("use", RESERVED)
+def test_reserved_indices_are_refused(use: str) -> None:
+    """What was fitted is never applied to the noise that it was fitted to."""
+    first, last = RESERVED[use].start, RESERVED[use].stop - 1
+    for index in (first, last):
+        says = f"^indices must be in \\[0, 1000000000\\), got {index}: those above are reserved \\(calibration, "
+        with pytest.raises(ValueError, match=says):
+            sample(gaussian(COSINE), indices=[0, index], steps=2, **BARE)
+        with pytest.raises(ValueError, match=says):
+            Sampler(gaussian(COSINE), steps=2, **BARE).run([index])
+        with pytest.raises(ValueError, match=says):
+            blocks([index], 4)
+    assert sample(gaussian(COSINE), indices=[USER_INDICES[-1]], steps=2, **BARE).x.isfinite().all()
 
 
 def test_an_unknown_level_is_refused() -> None:

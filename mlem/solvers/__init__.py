@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 import pkgutil
-from typing import Any
+from collections.abc import Callable
 
+from mlem.arguments import hint
 from mlem.solvers.base import (
     SOLVERS,
     EvaluationPoint,
@@ -35,19 +35,22 @@ __all__ = [
 ]
 
 
-def make_solver(name: str | Solver, **options: Any) -> Solver:
-    """The solver called `name` with its options, or the solver given. Raises ValueError with the nearest name."""
+def make_solver(name: str | Solver, **options: object) -> Solver:
+    """A solver by its name.
+
+    Args:
+        name: a key of `SOLVERS`, or a solver, which is given back as it is.
+        options: arguments of the solver's class, such as `clock="ou"`.
+
+    Raises: ValueError, with the nearest there is, for an unknown name or option.
+    """
     if isinstance(name, Solver):
         return name
     if name not in SOLVERS:
-        near = difflib.get_close_matches(name, SOLVERS, 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise ValueError(f"solver must be one of {', '.join(sorted(SOLVERS))}, got {name!r}{hint}")
+        raise ValueError(f"solver must be one of {', '.join(sorted(SOLVERS))}, got {name!r}{hint(name, SOLVERS)}")
     known = [key for key in inspect.signature(SOLVERS[name]).parameters if key not in ("args", "kwargs")]
     if unknown := sorted(options.keys() - set(known)):
-        raise ValueError(f"{name} has no option {unknown[0]!r}; {_listed(known)}")
-    return SOLVERS[name](**options)
-
-
-def _listed(options: list[str]) -> str:
-    return f"its options are {', '.join(options)}" if options else "it has none"
+        listed = f"its options are {', '.join(known)}" if known else "it has none"
+        raise ValueError(f"{name} has no option {unknown[0]!r}; {listed}{hint(unknown[0], known)}")
+    make: Callable[..., Solver] = SOLVERS[name]
+    return make(**options)

@@ -1,0 +1,84 @@
+"""What a sampler runs: a model as one denoiser, with a meter before each of its networks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from mlem.denoiser import AnyDtype, Denoiser, HoldsNetwork, NetworkDenoiser, Scheduled
+from mlem.family import Family
+from mlem.ledger import LevelLedger, Meter, Network
+from mlem.level import Level
+from mlem.multilevel.denoiser import MultilevelDenoiser
+from mlem.multilevel.plan import Plan
+from mlem.schedule import NoiseSchedule
+
+__all__ = ["MeteredModel", "Model"]
+
+Model = Family | Level | Denoiser
+"""What can be sampled."""
+
+
+@dataclass
+class MeteredModel:
+    """A model with meters.
+
+    denoiser: the model; multilevel: the same where it runs a plan. schedule: the one that it declares. any_dtype:
+    whether it takes float64. meters: by name of the level, or "model" for a bare denoiser. networks: torch modules
+    among what is metered.
+    """
+
+    denoiser: Denoiser
+    schedule: NoiseSchedule | None
+    any_dtype: bool
+    meters: dict[str, Meter]
+    multilevel: MultilevelDenoiser | None = None
+    networks: nn.ModuleList = field(init=False)
+
+    def __post_init__(self) -> None:
+        metered = [meter.network for meter in self.meters.values()]
+        inside = [one.network if isinstance(one, HoldsNetwork) else one for one in metered]
+        self.networks = nn.ModuleList(one for one in inside if isinstance(one, nn.Module))
+
+    @staticmethod
+    def of(model: Level | Denoiser) -> MeteredModel:
+        """A level, or a bare denoiser."""
+        name, denoiser, flops = "model", model, 0
+        if isinstance(model, Level):
+            name, denoiser, flops = model.name, model.denoiser, model.flops
+        assert not isinstance(denoiser, Level)
+        schedule = denoiser.schedule if isinstance(denoiser, Scheduled) else None
+        any_dtype = isinstance(denoiser, AnyDtype) and denoiser.any_dtype
+        if isinstance(denoiser, NetworkDenoiser):
+            meter = Meter(denoiser.network, flops)
+            return MeteredModel(denoiser.through(meter), schedule, any_dtype, {name: meter})
+        meter = Meter(denoiser, flops)
+        return MeteredModel(meter, schedule, any_dtype, {name: meter})
+
+    @staticmethod
+    def under(family: Family, plan: Plan) -> MeteredModel:
+        """The levels of a family under a plan."""
+        meters: dict[str, Meter] = {}
+
+        def meter(name: str, network: Network) -> Meter:
+            meters[name] = Meter(network, family.level(name).flops)
+            return meters[name]
+
+        multilevel = MultilevelDenoiser(family, plan).metered(meter)
+        return MeteredModel(multilevel, multilevel.schedule, multilevel.any_dtype, meters, multilevel)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the first parameter is; the CPU for a model without any."""
+        parameter = next(self.networks.parameters(), None)
+        return torch.device("cpu") if parameter is None else parameter.device
+
+    def collect(self, images: int, plan: Plan | None) -> dict[str, LevelLedger]:
+        """What each level cost since the last call, beside what the plan costs on average over its coins."""
+        levels = {name: meter.collect() for name, meter in self.meters.items()}
+        if plan is not None:
+            for cost, expected in zip(levels.values(), plan.expected_calls.tolist(), strict=True):
+                cost.expected_calls = expected * images
+        return levels

@@ -1,0 +1,55 @@
+"""Where a trajectory becomes NaN or infinite: after which step, and in which network."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mlem.ledger import Meter, Network
+
+__all__ = ["FirstFailure", "suspects"]
+
+
+class FirstFailure:
+    """Watches a trajectory (`watch=`) for the first step after which a sample is not finite.
+
+    step, row: of the first failure; None while there is none.
+    """
+
+    def __init__(self) -> None:
+        self.step: int | None = None
+        self.row: int | None = None
+
+    def __call__(self, step: int, y: Tensor) -> None:
+        if self.step is None:
+            bad = ~torch.isfinite(y.flatten(1)).all(1)
+            if bad.any():
+                self.step, self.row = step, int(bad.nonzero()[0])
+
+
+@contextmanager
+def suspects(meters: Mapping[str, Meter]) -> Iterator[list[str]]:
+    """Names of the networks that turned finite input non-finite within the block, in order."""
+    found: list[str] = []
+
+    def watched(name: str, network: Network) -> Network:
+        def call(x: Tensor, t: Tensor) -> Any:
+            output = network(x, t)
+            if torch.isfinite(x).all() and not torch.isfinite(getattr(output, "sample", output)).all():
+                found.append(name)
+            return output
+
+        return call
+
+    networks = {name: meter.network for name, meter in meters.items()}
+    try:
+        for name, meter in meters.items():
+            meter.network = watched(name, networks[name])
+        yield found
+    finally:
+        for name, meter in meters.items():
+            meter.network = networks[name]
