@@ -18,7 +18,6 @@ from mlem.family import Family
 from mlem.files import first_process, read_object, write_json, write_text
 from mlem.level import Level
 from mlem.multilevel.plan import Plan
-from mlem.multilevel.planner import stored_plan
 from mlem.multilevel.spec import PlanSpec
 from mlem.networks import unet
 from mlem.provenance import provenance
@@ -160,7 +159,7 @@ def plan_of(config: DictConfig, model: Family | Level) -> Plan | PlanSpec | None
     if others := [key for key in dials if key != "plan"] + shaping:
         raise ValueError(f"plan={plain['plan']} is made already: leave out {others[0]}=")
     path = str(plain["plan"])
-    return Plan.load(path) if path.endswith(".json") else stored_plan(model, path)
+    return Plan.load(path) if path.endswith(".json") else model.fitted.plan_for(model, path)
 
 
 def sampler_choices(config: DictConfig) -> list[SamplerChoice]:

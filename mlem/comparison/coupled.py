@@ -64,7 +64,7 @@ class Entry:
         """What has to be fitted to the family first, or None."""
         law = self.spec.probabilities if self.spec is not None else None
         needed = _NEEDS.get(law) if isinstance(law, str) else None
-        return needed if needed not in family.fitted else None
+        return needed if needed is not None and not family.fitted.has(needed) else None
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +43,7 @@ def calibrate_folder(
         own = {name: value for name, value in options.items() if name != "reference_steps"}
         found = calibrate(family, times=times, batch_sizes=batch_sizes, progress=progress, **own)
         found = pilot(family, found, progress=progress, **options)
-    family.fitted["calibration"] = found.to_dict()
+    family.fitted = replace(family.fitted, calibration=found)
     family.save_fitted(folder)
     report(found, console)
     return found
@@ -117,7 +118,7 @@ def _calibrate(family: Family, options: argparse.Namespace) -> None:
 
 
 def _report(family: Family, options: argparse.Namespace) -> None:
-    report(Calibration.of(family), _console())
+    report(family.fitted.calibration_for(family), _console())
 
 
 def _memorise(family: Family, options: argparse.Namespace) -> None:
@@ -128,7 +129,7 @@ def _memorise(family: Family, options: argparse.Namespace) -> None:
     levels = None if options.levels is None else tuple(options.levels)
     chosen = {name: getattr(options, name) for name in names}
     plan = memorise(family, **chosen, levels=levels, device=options.device)
-    family.fitted.setdefault("plans", {})[options.name] = plan.to_dict()
+    family.fitted = family.fitted.with_plan(options.name, plan)
     family.save_fitted(options.family)
     found = plan.about
     print(
