@@ -2,9 +2,7 @@
 
 family/family.json                  the levels in order
 family/level_xs/                    a level: see `mlem.level`
-family/calibration.json             what `mlem.multilevel` measured of the levels, if it has
-family/coefficients.json            learned coefficients
-family/plans/best.json              memorised plans
+family/calibration.json, ..         what was fitted to the levels: see `mlem.multilevel.fitted`
 """
 
 from __future__ import annotations
@@ -13,38 +11,39 @@ import hashlib
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 from mlem.arguments import named
 from mlem.files import check_format, damaged, read_object, remove, write_json
-from mlem.level import FORMAT, Level, check_name
+from mlem.level import FORMAT, Level
+from mlem.multilevel.fitted import Fitted
 from mlem.multilevel.spec import PlanSpec
+from mlem.schedule import NoiseSchedule
 
 __all__ = ["Family"]
-
-FITTED = ("calibration", "coefficients")
 
 
 class Family:
     """Levels in order of rising cost.
 
-    Raises ValueError, naming both sides, when levels disagree on schedule, prediction, shape or data set, when two
-    share a name, or when they are out of order of cost.
+    Args:
+        levels: one or more.
+        fitted: what was fitted to these levels.
+
+    Raises:
+        ValueError: levels disagree on schedule, prediction, shape or data set, share a name, or are out of order of
+            cost; both sides are named.
     """
 
-    def __init__(self, levels: Sequence[Level], fitted: Mapping[str, Any] | None = None) -> None:
-        """fitted: what `mlem.multilevel` found out about these levels, plain data: "calibration", "coefficients" and
-        "plans" (by name).
-        """
+    def __init__(self, levels: Sequence[Level], fitted: Fitted | None = None) -> None:
         if not levels:
             raise ValueError("a family needs at least one level")
         self.levels = tuple(levels)
-        self.fitted: dict[str, Any] = dict(fitted or {})
+        self.fitted = fitted or Fitted()
+        self._weights_hash: str | None = None
         first = self.levels[0]
         for name in self.names:
             if self.names.count(name) > 1:
@@ -63,22 +62,40 @@ class Family:
                     f"{large.flops}; list the cheaper one first"
                 )
 
-    schedule = property(lambda self: self.levels[0].schedule, doc="The noise schedule that all levels share.")
-    shape = property(lambda self: self.levels[0].shape, doc="(C, H, W) of an image.")
-    data = property(lambda self: self.levels[0].data, doc="Name of the data set.")
-    names = property(lambda self: [level.name for level in self.levels], doc="Names of the levels, cheapest first.")
     plan = staticmethod(named(PlanSpec, "family.plan"))
 
-    @cached_property
+    @property
+    def schedule(self) -> NoiseSchedule:
+        """The noise schedule that all levels share."""
+        return self.levels[0].schedule
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of one sample, (C, H, W) of an image."""
+        return self.levels[0].shape
+
+    @property
+    def data(self) -> str:
+        """Name of the data set."""
+        return self.levels[0].data
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the levels, cheapest first."""
+        return [level.name for level in self.levels]
+
+    @property
     def weights_hash(self) -> str:
         """Hash of all weights: what was fitted to one family is refused on another."""
-        digest = hashlib.sha256()
-        for level in self.levels:
-            for name, tensor in level.network.state_dict().items():
-                digest.update(f"{level.name}/{name}".encode())
-                # as bytes: NumPy has no bfloat16
-                digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()[:16]
+        if self._weights_hash is None:
+            digest = hashlib.sha256()
+            for level in self.levels:
+                for name, tensor in level.network.state_dict().items():
+                    digest.update(f"{level.name}/{name}".encode())
+                    # as bytes: NumPy has no bfloat16
+                    digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+            self._weights_hash = digest.hexdigest()[:16]
+        return self._weights_hash
 
     def level(self, name: str | None = None) -> Level:
         """The level called `name`, or the largest. Raises ValueError with the names there are."""
@@ -113,17 +130,8 @@ class Family:
         write_json(folder / "family.json", {"format": FORMAT, "levels": self.names, **self.levels[0]._common()})
 
     def save_fitted(self, folder: str | os.PathLike[str]) -> None:
-        """Write what was fitted: `calibration.json`, `coefficients.json`, `plans/NAME.json`.
-
-        Raises ValueError, before anything is written, for a name of a plan that cannot be a file's.
-        """
-        for name in self.fitted.get("plans", {}):
-            check_name("name of a plan", name)
-        for name in FITTED:
-            if name in self.fitted:
-                write_json(Path(folder) / f"{name}.json", self.fitted[name])
-        for name, plan in self.fitted.get("plans", {}).items():
-            write_json(Path(folder) / "plans" / f"{name}.json", plan)
+        """Write what was fitted beside the levels; see `Fitted.save`."""
+        self.fitted.save(folder)
 
     @staticmethod
     def load(folder: str | os.PathLike[str], networks: Mapping[str, nn.Module] | None = None) -> Family:
@@ -147,12 +155,8 @@ class Family:
         check_format(about, FORMAT, folder / "family.json", remedy)
         with damaged(folder / "family.json", remedy):
             folders = [folder / f"level_{name}" for name in about["levels"]]
-        fitted: dict[str, Any] = {
-            name: read_object(folder / f"{name}.json") for name in FITTED if (folder / f"{name}.json").is_file()
-        }
-        fitted["plans"] = {path.stem: read_object(path) for path in sorted((folder / "plans").glob("*.json"))}
         own = dict(networks or {})
         levels = [Level.load(one, own.pop(name, None)) for one, name in zip(folders, about["levels"], strict=True)]
         if own:
             raise ValueError(f"networks= names {next(iter(own))!r}; the levels are {', '.join(about['levels'])}")
-        return Family(levels, fitted)
+        return Family(levels, Fitted.load(folder))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from dataclasses import fields
 
 import pytest
@@ -15,6 +16,7 @@ from mlem.family import Family
 from mlem.grids import TimeGrid
 from mlem.multilevel.calibrate import measure
 from mlem.multilevel.calibration import Calibration
+from mlem.multilevel.fitted import Fitted
 from mlem.noise import noise_dtype, reserved_indices
 from mlem.solvers import GridPoint, make_solver
 from mlem.trajectory import noise_estimate, starting_noise
@@ -91,7 +93,7 @@ def test_differences_and_inner_products_are_those_along_the_trajectories() -> No
 
 
 def test_costs_are_those_of_the_largest_level_in_both_units() -> None:
-    found = Calibration.of(family())
+    found = family().fitted.calibration_for(family())
     assert found.costs("seconds", 64).tolist() == [1 / 64, 1 / 8, 1.0]
     assert found.costs("seconds", 4).tolist() == pytest.approx([1 / 16, 1 / 4, 1.0])  # that of the nearest batch size
     assert found.costs("flops").tolist() == [one.flops / family().level().flops for one in family().levels]
@@ -100,26 +102,26 @@ def test_costs_are_those_of_the_largest_level_in_both_units() -> None:
 
 
 def test_a_calibration_is_kept_as_json_of_these_weights() -> None:
-    plain = family().fitted["calibration"]
+    plain = json.loads(json.dumps(family().fitted.calibration_for(family()).to_dict()))
     found = Calibration.from_dict(plain)
     assert found.to_dict() == plain
-    other = Family([level(1, 0.03, 1), level(2, 0.01, 4), level(3, 0.0, 3)], {"calibration": plain})
+    other = Family([level(1, 0.03, 1), level(2, 0.01, 4), level(3, 0.0, 3)], Fitted(found))
     with pytest.raises(ValueError, match=r"^the calibration is of other weights: python -m mlem\.multilevel calibrate"):
-        Calibration.of(other)
+        other.fitted.calibration_for(other)
     with pytest.raises(
         ValueError, match=r"^the calibration has format 0, this version reads 1; calibrate again: python -m"
     ):
         Calibration.from_dict(plain | {"format": 0})
     with pytest.raises(ValueError, match=r"points is not calibrated: python -m mlem\.multilevel calibrate FAMILY$"):
-        Calibration.of(Family(other.levels))
+        Fitted().calibration_for(other)
 
 
 @pytest.mark.parametrize("field", [one.name for one in fields(Calibration)])
 def test_a_damaged_calibration_gets_one_line(field: str) -> None:
     """A field that is missing, that is of another kind, or that does not fit the others."""
-    plain = family().fitted["calibration"]
+    plain = family().fitted.calibration_for(family()).to_dict()
     short = {"names": ["1"], "log_snr": plain["log_snr"][1:], "seconds": {}, "responses": {}}
     others = [None, 3, short.get(field, "x")]
     for other in [{key: plain[key] for key in plain if key != field}, *(plain | {field: value} for value in others)]:
         with pytest.raises(ValueError, match=r"^calibration\.json is damaged \([^\n]*\); calibrate again: [^\n]*$"):
-            Calibration.of(Family(family().levels, {"calibration": other}))
+            Calibration.from_dict(other, "calibration.json")

@@ -16,6 +16,7 @@ from mlem.grids import TimeGrid
 from mlem.level import Level
 from mlem.multilevel.calibrate import calibrate
 from mlem.multilevel.coefficients import CERTAIN, Coefficients
+from mlem.multilevel.fitted import Fitted
 from mlem.multilevel.learning import Objective, first_coefficients, frozen, interval
 from mlem.multilevel.plan import Plan
 from mlem.multilevel.planner import make_plan
@@ -244,7 +245,7 @@ def test_learning_begins_near_what_the_budget_buys() -> None:
     assert problem.cost(theta).item() == pytest.approx(0.3, rel=0.02)
     # a budget that buys everything: nothing is certain, so that something can be learned
     assert problem.probabilities(first_coefficients(ours, make_solver("ddpm"), log_snr(32), 1.0))[:, 1:].max() < 0.995
-    ours.fitted["calibration"] = calibrate(ours, images=2, times=4).to_dict()
+    ours.fitted = Fitted(calibrate(ours, images=2, times=4))
     calibrated = first_coefficients(ours, make_solver("ddpm"), log_snr(32), 0.3)
     assert problem.cost(calibrated).item() == pytest.approx(0.3, rel=0.4)  # here a bell, which a sigmoid is not
     assert (calibrated[0] != theta[0]).all()
@@ -265,9 +266,9 @@ def test_learned_probabilities_that_are_not_there_name_the_command() -> None:
 
 def test_learned_coefficients_make_a_plan() -> None:
     ours = family("xs", "s")
-    ours.fitted["coefficients"] = Coefficients(
-        torch.tensor([0.0, 0.5]), torch.tensor([CERTAIN, -1.0]), tuple(ours.names), {"weights": ours.weights_hash}
-    ).to_dict()
+    alpha, beta = torch.tensor([0.0, 0.5]), torch.tensor([CERTAIN, -1.0])
+    learned = Coefficients(alpha, beta, tuple(ours.names), {"weights": ours.weights_hash})
+    ours.fitted = Fitted(coefficients=learned)
     plan = make_plan(PlanSpec(probabilities="learned", estimator="jump"), ours, make_solver("ddpm"), log_snr(4))
     assert (plan.probabilities[:, 0] == 1).all()
     assert (plan.probabilities[:, 1].diff() > 0).all()  # alpha > 0: more where the noise is low

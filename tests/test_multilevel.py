@@ -239,6 +239,20 @@ def test_plain_calls_begin_anew_after_the_last_row(options: dict[str, Any]) -> N
     assert multilevel.names == ["1", "2", "3"]
 
 
+def test_trajectories_do_not_know_one_another() -> None:
+    """Two at once, in turns, are what they are one after the other; and none goes on after its last evaluation."""
+    plan = measured(5, [0, 3], [0, 2], estimator="held")
+    multilevel = MultilevelDenoiser(denoisers(), plan, schedule=COSINE)
+    alone = [call(multilevel, noise(4, seed), TIMES) for seed in (0, 1)]
+    pair = multilevel.begin(), multilevel.begin()
+    turns = [[one.evaluate(noise(4, seed), at(t, 4)) for seed, one in enumerate(pair)] for t in TIMES]
+    for seed, one in enumerate(pair):
+        assert torch.equal(torch.stack([turn[seed] for turn in turns]), alone[seed])
+        assert one.row == 5
+        with pytest.raises(ValueError, match=r"^this trajectory has had its 5 evaluations; begin another$"):
+            one.evaluate(noise(4), at(0.1, 4))
+
+
 @of_diffusers
 @pytest.mark.parametrize("options", ALL[:3], ids=str)
 def test_a_diffusers_scheduler_takes_a_plan(float64: None, options: dict[str, Any]) -> None:
@@ -256,7 +270,7 @@ def test_a_diffusers_scheduler_takes_a_plan(float64: None, options: dict[str, An
 
 @of_diffusers
 @pytest.mark.parametrize("estimator", ["jump", "held"])
-def test_a_recipe_fits_a_diffusers_scheduler(estimator: str) -> None:
+def test_a_specification_fits_a_diffusers_scheduler(estimator: str) -> None:
     spec = networks().plan(probabilities=(1.0, 0.5), estimator=estimator)
     sampler = Sampler(networks(), solver="diffusers:DDIMScheduler", steps=6, plan=spec)
     assert sampler.plan is not None

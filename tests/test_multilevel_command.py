@@ -20,7 +20,6 @@ from mlem.family import Family
 from mlem.files import read_json, write_json
 from mlem.images import quantise
 from mlem.multilevel import command as multilevel
-from mlem.multilevel.calibration import Calibration
 from mlem.multilevel.pilot import PILOTS, discretisations
 from mlem.multilevel.plan import Plan
 from mlem.outputs import read_png, sample_path
@@ -71,7 +70,7 @@ def test_training_a_family_ends_with_its_calibration(made: tuple[Path, str]) -> 
     assert printed.count("calibrating the family") == 1
     assert "mean squared error of level s alone, by steps" in printed
     family = Family.load(folder / FAMILY)
-    found = Calibration.of(family)
+    found = family.fitted.calibration_for(family)
     assert found.about["images"] == found.about["pilot_images"] == 2
     assert len(found.log_snr) == 4
     assert list(found.seconds) == [64]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mlem.family import Family
 from mlem.level import Level
 from mlem.multilevel.calibrate import calibrate
+from mlem.multilevel.fitted import Fitted
 from mlem.networks import CLASSES, build, seconds_per_image
 from mlem.sampling import sample
 from mlem.schedule import NoiseSchedule
@@ -108,7 +109,7 @@ def test_a_family_of_own_networks_is_calibrated_and_sampled_with_hindsight(
     again = Family.load(tmp_path, networks={"s": make(4), "l": make(16)})
     assert again.weights_hash == family.weights_hash
     calibration = calibrate(again, images=4, times=6, batch_sizes=(4,))
-    again.fitted["calibration"] = calibration.to_dict()
+    again.fitted = Fitted(calibration)
     plan = again.plan(budget=0.5, estimator="hindsight", cost="flops")
     result = sample(again, solver=solver, steps=8, indices=range(5), plan=plan)
     assert result.x.shape == (5, *shape)

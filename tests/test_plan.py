@@ -179,6 +179,14 @@ def test_a_plan_is_plain_data(plan: Plan, tmp_path: Path) -> None:
         assert torch.equal(again.runs, plan.runs)
 
 
+def test_a_plan_of_an_earlier_version_is_read() -> None:
+    """Whose correlation length was called memory."""
+    plan = held([0, 3], correlation_length=0.7)
+    plain = plan.to_dict()
+    plain["memory"] = plain.pop("correlation_length")
+    assert Plan.from_dict(plain).to_dict() == plan.to_dict()
+
+
 def test_files_that_are_no_plan(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"none\.json is no plan; make one with: "):
         Plan.load(tmp_path / "none.json")

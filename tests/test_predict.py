@@ -217,7 +217,7 @@ def test_a_level_alone_is_predicted_as_the_report_says(solver: str, kind: str, n
     """In many steps, within 20 percent; and that is what happens, within a third."""
     by, alone = predictor(solver, 192), Plan.given(torch.ones(192, 1), levels=(str(number + 1),))
     said = by.response_error(alone)
-    assert missing(Calibration.of(family()), kind, number) == pytest.approx(said, rel=0.2)
+    assert missing(family().fitted.calibration_for(family()), kind, number) == pytest.approx(said, rel=0.2)
     assert measured_error([alone], by) == pytest.approx(said, rel=1 / 3)
 
 

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from mlem.multilevel.calibration import Calibration
 from mlem.multilevel.planner import make_plan
 from mlem.multilevel.search import search
 from mlem.multilevel.spec import PlanSpec
@@ -26,7 +25,7 @@ LEVELS = [("1", "2", "3"), ("1", "3"), ("2", "3"), ("3",)]
 @pytest.mark.parametrize("levels", LEVELS[:3], ids=str)
 def test_a_search_spends_its_budget_well(solver: str, estimator: str, levels: tuple[str, ...]) -> None:
     """At most the budget, all but what one more measurement costs, and not worse than evenly spread rows."""
-    by, costs = predictor(solver, 32), Calibration.of(family()).costs("flops")
+    by, costs = predictor(solver, 32), family().fitted.calibration_for(family()).costs("flops")
     own = costs[[int(name) - 1 for name in levels]]
     for budget in (7.0, 16.0):
         found = search(by, levels, costs, 0, estimator, budget)
@@ -50,7 +49,7 @@ def test_a_search_keeps_every_budget(solver: str, estimator: str) -> None:
 
 
 def test_a_search_finds_nothing_for_too_little() -> None:
-    by, costs = predictor("ddpm", 32), Calibration.of(family()).costs("flops")
+    by, costs = predictor("ddpm", 32), family().fitted.calibration_for(family()).costs("flops")
     for levels in LEVELS:
         assert search(by, levels, costs, 0, "held", 0.9) is None
     assert search(by, ("3",), costs, 0, "held", 31.9) is None
@@ -74,7 +73,7 @@ def test_more_budget_is_predicted_to_be_better() -> None:
 )
 def test_an_error_is_reached_by_the_smallest_budget(solver: str, options: dict[str, Any]) -> None:
     """The prediction is at most mse, and that of a budget 5 percent smaller is not."""
-    by, costs = predictor(solver, 32), Calibration.of(family()).costs("flops")
+    by, costs = predictor(solver, 32), family().fitted.calibration_for(family()).costs("flops")
     mse = 2e-7 + {"ddpm": 3e-6, "ddim": 3e-8}[solver]
     found = plan(solver, 32, mse=mse, **options)
     assert by.total(found) <= mse

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 from mlem.family import Family
 from mlem.grids import GRIDS
-from mlem.multilevel.calibration import Calibration
+from mlem.multilevel.fitted import Fitted
 from mlem.multilevel.pilot import discretisations
 from mlem.multilevel.planner import make_plan
 from mlem.multilevel.spec import PlanSpec
@@ -28,9 +28,9 @@ CONFIGS = REPOSITORY / "configs/sampler"
 @functools.cache
 def family() -> Family:
     """Calibrated; the errors of the solvers are made up, for as many as a calibration would measure."""
-    levels = waves.family().levels
+    made = waves.family()
     errors = {f"{name}/{grid}": {16: 4e-7, 64: 1e-7} for name, grid in discretisations()}
-    return Family(levels, {"calibration": replace(Calibration.of(waves.family()), discretisation=errors).to_dict()})
+    return Family(made.levels, Fitted(replace(made.fitted.calibration_for(made), discretisation=errors)))
 
 
 @pytest.mark.parametrize("name", SOLVERS)

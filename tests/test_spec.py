@@ -1,11 +1,12 @@
-"""Recipes: what they refuse, what they make plans of; and what is stored with a family."""
+"""Plan specifications: what they refuse, what they make plans of; and what is stored with a family."""
 
 from __future__ import annotations
 
-import json
 import math
 import re
+import subprocess
 import sys
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,17 @@ from mlem.multilevel.calibrate import calibrate
 from mlem.multilevel.calibration import Calibration, LinearResponse
 from mlem.multilevel.coefficients import CERTAIN, Coefficients
 from mlem.multilevel.coins import COINS
+from mlem.multilevel.estimators import ESTIMATORS
+from mlem.multilevel.fitted import Fitted
 from mlem.multilevel.memorise import memorise
 from mlem.multilevel.pilot import pilot
 from mlem.multilevel.plan import Plan
-from mlem.multilevel.planner import make_plan, stored_plan
+from mlem.multilevel.planner import make_plan
 from mlem.multilevel.spec import PlanSpec
 from mlem.sampling import Sampler, sample
 from mlem.schedule import NoiseSchedule
 from mlem.solvers import make_solver
+from tests.commands import environment
 from tests.problems import closed_family, level
 
 COSINE = NoiseSchedule.cosine()
@@ -63,13 +67,51 @@ COSINE = NoiseSchedule.cosine()
         ({"budget": 0.5, "estimator": "guess"}, "estimator must be one of jump, held, hindsight, got 'guess'"),
         ({}, "calibrated probabilities need budget= or mse=, such as budget=0.25"),
         ({"probabilities": "theory"}, "theory probabilities need budget= or mse=, such as budget=0.25"),
+        (
+            {"budget": 0.5, "estimator": "hindsigt"},
+            "estimator must be one of jump, held, hindsight, got 'hindsigt'; d",
+        ),
+        ({"budget": 0.5, "order": 2}, "order of a held correction must be 0 or 1, got 2"),
+        ({"budget": 0.5, "seed": "1"}, "seed must be a whole number, got '1'"),
+        ({"budget": 0.5, "batch_size": "8"}, "batch_size must be a number, got '8'"),
         ({"delta": 0.5, "probabilities": (1.0, 0.5)}, "delta shifts learned coefficients; say probabilities=learned"),
     ],
     ids=str,
 )
-def test_bad_recipes_get_one_line(options: dict[str, Any], message: str) -> None:
+def test_bad_specifications_get_one_line(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(message)}.*$"):
         PlanSpec(**options)
+
+
+def test_a_misspelt_option_names_its_nearest() -> None:
+    with pytest.raises(TypeError, match=r"^family\.plan\(\) has no argument 'bugdet'; did you mean budget\?$"):
+        pair().plan(bugdet=0.5)  # type: ignore[call-arg]
+    with pytest.raises(ValueError, match=r"^entry: bugdet: there is no such option; did you mean budget\?$"):
+        PlanSpec.from_options({"bugdet": 0.5}, "entry: ")
+
+
+def test_options_may_come_from_a_config() -> None:
+    """None is left out, lists stand for tuples, and errors begin with the place."""
+    options = {"budget": None, "probabilities": [1.0, 0.5], "levels": ["xs", "s"], "coins": None}
+    assert PlanSpec.from_options(options) == PlanSpec(probabilities=(1.0, 0.5), levels=("xs", "s"))
+    assert hash(PlanSpec.from_options(options)) == hash(PlanSpec(probabilities=[1.0, 0.5], levels=["xs", "s"]))
+    with pytest.raises(ValueError, match=r"^entry: budget must be in \(0, 1\], "):
+        PlanSpec.from_options({"budget": 2}, "entry: ")
+
+
+def test_options_describe_themselves() -> None:
+    for one in fields(PlanSpec):
+        assert one.metadata["help"]
+        assert one.metadata["value"]
+        assert f"        {one.name}: " in str(PlanSpec.__doc__)
+    choices = {one.name: one.metadata["choices"] for one in fields(PlanSpec)}
+    assert choices["coins"] == tuple(COINS)
+    assert choices["estimator"] == tuple(ESTIMATORS)
+
+
+def test_specifications_need_no_torch() -> None:
+    code = "import sys; from mlem import PlanSpec; PlanSpec(budget=0.5); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], env=environment(), check=True)
 
 
 def pair(**options: Any) -> Family:
@@ -90,7 +132,7 @@ def pair(**options: Any) -> Family:
     ],
     ids=str,
 )
-def test_recipes_say_what_the_family_lacks(options: dict[str, Any], message: str) -> None:
+def test_specifications_say_what_the_family_lacks(options: dict[str, Any], message: str) -> None:
     family = pair()
     with pytest.raises(ValueError, match=f"^{re.escape(message)}.*$"):
         Sampler(family, steps=4, plan=family.plan(**options))
@@ -127,7 +169,7 @@ def test_budgets_of_a_family_that_was_not_timed_are_in_flops() -> None:
     plan = Sampler(family, steps=6, plan=family.plan(probabilities=(1.0, 0.5), estimator="jump")).plan
     assert plan is not None
     assert plan.about["cost_unit"] == "flops"
-    family.fitted["calibration"] = calibration(family).to_dict()
+    family.fitted = Fitted(calibration(family))
     plan = Sampler(family, steps=6, plan=family.plan(probabilities=(1.0, 0.5), estimator="jump")).plan
     assert plan is not None
     assert plan.about["cost_unit"] == "seconds"
@@ -138,7 +180,7 @@ def test_learned_coefficients_are_of_their_own_levels() -> None:
     family = closed_family()
     smaller = tuple(family.names[:2])
     learned = Coefficients(torch.zeros(2), torch.tensor([CERTAIN, 0.0]), smaller)
-    family.fitted["coefficients"] = learned.to_dict()
+    family.fitted = Fitted(coefficients=learned)
     solver = make_solver("ddim")
     grid = solver.grid(COSINE, 4)
     assert make_plan(family.plan(probabilities="learned", levels=smaller), family, solver, grid).levels == smaller
@@ -183,7 +225,8 @@ def test_pilots_need_reference_steps() -> None:
 @pytest.mark.parametrize("name", ["../../x", "a/b", "", ".x"])
 def test_a_plan_is_stored_nowhere_else(name: str, tmp_path: Path) -> None:
     family = pair()
-    family.fitted = {"calibration": calibration(family).to_dict(), "plans": {name: {}}}
+    plan = Plan.draw(torch.tensor([[1.0, 0.5]] * 4))
+    family.fitted = Fitted(calibration(family), plans={name: plan})
     with pytest.raises(ValueError, match=rf"^name of a plan must be letters, digits, .*, got '{name}'$"):
         family.save_fitted(tmp_path)
     assert not list(tmp_path.iterdir())
@@ -204,21 +247,23 @@ def test_calibrations_too_small_to_say_anything_are_refused(options: dict[str, A
         calibrate(pair(), **options)
 
 
-def test_plans_are_found_by_name() -> None:
+def test_plans_are_found_by_name(tmp_path: Path) -> None:
     family = pair()
     with pytest.raises(ValueError, match=r"^plan=best: there are none; memorise one with: "):
-        stored_plan(family, "best")
+        family.fitted.plan_for(family, "best")
     plan = Plan.draw(torch.tensor([[1.0, 0.5]] * 4), levels=("xs", "s"))
-    family.fitted["plans"] = {"best": plan.to_dict(), "cheap": plan.to_dict()}
-    assert stored_plan(family, "best").to_dict() == plan.to_dict()
+    family.fitted = Fitted().with_plan("best", plan).with_plan("cheap", plan)
+    assert family.fitted.plan_for(family, "best").to_dict() == plan.to_dict()
     with pytest.raises(ValueError, match=r"^plan=other: there are best, cheap; memorise one with: "):
-        stored_plan(family, "other")
-    family.fitted["plans"] = {"best": {"format": 1}}
-    with pytest.raises(ValueError, match=r"^plans/best\.json is damaged \(no 'counts'\); draw it again: "):
-        stored_plan(family, "best")
-    family.fitted["plans"] = {"best": plan.to_dict() | {"about": {"weights": "others"}}}
+        family.fitted.plan_for(family, "other")
+    (tmp_path / "plans").mkdir()
+    (tmp_path / "plans" / "best.json").write_text('{"format": 1}')
+    family.fitted = Fitted.load(tmp_path)
+    with pytest.raises(ValueError, match=rf"^{tmp_path}/plans/best\.json is damaged \(no 'counts'\); draw it again: "):
+        family.fitted.plan_for(family, "best")
+    family.fitted = Fitted(plans={"best": replace(plan, about={"weights": "others"})})
     with pytest.raises(ValueError, match=r"^plan=best was memorised for other weights: python -m mlem\.multilevel mem"):
-        stored_plan(family, "best")
+        family.fitted.plan_for(family, "best")
 
 
 # --- what is stored with a family ----------------------------------------------------------------------------------
@@ -242,12 +287,11 @@ def test_what_was_fitted_is_stored_with_the_family(tmp_path: Path) -> None:
     family = pair()
     own, plan = calibration(family), Plan.draw(torch.tensor([[1.0, 1 / 3]] * 4), "nested", 1)
     learned = Coefficients(torch.tensor([0.0, 1.0]), torch.tensor([CERTAIN, -0.1]), ("xs", "s"), {"solver": "ddim"})
-    family.fitted = {"calibration": own.to_dict(), "coefficients": learned.to_dict(), "plans": {"best": plan.to_dict()}}
+    family.fitted = Fitted(own, learned, {"best": plan})
     family.save(tmp_path)
     again = Family.load(tmp_path)
-    assert again.fitted == json.loads(json.dumps(family.fitted))
     assert again.weights_hash == family.weights_hash
-    read = Calibration.of(again)
+    read = again.fitted.calibration_for(again)
     assert read.to_dict() == own.to_dict()
     assert read.responses["ode"].inner.dtype == torch.float64
     assert read.costs("seconds", 50).tolist() == [0.25, 1.0]
@@ -255,8 +299,8 @@ def test_what_was_fitted_is_stored_with_the_family(tmp_path: Path) -> None:
     assert read.costs("flops").tolist() == [0.25, 1.0]
     with pytest.raises(ValueError, match=r"^cost must be seconds or flops, got 'euros'$"):
         read.costs("euros")
-    assert Coefficients.of(again).to_dict() == learned.to_dict()
-    assert stored_plan(again, "best").to_dict() == plan.to_dict()
+    assert again.fitted.coefficients_for(again).to_dict() == learned.to_dict()
+    assert again.fitted.plan_for(again, "best").to_dict() == plan.to_dict()
     # and it is used: no error, no measurement
     made = Sampler(again, steps=4, plan=again.plan(budget=0.6)).plan
     assert made is not None
@@ -267,25 +311,44 @@ def test_what_was_fitted_is_stored_with_the_family(tmp_path: Path) -> None:
 def test_a_family_without_fits_stores_none(tmp_path: Path) -> None:
     pair().save(tmp_path)
     assert not (tmp_path / "calibration.json").exists()
-    assert Family.load(tmp_path).fitted == {"plans": {}}
+    fitted = Family.load(tmp_path).fitted
+    assert (fitted.calibration, fitted.coefficients, fitted.plans, fitted.damaged) == (None, None, {}, {})
+    assert not fitted.has("calibration")
+    assert not fitted.has("coefficients")
 
 
 def test_what_was_fitted_to_other_weights_is_refused() -> None:
     family = pair()
-    stored = calibration(family).to_dict()
-    learned = Coefficients(torch.zeros(2), torch.zeros(2), about={"weights": family.weights_hash}).to_dict()
+    learned = Coefficients(torch.zeros(2), torch.zeros(2), about={"weights": family.weights_hash})
     assert pair().weights_hash == family.weights_hash
     other = pair()
     with torch.no_grad():
         next(iter(other.levels[0].network.parameters())).view(-1)[0] += 1e-3
     assert other.weights_hash != family.weights_hash
-    other.fitted = {"calibration": stored, "coefficients": learned}
+    other.fitted = Fitted(calibration(family), learned)
     with pytest.raises(ValueError, match=r"^the calibration is of other weights: python -m mlem\.multilevel calibrate"):
         sample(other, indices=[0], steps=4, plan=other.plan(budget=0.5))
     with pytest.raises(ValueError, match=r"^the coefficients are of other weights; fit them again: "):
-        Coefficients.of(other)
-    other.fitted["calibration"] = stored | {"format": 0}
-    with pytest.raises(
-        ValueError, match=r"^calibration\.json has format 0, this version reads 1; calibrate again: python"
-    ):
-        Calibration.of(other)
+        other.fitted.coefficients_for(other)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"format": 0}', '{"format": 1}', '{"format": 1, "names": 3}'])
+def test_damaged_files_are_no_error_until_they_are_asked_for(text: str, tmp_path: Path) -> None:
+    """A family can be sampled plainly whatever became of its calibration; new fits take the place of damaged ones."""
+    family = pair()
+    family.save(tmp_path)
+    for name in ("calibration", "coefficients"):
+        (tmp_path / f"{name}.json").write_text(text)
+    again = Family.load(tmp_path)
+    assert again.fitted.has("calibration")
+    assert again.fitted.has("coefficients")
+    plain = sample(again, indices=range(2), steps=2)
+    assert torch.equal(plain.x, sample(family, indices=range(2), steps=2).x)
+    with pytest.raises(ValueError, match=rf"^{tmp_path}/calibration\.json "):
+        sample(again, indices=[0], steps=4, plan=again.plan(budget=0.5))
+    with pytest.raises(ValueError, match=rf"^{tmp_path}/coefficients\.json "):
+        again.fitted.coefficients_for(again)
+    again.save_fitted(tmp_path)
+    assert (tmp_path / "calibration.json").read_text() == text
+    again.fitted = replace(again.fitted, calibration=calibration(family))
+    assert again.fitted.calibration_for(again).to_dict() == calibration(family).to_dict()

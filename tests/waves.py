@@ -13,6 +13,7 @@ from mlem.family import Family
 from mlem.level import Level
 from mlem.multilevel.calibrate import measure
 from mlem.multilevel.calibration import Calibration
+from mlem.multilevel.fitted import Fitted
 from mlem.multilevel.plan import Plan
 from mlem.multilevel.planner import make_plan
 from mlem.multilevel.predict import Predictor
@@ -59,7 +60,7 @@ def fitted(levels: list[Level], images: int) -> Family:
     flops = tuple(float(one.flops) for one in levels)
     about = {"images": images, "seed": 0, "device": "cpu", "weights": family.weights_hash}
     errors = {name: {16: 4e-7, 64: 1e-7} for name in ("ddpm/uniform", "ddim/uniform")}
-    family.fitted["calibration"] = Calibration(tuple(family.names), flops, seconds, *measured, about, errors).to_dict()
+    family.fitted = Fitted(Calibration(tuple(family.names), flops, seconds, *measured, about, errors))
     return family
 
 
@@ -71,7 +72,7 @@ def family() -> Family:
 
 def predictor(solver: str = "ddpm", steps: int = 48, grid: str | None = None, of: Family | None = None) -> Predictor:
     method, of = make_solver(solver), of or family()
-    return Predictor(Calibration.of(of), COSINE, method, method.grid(COSINE, steps, grid))
+    return Predictor(of.fitted.calibration_for(of), COSINE, method, method.grid(COSINE, steps, grid))
 
 
 def plan(solver: str, steps: int, **options: Any) -> Plan:

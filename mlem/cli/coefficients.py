@@ -22,6 +22,7 @@ from mlem.cli.schema import Learning, Train
 from mlem.family import Family
 from mlem.files import first_process, folder_lock, read_object, write_json
 from mlem.multilevel.coefficients import Coefficients
+from mlem.multilevel.fitted import Fitted
 from mlem.multilevel.learning import Objective, first_coefficients, frozen
 from mlem.plots import probabilities as probabilities_figure
 from mlem.report import write_report
@@ -193,11 +194,9 @@ def _about(module: CoefficientsModule, family: Family) -> dict[str, Any]:
 
 def _hand_over(folder: Path, family: Family, where: Path, objective: Objective, start: Tensor) -> None:
     """Put the coefficients beside the family, draw them, and say what came of it."""
-    plain = read_object(folder / "coefficients.json")
+    learned = Coefficients.from_dict(read_object(folder / "coefficients.json"), str(folder / "coefficients.json"))
     # nothing else: a calibration may have been written since this family was read
-    family.fitted = {"coefficients": plain}
-    family.save_fitted(where)
-    learned = Coefficients.from_dict(plain, str(folder / "coefficients.json"))
+    Fitted(coefficients=learned).save(where)
     before, after = (
         one.probabilities(family.schedule, objective.times).T.tolist()
         for one in (objective.coefficients(start), learned)

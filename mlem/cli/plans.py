@@ -8,7 +8,6 @@ from mlem.cli.values import written
 from mlem.family import Family
 from mlem.level import Level
 from mlem.multilevel.plan import Plan
-from mlem.multilevel.planner import stored_plan
 from mlem.multilevel.spec import TARGETS, PlanSpec
 
 __all__ = ["plan_of"]
@@ -37,4 +36,4 @@ def plan_of(job: Sample, model: Family | Level) -> Plan | PlanSpec | None:
         return PlanSpec.from_options(options | {"batch_size": job.batch_size, "seed": job.seed})
     if others := [key for key in targets if key != "plan"] + shaping:
         raise ValueError(f"plan={job.plan} is made already: leave out {others[0]}=")
-    return Plan.load(job.plan) if job.plan.endswith(".json") else stored_plan(model, job.plan)
+    return Plan.load(job.plan) if job.plan.endswith(".json") else model.fitted.plan_for(model, job.plan)

@@ -24,7 +24,6 @@ from mlem.files import first_process, folder_lock, sha256
 from mlem.ledger import Ledger
 from mlem.level import Level
 from mlem.metrics import Measure
-from mlem.multilevel.calibration import Calibration
 from mlem.multilevel.predict import Predictor
 from mlem.outputs import claim, clear_leftovers, finish, pack, sample_path, survey, write_samples
 from mlem.sampling import Sampler, solver_of
@@ -229,11 +228,11 @@ def _report_plan(now: Ledger, family: Family, sampler: Sampler) -> None:
     )
     predicted = plan.about.get("predicted_mse")
     own = {"solver": sampler.solver.name, "steps": sampler.grid.steps, "grid": sampler.grid.name}
-    about = family.fitted.get("calibration", {}).get("about")
-    known = isinstance(about, dict) and about.get("weights") == family.weights_hash
+    calibration = family.fitted.calibration
+    known = calibration is not None and calibration.about.get("weights") == family.weights_hash
     # a memorised plan may run where it was not made for, or with a family that was calibrated no more
     if predicted is not None and known and own.items() <= plan.about.items():
-        predictor = Predictor(Calibration.of(family), family.schedule, sampler.solver, sampler.grid)
+        predictor = Predictor(family.fitted.calibration_for(family), family.schedule, sampler.solver, sampler.grid)
         alone = predictor.discretisation_at(max(1, round(flops)))
         print(
             f"  predicted mean squared error {predicted:.2g}; {sampler.solver.name} with level {top.name} alone in "

@@ -31,8 +31,9 @@ from mlem.files import damaged, first_process, folder_lock, read_object
 from mlem.invocation import command
 from mlem.level import Level
 from mlem.metrics import FewImagesWarning
-from mlem.multilevel.coefficients import Coefficients
+from mlem.multilevel.calibration import Calibration as FamilyCalibration
 from mlem.multilevel.command import calibrate_folder
+from mlem.multilevel.fitted import Fitted
 from mlem.multilevel.planner import check_estimator, check_spec
 from mlem.networks import seconds_per_image
 from mlem.report import write_report
@@ -97,10 +98,10 @@ def _save_family(job: Train, family: Family) -> None:
         with damaged(known):
             fits = found["about"]["weights"] == family.weights_hash
         if fits:
-            family.fitted["calibration"] = found
+            family.fitted = Fitted(FamilyCalibration.from_dict(found, str(known)))
             _say_other_options(job.calibration, found, folder)
     family.save(folder)
-    if len(family.levels) > 1 and job.calibration.images and "calibration" not in family.fitted:
+    if len(family.levels) > 1 and job.calibration.images and not family.fitted.has("calibration"):
         print("calibrating the family", flush=True)
         calibrate_folder(family, folder, device=_device(job).type, **asdict(job.calibration))
 
@@ -189,7 +190,7 @@ def _check_samplers(job: Train, family: Family) -> None:
 def _check_learned(folder: Path, names: list[str]) -> None:
     """Raise ValueError unless coefficients were learned already for the family that is about to be found trained."""
     if (folder / "family.json").is_file() and (known := Family.load(folder)).names == names:
-        Coefficients.of(known)
+        known.fitted.coefficients_for(known)
         return
     raise ValueError(
         f"learned probabilities are of a trained family, and {folder} is none of {', '.join(names)}: leave the entry "

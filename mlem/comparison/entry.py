@@ -92,7 +92,7 @@ class Entry:
         """What must be fitted to the family first, "coefficients" or "calibration"; None for nothing."""
         law = self.spec.probabilities if self.spec is not None else None
         needed = _NEEDS.get(law) if isinstance(law, str) else None
-        return needed if needed not in family.fitted else None
+        return needed if needed is not None and not family.fitted.has(needed) else None
 
     @classmethod
     def from_options(cls, options: Any, where: str, *, named: bool = False) -> Entry:

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from mlem.family import Family
 from mlem.metrics.denoising import denoising_errors
-from mlem.multilevel.calibration import Calibration
 from mlem.multilevel.scaling import ScalingFit, fit_differences, fit_errors
 from mlem.networks import evaluating
 from mlem.plots import scaling_law
@@ -63,8 +62,8 @@ def scaling_fits(
     """
     costs = costs_of(family, unit)
     fits = {ERRORS: fit_errors(errors, costs, replicates)}
-    if "calibration" in family.fitted:
-        differences = Calibration.of(family).image_differences.numpy()
+    if family.fitted.has("calibration"):
+        differences = family.fitted.calibration_for(family).image_differences.numpy()
         fits["level differences"] = fit_differences(differences, costs, replicates)
     return fits
 

@@ -9,16 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mlem.family import Family
 from mlem.files import check_format, damaged
+from mlem.multilevel.choices import UNITS
 
-__all__ = ["UNITS", "Calibration", "LinearResponse"]
+__all__ = ["COMMAND", "Calibration", "LinearResponse"]
 
 FORMAT = 1
-_COMMAND = "python -m mlem.multilevel calibrate FAMILY"
-_REMEDY = f"calibrate again: {_COMMAND}"
-UNITS = ("seconds", "flops")
-"""What cost is counted in."""
+COMMAND = "python -m mlem.multilevel calibrate FAMILY"
+"""What to run where there is no calibration that fits."""
+_REMEDY = f"calibrate again: {COMMAND}"
 
 
 @dataclass(frozen=True)
@@ -123,20 +122,12 @@ class Calibration:
         if not self.seconds:
             raise ValueError("no seconds")
 
-    @staticmethod
-    def of(family: Family) -> Calibration:
-        """The calibration stored with a family. Raises ValueError with the remedy when there is none that fits."""
-        if "calibration" not in family.fitted:
-            raise ValueError(f"this family of {family.data} is not calibrated: {_COMMAND}")
-        found = Calibration.from_dict(family.fitted["calibration"], "calibration.json")
-        if found.about.get("weights") != family.weights_hash:
-            raise ValueError(f"the calibration is of other weights: {_COMMAND}")
-        return found
-
 
 def _plain(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.tolist()
     if isinstance(value, dict):
         return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, tuple):
+        return list(value)
     return value

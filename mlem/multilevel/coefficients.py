@@ -14,11 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mlem.family import Family
 from mlem.files import damaged
 from mlem.schedule import NUM_TIMESTEPS, NoiseSchedule
 
-_COMMAND = "python train.py model=coefficients"
+__all__ = ["CERTAIN", "COMMAND", "Coefficients", "feature"]
+
+COMMAND = "python train.py model=coefficients"
+"""What to run where there are no coefficients that fit."""
 CERTAIN = 40.0
 """A beta so large that p = 1 in float64."""
 
@@ -51,7 +53,7 @@ class Coefficients:
                 f"alpha and beta must be (levels,), got {tuple(self.alpha.shape)} and {tuple(self.beta.shape)}"
             )
         if not bool(torch.isfinite(self.alpha).all() and torch.isfinite(self.beta).all()):
-            raise ValueError(f"alpha and beta must be finite; fit them again: {_COMMAND}")
+            raise ValueError(f"alpha and beta must be finite; fit them again: {COMMAND}")
 
     def probabilities(self, schedule: NoiseSchedule, times: Sequence[float] | Tensor, delta: float = 0.0) -> Tensor:
         """p_k at these times: (R, K) float64. delta is added to every beta but the first, as in Fig. 1 of [J]."""
@@ -68,22 +70,9 @@ class Coefficients:
     @staticmethod
     def from_dict(plain: dict[str, Any], where: str = "the coefficients") -> Coefficients:
         """The coefficients that `to_dict` described. Raises ValueError, which names `where`, for other data."""
-        with damaged(where, f"fit them again: {_COMMAND}"):
+        with damaged(where, f"fit them again: {COMMAND}"):
             levels, about = tuple(map(str, plain["levels"])), dict(plain["about"])
             return Coefficients(plain["alpha"], plain["beta"], levels, about)
-
-    @staticmethod
-    def of(family: Family) -> Coefficients:
-        """Those stored with a family. Raises ValueError with the remedy when there are none that fit."""
-        if "coefficients" not in family.fitted:
-            raise ValueError(
-                f"this family of {family.data} has no learned coefficients: {_COMMAND}, "
-                "or take probabilities=calibrated"
-            )
-        found = Coefficients.from_dict(family.fitted["coefficients"], "coefficients.json")
-        if found.about.get("weights") not in (None, family.weights_hash):
-            raise ValueError(f"the coefficients are of other weights; fit them again: {_COMMAND}")
-        return found
 
     @staticmethod
     def fit(probabilities: Tensor, schedule: NoiseSchedule, times: Sequence[float]) -> tuple[Tensor, Tensor]:

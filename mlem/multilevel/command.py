@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -66,7 +67,7 @@ def calibrate_folder(
             device=device,
             progress=progress,
         )
-    family.fitted["calibration"] = found.to_dict()
+    family.fitted = replace(family.fitted, calibration=found)
     family.save_fitted(folder)
     report(found, console)
     return found
@@ -145,7 +146,7 @@ def _calibrate(family: Family, options: argparse.Namespace) -> None:
 
 
 def _report(family: Family, options: argparse.Namespace) -> None:
-    report(Calibration.of(family), _console())
+    report(family.fitted.calibration_for(family), _console())
 
 
 def _memorise(family: Family, options: argparse.Namespace) -> None:
@@ -158,7 +159,7 @@ def _memorise(family: Family, options: argparse.Namespace) -> None:
     )
     names = ("solver", "steps", "grid", "draws", "images", "reference_steps", "device")
     plan = memorise(family, spec, **{name: getattr(options, name) for name in names})
-    family.fitted.setdefault("plans", {})[options.name] = plan.to_dict()
+    family.fitted = family.fitted.with_plan(options.name, plan)
     family.save_fitted(options.family)
     found = plan.about
     print(

@@ -11,6 +11,7 @@ from torch import Tensor
 from mlem.arguments import check_whole
 from mlem.family import Family
 from mlem.multilevel.calibration import Calibration
+from mlem.multilevel.fitted import Fitted
 from mlem.multilevel.plan import Plan
 from mlem.multilevel.planner import make_plan
 from mlem.multilevel.predict import Predictor, pilot_key
@@ -51,7 +52,7 @@ def pilot(
     """
     check_whole("reference_steps", reference_steps)
     networks = torch.nn.ModuleList(level.network for level in family.levels).to(device)
-    family = Family(family.levels, {"calibration": calibration.to_dict()})
+    family = Family(family.levels, Fitted(calibration))
     with torch.inference_mode(), evaluating(networks):
         runs = _Runs(family, reserved_indices("pilots", images, device), reference_steps, seed)
         errors = {}
@@ -61,7 +62,7 @@ def pilot(
             # the reference itself is no measurement of its error
             errors[f"{name}/{grid}"] = {steps: error for steps, error in found.items() if error > 0}
         calibration = replace(calibration, discretisation=errors)
-        family.fitted["calibration"] = calibration.to_dict()
+        family.fitted = Fitted(calibration)
         pilots = {}
         for name, grid, steps, order in PILOTS:
             for estimator, coins, draws in ESTIMATORS:
@@ -108,7 +109,7 @@ def _pilots(runs: _Runs, spec: PlanSpec, solver: Solver, grid: str, steps: int, 
     """[predicted by linear response, measured less discretisation] at each cost that a plan can have, rising."""
     family = runs.family
     times = solver.grid(family.schedule, steps, grid)
-    predictor = Predictor(Calibration.of(family), family.schedule, solver, times)
+    predictor = Predictor(family.fitted.calibration_for(family), family.schedule, solver, times)
     found = []
     for spent in SPENT:
         predicted, measured = 0.0, 0.0

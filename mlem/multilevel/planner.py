@@ -16,9 +16,7 @@ from torch import Tensor
 
 from mlem.family import Family
 from mlem.grids import TimeGrid
-from mlem.multilevel.calibration import Calibration
 from mlem.multilevel.choices import COINS, ESTIMATORS
-from mlem.multilevel.coefficients import Coefficients
 from mlem.multilevel.plan import Plan
 from mlem.multilevel.predict import Predictor
 from mlem.multilevel.search import search
@@ -77,18 +75,6 @@ def refuse_levels(levels: Sequence[str], family: Family) -> None:
         )
 
 
-def stored_plan(family: Family, name: str) -> Plan:
-    """The plan kept with the family under this name. Raises ValueError with the names there are."""
-    plans = family.fitted.get("plans", {})
-    if name not in plans:
-        kept = f"there are {', '.join(plans)}" if plans else "there are none"
-        raise ValueError(f"plan={name}: {kept}; memorise one with: python -m mlem.multilevel memorise FAMILY")
-    plan = Plan.from_dict(plans[name], f"plans/{name}.json")
-    if plan.about.get("weights") not in (None, family.weights_hash):
-        raise ValueError(f"plan={name} was memorised for other weights: python -m mlem.multilevel memorise FAMILY")
-    return plan
-
-
 def _refuse_count(probabilities: Sequence[float], levels: Sequence[str]) -> None:
     """Raise ValueError unless there is a number for each level."""
     if len(probabilities) != len(levels):
@@ -127,9 +113,8 @@ class _Planner:
         self._order = (0 if solver.stochastic else 1) if spec.order is None else spec.order
         refuse_levels(spec.levels or (), family)
         self._predictor: Predictor | None = None
-        calibrated = "calibration" in family.fitted
-        if calibrated or spec.probabilities == "calibrated" or spec.mse is not None:
-            calibration = Calibration.of(family)
+        if family.fitted.has("calibration") or spec.probabilities == "calibrated" or spec.mse is not None:
+            calibration = family.fitted.calibration_for(family)
             self._predictor = Predictor(calibration, family.schedule, solver, grid)
             self._costs, self._unit = calibration.costs(spec.cost, spec.batch_size), spec.cost
         else:
@@ -165,7 +150,7 @@ class _Planner:
         if spec.levels is not None:
             return [tuple(spec.levels)]
         if spec.probabilities == "learned":
-            return [Coefficients.of(self._family).levels or names]
+            return [self._family.fitted.coefficients_for(self._family).levels or names]
         if self._predictor is None or not isinstance(spec.probabilities, str):
             return [names]
         return _subsets(spec, names)
@@ -236,7 +221,7 @@ class _Planner:
         return torch.tensor(law, dtype=torch.float64).expand(self._rows, -1)
 
     def _learned(self, levels: tuple[str, ...], delta: float) -> Tensor:
-        learned = Coefficients.of(self._family)
+        learned = self._family.fitted.coefficients_for(self._family)
         own = learned.levels or tuple(self._family.names)
         if levels != own:
             raise ValueError(f"learned coefficients are of {', '.join(own)}, got levels={', '.join(levels)}")

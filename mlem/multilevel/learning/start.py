@@ -40,7 +40,7 @@ def first_coefficients(family: Family, solver: Solver, grid: TimeGrid, budget: f
     They are the calibrated ones, or those of the theory's law when the family is not calibrated. budget: share of the
     largest level's cost, in (0, 1], in FLOPs. Raises ValueError when it is too small.
     """
-    law = "calibrated" if "calibration" in family.fitted else "theory"
+    law = "calibrated" if family.fitted.has("calibration") else "theory"
     names = tuple(family.names)
     spec = PlanSpec(budget=budget, probabilities=law, estimator="jump", coins="bernoulli", cost="flops", levels=names)
     table = make_plan(spec, family, solver, grid).probabilities.clone()

@@ -1,0 +1,141 @@
+"""What was fitted to a family, and is kept beside its levels: a calibration, learned coefficients, memorised plans.
+
+    family/calibration.json         what was measured of the levels
+    family/coefficients.json        learned coefficients
+    family/plans/best.json          memorised plans
+
+A file that is damaged is no error until it is asked for: the family can still be sampled without it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from mlem.files import read_object, write_json
+from mlem.level import check_name
+from mlem.multilevel import calibration as calibrations
+from mlem.multilevel import coefficients as learned
+from mlem.multilevel.calibration import Calibration
+from mlem.multilevel.coefficients import Coefficients
+from mlem.multilevel.plan import Plan
+
+__all__ = ["Fitted"]
+
+_T = TypeVar("_T")
+_CALIBRATION, _COEFFICIENTS, _PLANS = "calibration", "coefficients", "plans"
+_MEMORISE = "python -m mlem.multilevel memorise FAMILY"
+
+
+class _Family(Protocol):
+    """What is known of the family that asks."""
+
+    @property
+    def data(self) -> str: ...
+    @property
+    def weights_hash(self) -> str: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Fitted:
+    """What was fitted to a family; `calibration_for` and its like refuse what was fitted to other weights.
+
+    Args:
+        calibration: None where there is none.
+        coefficients: None where there are none.
+        plans: by name.
+        damaged: "calibration", "coefficients" or "plans/NAME" -> what is wrong with the file, in one line.
+    """
+
+    calibration: Calibration | None = None
+    coefficients: Coefficients | None = None
+    plans: Mapping[str, Plan] = field(default_factory=dict[str, Plan])
+    damaged: Mapping[str, str] = field(default_factory=dict[str, str])
+
+    def has(self, name: str) -> bool:
+        """Whether there is a "calibration", or "coefficients", damaged or not."""
+        return {_CALIBRATION: self.calibration, _COEFFICIENTS: self.coefficients}[name] is not None or (
+            name in self.damaged
+        )
+
+    def calibration_for(self, family: _Family) -> Calibration:
+        """The calibration. Raises ValueError with the remedy when there is none, or one of other weights."""
+        found = self.calibration
+        if found is None:
+            self._refuse_damaged(_CALIBRATION)
+            raise ValueError(f"this family of {family.data} is not calibrated: {calibrations.COMMAND}")
+        if found.about.get("weights") != family.weights_hash:
+            raise ValueError(f"the calibration is of other weights: {calibrations.COMMAND}")
+        return found
+
+    def coefficients_for(self, family: _Family) -> Coefficients:
+        """The coefficients. Raises ValueError with the remedy when there are none, or some of other weights."""
+        found = self.coefficients
+        if found is None:
+            self._refuse_damaged(_COEFFICIENTS)
+            raise ValueError(
+                f"this family of {family.data} has no learned coefficients: {learned.COMMAND}, "
+                "or take probabilities=calibrated"
+            )
+        if found.about.get("weights") not in (None, family.weights_hash):
+            raise ValueError(f"the coefficients are of other weights; fit them again: {learned.COMMAND}")
+        return found
+
+    def plan_for(self, family: _Family, name: str) -> Plan:
+        """The plan of this name. Raises ValueError with the names there are, or when it is of other weights."""
+        plan = self.plans.get(name)
+        if plan is None:
+            self._refuse_damaged(f"{_PLANS}/{name}")
+            kept = f"there are {', '.join(self.plans)}" if self.plans else "there are none"
+            raise ValueError(f"plan={name}: {kept}; memorise one with: {_MEMORISE}")
+        if plan.about.get("weights") not in (None, family.weights_hash):
+            raise ValueError(f"plan={name} was memorised for other weights: {_MEMORISE}")
+        return plan
+
+    def with_plan(self, name: str, plan: Plan) -> Fitted:
+        """This and a plan of this name."""
+        return replace(self, plans={**self.plans, name: plan})
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write the files of what there is; files of what there is not stay as they are.
+
+        Raises:
+            ValueError: the name of a plan cannot be a file's; nothing is written.
+        """
+        for name in self.plans:
+            check_name("name of a plan", name)
+        folder = Path(folder)
+        if self.calibration is not None:
+            write_json(folder / f"{_CALIBRATION}.json", self.calibration.to_dict())
+        if self.coefficients is not None:
+            write_json(folder / f"{_COEFFICIENTS}.json", self.coefficients.to_dict())
+        for name, plan in self.plans.items():
+            plan.save(folder / _PLANS / f"{name}.json")
+
+    @staticmethod
+    def load(folder: str | os.PathLike[str]) -> Fitted:
+        """Read what there is. What is wrong with a file is kept, and said when that is asked for."""
+        folder, damaged = Path(folder), dict[str, str]()
+
+        def read(name: str, parse: Callable[[dict[str, Any], str], _T]) -> _T | None:
+            path = folder / f"{name}.json"
+            if not path.is_file():
+                return None
+            try:
+                return parse(read_object(path), str(path))
+            except ValueError as error:
+                damaged[name] = str(error)
+                return None
+
+        calibration = read(_CALIBRATION, Calibration.from_dict)
+        coefficients = read(_COEFFICIENTS, Coefficients.from_dict)
+        names = [path.stem for path in sorted((folder / _PLANS).glob("*.json"))]
+        plans = {name: plan for name in names if (plan := read(f"{_PLANS}/{name}", Plan.from_dict)) is not None}
+        return Fitted(calibration, coefficients, plans, damaged)
+
+    def _refuse_damaged(self, name: str) -> None:
+        if name in self.damaged:
+            raise ValueError(self.damaged[name])
