@@ -21,6 +21,7 @@ from mlem.cli.options import OPEN, check, plan_defaults, rows
 from mlem.cli.paths import folders, run_folder, training_command
 from mlem.cli.ranks import new_fabric, world_size_of
 from mlem.cli.values import parse_indices
+from mlem.data import DATASETS
 from mlem.denoiser import MixtureDenoiser
 from mlem.sampling import Sampler, solver_of
 from mlem.schedule import NoiseSchedule
@@ -138,7 +139,7 @@ MISTAKES = {
         ("model=unet_xz", "model=unet_xz: there is no such model; did you mean unet_xs?"),
         ("training.stpes=3", "training.stpes: there is no such option; did you mean training.steps?"),
         ("evaluation.reference_step=3", "did you mean evaluation.reference_steps?"),
-        ("data=null", "data=null: there is no such data; there are: celeba, cifar10, dead_leaves, digits, folder"),
+        ("data=null", f"data=null: there is no such data; there are: {', '.join(DATASETS)}"),
         ("experiment=error_vs_time", "is one of sample.py: python sample.py experiment=error_vs_time"),
         ("experiment=dmo", "experiment=dmo: there is no such experiment; did you mean demo?"),
         ("eval=benchmark", "eval=benchmark: train.py has no eval=, it is of sample.py; leave it out"),

@@ -21,6 +21,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from mlem.data import (
+    DATASETS,
     Shards,
     ensure,
     make_source,
@@ -224,7 +225,7 @@ def test_wrong_source_is_refused(tmp_path, images, message):
     ("arguments", "message"),
     [
         (["digitz", "--out", "x"], "unknown data set 'digitz'; did you mean 'digits'?"),
-        (["zzz"], "unknown data set 'zzz'; choose from: celeba, cifar10, dead_leaves, digits, folder"),
+        (["zzz"], f"unknown data set 'zzz'; choose from: {', '.join(DATASETS)}\n"),
         ([], "required: dataset"),
         (["digits"], "required: --out"),
         (["digits", "--out", "pipe:touch x"], "folder 'pipe:touch x' is an address"),

@@ -221,5 +221,5 @@ def test_solvers_are_found_by_name() -> None:
     assert all(solver.name == name for name, solver in SOLVERS.items())
     given = make_solver("heun")
     assert make_solver(given) is given
-    with pytest.raises(ValueError, match=r"^solver must be one of ddim, .*, got 'huen'; did you mean heun\?$"):
+    with pytest.raises(ValueError, match=r"^solver must be one of .*ddim, ddpm, .*, got 'huen'; did you mean heun\?$"):
         make_solver("huen")

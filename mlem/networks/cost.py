@@ -49,7 +49,14 @@ def flops(network: nn.Module, shape: Sequence[int]) -> int:
 
 
 def seconds_per_image(network: nn.Module, shape: Sequence[int], batch_size: int, repeats: int = 5) -> float:
-    """Median time to evaluate a batch, over its size, on the network's device; the first call does not count."""
+    """Median time to evaluate a batch, over its size, on the network's device; the first call does not count.
+
+    Args:
+        network: in the mode in which it is to be timed.
+        shape: of one sample, (C, H, W) for images.
+        batch_size: samples in a call.
+        repeats: number of calls that count.
+    """
     device, dtype = _placed(network)
     x = torch.zeros(batch_size, *shape, device=device, dtype=dtype)
     if x.dim() == 4:

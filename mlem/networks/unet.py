@@ -18,12 +18,19 @@ SIZES: dict[str, int] = {"xs": 8, "s": 16, "m": 32, "l": 64, "xl": 128}
 
 
 def unet(size: str, shape: Sequence[int], dropout: float = 0.0) -> UNet2DModel:
-    """A UNet of the given size for images of `shape` (C, H, W); H and W even, at least 4.
+    """Build a UNet with fresh weights.
 
     Full resolution has SIZES[size] channels, and each of the one or two halvings that the image allows (no
     lower than 4 pixels) twice as many. Convolutions only: forward-mode differentiation passes through, as long as
     the weights and the images are not in channels_last (torch's group norm cannot do both).
-    Raises ValueError for an unknown size or an image that cannot be halved.
+
+    Args:
+        size: a key of SIZES.
+        shape: (C, H, W) of an image; H and W even, at least 4.
+        dropout: share of the values that are set to 0 in training, in [0, 1).
+
+    Raises:
+        ValueError: the size is not known, the image cannot be halved, or dropout is out of range.
     """
     if size not in SIZES:
         raise ValueError(f"network size must be one of {', '.join(SIZES)}, got {size!r}")
