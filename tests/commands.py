@@ -9,6 +9,8 @@ import json
 import os
 import re
 import subprocess
+import tempfile
+import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -103,14 +105,27 @@ def finish(process: Forked) -> subprocess.CompletedProcess[str]:
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
+def execute_code(code: str, *arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """`python -c code arguments`, to its end."""
+    with tempfile.TemporaryDirectory() as folder:
+        script = Path(folder) / "code.py"
+        script.write_text(textwrap.dedent(code))
+        return finish(Forked([str(script), *arguments], cwd or Path(folder), environment()))
+
+
 def start_ranks(script: str, *options: str, cwd: Path, **extra: str) -> list[Forked]:
     """The command on two gloo ranks, running, as torchrun starts it on one machine: without Lightning's launcher."""
+    return [start(script, *options, *RANKS, cwd=cwd, **one, **extra) for one in rank_variables()]
+
+
+def rank_variables() -> list[dict[str, str]]:
+    """What torchrun adds to the environment of each of two ranks."""
     # where they meet: kept open here as torchrun does it, so that nobody else can take the port
     STORES.append(store := TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False))
     about = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "GROUP_RANK": 0, "TORCHELASTIC_RUN_ID": "test"}
     about |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port, "TORCHELASTIC_USE_AGENT_STORE": True}
-    common = {name: str(value) for name, value in about.items()} | extra
-    return [start(script, *options, *RANKS, cwd=cwd, **common, RANK=rank, LOCAL_RANK=rank) for rank in ("0", "1")]
+    each = [about | {"RANK": rank, "LOCAL_RANK": rank} for rank in (0, 1)]
+    return [{name: str(value) for name, value in one.items()} for one in each]
 
 
 def succeed_ranks(script: str, *options: str, cwd: Path, **extra: str) -> str:

@@ -6,7 +6,6 @@ import os
 import pickle
 import resource
 import shutil
-import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +17,7 @@ from mlem.cli.resume import check_resume, resume_point
 from mlem.files import read_json, sha256, write_text
 from mlem.training.checkpoint_files import AtomicCheckpointIO, check, saved, steps_of
 from mlem.training.checkpoints import Checkpoints
-from tests.commands import PLAIN, execute, run_here, run_in, start, succeed, wait_until
+from tests.commands import PLAIN, execute, execute_code, run_here, run_in, start, succeed, wait_until
 
 RUN = Path("runs/digits/unet_xs")
 OPTIONS = (*PLAIN, "training.steps=20", "training.epoch_steps=10", "training.checkpoint_every=5")
@@ -92,13 +91,7 @@ def test_a_full_disk_keeps_the_old_checkpoint(tmp_path: Path) -> None:
         "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
         "AtomicCheckpointIO().save_checkpoint({'w': torch.zeros(100_000)}, sys.argv[1])\n"
     )
-    import sys
-
-    from tests.commands import environment
-
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(path)], env=environment(), capture_output=True, text=True, check=False
-    )
+    done = execute_code(code, str(path))
     assert done.returncode != 0
     assert path.read_bytes() == before
     assert check(path) == path

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +11,7 @@ from PIL import Image
 
 from mlem import Family
 from mlem.files import read_json
-from tests.commands import REPOSITORY, environment, metrics, succeed
+from tests.commands import REPOSITORY, execute_code, metrics, succeed
 
 SMALL = (
     "experiment=demo",
@@ -71,9 +69,7 @@ def test_readme_python_runs(demo: tuple[Path, str]) -> None:
     folder, _ = demo
     blocks = re.findall(r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL)
     assert len(blocks) == 1
-    done = subprocess.run(
-        [sys.executable, "-c", blocks[0]], cwd=folder, env=environment(), capture_output=True, text=True, check=False
-    )
+    done = execute_code(blocks[0], cwd=folder)
     assert done.returncode == 0, done.stderr
     assert re.search(r"^level m: \d+ calls an image, ", done.stdout, re.MULTILINE)
 

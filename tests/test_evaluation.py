@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +25,7 @@ from mlem.schedule import NoiseSchedule
 from mlem.training.averaging import averaged_state, make_average
 from mlem.training.denoising import DenoisingModule, FamilyModule
 from mlem.training.evaluation import SamplerEvaluation
-from tests.commands import REPOSITORY, environment
+from tests.commands import REPOSITORY, finish, rank_variables, start
 from tests.evaluating import CHOICES, COUNT, make, trainer
 
 pytestmark = [
@@ -53,19 +51,18 @@ def shards(trained: Path) -> Shards:
     return Shards.open(trained / "data/digits")
 
 
-def run_ranks(trained: Path, out: Path, ranks: int) -> Path:
-    arguments = [str(trained / "data/digits"), str(trained / "runs/tiny/family"), str(out), str(ranks)]
-    command = [sys.executable, "-m", "tests.evaluating", *arguments]
-    done = subprocess.run(
-        command, cwd=REPOSITORY, env=environment(WANDB_SILENT="true"), capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+def run_two_ranks(trained: Path, out: Path) -> Path:
+    arguments = [str(trained / "data/digits"), str(trained / "runs/tiny/family"), str(out), "2"]
+    variables = [one | {"WANDB_SILENT": "true"} for one in rank_variables()]
+    ranks = [start("tests/evaluating", *arguments, cwd=REPOSITORY, **one) for one in variables]
+    for done in map(finish, ranks):
+        assert done.returncode == 0, done.stderr
     return out
 
 
 @pytest.fixture(scope="module")
 def two_ranks(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return run_ranks(trained, tmp_path_factory.mktemp("ranks") / "2", 2)
+    return run_two_ranks(trained, tmp_path_factory.mktemp("ranks") / "2")
 
 
 @pytest.fixture(scope="module")

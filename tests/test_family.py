@@ -7,9 +7,6 @@ import json
 import os
 import pickle
 import shutil
-import subprocess
-import sys
-import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,7 +23,7 @@ from mlem.files import sha256
 from mlem.level import WEIGHTS, Level
 from mlem.schedule import NoiseSchedule
 from mlem.weights import read_weights
-from tests.commands import environment
+from tests.commands import execute_code
 from tests.problems import level
 
 
@@ -403,8 +400,7 @@ def test_a_save_beyond_the_file_size_limit_keeps_the_old_file(folder: Path) -> N
     new.save({str(folder)!r})
     """
     files = {path.name: path.read_bytes() for path in folder.iterdir()}
-    command = [sys.executable, "-c", textwrap.dedent(code)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment(), check=False)
+    done = execute_code(code)
     assert done.returncode == 1
     assert "OSError: [Errno 27] File too large" in done.stderr
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == files

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from mlem.training.loggers import JSONLinesLogger, wandb_logger
-from tests.commands import TINY, environment, execute, succeed
+from tests.commands import TINY, environment, execute, execute_code, succeed
 
 OPTIONS = {"project": "mlem", "name": "test", "group": "tests"}
 
@@ -184,8 +184,7 @@ for step in range(2, 5):
     logger.log_metrics({"a": step}, step)
 print("went on")
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=environment(), capture_output=True, text=True, check=True
-    )
+    done = execute_code(code, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
     assert done.stdout == "went on\n"
     assert done.stderr.count("W&B is off, it was lost (") == 1

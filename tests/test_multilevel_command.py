@@ -89,6 +89,7 @@ def test_a_calibrated_family_is_not_calibrated_again(
     """But it is where the calibration is of other weights."""
     folder, asked = Path(shutil.copytree(made[0], tmp_path / "copy")), []
     monkeypatch.setattr(sys.modules["mlem.cli.train"], "calibrate_folder", lambda *_, **how: asked.append(how))
+    monkeypatch.setattr(sys.modules["mlem.cli.train"], "evaluate_family", lambda *_: None)  # for speed
     path = folder / FAMILY / "calibration.json"
     before = path.read_bytes()
     assert "calibrating" not in run_in(folder, lambda: run_here("train", *TRAIN))
