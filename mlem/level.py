@@ -70,7 +70,7 @@ class Level:
         """The network as a denoiser."""
         return NetworkDenoiser(self.network, self.schedule, self.prediction)
 
-    def _common(self) -> dict[str, Any]:
+    def common(self) -> dict[str, Any]:
         """What all levels of a family must agree on."""
         return {
             "schedule": self.schedule.to_config(),
@@ -88,7 +88,7 @@ class Level:
             file.write(self.network.to_json_string().encode())  # type: ignore[operator]
         own = {"format": FORMAT, "name": self.name, "flops": self.flops, "parameters": self.parameters}
         checked = {"schedule_hash": self.schedule.fingerprint, "sha256": sha256(folder / WEIGHTS)}
-        write_json(folder / "mlem.json", own | self._common() | checked | {"measured": self.measured})
+        write_json(folder / "mlem.json", own | self.common() | checked | {"measured": self.measured})
 
     @staticmethod
     def load(folder: str | os.PathLike[str]) -> Level:
