@@ -44,17 +44,23 @@ class Family:
         self.levels = tuple(levels)
         self.fitted = fitted or Fitted()
         self._weights_hash: str | None = None
-        first = self.levels[0]
         for name in self.names:
             if self.names.count(name) > 1:
                 raise ValueError(f"two levels are called {name!r}; name each level once")
+        self._check_common()
+        self._check_costs()
+
+    def _check_common(self) -> None:
+        first = self.levels[0]
         for level in self.levels[1:]:
-            for key, value in level._common().items():
-                if value != first._common()[key]:
+            for key, value in level.common().items():
+                if value != first.common()[key]:
                     raise ValueError(
-                        f"levels {first.name} and {level.name} differ in {key}: {first._common()[key]} and {value}; "
+                        f"levels {first.name} and {level.name} differ in {key}: {first.common()[key]} and {value}; "
                         "train both with the same settings"
                     )
+
+    def _check_costs(self) -> None:
         for small, large in zip(self.levels, self.levels[1:], strict=False):
             if small.flops >= large.flops:
                 raise ValueError(
@@ -127,7 +133,7 @@ class Family:
             os.replace(new, folder / new.name)
         aside.rmdir()
         self.save_fitted(folder)
-        write_json(folder / "family.json", {"format": FORMAT, "levels": self.names, **self.levels[0]._common()})
+        write_json(folder / "family.json", {"format": FORMAT, "levels": self.names, **self.levels[0].common()})
 
     def save_fitted(self, folder: str | os.PathLike[str]) -> None:
         """Write what was fitted beside the levels; see `Fitted.save`."""

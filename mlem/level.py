@@ -100,7 +100,7 @@ class Level:
         kind = type(self.network).__name__
         return f"Level({self.name!r}, {kind}, shape={self.shape}, prediction={self.prediction!r}, data={self.data!r})"
 
-    def _common(self) -> dict[str, Any]:
+    def common(self) -> dict[str, Any]:
         """What all levels of a family must agree on."""
         return {
             "schedule": self.schedule.to_config(),
@@ -116,7 +116,7 @@ class Level:
         write_weights(folder / WEIGHTS, self.network.state_dict())
         write_json(folder / "config.json", networks.config_of(self.network))
         checked = {"schedule_hash": self.schedule.fingerprint, "sha256": sha256(folder / WEIGHTS)}
-        write_json(folder / "mlem.json", own | self._common() | checked | {"measured": self.measured})
+        write_json(folder / "mlem.json", own | self.common() | checked | {"measured": self.measured})
 
     @staticmethod
     def load(folder: str | os.PathLike[str], network: nn.Module | None = None) -> Level:

@@ -68,8 +68,8 @@ def test_save_and_load_are_exact(tmp_path: Path) -> None:
     assert again.schedule.fingerprint == schedule.fingerprint
     for old, new in zip(family.levels, again.levels, strict=True):
         assert_same_weights(old.network, new.network)
-        assert (old._common(), old.measured, old.flops, old.parameters) == (
-            new._common(),
+        assert (old.common(), old.measured, old.flops, old.parameters) == (
+            new.common(),
             new.measured,
             new.flops,
             new.parameters,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -24,9 +24,10 @@ _REMEDY = f"calibrate again: {COMMAND}"
 class LinearResponse:
     """How corrections count, for the ODE or the SDE; T times, C corrections (`f^2 - f^1` first).
 
-    inner: (C, T, C, T), mean over images and pixels of `q_k(t) q_l(t')`, where `q = u / gain`. gain: (C, T), root mean
-    square of u over that of the correction in v. roughness: (C,), from 0 (smooth in time) to 1 (a Brownian path): what
-    the corrections do between two of the times.
+    Args:
+        inner: (C, T, C, T), mean over images and pixels of `q_k(t) q_l(t')`, where `q = u / gain`.
+        gain: (C, T), root mean square of u over that of the correction in v.
+        roughness: (C,), from 0 (smooth in time) to 1 (a Brownian path): what the corrections do between two times.
     """
 
     inner: Tensor
@@ -38,11 +39,17 @@ class LinearResponse:
 class Calibration:
     """What was measured of a family.
 
-    names, flops: of the levels. seconds: batch size -> seconds per image of each level. log_snr: (T,), rising.
-    differences: (T, K, K), E|f^j - f^k|^2 per pixel. image_differences: (K-1, B), of neighbours, the mean over times
-    and both trajectories of each starting noise. responses: "ode" and "sde". discretisation: "solver/grid" ->
-    {steps: mean squared error}. pilots: "sde/hindsight" and so on -> [predicted, measured] errors of plans.
-    about: number of images, seed, device, hash of the weights.
+    Args:
+        names: of the levels, cheapest first.
+        flops: of one evaluation of each level, per image.
+        seconds: batch size -> seconds per image of one evaluation of each level.
+        log_snr: (T,), rising.
+        differences: (T, K, K), E|f^j - f^k|^2 per pixel.
+        image_differences: (K-1, B), of neighbours, the mean over times and both trajectories of each starting noise.
+        responses: "ode" and "sde".
+        about: number of images, seed, device, hash of the weights; plain data.
+        discretisation: "solver/grid" -> {steps: mean squared error of the largest level}.
+        pilots: "sde/hindsight" and so on -> [predicted, measured] errors of plans.
     """
 
     names: tuple[str, ...]
@@ -53,13 +60,18 @@ class Calibration:
     image_differences: Tensor
     responses: dict[str, LinearResponse]
     about: dict[str, Any]
-    discretisation: dict[str, dict[int, float]] = field(default_factory=dict)
-    pilots: dict[str, list[list[float]]] = field(default_factory=dict)
+    discretisation: dict[str, dict[int, float]] = field(default_factory=dict[str, dict[int, float]])
+    pilots: dict[str, list[list[float]]] = field(default_factory=dict[str, list[list[float]]])
 
     def costs(self, unit: str = "seconds", batch_size: int = 64) -> Tensor:
-        """Cost of one evaluation of each level, the largest being 1: (K,). unit: "seconds" or "flops".
+        """Cost of one evaluation of each level, the largest being 1: (K,).
 
-        Seconds are those at the measured batch size nearest to `batch_size`.
+        Args:
+            unit: "seconds" or "flops".
+            batch_size: seconds are those at the measured batch size nearest to it.
+
+        Raises:
+            ValueError: the unit is unknown.
         """
         if unit not in UNITS:
             raise ValueError(f"cost must be {' or '.join(UNITS)}, got {unit!r}")
@@ -124,10 +136,11 @@ class Calibration:
 
 
 def _plain(value: Any) -> Any:
+    """Tensors and tuples as lists, keys as strings."""
     if isinstance(value, Tensor):
-        return value.tolist()
+        value = cast("list[Any]", value.tolist())
     if isinstance(value, dict):
-        return {str(key): _plain(inner) for key, inner in value.items()}
+        return {str(key): _plain(inner) for key, inner in cast("dict[Any, Any]", value).items()}
     if isinstance(value, tuple):
-        return list(value)
+        return list(cast("tuple[Any, ...]", value))
     return value

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -34,16 +34,22 @@ def feature(schedule: NoiseSchedule, times: Sequence[float] | Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Coefficients:
-    """alpha, beta: (K,), one pair for each level; the first level usually has p = 1 (`beta = CERTAIN`).
+    """The coefficients of each level; the first level usually has p = 1 (`beta = CERTAIN`).
 
-    levels: their names; empty means all of a family's. about: for which solver, steps and grid they were fitted, from
-    which log-SNR to which, and what it brought; plain data.
+    Args:
+        alpha, beta: (K,), finite.
+        levels: their names; empty means all of a family's.
+        about: for which solver, steps and grid they were fitted, from which log-SNR to which, and what it brought;
+            plain data.
+
+    Raises:
+        ValueError: alpha and beta differ in shape or are not finite.
     """
 
     alpha: Tensor
     beta: Tensor
     levels: tuple[str, ...] = ()
-    about: dict[str, Any] = field(default_factory=dict)
+    about: dict[str, Any] = field(default_factory=dict[str, Any])
 
     def __post_init__(self) -> None:
         for name in ("alpha", "beta"):
@@ -64,7 +70,7 @@ class Coefficients:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
-        plain = {"alpha": self.alpha.tolist(), "beta": self.beta.tolist()}
+        plain: dict[str, Any] = {"alpha": self.alpha.tolist(), "beta": self.beta.tolist()}
         return plain | {"levels": list(self.levels), "about": self.about}
 
     @staticmethod
@@ -80,6 +86,6 @@ class Coefficients:
         u = feature(schedule, times)
         design = torch.stack([u, torch.ones_like(u)], 1)
         logits = torch.logit(probabilities.double().clamp(1e-6, 1 - 1e-3))
-        alpha, beta = torch.linalg.lstsq(design, logits).solution
+        alpha, beta = cast(Tensor, torch.linalg.lstsq(design, logits).solution)
         certain = (probabilities >= 1).all(0)
         return torch.where(certain, 0.0, alpha), torch.where(certain, CERTAIN, beta)

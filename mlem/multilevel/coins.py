@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -180,7 +180,7 @@ def check_probabilities(probabilities: Tensor) -> Tensor:
         raise ValueError(f"probabilities must be a table (evaluations, levels), got shape {tuple(p.shape)}")
     bad = ~((p > 0) & (p <= 1))
     if bool(bad.any()):
-        row, level = bad.nonzero()[0].tolist()
+        row, level = cast("list[int]", bad.nonzero()[0].tolist())
         raise ValueError(
             f"probabilities must be in (0, 1], got p = {p[row, level]:g} at evaluation {row}, level {level + 1} "
             f"of {p.shape[1]}; leave a level that should never run out of levels="

@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -243,9 +243,9 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
-        counts = None if self.counts is None else self.counts.tolist()
-        plain = {name: getattr(self, name) for name in _OPTIONS}
-        tables = {"probabilities": self.probabilities.tolist(), "counts": counts}
+        counts = None if self.counts is None else cast("list[list[int]]", self.counts.tolist())
+        plain: dict[str, Any] = {name: getattr(self, name) for name in _OPTIONS}
+        tables: dict[str, Any] = {"probabilities": self.probabilities.tolist(), "counts": counts}
         return {"format": FORMAT, "levels": list(self.levels)} | plain | tables
 
     @staticmethod

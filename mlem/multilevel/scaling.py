@@ -24,10 +24,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
+
+__all__ = ["CONFIDENCE", "ScalingFit", "fit_differences", "fit_errors"]
+
+_Array = NDArray[np.float64]
 
 CONFIDENCE = 0.95
 """The coverage of all intervals: percentiles of the bootstrap."""
@@ -37,16 +41,19 @@ CONFIDENCE = 0.95
 class ScalingFit:
     """A fitted law `value = floor + e^log_scale cost^slope`, mean squared values.
 
-    costs, values: (K,) what was fitted, in the units given. floor: 0 for level differences. replicates: (R, 3) the
-    floor, log_scale and slope of each bootstrap sample.
+    Args:
+        costs, values: (K,), what was fitted, in the units given.
+        floor: 0 for level differences.
+        log_scale, slope: of the straight line in the logarithms, the floor subtracted.
+        replicates: (R, 3), the floor, log_scale and slope of each bootstrap sample.
     """
 
-    costs: np.ndarray
-    values: np.ndarray
+    costs: _Array
+    values: _Array
     floor: float
     log_scale: float
     slope: float
-    replicates: np.ndarray
+    replicates: _Array
 
     @property
     def gamma(self) -> float:
@@ -84,7 +91,7 @@ class ScalingFit:
 
     def curve(self) -> dict[str, Any]:
         """What `mlem.plots.scaling_law` draws: plain numbers and arrays, the floor subtracted."""
-        cost = np.geomspace(self.costs.min(), self.costs.max(), 50)
+        cost = cast(_Array, np.geomspace(self.costs.min(), self.costs.max(), 50))
         _, log_scale, slope = self.replicates.T[:, :, None]
         low, high = np.quantile(log_scale + slope * np.log(cost), _tails(), axis=0)
         return {
@@ -102,9 +109,17 @@ class ScalingFit:
 def fit_errors(errors: ArrayLike, costs: ArrayLike, replicates: int = 1000, seed: int = 0) -> ScalingFit:
     """Floor and gamma jointly, `error_k = floor + A cost_k^(-2/gamma)`, by least squares of the log of the excess.
 
-    errors: (K, N) mean squared denoising error of each level on each image, above 0; all levels on the same images and
-    the same noise, since images are resampled for all levels together. costs: (K,) above 0, all different, in any unit.
-    floor is in [0, lowest mean error). Raises ValueError for other input, and for fewer than 3 levels.
+    Args:
+        errors: (K, N), mean squared denoising error of each level on each image, > 0; all levels on the same images
+            and the same noise, since images are resampled for all levels together.
+        costs: (K,), > 0, all different, in any unit.
+        replicates: number of bootstrap samples, >= 100.
+        seed: of the bootstrap.
+
+    Returns: the fit, with a floor in [0, lowest mean error).
+
+    Raises:
+        ValueError: other input, or fewer than 3 levels.
     """
     table, cost = _check(errors, costs, "errors")
     if len(table) < 3:
@@ -116,10 +131,15 @@ def fit_errors(errors: ArrayLike, costs: ArrayLike, replicates: int = 1000, seed
 def fit_differences(differences: ArrayLike, costs: ArrayLike, replicates: int = 1000, seed: int = 0) -> ScalingFit:
     """gamma from `E|f^k - f^(k-1)|^2 = A cost_k^(-2/gamma)`, k = 2 .. K: the slope of the logs, no floor.
 
-    differences: (K-1, N) mean squared difference of levels k and k-1 on each image, above 0, resampled by image. costs:
-    (K,) of all levels, above 0, all different; the cost of the upper level of each pair is used (which of the two makes
-    no difference to gamma when the costs are in constant ratio). Raises ValueError for other input, and for fewer than
-    3 levels.
+    Args:
+        differences: (K-1, N), mean squared difference of levels k and k-1 on each image, > 0, resampled by image.
+        costs: (K,), of all levels, > 0, all different; that of the upper level of each pair is used (which of the two
+            makes no difference to gamma when the costs are in constant ratio).
+        replicates: number of bootstrap samples, >= 100.
+        seed: of the bootstrap.
+
+    Raises:
+        ValueError: other input, or fewer than 3 levels.
     """
     cost = np.asarray(costs, dtype=float)
     if cost.ndim != 1 or len(cost) < 3:
@@ -130,7 +150,7 @@ def fit_differences(differences: ArrayLike, costs: ArrayLike, replicates: int = 
     return _result(cost, means, np.stack([np.zeros(len(means)), *lines], 1))
 
 
-def _check(table: ArrayLike, costs: ArrayLike, name: str) -> tuple[np.ndarray, np.ndarray]:
+def _check(table: ArrayLike, costs: ArrayLike, name: str) -> tuple[_Array, _Array]:
     values, cost = np.asarray(table, dtype=float), np.asarray(costs, dtype=float)
     if values.ndim != 2 or values.shape[1] < 2 or cost.shape != values.shape[:1]:
         shapes = f"{name} {values.shape}, costs {cost.shape}"
@@ -144,19 +164,20 @@ def _check(table: ArrayLike, costs: ArrayLike, name: str) -> tuple[np.ndarray, n
     return values, cost
 
 
-def _resampled(table: np.ndarray, replicates: int, seed: int) -> np.ndarray:
+def _resampled(table: _Array, replicates: int, seed: int) -> _Array:
     """The means over all images, then over those of each bootstrap sample: (1 + replicates, K)."""
     if replicates < 100:
         raise ValueError(f"replicates must be >= 100 for an interval, got {replicates}")
     generator, images = np.random.default_rng(seed), table.shape[1]
-    rows = [table.mean(1)]
+    rows: list[_Array] = [table.mean(1)]
     for _ in range(replicates):
-        counts = np.bincount(generator.integers(images, size=images), minlength=images)
+        drawn = cast("NDArray[np.int64]", generator.integers(images, size=images))
+        counts = np.bincount(drawn, minlength=images)
         rows.append(table @ counts / images)
     return np.stack(rows)
 
 
-def _lines(y: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _lines(y: _Array, x: _Array) -> tuple[_Array, _Array, _Array]:
     """Least squares lines through y (.., K) at x (K,): intercepts, slopes and sums of squared residuals, each (..)."""
     centred = x - x.mean()
     slope = y @ centred / (centred @ centred)
@@ -165,7 +186,7 @@ def _lines(y: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.nda
     return intercept, slope, (residual**2).sum(-1)
 
 
-def _fit_with_floor(means: np.ndarray, log_cost: np.ndarray) -> np.ndarray:
+def _fit_with_floor(means: _Array, log_cost: _Array) -> _Array:
     """Floor, log scale and slope for each row of means (R, K): (R, 3).
 
     At a given floor the rest is a straight line, so one number is searched: the excess of the lowest mean over the
@@ -185,7 +206,7 @@ def _fit_with_floor(means: np.ndarray, log_cost: np.ndarray) -> np.ndarray:
     return np.stack([floor, intercept, slope], 1)
 
 
-def _result(cost: np.ndarray, means: np.ndarray, fits: np.ndarray) -> ScalingFit:
+def _result(cost: _Array, means: _Array, fits: _Array) -> ScalingFit:
     floor, log_scale, slope = fits[0].tolist()
     return ScalingFit(cost, means[0], floor, log_scale, slope, fits[1:])
 
@@ -194,7 +215,7 @@ def _tails() -> tuple[float, float]:
     return (1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2
 
 
-def _interval(values: np.ndarray) -> tuple[float, float]:
+def _interval(values: _Array) -> tuple[float, float]:
     low, high = np.quantile(values, _tails()).tolist()
     return low, high
 

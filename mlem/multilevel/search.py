@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -69,7 +70,7 @@ class _Search:
         stacked = torch.stack(tables)
         found: list[tuple[float, int, float | None]] = []
         for length in CORRELATION_LENGTHS:
-            energies: list[float] = self._energies(stacked, length).tolist()
+            energies = cast("list[float]", self._energies(stacked, length).tolist())
             found += [(energy, i, length) for i, energy in enumerate(energies)]
         best = sorted(found, key=lambda one: one[0])[:REFINED]
         refined = [(*self._refine(tables[i], length, budget), length) for _, i, length in best]
@@ -139,21 +140,28 @@ class _Search:
         energy = self._energies(measured[None], length).item()
         for _ in range(4):
             before = energy
-            for row in measured[:, 1:].any(1).nonzero().flatten().tolist()[1:]:
-                shifts = [row + shift for shift in (-4, -2, -1, 1, 2, 4) if 0 < row + shift < self._rows]
-                places = torch.tensor([place for place in shifts if not measured[place, 1:].any()], dtype=torch.int64)
-                if not len(places):
-                    continue
-                tables = measured.repeat(len(places), 1, 1)
-                tables[torch.arange(len(places)), places, 1:] = measured[row, 1:]
-                tables[:, row, 1:] = False
-                energies = self._energies(tables, length).tolist()
-                for place in sorted(range(len(energies)), key=energies.__getitem__):
-                    if energies[place] >= energy:
-                        break
-                    if self._fits(tables[place], budget):
-                        measured, energy = tables[place], energies[place]
-                        break
+            rows = cast("list[int]", measured[:, 1:].any(1).nonzero().flatten().tolist())
+            for row in rows[1:]:
+                measured, energy = self._moved(measured, energy, row, length, budget)
             if energy > 0.99 * before:
                 break
+        return measured, energy
+
+    def _moved(
+        self, measured: Tensor, energy: float, row: int, length: float | None, budget: float
+    ) -> tuple[Tensor, float]:
+        """The table and its error after the best move of this row's measurements, or the same where none helps."""
+        near = [row + shift for shift in (-4, -2, -1, 1, 2, 4) if 0 < row + shift < self._rows]
+        places = torch.tensor([place for place in near if not measured[place, 1:].any()], dtype=torch.int64)
+        if not len(places):
+            return measured, energy
+        tables = measured.repeat(len(places), 1, 1)
+        tables[torch.arange(len(places)), places, 1:] = measured[row, 1:]
+        tables[:, row, 1:] = False
+        energies = cast("list[float]", self._energies(tables, length).tolist())
+        for place in sorted(range(len(energies)), key=energies.__getitem__):
+            if energies[place] >= energy:
+                break
+            if self._fits(tables[place], budget):
+                return tables[place], energies[place]
         return measured, energy

@@ -16,14 +16,25 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+__all__ = ["Theory"]
+
 
 @dataclass(frozen=True)
 class Theory:
     """The choice of [J, Thm 1] for an error of order eps against Euler-Maruyama with f itself, step by step.
 
-    gamma: exponent of the cost, > 0. c: scale of the cost, > 0. L: Lipschitz constant of f, > 0. T: length of the run,
-    > 0. eps: root-mean-square error wanted at the end, > 0. Raises ValueError for other numbers and where
-    e^(2 L T) / eps^2 overflows; warns when gamma <= 2.
+    Args:
+        gamma: exponent of the cost, > 0.
+        c: scale of the cost, > 0.
+        L: Lipschitz constant of f, > 0.
+        T: length of the run, > 0.
+        eps: root-mean-square error wanted at the end, > 0.
+
+    Raises:
+        ValueError: a number is out of range, or e^(2 L T) / eps^2 overflows.
+
+    Warns:
+        UserWarning: gamma <= 2.
 
     **What is implemented, and why.** Let r_n be the root-mean-square distance, after n steps, between the run with
     `F = sum_k B_k/p_k (f^k - f^(k-1))` and the run with f, same noise. Coins are independent from step to step, F has
