@@ -10,6 +10,7 @@ from mlem.cli.choices import CONFIGS, choices, default_choices, first_comment, g
 from mlem.cli.options import Row, defaults, rows
 from mlem.cli.values import written
 from mlem.invocation import command as typed
+from mlem.invocation import in_words_of_the_user
 
 __all__ = ["usage"]
 
@@ -35,7 +36,7 @@ def usage(command: str) -> str:
     chosen = [row for row in known.values() if row.default is MISSING or row.name.partition(".")[0] not in own]
     lines += [_line(row.name, row.words) for row in chosen if row.words]
     lines += ["", "-m, --multirun  a sweep, one job for each value between commas: -m seed=0,1 'root=runs/seed${seed}'"]
-    return "\n".join(lines)
+    return in_words_of_the_user("\n".join(lines))
 
 
 def _plan_heading(row: Row | None, before: list[str]) -> list[str]:

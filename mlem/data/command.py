@@ -1,4 +1,4 @@
-"""The command line of `mlem.data`: `python -m mlem.data digits --out data/digits`"""
+"""The command `mlem.data`: prepare a data set, as in `python -m mlem.data digits --out data/digits`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from mlem.data.datasets import DATASETS
 from mlem.data.options import Option, check_known, description_of, options_of
 from mlem.data.preparing import SHARD_SIZE, prepare
 from mlem.data.shards.manifest import MANIFEST, Manifest, plain_folder
+from mlem.invocation import command as typed
+from mlem.invocation import in_words_of_the_user
 
 __all__ = ["main"]
 
@@ -32,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         out = options.pop("out")
         _run(options.pop("dataset"), out, options)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {in_words_of_the_user(str(error))}", file=sys.stderr)
         return 2
     except OSError as error:  # a full disk gives no file name of its own
         print(f"error: {out}: {error}; make room or repair, then run the same command again", file=sys.stderr)
@@ -58,7 +60,7 @@ def _run(name: str, out: str, options: dict[str, Any]) -> None:
 
 
 def _parser() -> _Parser:
-    parser = _Parser(prog="python -m mlem.data", description="Prepare a data set as WebDataset shards with a manifest.")
+    parser = _Parser(prog=typed("data"), description="Prepare a data set as WebDataset shards with a manifest.")
     commands = parser.add_subparsers(dest="dataset", metavar="dataset", required=True)
     for name, dataset in DATASETS.items():
         text = description_of(dataset)
