@@ -6,6 +6,7 @@ that says why, so that one refusal does not hide the rest.
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -144,7 +145,11 @@ def _plans() -> dict[str, Callable[[], Plan]]:
     falling = torch.linspace(0.9, 0.2, 8, dtype=torch.float64)
     p = torch.stack([torch.ones_like(falling), falling, 0.5 * falling], 1)
     measured = torch.arange(8)[:, None] % torch.tensor([1, 2, 5]) == 0
-    found: dict[str, Callable[[], Plan]] = {"plan given, memory 3": lambda: Plan.given(measured, memory=3.0)}
+    # of a plan whose corrections fade: the option has had two names
+    fading: dict[str, Any] = {
+        name: 3.0 for name in inspect.signature(Plan.given).parameters if name in ("memory", "correlation_length")
+    }
+    found: dict[str, Callable[[], Plan]] = {"plan given, memory 3": lambda: Plan.given(measured, **fading)}
     for estimator in ("jump", "held", "hindsight"):
         for coins in COINS:
             found[f"plan {coins} {estimator}"] = lambda c=coins, e=estimator: Plan.draw(p, c, 3, estimator=e)
