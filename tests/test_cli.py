@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,14 +16,17 @@ import torch
 from omegaconf import OmegaConf
 
 from mlem.cli import main as cli
+from mlem.cli import options
 from mlem.cli.choices import CONFIGS
 from mlem.cli.compose import compose, plain, sweep, without_secrets
 from mlem.cli.options import OPEN, check, plan_defaults, rows
 from mlem.cli.paths import folders, run_folder, training_command
 from mlem.cli.ranks import new_fabric, world_size_of
+from mlem.cli.usage import usage
 from mlem.cli.values import parse_indices
 from mlem.data import DATASETS
 from mlem.denoiser import MixtureDenoiser
+from mlem.multilevel.spec import PlanSpec
 from mlem.sampling import Sampler, solver_of
 from mlem.schedule import NoiseSchedule
 from tests.commands import REPOSITORY, TINY, configure, environment, execute, job, run_here
@@ -76,6 +80,21 @@ def test_every_option_is_of_the_schema(name: str) -> None:
         if group in groups(name) and (group != "experiment" or sampling(choice) == (name == "sample")):
             config = plain(configure(name, f"{group}={choice}", *NEEDED.get((group, choice), [])))
             assert not {option for option in leaves(config) if not option.startswith(OPEN[1:])} - known
+
+
+def test_a_new_option_of_plans_is_written_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In PlanSpec: the command line and its help follow."""
+
+    @dataclass(frozen=True)
+    class Longer(PlanSpec):
+        tempo: int = field(default=3, metadata={"help": "how fast", "value": ">= 1", "choices": ()})
+
+    monkeypatch.setattr(options, "PlanSpec", Longer)
+    assert job("sample").shared["tempo"] == 3
+    assert job("sample", "tempo=5").shared["tempo"] == 5
+    assert re.search(r"^tempo: 3 +# how fast: >= 1$", usage("sample"), re.MULTILINE)
+    with pytest.raises(ValueError, match=r"did you mean tempo\?$"):
+        compose("sample", ["temop=5"])
 
 
 def leaves(node: dict[str, Any], prefix: str = "") -> Iterator[str]:

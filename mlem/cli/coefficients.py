@@ -40,18 +40,7 @@ def learn_coefficients(job: Train, options: Learning) -> None:
 
     options: those of the job's model.
     """
-    fit = Fit(
-        images=options.images,
-        batch_size=options.batch_size,
-        draws=options.draws,
-        updates=options.updates,
-        learning_rate=options.learning_rate,
-        tangents=options.tangents,
-        held_out=options.held_out,
-        reference_steps=job.evaluation.reference_steps,
-        weight=options.weight,
-        log_every=options.checkpoint_every,
-    )
+    fit = _fit(job, options)
     world_size = _ranks(job, options)
     build_callbacks(job.callbacks, job.allow)
     folder = Path(job.root) / "coefficients"
@@ -87,6 +76,21 @@ def learn_coefficients(job: Train, options: Learning) -> None:
             write_report(folder)
             if (folder.parent / "report.html").exists():
                 write_report(folder.parent)  # which shows what was learned beside what was trained
+
+
+def _fit(job: Train, options: Learning) -> Fit:
+    return Fit(
+        images=options.images,
+        batch_size=options.batch_size,
+        draws=options.draws,
+        updates=options.updates,
+        learning_rate=options.learning_rate,
+        tangents=options.tangents,
+        held_out=options.held_out,
+        reference_steps=job.evaluation.reference_steps,
+        weight=options.weight,
+        log_every=options.checkpoint_every,
+    )
 
 
 def _ranks(job: Train, options: Learning) -> int:

@@ -7,10 +7,10 @@ The options of plans are the fields of `PlanSpec`. Nothing here imports torch or
 
 from __future__ import annotations
 
-import copy
-from dataclasses import MISSING, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from mlem.cli.fields import group, option
 from mlem.cli.values import (
     BOOL,
     DEVICES,
@@ -30,33 +30,24 @@ from mlem.cli.values import (
     whole,
 )
 
+__all__ = [
+    "Benchmark",
+    "Calibration",
+    "Data",
+    "Learning",
+    "Metric",
+    "Network",
+    "Networks",
+    "Sample",
+    "Scaling",
+    "Train",
+    "Trainer",
+    "Training",
+]
+
 GRIDS = "uniform, log_snr, karras, ou_uniform, ou_halving, trailing, leading; null: the solver's own choice"
 PLAN_ONLY = ("benchmark", "scaling")
 """The `eval`s that make no samples, and refuse the options of samples."""
-
-
-def option(
-    kind: Kind, words: str = "", default: Any = MISSING, unused: tuple[str, ...] = (), name: str | None = None
-) -> Any:
-    """A field that is an option.
-
-    Args:
-        kind: what its value must be.
-        words: what it means.
-        default: none where the choices in `configs/` give it.
-        unused: the choices of `eval` that do nothing with it, and refuse it.
-        name: where the option is not named as the field is.
-    """
-    metadata = {"kind": kind, "help": words, "unused": unused, "name": name}
-    if isinstance(default, (list, dict)):
-        return field(default_factory=lambda: copy.deepcopy(default), metadata=metadata)
-    return field(metadata=metadata) if default is MISSING else field(default=default, metadata=metadata)
-
-
-def group(*classes: type, words: str = "", default: Any = MISSING) -> Any:
-    """A field that is a group of options, of one of these classes."""
-    metadata = {"classes": classes, "help": words}
-    return field(metadata=metadata) if default is MISSING else field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,9 +65,10 @@ class Data:
 class Network:
     """One level."""
 
+    several: ClassVar = False  # whether a family comes of it
     name: str = option(TEXT)
     size: str = option(TEXT)
-    prediction: str = option(one_of("v", "eps", "x0"), "what the network predicts: v, eps or x0")
+    prediction: str = option(one_of("v", "eps", "x0"), "what a network predicts: v, eps or x0")
     dropout: float = option(FRACTION, "share of activations that training drops")
 
     @property
@@ -84,30 +76,21 @@ class Network:
         """Of the levels to train."""
         return [self.size]
 
-    @property
-    def several(self) -> bool:
-        """Whether a family comes of it."""
-        return False
-
 
 @dataclass(frozen=True, kw_only=True)
 class Networks:
     """Several levels, trained in turn."""
 
+    several: ClassVar = True
     name: str = option(TEXT)
     levels: list[str] = option(SIZES)
-    prediction: str = option(one_of("v", "eps", "x0"), "what the networks predict: v, eps or x0")
+    prediction: str = option(one_of("v", "eps", "x0"), "what a network predicts: v, eps or x0")
     dropout: float = option(FRACTION, "share of activations that training drops")
 
     @property
     def sizes(self) -> list[str]:
         """Of the levels to train."""
         return self.levels
-
-    @property
-    def several(self) -> bool:
-        """Whether a family comes of it."""
-        return True
 
 
 @dataclass(frozen=True, kw_only=True)
