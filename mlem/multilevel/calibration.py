@@ -34,6 +34,9 @@ class LinearResponse:
     gain: Tensor
     roughness: Tensor
 
+    def __post_init__(self) -> None:
+        _in_float64(self, "inner", "gain", "roughness")
+
 
 @dataclass(frozen=True)
 class Calibration:
@@ -62,6 +65,9 @@ class Calibration:
     about: dict[str, Any]
     discretisation: dict[str, dict[int, float]] = field(default_factory=dict[str, dict[int, float]])
     pilots: dict[str, list[list[float]]] = field(default_factory=dict[str, list[list[float]]])
+
+    def __post_init__(self) -> None:
+        _in_float64(self, "log_snr", "differences", "image_differences")
 
     def costs(self, unit: str = "seconds", batch_size: int = 64) -> Tensor:
         """Cost of one evaluation of each level, the largest being 1: (K,).
@@ -133,6 +139,12 @@ class Calibration:
             raise ValueError(odd[0])
         if not self.seconds:
             raise ValueError("no seconds")
+
+
+def _in_float64(one: Calibration | LinearResponse, *names: str) -> None:
+    """What is measured in the dtype and layout of the networks is predicted from as if it were read from a file."""
+    for name in names:
+        object.__setattr__(one, name, torch.as_tensor(getattr(one, name), dtype=torch.float64).contiguous())
 
 
 def _plain(value: Any) -> Any:
