@@ -102,10 +102,13 @@ class BrownianPath:
         self._schedule, self._indices, self._shape, self._dtype = schedule, indices, tuple(shape), dtype
         self._nodes, self._inside = NoiseStream(seed, "brownian"), NoiseStream(seed, "brownian-bridge")
         # kappa^2: the ends of a cell are asked for again and again
-        self._clock = functools.lru_cache(64)(lambda step: schedule.kappa(step / NUM_TIMESTEPS).item() ** 2)
+        self._clock = functools.lru_cache(64)(self._squared_kappa)
         # the cells below the last time, lowest first; empty before the first question
         self._cells: list[_Cell] = []
         self._last: tuple[float, Tensor] | None = None
+
+    def _squared_kappa(self, step: float) -> float:
+        return self._schedule.kappa(step / NUM_TIMESTEPS).item() ** 2
 
     def at(self, t: float) -> Tensor:
         """B(kappa(t)^2): (B, *shape). Raises ValueError when t is above a time asked for before."""

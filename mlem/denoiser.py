@@ -122,9 +122,9 @@ class MixtureDenoiser:
                 f"{tuple(weights.shape)}, {tuple(means.shape)} and {tuple(covariances.shape)}"
             )
         self._round = covariances.dim() == 1
-        if self._round:
-            self._variances = covariances.double()
-        else:
+        self._variances: Tensor = covariances.double()
+        self._axes: Tensor = torch.empty(0)
+        if not self._round:
             self._variances, self._axes = torch.linalg.eigh(covariances.double())
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:

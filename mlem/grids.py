@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mlem.arguments import check_whole
 from mlem.schedule import NUM_TIMESTEPS, NoiseSchedule
 
 __all__ = ["GRIDS", "TimeGrid"]
@@ -43,8 +44,7 @@ class TimeGrid:
         """
         if name not in GRIDS:
             raise ValueError(f"grid must be one of {', '.join(GRIDS)}, got {name!r}")
-        if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
-            raise ValueError(f"steps must be a whole number >= 1, got {steps!r}")
+        check_whole("steps", steps)
         return TimeGrid(name, tuple(GRIDS[name](schedule, steps)))
 
 

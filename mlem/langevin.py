@@ -138,7 +138,7 @@ def parallel_underdamped(
     noise_x, noise_v = k.noise_xx * normals[:, 0], k.noise_vx * normals[:, 0] + k.noise_vv * normals[:, 1]
     xs, v_end = _trajectory(x, v, noise_x, noise_v, k)
     for _ in range(rounds):
-        scores = score_fn(xs[:-1].flatten(0, 1)).unflatten(0, (points, len(x)))
+        scores: Tensor = score_fn(xs[:-1].flatten(0, 1)).unflatten(0, (points, len(x)))
         xs, v_end = _trajectory(x, v, noise_x + k.x_from_score * scores, noise_v + k.v_from_score * scores, k)
     return xs[-1], v_end
 

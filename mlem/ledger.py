@@ -1,4 +1,4 @@
-"""What a run cost: the ledger, and the meter that stands before every network and keeps it."""
+"""What a run cost: the ledger of network evaluations (NFE), seconds and FLOPs, and the meter before every network."""
 
 from __future__ import annotations
 
@@ -20,7 +20,11 @@ Network: TypeAlias = Callable[[Tensor, Tensor], Any]
 
 @dataclass
 class LevelLedger:
-    """What one level cost: calls and expected_calls are network evaluations, one for each image and call."""
+    """What one level cost.
+
+    calls: network evaluations (NFE), one for each image and call. expected_calls: their mean over the coins of a plan.
+    seconds: in the network. flops: floating-point operations.
+    """
 
     calls: int = 0
     expected_calls: float = 0.0
@@ -30,17 +34,20 @@ class LevelLedger:
 
 @dataclass
 class Ledger:
-    """What a run cost, over all of its images. `seconds` of a level are spent in its network; wall_seconds in all."""
+    """What a run cost, all of its images together.
 
-    levels: dict[str, LevelLedger] = field(default_factory=dict)
+    levels: by name. wall_seconds: the whole run, networks included. images: how many.
+    """
+
+    levels: dict[str, LevelLedger] = field(default_factory=dict[str, LevelLedger])
     wall_seconds: float = 0.0
     images: int = 0
     rounds: float = 0.0
-    """Network calls one after another, on average over the images: less than `evaluations` where calls run at once."""
+    """Sequential NFE of an image, on average: less than `evaluations` where calls run at once."""
 
     @property
     def evaluations(self) -> float:
-        """Network calls for one sample, all levels together."""
+        """NFE of one sample, all levels together."""
         return sum(level.calls for level in self.levels.values()) / max(self.images, 1)
 
     @property
@@ -85,9 +92,9 @@ def _number(value: Any) -> Any:
 
 
 class Meter:
-    """Stands before a network (or a whole denoiser that is none): counts its calls and the seconds spent in it.
+    """Counts the calls of a network, or of a denoiser without one, and the seconds spent in it.
 
-    The host never waits for a device.
+    Calls never wait for a device; only `collect` does.
     """
 
     def __init__(self, network: Network, flops: float) -> None:
@@ -110,7 +117,7 @@ class Meter:
         return output
 
     def collect(self) -> LevelLedger:
-        """The cost since the last time; on a GPU this waits for it."""
+        """The cost since the last call of `collect`; waits for the GPU."""
         for start, end in self._events:
             end.synchronize()
             self._seconds += start.elapsed_time(end) / 1000

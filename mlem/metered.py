@@ -79,6 +79,7 @@ class MeteredModel:
         """What each level cost since the last call, beside what the plan costs on average over its coins."""
         levels = {name: meter.collect() for name, meter in self.meters.items()}
         if plan is not None:
-            for cost, expected in zip(levels.values(), plan.expected_calls.tolist(), strict=True):
+            calls: list[float] = plan.expected_calls.tolist()
+            for cost, expected in zip(levels.values(), calls, strict=True):
                 cost.expected_calls = expected * images
         return levels

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -32,7 +32,7 @@ class FirstFailure:
 
 
 @contextmanager
-def suspects(meters: Mapping[str, Meter]) -> Iterator[list[str]]:
+def suspects(meters: Mapping[str, Meter]) -> Generator[list[str], None, None]:
     """Names of the networks that turned finite input non-finite within the block, in order."""
     found: list[str] = []
 

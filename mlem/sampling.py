@@ -9,17 +9,20 @@ import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from mlem.arguments import called, check_whole
 from mlem.bars import with_bar
+from mlem.denoiser import Denoiser
 from mlem.family import Family
 from mlem.grids import TimeGrid
 from mlem.ledger import Ledger
 from mlem.level import Level
 from mlem.metered import MeteredModel, Model
+from mlem.multilevel.denoiser import MultilevelTrajectory
 from mlem.multilevel.plan import Plan
 from mlem.multilevel.planner import check_estimator, make_plan
 from mlem.multilevel.spec import PlanSpec
@@ -112,7 +115,7 @@ class Sampler:
         self.precision, self._spread, self._rounds = precision, spread, 0
         self._input_dtype = torch.float64 if self._model.any_dtype else torch.get_default_dtype()
         self._quadrature: list[float] | None = None
-        if self.plan is not None and self.plan.estimator == "hindsight":
+        if self.plan is not None and self.plan.moves_state:
             self._quadrature = quadrature_weights(self.solver, schedule, self.points)[0].tolist()
 
     def _metered(self, model: Model, level: str | None) -> MeteredModel:
@@ -164,7 +167,7 @@ class Sampler:
             x_T, self._rounds = self.start(index), 0
             x = self._solve(x_T, index)
             # the one place where the host waits for the device
-            finite = torch.isfinite(x.flatten(1)).all(1).tolist()
+            finite: list[bool] = torch.isfinite(x.flatten(1)).all(1).tolist()
             levels = self._model.collect(len(index), self.plan)
             # levels that share a call run one after another
             rounds = self._rounds if self.plan is None else sum(cost.calls for cost in levels.values()) / len(index)
@@ -174,33 +177,32 @@ class Sampler:
         return result
 
     def _solve(self, x_T: Tensor, index: Tensor, watch: Watch | None = None) -> Tensor:
-        revise = None
+        denoiser, revise = self._model.denoiser, None
         if self._model.multilevel is not None:
-            self._model.multilevel.start(index, self._quadrature)
-            revise = self._revise if self._quadrature is not None else None
+            run = self._model.multilevel.begin(index, self._quadrature)
+            denoiser, revise = run.evaluate, partial(self._revise, run)
+        estimate = partial(self._estimate, denoiser)
         start = x_T.contiguous(memory_format=torch.channels_last) if x_T.dim() == 4 else x_T
-        options = {"revise": revise, "watch": watch}
-        x = trajectory(self._estimate, self.solver, self.points, start, index, self.seed, **options)
+        x = trajectory(estimate, self.solver, self.points, start, index, self.seed, revise=revise, watch=watch)
         return x.to(x_T.dtype)
 
-    def _estimate(self, y: Tensor, place: EvaluationPoint) -> Tensor:
+    def _estimate(self, denoiser: Denoiser, y: Tensor, place: EvaluationPoint) -> Tensor:
         self._rounds += 1
         x, t = (part.to(self._input_dtype) for part in model_input(self.schedule, y, place))
         if self._spread and torch.distributed.is_initialized():
-            return spread_rows(self._denoise, x, t)
-        return self._denoise(x, t)
+            return spread_rows(partial(self._denoise, denoiser), x, t)
+        return self._denoise(denoiser, x, t)
 
-    def _denoise(self, x: Tensor, t: Tensor) -> Tensor:
+    def _denoise(self, denoiser: Denoiser, x: Tensor, t: Tensor) -> Tensor:
         """eps of all rows, in calls of `solver.chunk` rows at most."""
         chunk = self.solver.chunk or len(x)
         with self._autocast():
-            parts = [self._model.denoiser(*part) for part in zip(x.split(chunk), t.split(chunk), strict=True)]
+            parts = [denoiser(x[i : i + chunk], t[i : i + chunk]) for i in range(0, len(x), chunk)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _revise(self, y: Tensor, point: GridPoint) -> Tensor:
-        assert self._model.multilevel is not None
+    def _revise(self, run: MultilevelTrajectory, y: Tensor, point: GridPoint) -> Tensor:
         with self._autocast():
-            return self._model.multilevel.revise(y, point)
+            return run.revise(y, point)
 
     def _autocast(self) -> AbstractContextManager[object]:
         dtype = PRECISIONS[self.precision]
@@ -239,8 +241,8 @@ def _check_choices(model: Model, seed: int, precision: str, level: str | None, p
 
 def _refuse_spread(plan: Plan) -> None:
     """Raise ValueError for a plan that needs all rows of a call on one rank."""
-    if plan.estimator == "hindsight" or plan.per_sample:
-        kind = "coins of each sample's own" if plan.per_sample else "estimator=hindsight"
+    if plan.moves_state or plan.per_sample:
+        kind = "coins of each sample's own" if plan.per_sample else f"estimator={plan.estimator}"
         raise ValueError(f"spread=True deals the rows of a call to the ranks, and {kind} needs all; leave spread out")
 
 

@@ -41,7 +41,7 @@ class DiffusersSolver(Solver):
     stochastic = False
     reference = "dpm_solver_pp"
 
-    def __init__(self, class_name: str, **options: Any) -> None:
+    def __init__(self, class_name: str, **options: object) -> None:
         import diffusers
         from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
@@ -61,7 +61,8 @@ class DiffusersSolver(Solver):
 
     def _scheduler(self, schedule: NoiseSchedule, steps: int) -> Any:
         signal = schedule.alpha(torch.arange(NUM_TIMESTEPS + 1, dtype=torch.float64) / NUM_TIMESTEPS) ** 2
-        options = {"trained_betas": (1 - signal[1:] / signal[:-1]).tolist(), "prediction_type": "epsilon"}
+        betas: list[float] = (1 - signal[1:] / signal[:-1]).tolist()
+        options: dict[str, object] = {"trained_betas": betas, "prediction_type": "epsilon"}
         options |= {"timestep_spacing": "trailing", "clip_sample": False, "thresholding": False} | self._options
         scheduler: Any = self._class(**{key: value for key, value in options.items() if key in self._accepted})
         scheduler.set_timesteps(steps)
@@ -91,7 +92,8 @@ class DiffusersSolver(Solver):
         assert isinstance(points.grid, SchedulerGrid)
         scheduler = self._scheduler(points.schedule, points.grid.asked)
         takes_generator = "generator" in inspect.signature(scheduler.step).parameters
-        generators = [_generator(seed, index) for index in indices.tolist()] if takes_generator else None
+        numbers: list[int] = indices.tolist()
+        generators = [_generator(seed, index) for index in numbers] if takes_generator else None
         return scheduler, iter(scheduler.timesteps), generators
 
     def step(

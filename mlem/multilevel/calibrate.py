@@ -57,7 +57,7 @@ def calibrate(
         raise ValueError("calibration compares levels, and this family has one; train another: model.levels=[xs,s]")
     networks = torch.nn.ModuleList(level.network for level in family.levels).to(device)
     index = reserved_indices("calibration", images, device)
-    seconds = {}
+    seconds: dict[int, tuple[float, ...]] = {}
     with torch.inference_mode(), evaluating(networks):
         for size in batch_sizes:
             progress(f"time of each level, batches of {size}")
@@ -94,7 +94,9 @@ def measure(
     Returns: log_snr, differences, image_differences and responses, as in `Calibration`.
     """
     carrier = denoisers[-1] if carrier is None else carrier
-    responses, differences, by_image = {}, [], []
+    responses: dict[str, LinearResponse] = {}
+    differences: list[Tensor] = []
+    by_image: list[Tensor] = []
     # twice as many steps as times
     grid = TimeGrid.make("log_snr", schedule, 2 * times)
     points = GridPoint.of(schedule, grid)
@@ -106,8 +108,7 @@ def measure(
         responses[kind] = _response(outputs, changes, grid, schedule)
     log_snr = schedule.log_snr(torch.tensor(grid.times[:-1:2], dtype=torch.float64))
     # the two trajectories of an index share their noise: one image, not two
-    mean, by_image = torch.stack(differences).mean(0).cpu(), torch.stack(by_image).mean(0).cpu()
-    return log_snr, mean, by_image, responses
+    return log_snr, torch.stack(differences).mean(0).cpu(), torch.stack(by_image).mean(0).cpu(), responses
 
 
 class _Repeated:

@@ -110,7 +110,7 @@ def _pilots(runs: _Runs, spec: PlanSpec, solver: Solver, grid: str, steps: int, 
     family = runs.family
     times = solver.grid(family.schedule, steps, grid)
     predictor = Predictor(family.fitted.calibration_for(family), family.schedule, solver, times)
-    found = []
+    found: list[list[float]] = []
     for spent in SPENT:
         predicted, measured = 0.0, 0.0
         try:

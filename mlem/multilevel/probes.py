@@ -15,6 +15,6 @@ __all__ = ["plan_samples"]
 
 def plan_samples(family: Family, plan: Plan, solver: Solver, points: GridPoints, indices: Tensor, seed: int) -> Tensor:
     """The samples of a family under a plan with these indices (B,): (B, *shape), float64."""
-    denoiser = MultilevelDenoiser(family, plan)
-    denoiser.start(indices, quadrature_weights(solver, points.schedule, points)[0].tolist())
-    return samples(denoiser, solver, points, family.shape, indices, seed, revise=denoiser.revise)
+    weights: list[float] = quadrature_weights(solver, points.schedule, points)[0].tolist()
+    run = MultilevelDenoiser(family, plan).begin(indices, weights)
+    return samples(run.evaluate, solver, points, family.shape, indices, seed, revise=run.revise)

@@ -184,7 +184,8 @@ def quadrature_weights(
     """
     if not solver.linear:
         raise ValueError(f"{solver.name} is not linear in its noise estimates: no plan can be searched for it")
-    size, asked = 2 * len(points), []
+    size = 2 * len(points)
+    asked: list[GridPoint] = []
 
     def unit(y: Tensor, place: EvaluationPoint) -> Tensor:
         if not isinstance(place, GridPoint):
@@ -195,5 +196,9 @@ def quadrature_weights(
 
     # one image, for schedulers of other libraries, in which a pixel stands for each estimate
     nothing, index = torch.zeros(1, 1, size, 1, dtype=torch.float64), torch.zeros(1, dtype=torch.int64)
-    seen = None if watch is None else lambda step, y: watch(step, y.flatten())
+
+    def seen(step: int, y: Tensor) -> None:
+        if watch is not None:
+            watch(step, y.flatten())
+
     return solver.integrate(unit, nothing, points, _Still(), index, 0, watch=seen).flatten()[: len(asked)], asked

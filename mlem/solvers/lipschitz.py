@@ -79,7 +79,7 @@ def estimate_lipschitz(
     def unit(v: Tensor) -> Tensor:
         return v / expand_like(v.flatten(1).norm(dim=1).clamp(min=1e-30), v)
 
-    found = []
+    found: list[tuple[float, float]] = []
     with torch.inference_mode():
         for here, there in itertools.pairwise(points):
             sigma, size = here.alpha * here.kappa, math.sqrt(math.prod(shape))

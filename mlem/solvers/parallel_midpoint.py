@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mlem.arguments import check_whole
 from mlem.brownian import NoisePath
 from mlem.noise import NoiseStream
 from mlem.solvers.base import GridPoint, GridPoints, NoiseEstimate, Solver
@@ -59,8 +60,7 @@ class ParallelMidpoint(Solver):
         clock: str = "kappa",
     ) -> None:
         for option, value in (("midpoints", midpoints), ("rounds", rounds), ("chunk", 1 if chunk is None else chunk)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{option} must be a whole number >= 1, got {value!r}")
+            check_whole(option, value)
         if tolerance is not None and not (tolerance > 0 and math.isfinite(tolerance)):
             raise ValueError(f"tolerance must be a positive number, got {tolerance!r}; null makes all rounds")
         window = midpoints if window is None else window
@@ -177,9 +177,9 @@ class _Flight:
         self.age = torch.zeros(len(y), slots, dtype=torch.int64)
         self._starts = y[:, None].repeat(1, slots + 1, *[1] * (y.dim() - 1))
         """y where each block begins, and where the last ends: (B, S + 1, ...)."""
-        self._places = self._starts[:, :-1, None].repeat(1, 1, self._parts, *[1] * (y.dim() - 1))
+        self._places: Tensor = self._starts[:, :-1, None].repeat(1, 1, self._parts, *[1] * (y.dim() - 1))
         """y at the midpoints: (B, S, R, ...)."""
-        self._slopes = torch.zeros_like(self._places)
+        self._slopes: Tensor = torch.zeros_like(self._places)
         """The last estimates there; of a block that was asked at its start alone, number 0."""
 
     @property
@@ -217,7 +217,7 @@ class _Flight:
 
     def _add(self, weights: Tensor) -> None:
         """Starts and places anew; weights (B, S, R + 1, R): of each estimate in each place, and in the block's end."""
-        sums = (weights @ self._slopes.flatten(3)).view(*weights.shape[:3], *self.base.shape[1:])
+        sums: Tensor = (weights @ self._slopes.flatten(3)).view(*weights.shape[:3], *self.base.shape[1:])
         ends = self.base[:, None] + sums[:, :, -1].cumsum(1)
         self._starts = torch.cat([self.base[:, None], ends], 1)
         self._places = self._starts[:, :-1, None] + sums[:, :, :-1]

@@ -78,13 +78,13 @@ class UnderdampedLangevin:
 
         u, v = y / here.kappa, normals(0, 1)[0]
         if self.method == "parallel":
-            z = normals(1, 2 * steps).unflatten(0, (steps, 2))
+            z: Tensor = normals(1, 2 * steps).unflatten(0, (steps, 2))
             u, v = parallel_underdamped(score, u, v, friction, step * steps, steps, self.rounds, z)
         elif self.method == "midpoint":
             fractions = NoiseStream(seed, "corrector-midpoint")
             for i in range(steps):
                 a = fractions.uniform(indices, [(number << 32) + i], torch.float64)[0]
-                z = normals(1 + 4 * i, 4).unflatten(0, (2, 2))
+                z: Tensor = normals(1 + 4 * i, 4).unflatten(0, (2, 2))
                 u, v = randomized_midpoint_step(score, u, v, friction, step, a, z)
         else:
             kernel = Kernel.of(friction, step)

@@ -213,7 +213,7 @@ class Objective(Law):
         The same seeds and indices use the same uniform numbers whatever theta: made for differences.
         """
         p = self.probabilities(theta.detach())
-        found = []
+        found: list[Tensor] = []
         with torch.no_grad():
             for plan in range(plans):
                 counts = coins_called(coins).toss(p, self.seed * plans + plan, indices)

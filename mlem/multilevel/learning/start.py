@@ -26,7 +26,7 @@ def frozen(family: Family, device: str | torch.device = "cpu") -> list[NetworkDe
 
     (torch's group norm has no forward mode in channels_last.) The family's own networks stay as they are.
     """
-    denoisers = []
+    denoisers: list[NetworkDenoiser] = []
     for level in family.levels:
         network = copy.deepcopy(level.network).eval().requires_grad_(False)
         network.to(device=device, memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
