@@ -24,6 +24,7 @@ from mlem.files import read_json
 from mlem.level import Level
 from mlem.metrics import pathwise_error
 from mlem.multilevel.coefficients import Coefficients
+from mlem.multilevel.fitted import Fitted
 from mlem.multilevel.plan import Plan
 from mlem.multilevel.spec import PlanSpec
 from mlem.networks import unet
@@ -59,8 +60,8 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         levels = [Level(size, unet(size, shape), schedule, shape, data="digits") for size in ("xs", "s")]
-    coefficients = Coefficients(torch.tensor([0.0, 0.5]), torch.tensor([40.0, -1.0])).to_dict()
-    Family(levels, {"coefficients": coefficients}).save(folder / "runs/tiny/family")
+    coefficients = Coefficients(torch.tensor([0.0, 0.5]), torch.tensor([40.0, -1.0]))
+    Family(levels, Fitted(coefficients=coefficients)).save(folder / "runs/tiny/family")
     return folder
 
 
