@@ -245,6 +245,14 @@ def test_a_plan_that_its_solver_cannot_follow_is_refused(family: Path, tmp_path:
         comparison.runs(Entry(solver, (3,), spec=PlanSpec(probabilities=(1.0, 0.5))))
 
 
+def test_the_hash_of_a_plan_is_that_of_earlier_versions(family: Path, tmp_path: Path) -> None:
+    """So that their rows are found again."""
+    comparison = Comparison(Family.load(family / "runs/tiny/family"), range(2), tmp_path)
+    spec = PlanSpec(probabilities=(1.0, 0.5), estimator="jump", coins="bernoulli")
+    (run,) = comparison.runs(Entry("ddpm", (3,), spec=spec))
+    assert run.row.plan == "dd309f65a847"
+
+
 def line(costs: Any, exponent: float, factor: float, images: np.ndarray) -> list[Setting]:
     """Error factor * cost^-exponent on average, times what an image is worth."""
     return [Setting(np.array([cost]), factor * cost**-exponent * images[None]) for cost in costs]

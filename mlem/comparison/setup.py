@@ -96,10 +96,9 @@ class Setup:
     def _together(self, entry: Entry, solver: Solver, grid: TimeGrid, row: Row) -> Iterator[Run]:
         assert entry.spec is not None
         plan = make_plan(entry.spec, self.family, solver, grid)
-        table = json.dumps(plan.to_dict() | {"about": {}, "seed": entry.spec.seed}, sort_keys=True)
         names = plan.levels or tuple(self.family.names)
-        row = replace(row, level=MULTILEVEL, levels="+".join(names), coins=plan.coins)
-        row = replace(row, plan=hashlib.sha256(table.encode()).hexdigest()[:12])
+        known = _plan_hash(plan, entry.spec.seed)
+        row = replace(row, level=MULTILEVEL, levels="+".join(names), coins=plan.coins, plan=known)
         flops = torch.tensor([self.family.level(name).flops for name in names], dtype=torch.float64)
         for delta in entry.deltas or (None,):
             for trial in range(entry.trials) if entry.trials is not None else (None,):
@@ -141,3 +140,10 @@ class Setup:
             device=self.device,
             precision=self.precision,
         )
+
+
+def _plan_hash(plan: Plan, seed: int) -> str:
+    """Tells plans apart; the same in every version, so that rows on disk are found again."""
+    table = plan.to_dict() | {"about": {}, "seed": seed}
+    table["memory"] = table.pop("correlation_length")  # its name in the version that began with this
+    return hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()[:12]
