@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -39,7 +39,7 @@ def first_process() -> bool:
 
 
 @contextmanager
-def folder_lock(folder: str | os.PathLike[str]) -> Iterator[None]:
+def folder_lock(folder: str | os.PathLike[str]) -> Generator[None, None, None]:
     """Hold `folder` for this process; the lock ends with the process, however that ends.
 
     Raises ValueError when another process holds it.
@@ -55,7 +55,7 @@ def folder_lock(folder: str | os.PathLike[str]) -> Iterator[None]:
 
 
 @contextmanager
-def atomic_write(path: str | os.PathLike[str], durable: bool = True) -> Iterator[IO[bytes]]:
+def atomic_write(path: str | os.PathLike[str], durable: bool = True) -> Generator[IO[bytes], None, None]:
     """Open a binary file beside `path` that replaces it when the block ends without an error.
 
     A kill or a full disk at any moment leaves either the old file or the new one. The temporary name starts with a
@@ -134,7 +134,7 @@ def check_format(plain: Any, known: int, what: str | os.PathLike[str], remedy: s
 
 
 @contextmanager
-def damaged(what: str | os.PathLike[str], remedy: str = _REMEDY) -> Iterator[None]:
+def damaged(what: str | os.PathLike[str], remedy: str = _REMEDY) -> Generator[None, None, None]:
     """Turn errors of taking plain data apart into one ValueError that names `what` and the remedy.
 
     Only for plain data: an error of the program itself would be taken for one of the file.

@@ -190,7 +190,7 @@ def _names(node: DictConfig, prefix: str = "") -> list[str]:
     found = []
     for key in node:
         found.append(f"{prefix}{key}")
-        inner = None if OmegaConf.is_missing(node, key) else node._get_node(key)
-        if isinstance(inner, DictConfig) and not inner._is_none():
+        inner = None if OmegaConf.is_missing(node, key) or OmegaConf.is_interpolation(node, str(key)) else node[key]
+        if isinstance(inner, DictConfig):
             found += _names(inner, f"{prefix}{key}.")
     return found

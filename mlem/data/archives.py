@@ -8,7 +8,7 @@ import http.client
 import os
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -92,7 +92,7 @@ def _fetch(url: str, file: IO[bytes]) -> None:
 
 
 @contextmanager
-def _named(url: str) -> Iterator[None]:
+def _named(url: str) -> Generator[None, None, None]:
     try:
         yield
     except (OSError, http.client.HTTPException) as error:
@@ -104,7 +104,7 @@ def _named(url: str) -> Iterator[None]:
 
 
 @contextmanager
-def _bar(name: str) -> Iterator[Callable[..., None]]:
+def _bar(name: str) -> Generator[Callable[..., None], None, None]:
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bar:
         task = bar.add_task(name, total=None)

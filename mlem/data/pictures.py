@@ -9,7 +9,7 @@ from __future__ import annotations
 import struct
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import BinaryIO
 
@@ -24,7 +24,7 @@ FILTERS = {name.lower(): Image.Resampling[name] for name in ("BOX", "BILINEAR", 
 
 
 @contextmanager
-def opened(file: BinaryIO) -> Iterator[Image.Image]:
+def opened(file: BinaryIO) -> Generator[Image.Image, None, None]:
     """The PNG, JPEG or WebP in `file`, with no pixel unpacked yet; ask for pixels inside the block.
 
     ValueError says what is wrong with the file, to be put after its name: too large, no such picture, broken.

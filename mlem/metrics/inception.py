@@ -68,7 +68,7 @@ def _network(path: Path) -> nn.Module:
     except (pickle.UnpicklingError, RuntimeError, EOFError, IndexError, KeyError) as error:  # of a reader led astray
         raise ValueError(f"{path} is damaged, or holds more than tensors: refused; fetch it again") from error
     try:
-        import torch_fidelity  # noqa: F401  # pyright: ignore[reportMissingImports]
+        import torch_fidelity  # noqa: F401  # pyright: ignore[reportMissingImports, reportUnusedImport]
         from torchmetrics.image.fid import NoTrainInceptionV3
     except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision made for another torch
         raise ValueError(

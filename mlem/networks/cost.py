@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -14,7 +14,7 @@ __all__ = ["evaluating", "flops", "parameters", "seconds_per_image", "to_channel
 
 
 @contextmanager
-def evaluating(module: nn.Module | None) -> Iterator[None]:
+def evaluating(module: nn.Module | None) -> Generator[None, None, None]:
     """Eval mode within the block; afterwards every submodule is back in the mode that it was in."""
     modes = {} if module is None else {part: part.training for part in module.modules()}
     if module is not None:

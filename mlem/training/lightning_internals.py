@@ -42,8 +42,9 @@ def averaged_state(callback: WeightAveraging) -> dict[str, Tensor]:
     The callback shows them only by exchanging them for the module's in validation. Would be replaced by: a public
     accessor of its averaged model.
     """
-    assert callback._average_model is not None
-    return callback._average_model.module.state_dict()
+    averaged = callback._average_model  # pyright: ignore[reportPrivateUsage]
+    assert averaged is not None
+    return averaged.module.state_dict()
 
 
 def log_at_last_step(trainer: pl.Trainer) -> None:
@@ -52,7 +53,7 @@ def log_at_last_step(trainer: pl.Trainer) -> None:
     Loggers are given the loop's own count, which is one short when there was nothing left to train. Would be replaced
     by: a `step` for what `validate` logs.
     """
-    trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+    trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step  # pyright: ignore[reportPrivateUsage]
 
 
 def keep_fit_open(trainer: pl.Trainer) -> None:

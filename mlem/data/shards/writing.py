@@ -11,7 +11,7 @@ import io
 import json
 import os
 import tarfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -187,7 +187,7 @@ def _tolerate(state: Manifest, tolerance: int) -> None:
 
 
 @contextmanager
-def _tar(path: Path) -> Iterator[Callable[[dict[str, Any]], Any]]:
+def _tar(path: Path) -> Generator[Callable[[dict[str, Any]], Any], None, None]:
     """The function that adds a sample to the shard `path`, which appears when the block ends without an error."""
     from webdataset.writer import TarWriter
 
@@ -214,7 +214,7 @@ def _png(pixels: np.ndarray) -> bytes:
 
 
 @contextmanager
-def _lock(folder: Path, wait: bool) -> Iterator[None]:
+def _lock(folder: Path, wait: bool) -> Generator[None, None, None]:
     """Hold the folder's preparation lock; the system frees it however the process ends."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "ab") as file:
@@ -231,7 +231,7 @@ class _SpeedColumn(ProgressColumn):
 
 
 @contextmanager
-def _bar(name: str, total: int, done: int, shown: bool) -> Iterator[Callable[[int], None]]:
+def _bar(name: str, total: int, done: int, shown: bool) -> Generator[Callable[[int], None], None, None]:
     """A progress bar on stderr; gives the function that advances it by a number of images."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _SpeedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), disable=not shown) as bar:
