@@ -261,3 +261,11 @@ def test_jump_needs_a_chance_for_every_level() -> None:
     """Measured or not, 0 or 1, is no chance to divide by."""
     with pytest.raises(ValueError, match=r"^probabilities must be in \(0, 1\], got p = 0 at evaluation 1, level 2"):
         held([0, 3], estimator="jump")
+
+
+def test_the_fingerprint_of_a_plan_is_that_of_earlier_versions() -> None:
+    """Folders of samples and rows on disk name plans by it."""
+    measured = torch.arange(8)[:, None] % torch.tensor([1, 2, 5]) == 0
+    plan = Plan.given(measured, correlation_length=3.0, about={"steps": 8})
+    assert plan.fingerprint() == "159a4ffd45dbd60de47d14bfb7d9b53573883309bfb350b63d473b8251034bfa"
+    assert plan.fingerprint(seed=1) != plan.fingerprint()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 from contextlib import nullcontext
 from pathlib import Path
@@ -181,8 +179,7 @@ def _settings(job: Sample, model: Family | Level, folder: Path, sampler: Sampler
     """What decides the bytes of an image."""
     if isinstance(model, Family):
         assert sampler.plan is not None
-        table = json.dumps(sampler.plan.to_dict() | {"about": {}}, sort_keys=True)
-        own = {"plan": hashlib.sha256(table.encode()).hexdigest()[:16], "weights": model.weights_hash}
+        own = {"plan": sampler.plan.fingerprint()[:16], "weights": model.weights_hash}
     else:
         weights = next(path for path in (folder / f"level_{model.name}", folder) if (path / "mlem.json").exists())
         own = {"level": model.name, "weights": sha256(weights / "diffusion_pytorch_model.safetensors")}

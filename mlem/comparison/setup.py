@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
@@ -97,7 +95,7 @@ class Setup:
         assert entry.spec is not None
         plan = make_plan(entry.spec, self.family, solver, grid)
         names = plan.levels or tuple(self.family.names)
-        known = _plan_hash(plan, entry.spec.seed)
+        known = plan.fingerprint(entry.spec.seed)[:12]
         row = replace(row, level=MULTILEVEL, levels="+".join(names), coins=plan.coins, plan=known)
         flops = torch.tensor([self.family.level(name).flops for name in names], dtype=torch.float64)
         for delta in entry.deltas or (None,):
@@ -140,10 +138,3 @@ class Setup:
             device=self.device,
             precision=self.precision,
         )
-
-
-def _plan_hash(plan: Plan, seed: int) -> str:
-    """Tells plans apart; the same in every version, so that rows on disk are found again."""
-    table = plan.to_dict() | {"about": {}, "seed": seed}
-    table["memory"] = table.pop("correlation_length")  # its name in the version that began with this
-    return hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()[:12]

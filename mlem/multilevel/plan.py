@@ -6,6 +6,8 @@ A table of counts says which corrections are evaluated at which row, an evaluati
 
 from __future__ import annotations
 
+import hashlib
+import json
 import operator
 import os
 from collections.abc import Mapping, Sequence
@@ -240,6 +242,16 @@ class Plan:
     def expected_cost(self, costs: Tensor) -> float:
         """`cost` on average over the coins."""
         return (self.expected_calls * costs).sum().item()
+
+    def fingerprint(self, seed: int | None = None) -> str:
+        """Tells plans apart, whatever `about` says: 64 hexadecimal digits, the same in every version.
+
+        Args:
+            seed: in the place of the plan's own.
+        """
+        table = self.to_dict() | {"about": {}, "seed": self.seed if seed is None else seed}
+        table["memory"] = table.pop("correlation_length")  # its name when fingerprints were first written to disk
+        return hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
