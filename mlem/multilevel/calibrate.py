@@ -194,4 +194,5 @@ def _response(outputs: Tensor, changes: Tensor, grid: TimeGrid, schedule: NoiseS
     # structure function: a smooth path gives 4, a Brownian one 2
     one, two = q.diff(dim=1).square().mean((1, 2)), (q[:, 2:] - q[:, :-2]).square().mean((1, 2))
     roughness = (4 * one / two.clamp(min=least) - 1).clamp(0, 1)
-    return LinearResponse(inner.cpu(), gain.T.cpu(), roughness.cpu())
+    # in the order of memory in which it is read from a file: sums over it round alike
+    return LinearResponse(inner.contiguous().cpu(), gain.T.contiguous().cpu(), roughness.cpu())
