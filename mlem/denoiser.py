@@ -16,6 +16,20 @@ from torch import Tensor, nn
 
 from mlem.schedule import NUM_TIMESTEPS, NoiseSchedule, expand_like
 
+__all__ = [
+    "PREDICTIONS",
+    "AnyDtype",
+    "Denoiser",
+    "HoldsNetwork",
+    "MixtureDenoiser",
+    "NetworkDenoiser",
+    "Scheduled",
+    "check_prediction",
+    "gaussian_denoiser",
+    "prediction_to_eps",
+    "training_target",
+]
+
 PREDICTIONS = ("v", "eps", "x0")
 """What a network may predict: `v = alpha eps - sigma x_0` (Salimans and Ho, arXiv:2202.00512), the noise, the data."""
 

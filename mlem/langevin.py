@@ -23,6 +23,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+__all__ = ["Kernel", "Score", "parallel_underdamped", "randomized_midpoint_step", "underdamped_step"]
+
 Score = Callable[[Tensor], Tensor]
 """score(x): -grad V at x (B, ...), like x; each row by itself."""
 

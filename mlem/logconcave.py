@@ -24,6 +24,8 @@ from torch import Tensor
 from mlem.langevin import Kernel, parallel_underdamped, randomized_midpoint_step, underdamped_step
 from mlem.noise import NoiseStream
 
+__all__ = ["METHODS", "Chains", "Gradient", "default_step_size", "sample"]
+
 METHODS = ("randomized_midpoint", "underdamped", "parallel")
 
 Gradient = Callable[[Tensor], Tensor]

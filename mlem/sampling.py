@@ -60,21 +60,10 @@ class NonFiniteError(FloatingPointError):
 class Sampler:
     """A solver bound to a model, a grid and a seed; `run(indices)` gives the samples with these indices.
 
-    Samples are float32, or float64 where that is torch's default dtype.
+    Samples are float32, or float64 where that is torch's default dtype. Arguments are those of `sample`.
 
     Args:
-        model: a Family (its largest level, or `level`, or several under `plan`), a Level, or any denoiser together
-            with `schedule` and `shape`.
-        solver: a name or a Solver.
-        steps: of the time grid.
-        seed: fixes all chance, together with the index of a sample.
-        grid: name of a time grid, or a TimeGrid, which has steps of its own; by default the solver's choice.
-        level: name of a level of the family.
-        plan: which levels run when: a Plan with a row for each evaluation, or a specification (`family.plan(...)`),
-            from which one is made.
-        schedule, shape: of a bare denoiser, and of one sample; others bring theirs.
-        device: where to run; by default where the network is.
-        precision: "fp32", "bf16" or "fp16" (autocast of the network).
+        plan: a Plan with a row for each evaluation, or a specification, from which one is made.
         spread: under torch.distributed, every rank runs the same samples and evaluates its share of the rows of each
             call, which pays for solvers that ask for many at once.
 

@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+__all__ = ["NUM_TIMESTEPS", "CosineSchedule", "NoiseSchedule", "TabulatedSchedule", "expand_like"]
+
 NUM_TIMESTEPS = 1000
 """N: how many discrete timesteps the unit interval stands for, as in DDPM."""
 

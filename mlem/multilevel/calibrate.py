@@ -25,6 +25,8 @@ from mlem.schedule import NoiseSchedule
 from mlem.solvers import EvaluationPoint, GridPoint, GridPoints, Solver, make_solver
 from mlem.trajectory import noise_estimate, starting_noise, trajectory
 
+__all__ = ["calibrate", "measure"]
+
 
 def calibrate(
     family: Family,

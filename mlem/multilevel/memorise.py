@@ -20,6 +20,8 @@ from mlem.noise import reserved_indices
 from mlem.solvers import GridPoint, Solver, make_solver
 from mlem.trajectory import samples
 
+__all__ = ["memorise"]
+
 
 def memorise(
     family: Family,

@@ -22,6 +22,8 @@ from mlem.noise import reserved_indices
 from mlem.solvers import SOLVERS, GridPoint, Solver, make_solver
 from mlem.trajectory import samples
 
+__all__ = ["ESTIMATORS", "PILOTS", "SPENT", "STEPS", "discretisations", "pilot"]
+
 STEPS = (8, 16, 32, 64)
 """At these step counts."""
 PILOTS = (("ddpm", "uniform", 128, 0), ("dpm_solver_pp", "log_snr", 48, 1))

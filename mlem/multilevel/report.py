@@ -9,6 +9,8 @@ import torch
 from mlem.multilevel.calibration import Calibration
 from mlem.multilevel.scaling import fit_differences
 
+__all__ = ["missing", "report"]
+
 if TYPE_CHECKING:
     from rich.console import Console
 

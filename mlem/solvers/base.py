@@ -21,6 +21,17 @@ from mlem.brownian import NoisePath
 from mlem.grids import TimeGrid
 from mlem.schedule import NoiseSchedule, expand_like
 
+__all__ = [
+    "SOLVERS",
+    "EvaluationPoint",
+    "GridPoint",
+    "GridPoints",
+    "NoiseEstimate",
+    "Solver",
+    "model_input",
+    "quadrature_weights",
+]
+
 
 class GridPoint(NamedTuple):
     """A point of a time grid, in plain numbers, so that a step never waits for a device."""

@@ -13,6 +13,8 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+__all__ = ["CLOCKS", "Clock", "Kappa", "KappaClock", "OUClock", "make_clock"]
+
 Kappa = Tensor | float
 
 

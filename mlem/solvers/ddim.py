@@ -9,6 +9,8 @@ from torch import Tensor
 from mlem.brownian import NoisePath
 from mlem.solvers.base import GridPoint, NoiseEstimate, Solver
 
+__all__ = ["DDIM"]
+
 
 class DDIM(Solver):
     """`y' = y + (kappa' - kappa) eps`."""

@@ -9,6 +9,8 @@ from torch import Tensor
 from mlem.brownian import NoisePath
 from mlem.solvers.base import GridPoint, NoiseEstimate, Solver
 
+__all__ = ["DDPM", "ancestral_noise"]
+
 
 def ancestral_noise(path: NoisePath, here: GridPoint, there: GridPoint) -> Tensor:
     """The noise of an ancestral step, of variance `kappa'^2 (1 - (kappa'/kappa)^2)`; see `BrownianPath`."""

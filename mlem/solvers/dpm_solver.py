@@ -15,6 +15,8 @@ from mlem.brownian import NoisePath
 from mlem.solvers.base import GridPoint, NoiseEstimate, Solver
 from mlem.solvers.ddpm import ancestral_noise
 
+__all__ = ["DPMSolverPP", "SDEDPMSolverPP"]
+
 
 class _Previous(NamedTuple):
     data: Tensor

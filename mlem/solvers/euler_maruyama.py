@@ -9,6 +9,8 @@ from torch import Tensor
 from mlem.brownian import NoisePath
 from mlem.solvers.base import GridPoint, NoiseEstimate, Solver
 
+__all__ = ["EulerMaruyama"]
+
 
 class EulerMaruyama(Solver):
     """`y' = y + 2 (kappa' - kappa) eps + B(kappa^2) - B(kappa'^2)`; strong order 1, since the noise is additive."""

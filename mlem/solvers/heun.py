@@ -9,6 +9,8 @@ from torch import Tensor
 from mlem.brownian import NoisePath
 from mlem.solvers.base import GridPoint, GridPoints, NoiseEstimate, Solver
 
+__all__ = ["Heun"]
+
 
 class Heun(Solver):
     """Euler to kappa', then the mean of both slopes; the step to kappa' = 0 is Euler's alone."""

@@ -17,6 +17,8 @@ from mlem.noise import NoiseStream, reserved_indices
 from mlem.schedule import NoiseSchedule, expand_like
 from mlem.solvers.base import EvaluationPoint, GridPoint, model_input
 
+__all__ = ["Lipschitz", "estimate_lipschitz"]
+
 
 class Lipschitz(NamedTuple):
     """Lipschitz constants of the score of x_t: one number for all t, or a table of (t, L), log-linear in between."""

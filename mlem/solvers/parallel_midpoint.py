@@ -30,6 +30,8 @@ from mlem.noise import NoiseStream
 from mlem.solvers.base import GridPoint, GridPoints, NoiseEstimate, Solver
 from mlem.solvers.clock import Clock, make_clock
 
+__all__ = ["ParallelMidpoint"]
+
 
 class ParallelMidpoint(Solver):
     """Few rounds of many calls: `steps` blocks of `midpoints`, at most `rounds` calls each after that of its start.

@@ -19,6 +19,8 @@ from mlem.solvers.parallel_midpoint import ParallelMidpoint
 from mlem.solvers.randomized_midpoint import RandomizedMidpoint
 from mlem.solvers.underdamped_langevin import UnderdampedLangevin
 
+__all__ = ["CORRECTIONS", "PREDICTORS", "PredictorCorrector"]
+
 PREDICTORS = ("randomized_midpoint", "parallel_midpoint")
 CORRECTIONS = 5
 """How many corrections there are by default, where no Lipschitz constant says how long a stretch is."""

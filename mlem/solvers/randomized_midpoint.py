@@ -19,6 +19,8 @@ from mlem.schedule import expand_like
 from mlem.solvers.base import GridPoint, GridPoints, NoiseEstimate, Solver
 from mlem.solvers.clock import make_clock
 
+__all__ = ["MIDPOINTS", "RandomizedMidpoint", "SDERandomizedMidpoint", "draw_midpoints"]
+
 MIDPOINTS = ("own", "shared")
 
 

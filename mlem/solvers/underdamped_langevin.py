@@ -17,6 +17,8 @@ from mlem.langevin import Kernel, parallel_underdamped, randomized_midpoint_step
 from mlem.noise import NoiseStream, noise_dtype
 from mlem.solvers.base import GridPoint, NoiseEstimate
 
+__all__ = ["METHODS", "UnderdampedLangevin"]
+
 METHODS = ("underdamped", "midpoint", "parallel")
 
 
