@@ -15,7 +15,8 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from mlem import plots
+from mlem.comparison.figures import error_vs_time
+from mlem.comparison.row import Row
 from mlem.family import Family
 from mlem.files import read_json, write_json
 from mlem.images import quantise
@@ -132,9 +133,10 @@ def test_a_plan_is_evaluated_beside_the_levels(
     assert any("ddpm_hindsight" in name for line in metrics(runs / "metrics.jsonl") for name in line)
     assert (runs / "error_vs_time.png").stat().st_size > 1000
     figures: dict[str, Figure] = {}
-    monkeypatch.setattr(plots, "_save", lambda figure, path: figures.update({"drawn": figure}))
+    monkeypatch.setattr("mlem.comparison.figures.save", lambda figure, path: figures.update({"drawn": figure}))
     found = read_json(runs / "evaluation.json")
-    plots.error_vs_time(found["rows"], tmp_path / "figure.png", found["caption"])
+    rows = [Row.from_json(row) for row in found["rows"]]
+    error_vs_time(rows, tmp_path / "figure.png", found["caption"])
     words = [text.get_text() for text in figures["drawn"].findobj(Text)]
     assert any("mlem" in word for word in words)
 

@@ -197,7 +197,7 @@ def test_a_block_alone_is_a_step() -> None:
         (
             {"round": 3},
             "parallel_midpoint has no option 'round'; its options are midpoints, rounds, tolerance, window, chunk, "
-            "clock",
+            "clock; did you mean rounds?",
         ),
     ],
 )

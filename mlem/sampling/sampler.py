@@ -15,23 +15,23 @@ import torch
 from torch import Tensor
 
 from mlem.arguments import called, check_whole
-from mlem.bars import with_bar
 from mlem.denoiser import Denoiser
 from mlem.family import Family
 from mlem.grids import TimeGrid
 from mlem.ledger import Ledger
 from mlem.level import Level
-from mlem.metered import MeteredModel, Model
 from mlem.multilevel.denoiser import MultilevelTrajectory
 from mlem.multilevel.plan import Plan
 from mlem.multilevel.planner import check_estimator, make_plan
 from mlem.multilevel.spec import PlanSpec
 from mlem.networks import evaluating
 from mlem.noise import check_indices
-from mlem.nonfinite import FirstFailure, suspects
+from mlem.sampling.bars import with_bar
+from mlem.sampling.metered import MeteredModel, Model
+from mlem.sampling.nonfinite import FirstFailure, suspects
+from mlem.sampling.spreading import spread_rows
 from mlem.schedule import NoiseSchedule
 from mlem.solvers import EvaluationPoint, GridPoint, Solver, make_solver, model_input, quadrature_weights
-from mlem.spreading import spread_rows
 from mlem.trajectory import Watch, starting_noise, trajectory
 
 __all__ = ["PRECISIONS", "NonFiniteError", "Result", "Sampler", "blocks", "sample", "solver_of"]
