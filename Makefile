@@ -18,7 +18,7 @@ demo: setup  ## train xs, s and m on the digits, sample them, draw the figures: 
 	$(BIN)/python train.py experiment=demo
 
 test: setup  ## the tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: setup
 	$(BIN)/ruff check .

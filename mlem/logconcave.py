@@ -60,12 +60,12 @@ class Chains:
 
     @property
     def chain_mean(self) -> Tensor:
-        """Of each chain: (chains, *shape)."""
+        """The mean of each chain: (chains, *shape)."""
         return self.x.mean(1)
 
     @property
     def chain_std(self) -> Tensor:
-        """Of each chain: (chains, *shape); NaN for a single draw."""
+        """The standard deviation of each chain: (chains, *shape); NaN for a single draw."""
         return self.x.std(1, correction=min(1, self.x.shape[1] - 1))
 
     @functools.cached_property

@@ -61,22 +61,24 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return folder, run_in(folder, lambda: run_here("train", *TRAIN))
 
 
-FIRST = ("resume", "data_archives", "demo", "dashboards", "coefficients_command", "learn")
+@pytest.fixture
+def here(made: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of `made`, as the current one. Files with another family have their own."""
+    monkeypatch.chdir(made[0])
+    return made[0]
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    """A folder for samples, not there yet."""
+    return tmp_path / "out"
+
+
+FIRST = ("resume", "data_archives", "demo", "dashboards", "coefficients_command", "learn", "contributing", "ddp")
 """Files that take longest, which begin before all others."""
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With --dist loadgroup: one process for a file, and for all that share a fixture of the session; long ones first.
-
-    So that no fixture is made twice.
-    """
-    if not config.pluginmanager.hasplugin("xdist"):
-        return
-    for item in items:
-        shared = [name for name in ("trained", "made") if name in getattr(item, "fixturenames", ())]
-        item.add_marker(pytest.mark.xdist_group(shared[0] if shared else item.path.stem))
-    order = ["trained", "made", *(f"test_{name}" for name in FIRST)]
-    rank = {name: number for number, name in enumerate(order)}
-    groups = {item: next(item.iter_markers("xdist_group")).args[0] for item in items}
-    items.sort(key=lambda item: rank.get(groups[item], len(order)))
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first: with --dist loadfile, one that began last would be waited for."""
+    rank = {f"test_{name}": number for number, name in enumerate(FIRST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(FIRST)))

@@ -36,18 +36,6 @@ FAMILY = Path("runs/digits/family")
 MLEM = ("trainer=cpu", "sampler=mlem", "cost=flops", "budget=0.6", "steps=8", "batch_size=4")
 
 
-@pytest.fixture
-def here(made: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> Path:
-    """In the folder with the family."""
-    monkeypatch.chdir(made[0])
-    return made[0]
-
-
-@pytest.fixture
-def out(tmp_path: Path) -> Path:
-    return tmp_path / "out"
-
-
 def tool(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
     """`python -m mlem.multilevel`, in this process."""
     assert multilevel.main(list(map(str, arguments))) == 0

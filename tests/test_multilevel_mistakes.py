@@ -22,18 +22,6 @@ pytestmark = [
 ]
 
 
-@pytest.fixture
-def here(made: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> Path:
-    """In the folder with the family."""
-    monkeypatch.chdir(made[0])
-    return made[0]
-
-
-@pytest.fixture
-def out(tmp_path: Path) -> Path:
-    return tmp_path / "out"
-
-
 def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, *options: str) -> str:
     """What `python sample.py` says on standard error before it ends with 2."""
     monkeypatch.setattr(sys, "argv", ["sample.py", "trainer=cpu", *options])

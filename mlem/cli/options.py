@@ -169,7 +169,7 @@ def _key(one: Field[Any]) -> str:
 
 
 def _class_of(one: Field[Any], plain: dict[str, Any]) -> type:
-    """Of the classes of this group, the one that these values are of."""
+    """The class of this group that these values belong to."""
     classes: tuple[type, ...] = one.metadata["classes"]
     named = [kind for kind in classes if plain.get("name") in getattr(kind, "names", ())]
     free = [kind for kind in classes if not hasattr(kind, "names")]

@@ -20,7 +20,7 @@ _SHARED = ("seeds", "format", "metric", "debug")
 
 
 def run_folder(root: str, size: str) -> Path:
-    """Of the run that trains the level of this size."""
+    """The run folder of the level of this size."""
     return Path(root) / f"unet_{size}"
 
 
@@ -32,7 +32,7 @@ def out_folder(job: Sample) -> Path:
 
 
 def folders(job: Train | Sample) -> list[Path]:
-    """Those that a job writes, whatever else it may read."""
+    """The folders that a job writes."""
     if isinstance(job, Sample):
         return [out_folder(job)] if job.out is not None or job.eval.name in _DEFAULT else []
     if job.dry_run:

@@ -73,7 +73,7 @@ class Network:
 
     @property
     def sizes(self) -> list[str]:
-        """Of the levels to train."""
+        """Sizes of the levels to train."""
         return [self.size]
 
 
@@ -89,7 +89,7 @@ class Networks:
 
     @property
     def sizes(self) -> list[str]:
-        """Of the levels to train."""
+        """Sizes of the levels to train."""
         return self.levels
 
 
@@ -263,7 +263,7 @@ _IMAGES = Kind("a whole number >= 2, or 0 for none", lambda value: whole(0).hold
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """Of a family, after training: what its levels cost and how far apart they are."""
+    """The calibration of a family after training: what its levels cost and how far apart they are."""
 
     images: int = option(_IMAGES, "trajectories; 0: leave calibration out", 16)
     times: int = option(whole(3), "noise levels along them", 24)

@@ -109,7 +109,7 @@ class Comparison:
         return next((row for row in self.rows if row.key == run.row.key), None)
 
     def missing(self, runs: Sequence[Run]) -> list[Run]:
-        """Those that have no row."""
+        """The runs without a row."""
         known = {row.key for row in self.rows}
         return [run for run in runs if run.row.key not in known]
 

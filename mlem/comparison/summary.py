@@ -32,7 +32,7 @@ def settings(rows: Sequence[Row], cost: Callable[[Row], float]) -> list[Setting]
 
 
 def best_trials(rows: Sequence[Row]) -> list[Row]:
-    """Of rows that differ in nothing but the trial, the one of the smallest error on all images."""
+    """The best replicate of each setting: rows that differ in the trial alone, the smallest error over all images."""
     return [min(group, key=lambda row: row.mse) for group in _replicates(rows)]
 
 
@@ -76,7 +76,7 @@ def ratios(comparison: Comparison, runs: Sequence[Run], draws: int = 400) -> lis
 def _advantage(
     own: Sequence[Row], top: Sequence[Row], alone: Sequence[Row], error: float, best: bool, draws: int
 ) -> Advantage:
-    """Of the rows of one sampler over those of the largest level (`top`) and of all levels alone."""
+    """Ratios of one sampler against the largest level (`top`) and against any level that runs alone."""
     against = {}
     for name, cost in COSTS.items():
         ours = settings(own, cost)

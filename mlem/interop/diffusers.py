@@ -24,7 +24,7 @@ __all__ = ["PREFIX", "DiffusersSolver", "SchedulerGrid"]
 
 PREFIX = "diffusers:"
 _PROBE_STEPS = 4
-"""Of the run that shows whether a scheduler draws noise: the last step of most draws none."""
+"""Steps of the run that shows whether a scheduler draws noise: the last step of most draws none."""
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,7 @@ class Coefficients:
         """p_k at these times: (R, K) float64. delta is added to every beta but the first, as in Fig. 1 of [J]."""
         shift = torch.full_like(self.beta, delta).index_fill_(0, torch.tensor(0), 0.0)
         logits = self.alpha * feature(schedule, times)[:, None] + self.beta + shift
-        # never 0: a level that could not run would have no weight to be paid with
+        # never 0: the weight of a level that could not run would be infinite
         return torch.sigmoid(logits).clamp(min=1e-9)
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Coins: how often each correction is paid for at each evaluation, and with them the weights of an unbiased sum.
+"""Coins: how often each correction counts at each evaluation, and with that the weights of an unbiased sum.
 
 A table of probabilities p, one row for each evaluation of the denoiser and one column for each level, becomes a table
 of counts with these means. Kinds:

@@ -36,6 +36,9 @@ from mlem.schedule import NoiseSchedule
 
 __all__ = ["ESTIMATORS", "Estimator", "Held", "Hindsight", "Jump", "estimator_called"]
 
+Levels = Sequence[Denoiser]
+Quadrature = Sequence[float] | None
+
 
 class Estimator(ABC):
     """How an evaluation is done, what it costs, and how far it is from the largest level."""
@@ -90,13 +93,7 @@ class Estimator(ABC):
         """
 
     @abstractmethod
-    def evaluator(
-        self,
-        levels: Sequence[Denoiser],
-        schedule: NoiseSchedule,
-        program: Program,
-        quadrature: Sequence[float] | None,
-    ) -> Evaluator:
+    def evaluator(self, levels: Levels, schedule: NoiseSchedule, program: Program, quadrature: Quadrature) -> Evaluator:
         """What makes the evaluations of one trajectory.
 
         Args:
@@ -122,13 +119,7 @@ class Jump(Estimator):
     def deviations(self, weights: Tensor, scale: Tensor, times: Tensor, holding: Holding) -> Tensor:
         return scale * (weights - 1)
 
-    def evaluator(
-        self,
-        levels: Sequence[Denoiser],
-        schedule: NoiseSchedule,
-        program: Program,
-        quadrature: Sequence[float] | None,
-    ) -> Evaluator:
+    def evaluator(self, levels: Levels, schedule: NoiseSchedule, program: Program, quadrature: Quadrature) -> Evaluator:
         return JumpEvaluator(levels, program)
 
 
@@ -169,13 +160,7 @@ class Held(Estimator):
     def deviations(self, weights: Tensor, scale: Tensor, times: Tensor, holding: Holding) -> Tensor:
         return holding.deviations(weights.bool(), scale, times, hindsight=self.moves_state)
 
-    def evaluator(
-        self,
-        levels: Sequence[Denoiser],
-        schedule: NoiseSchedule,
-        program: Program,
-        quadrature: Sequence[float] | None,
-    ) -> Evaluator:
+    def evaluator(self, levels: Levels, schedule: NoiseSchedule, program: Program, quadrature: Quadrature) -> Evaluator:
         return HeldEvaluator(levels, schedule, program)
 
 
@@ -192,13 +177,7 @@ class Hindsight(Held):
         cheapest[:, 0] = True
         return torch.where(_revised(counts)[:, None], cheapest, super().evaluated(counts, weights, order))
 
-    def evaluator(
-        self,
-        levels: Sequence[Denoiser],
-        schedule: NoiseSchedule,
-        program: Program,
-        quadrature: Sequence[float] | None,
-    ) -> Evaluator:
+    def evaluator(self, levels: Levels, schedule: NoiseSchedule, program: Program, quadrature: Quadrature) -> Evaluator:
         if quadrature is None:
             raise ValueError("hindsight moves the state between calls, which only sample() can do; use estimator=held")
         return HindsightEvaluator(levels, schedule, program, quadrature)

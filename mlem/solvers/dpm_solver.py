@@ -7,7 +7,7 @@ With `lambda = -ln kappa` and `h` the step in lambda, both step from the extrapo
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from torch import Tensor
 
@@ -36,49 +36,43 @@ def _extrapolated(
     return data + (data - previous.data) * (step / (2 * previous.step)), _Previous(data, step)
 
 
-class DPMSolverPP(Solver):
-    """`y' = r y + (1 - r) D`, `r = kappa'/kappa`."""
+class _DPMSolver(Solver):
+    """`y' = r y + (1 - r) D`, `r = (kappa'/kappa)^power`; of the SDE plus the noise of an ancestral step."""
+
+    power: ClassVar[int]
+    default_grid = "log_snr"
+    measured_grids = ("uniform", "log_snr")
+
+    def step(
+        self,
+        eps: NoiseEstimate,
+        y: Tensor,
+        state: _Previous | None,
+        here: GridPoint,
+        there: GridPoint,
+        path: NoisePath,
+    ) -> tuple[Tensor, _Previous]:
+        data, state = _extrapolated(eps, y, state, here, there)
+        ratio = (there.kappa / here.kappa) ** self.power
+        y = ratio * y + (1 - ratio) * data
+        return (y + ancestral_noise(path, here, there) if self.stochastic else y), state
+
+
+class DPMSolverPP(_DPMSolver):
+    """DPM-Solver++ 2M for the ODE."""
 
     name = "dpm_solver_pp"
     order = 2.0
+    power = 1
     stochastic = False
     reference = "dpm_solver_pp"
-    default_grid = "log_snr"
-    measured_grids = ("uniform", "log_snr")
-
-    def step(
-        self,
-        eps: NoiseEstimate,
-        y: Tensor,
-        state: _Previous | None,
-        here: GridPoint,
-        there: GridPoint,
-        path: NoisePath,
-    ) -> tuple[Tensor, _Previous]:
-        data, state = _extrapolated(eps, y, state, here, there)
-        ratio = there.kappa / here.kappa
-        return ratio * y + (1 - ratio) * data, state
 
 
-class SDEDPMSolverPP(Solver):
-    """`y' = r^2 y + (1 - r^2) D + noise`, the noise that of an ancestral step."""
+class SDEDPMSolverPP(_DPMSolver):
+    """DPM-Solver++ 2M for the SDE."""
 
     name = "dpm_solver_pp_sde"
     order = 1.0
+    power = 2
     stochastic = True
     reference = "ddpm"
-    default_grid = "log_snr"
-    measured_grids = ("uniform", "log_snr")
-
-    def step(
-        self,
-        eps: NoiseEstimate,
-        y: Tensor,
-        state: _Previous | None,
-        here: GridPoint,
-        there: GridPoint,
-        path: NoisePath,
-    ) -> tuple[Tensor, _Previous]:
-        data, state = _extrapolated(eps, y, state, here, there)
-        ratio = (there.kappa / here.kappa) ** 2
-        return ratio * y + (1 - ratio) * data + ancestral_noise(path, here, there), state

@@ -56,7 +56,7 @@ class UnderdampedLangevin:
 
     @property
     def evaluations(self) -> int:
-        """Of one correction, for each sample."""
+        """Evaluations of one correction, for each sample."""
         return self.steps * {"underdamped": 1, "midpoint": 2, "parallel": self.rounds}[self.method]
 
     def correct(

@@ -99,12 +99,12 @@ class Objective(Law):
     def samples(self, weights: Tensor, counts: Tensor, indices: Tensor) -> Tensor:
         """x_0: weights and counts (D, R, K), sample indices (D, B) -> (D, B, *shape), float64.
 
-        Differentiable in weights, forward and in reverse. A level runs on the draws whose coins paid for it.
+        Differentiable in weights, forward and in reverse. A level runs on the draws whose coins fell for it.
         """
         draws, size = indices.shape
-        paid = counts.bool().cpu()
+        fell = counts.bool().cpu()
         # a level of weight 0 whose neighbours both fell runs too: its weight may have a derivative
-        runs = paid | torch.cat([paid[..., 1:], torch.zeros_like(paid[..., :1])], -1)
+        runs = fell | torch.cat([fell[..., 1:], torch.zeros_like(fell[..., :1])], -1)
         # copied to the device before the first step, not while a step waits
         draws_of = [[one.nonzero().flatten().to(indices.device) for one in row.unbind(1)] for row in runs.unbind(1)]
         row = iter(range(weights.shape[1]))
