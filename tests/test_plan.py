@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from mlem.multilevel.coins import COINS
-from mlem.multilevel.plan import Plan, collect
+from mlem.multilevel.estimators import collect
+from mlem.multilevel.plan import Plan
 from mlem.schedule import NoiseSchedule
 from tests.problems import outcomes
 

@@ -28,7 +28,7 @@ def test_a_search_spends_its_budget_well(solver: str, estimator: str, levels: tu
     by, costs = predictor(solver, 32), family().fitted.calibration_for(family()).costs("flops")
     own = costs[[int(name) - 1 for name in levels]]
     for budget in (7.0, 16.0):
-        found = search(by, levels, costs, 0, estimator, budget)
+        found = search(by, [levels], costs, 0, estimator, budget)
         assert found is not None
         assert budget - 2.5 < found.cost(own) <= budget
         for stride in (2, 3, 4, 6, 8, 16):
@@ -43,7 +43,7 @@ def test_a_search_keeps_every_budget(solver: str, estimator: str) -> None:
     costs = torch.tensor([0.1, 0.4, 1.0])
     by = predictor(solver, 12)
     for budget in torch.linspace(4.0, 12.0, 17).tolist():
-        found = search(by, ("1", "2", "3"), costs, 0, estimator, budget)
+        found = search(by, [("1", "2", "3")], costs, 0, estimator, budget)
         assert found is not None
         assert found.cost(costs) <= budget
 
@@ -51,9 +51,9 @@ def test_a_search_keeps_every_budget(solver: str, estimator: str) -> None:
 def test_a_search_finds_nothing_for_too_little() -> None:
     by, costs = predictor("ddpm", 32), family().fitted.calibration_for(family()).costs("flops")
     for levels in LEVELS:
-        assert search(by, levels, costs, 0, "held", 0.9) is None
-    assert search(by, ("3",), costs, 0, "held", 31.9) is None
-    alone = search(by, ("3",), costs, 0, "held", 32.0)
+        assert search(by, [levels], costs, 0, "held", 0.9) is None
+    assert search(by, [("3",)], costs, 0, "held", 31.9) is None
+    alone = search(by, [("3",)], costs, 0, "held", 32.0)
     assert alone is not None
     assert by.response_error(alone) == 0
 

@@ -144,7 +144,7 @@ class Calibration:
 def _in_float64(one: Calibration | LinearResponse, *names: str) -> None:
     """What is measured in the dtype and layout of the networks is predicted from as if it were read from a file."""
     for name in names:
-        object.__setattr__(one, name, torch.as_tensor(getattr(one, name), dtype=torch.float64).contiguous())
+        object.__setattr__(one, name, torch.as_tensor(getattr(one, name), dtype=torch.float64).detach().contiguous())
 
 
 def _plain(value: Any) -> Any:

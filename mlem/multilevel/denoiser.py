@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -14,7 +15,7 @@ from mlem.multilevel.estimators import ESTIMATORS
 from mlem.multilevel.evaluators import Evaluator, OwnCoinsEvaluator
 from mlem.multilevel.plan import Plan
 from mlem.schedule import NoiseSchedule
-from mlem.solvers import GridPoint, model_input
+from mlem.solvers import EvaluationPoint, GridPoint, model_input
 
 __all__ = ["MultilevelDenoiser", "MultilevelTrajectory"]
 
@@ -119,15 +120,30 @@ class MultilevelTrajectory:
         self._evaluations, self._schedule, self._evaluator = plan.evaluations, schedule, evaluator
         self._revised: list[bool] = plan.revised.tolist() if plan.moves_state else []
 
-    def evaluate(self, x: Tensor, t: Tensor) -> Tensor:
-        """The next noise estimate: x (B, ...), t (B,) -> like x. Raises ValueError after the last one."""
+    def evaluate(self, x: Tensor, t: Tensor, point: GridPoint | None = None) -> Tensor:
+        """The next noise estimate: x (B, ...), t (B,) -> like x.
+
+        Args:
+            point: the point of the grid where that is, if it is one: numbers then take the place of tensors (B,).
+
+        Raises:
+            ValueError: the last one has been made.
+        """
         if self.row == self._evaluations:
             raise ValueError(f"this trajectory has had its {self.row} evaluations; begin another")
         row, self.row = self.row, self.row + 1
-        return self._evaluator.evaluate(row, x, t)
+        return self._evaluator.evaluate(row, x, t, point)
+
+    def denoiser_at(self, place: EvaluationPoint) -> Denoiser:
+        """The denoiser that makes the next evaluation, where a solver asks for it at `place`."""
+        return partial(self.evaluate, point=place if isinstance(place, GridPoint) else None)
+
+    def estimate(self, y: Tensor, place: EvaluationPoint) -> Tensor:
+        """The next noise estimate as a solver asks for it, at y (B, ...) in float64: like y."""
+        return self.denoiser_at(place)(*model_input(self._schedule, y, place)).double()
 
     def revise(self, y: Tensor, point: GridPoint) -> Tensor:
         """y (B, ...) moved to where it should be before the step from `point`; y itself where nothing was revised."""
         if not self._revised or not self._revised[self.row]:
             return y
-        return y + self._evaluator.revise(self.row, *model_input(self._schedule, y, point))
+        return y + self._evaluator.revise(self.row, *model_input(self._schedule, y, point), point)

@@ -14,17 +14,17 @@ Weights are collected before anything is evaluated: `F = sum_k w_k f^k` with `w_
 `g^k`; and a level of weight zero is not run, unless a held correction has to be measured.
 
 Lives here: which levels run, what is predicted of the error, and which evaluator makes a trajectory. The evaluators
-themselves stand in `evaluators.py`. Tables are (R, K): R evaluations, K levels.
+themselves stand in `evaluators.py`. Tables are (R, K): R evaluations, K levels; of held corrections also (.., R, K).
 """
 
 from __future__ import annotations
 
-import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from mlem.denoiser import Denoiser
@@ -34,10 +34,11 @@ from mlem.multilevel.evaluators import Evaluator, HeldEvaluator, HindsightEvalua
 from mlem.multilevel.holding import Holding
 from mlem.schedule import NoiseSchedule
 
-__all__ = ["ESTIMATORS", "Estimator", "Held", "Hindsight", "Jump", "estimator_called"]
+__all__ = ["ESTIMATORS", "Estimator", "Held", "Hindsight", "Jump", "collect", "estimator_called"]
 
 Levels = Sequence[Denoiser]
 Quadrature = Sequence[float] | None
+Array = NDArray[Any]
 
 
 class Estimator(ABC):
@@ -79,13 +80,18 @@ class Estimator(ABC):
         """The levels that run at each evaluation, whose collected weights these are: bool."""
         return weights != 0
 
+    def runs(self, counts: Tensor, probabilities: Tensor, order: int) -> Tensor:
+        """How often each level is evaluated at each row: int64."""
+        weights = collect(self.correction_weights(counts, probabilities))
+        return self.evaluated(counts, weights, order).long() + self.revising(counts).long()
+
     @abstractmethod
-    def deviations(self, weights: Tensor, scale: Tensor, times: Tensor, holding: Holding) -> Tensor:
+    def deviations(self, weights: Array, scale: Array, times: Array, holding: Holding) -> Array:
         """What N plans put in the place of a correction, less the correction, as coefficients of the correction.
 
         Args:
             weights: (N, R), its `correction_weights`.
-            scale: (R,), what a unit of error at each row counts.
+            scale: (R,), or (N, R), what a unit of error at each row counts.
             times: (R,), `-ln kappa` of each row.
             holding: the rules for stand-ins.
 
@@ -116,7 +122,7 @@ class Jump(Estimator):
     def correction_weights(self, counts: Tensor, probabilities: Tensor) -> Tensor:
         return (counts / probabilities).double()
 
-    def deviations(self, weights: Tensor, scale: Tensor, times: Tensor, holding: Holding) -> Tensor:
+    def deviations(self, weights: Array, scale: Array, times: Array, holding: Holding) -> Array:
         return scale * (weights - 1)
 
     def evaluator(self, levels: Levels, schedule: NoiseSchedule, program: Program, quadrature: Quadrature) -> Evaluator:
@@ -146,19 +152,22 @@ class Held(Estimator):
         return counts.bool().double()  # measured or not, however often its coin fell
 
     def stored(self, counts: Tensor, order: int) -> Tensor:
-        stored = [[False] * counts.shape[1] for _ in counts]
-        for level, measured in _measurements(counts):
-            gaps = [later - row > 1 for row, later in itertools.pairwise(measured)]
-            for number, row in enumerate(measured[:-1]):
-                stored[row][level] = any(gaps[number : number + order + 1])
-        return torch.tensor(stored)
+        measured = counts.bool()
+        later = _next(measured)
+        number = torch.arange(counts.shape[-2])[:, None]
+        gap = measured & (later > number + 1)
+        if order == 0:
+            return gap
+        # a straight line needs the last two
+        last = counts.shape[-2] - 1
+        return gap | (measured & (later <= last) & gap.gather(-2, later.clamp(max=last)))
 
     def evaluated(self, counts: Tensor, weights: Tensor, order: int) -> Tensor:
         stored = self.stored(counts, order)
         return (weights != 0) | stored | _level_above(stored)
 
-    def deviations(self, weights: Tensor, scale: Tensor, times: Tensor, holding: Holding) -> Tensor:
-        return holding.deviations(weights.bool(), scale, times, hindsight=self.moves_state)
+    def deviations(self, weights: Array, scale: Array, times: Array, holding: Holding) -> Array:
+        return holding.deviations(weights != 0, scale, times, hindsight=self.moves_state)
 
     def evaluator(self, levels: Levels, schedule: NoiseSchedule, program: Program, quadrature: Quadrature) -> Evaluator:
         return HeldEvaluator(levels, schedule, program)
@@ -170,12 +179,12 @@ class Hindsight(Held):
     def revising(self, counts: Tensor) -> Tensor:
         measured = counts.bool()
         # the newest measurements are added to the cheapest level, which is then evaluated at the new state
-        return _revised(counts)[:, None] & (measured | _level_above(measured))
+        return _revised(counts)[..., None] & (measured | _level_above(measured))
 
     def evaluated(self, counts: Tensor, weights: Tensor, order: int) -> Tensor:
         cheapest = torch.zeros_like(counts, dtype=torch.bool)
-        cheapest[:, 0] = True
-        return torch.where(_revised(counts)[:, None], cheapest, super().evaluated(counts, weights, order))
+        cheapest[..., 0] = True
+        return torch.where(_revised(counts)[..., None], cheapest, super().evaluated(counts, weights, order))
 
     def evaluator(self, levels: Levels, schedule: NoiseSchedule, program: Program, quadrature: Quadrature) -> Evaluator:
         if quadrature is None:
@@ -192,21 +201,26 @@ def estimator_called(name: str) -> Estimator:
     return ESTIMATORS[name]
 
 
-def _measurements(counts: Tensor) -> list[tuple[int, list[int]]]:
-    """For each held level the rows at which it is measured, and R."""
-    rows, levels = counts.shape
-    return [(k, [*counts[:, k].nonzero().flatten().tolist(), rows]) for k in range(1, levels)]
+def _next(measured: Tensor) -> Tensor:
+    """For each row the number of the next row, after it, at which a level is measured, R where there is none."""
+    rows = measured.shape[-2]
+    number = torch.where(measured, torch.arange(rows)[:, None], rows).flip(-2).cummin(-2).values.flip(-2)
+    return torch.cat([number[..., 1:, :], torch.full_like(number[..., :1, :], rows)], -2)
 
 
 def _revised(counts: Tensor) -> Tensor:
-    """Rows at which a correction is measured again after a gap: (R,) bool."""
-    revised = [False] * len(counts)
-    for _, measured in _measurements(counts):
-        for row, later in itertools.pairwise(measured[:-1]):
-            revised[later] |= later - row > 1
-    return torch.tensor(revised)
+    """Rows at which a correction is measured again after a gap: (.., R) bool."""
+    measured = counts.bool()
+    before = torch.cat([torch.zeros_like(measured[..., :1, :]), measured[..., :-1, :]], -2)
+    begun = measured.long().cumsum(-2) > 1  # it was measured before
+    return (measured & ~before & begun)[..., 1:].any(-1)
 
 
 def _level_above(table: Tensor) -> Tensor:
     """For each level what holds of the level above it: bool."""
-    return torch.cat([table[:, 1:], torch.zeros_like(table[:, :1])], 1)
+    return torch.cat([table[..., 1:], torch.zeros_like(table[..., :1])], -1)
+
+
+def collect(weights: Tensor) -> Tensor:
+    """Weights of the levels, from those of the corrections: (.., K) -> (.., K), `w_k = W_k - W_(k+1)`."""
+    return weights - torch.cat([weights[..., 1:], torch.zeros_like(weights[..., :1])], -1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -12,6 +13,7 @@ from torch import Tensor
 from mlem.denoiser import Denoiser
 from mlem.multilevel.holding import Holding, Measurement
 from mlem.schedule import NoiseSchedule, expand_like
+from mlem.solvers import GridPoint
 
 __all__ = [
     "PADDING",
@@ -38,14 +40,34 @@ class Program(NamedTuple):
     holding: Holding
 
 
+class Moment(NamedTuple):
+    """alpha and kappa at an evaluation: numbers, or (B, 1, ...) where they differ from sample to sample."""
+
+    alpha: float | Tensor
+    kappa: float | Tensor
+
+    @staticmethod
+    def of(schedule: NoiseSchedule, x: Tensor, t: Tensor, point: GridPoint | None) -> Moment:
+        """That of an evaluation at x (B, ...) and t (B,), which is at a point of the grid if one is given."""
+        if point is not None:
+            return Moment(point.alpha, point.kappa)
+        alpha, sigma = expand_like(schedule.alpha(t), x), expand_like(schedule.sigma(t), x)
+        return Moment(alpha, sigma / alpha)
+
+    @property
+    def time(self) -> float | Tensor:
+        """-ln kappa."""
+        return -(self.kappa.log() if isinstance(self.kappa, Tensor) else math.log(self.kappa))
+
+
 class Evaluator(ABC):
     """Makes the evaluations of one trajectory, in order of their rows, and keeps what they leave behind."""
 
     @abstractmethod
-    def evaluate(self, row: int, x: Tensor, t: Tensor) -> Tensor:
-        """The noise estimate at x (B, ...) and t (B,): like x."""
+    def evaluate(self, row: int, x: Tensor, t: Tensor, point: GridPoint | None) -> Tensor:
+        """The noise estimate at x (B, ...) and t (B,), which is at a point of the grid if one is given: like x."""
 
-    def revise(self, row: int, x: Tensor, t: Tensor) -> Tensor | float:
+    def revise(self, row: int, x: Tensor, t: Tensor, point: GridPoint) -> Tensor | float:
         """What to move the state y = x / alpha by before the evaluation of this row."""
         return 0.0
 
@@ -56,7 +78,7 @@ class JumpEvaluator(Evaluator):
     def __init__(self, levels: Sequence[Denoiser], program: Program) -> None:
         self._levels, self._program = levels, program
 
-    def evaluate(self, row: int, x: Tensor, t: Tensor) -> Tensor:
+    def evaluate(self, row: int, x: Tensor, t: Tensor, point: GridPoint | None) -> Tensor:
         outputs = _outputs(self._levels, self._program.evaluated[row], x, t)
         return _weighted(outputs, self._program.weights[row], x)
 
@@ -77,7 +99,7 @@ class OwnCoinsEvaluator(Evaluator):
         self._levels = levels
         self._shares = [[_share(level, device) for level in row.unbind(1)] for row in weights.unbind(1)]
 
-    def evaluate(self, row: int, x: Tensor, t: Tensor) -> Tensor:
+    def evaluate(self, row: int, x: Tensor, t: Tensor, point: GridPoint | None) -> Tensor:
         total = torch.zeros_like(x)
         for level, share in zip(self._levels, self._shares[row], strict=True):
             if share is not None:
@@ -97,18 +119,6 @@ def _share(weights: Tensor, device: torch.device) -> _Share | None:
     return _Share(*parts)
 
 
-class _Moment(NamedTuple):
-    """alpha and kappa at an evaluation, (B, 1, ...)."""
-
-    alpha: Tensor
-    kappa: Tensor
-
-    @property
-    def time(self) -> Tensor:
-        """-ln kappa."""
-        return -self.kappa.log()
-
-
 class HeldEvaluator(Evaluator):
     """Measured corrections, and stand-ins for the others."""
 
@@ -116,16 +126,13 @@ class HeldEvaluator(Evaluator):
         self._levels, self._schedule, self._program = levels, schedule, program
         self._measured: list[list[Measurement]] = [[] for _ in levels]
 
-    def evaluate(self, row: int, x: Tensor, t: Tensor) -> Tensor:
-        moment, outputs = self._moment(x, t), _outputs(self._levels, self._program.evaluated[row], x, t)
+    def evaluate(self, row: int, x: Tensor, t: Tensor, point: GridPoint | None) -> Tensor:
+        moment = Moment.of(self._schedule, x, t, point)
+        outputs = _outputs(self._levels, self._program.evaluated[row], x, t)
         self._measure(row, outputs, moment)
         return _weighted(outputs, self._program.weights[row], x) + self._corrections(row, moment, fresh=False)
 
-    def _moment(self, x: Tensor, t: Tensor) -> _Moment:
-        alpha, sigma = expand_like(self._schedule.alpha(t), x), expand_like(self._schedule.sigma(t), x)
-        return _Moment(alpha, sigma / alpha)
-
-    def _measure(self, row: int, outputs: Sequence[Tensor | None], moment: _Moment) -> Tensor | float:
+    def _measure(self, row: int, outputs: Sequence[Tensor | None], moment: Moment) -> Tensor | float:
         """Keep the corrections that are measured at this row. Returns what to move the state by."""
         move: Tensor | float = 0.0
         for level, due in enumerate(self._program.measured[row]):
@@ -143,11 +150,11 @@ class HeldEvaluator(Evaluator):
         """Whether what is measured here is used again."""
         return self._program.stored[row][level]
 
-    def _look_back(self, level: int, now: _Moment) -> Tensor | float:
+    def _look_back(self, level: int, now: Moment) -> Tensor | float:
         """What to move the state by, now that a correction was measured again."""
         return 0.0
 
-    def _corrections(self, row: int, moment: _Moment, fresh: bool) -> Tensor | float:
+    def _corrections(self, row: int, moment: Moment, fresh: bool) -> Tensor | float:
         """The sum of the corrections at this row; without `fresh`, of those that are not measured at it."""
         total: Tensor | float = 0.0
         for level, due in enumerate(self._program.measured[row]):
@@ -160,7 +167,7 @@ class HeldEvaluator(Evaluator):
             total = total + value * moment.alpha
         return total
 
-    def _stands_in(self, level: int, row: int, moment: _Moment, value: Tensor) -> None:
+    def _stands_in(self, level: int, row: int, moment: Moment, value: Tensor) -> None:
         """Told of each stand-in."""
 
 
@@ -168,7 +175,7 @@ class _StandIn(NamedTuple):
     """What stood in for a correction, where and when."""
 
     row: int
-    moment: _Moment
+    moment: Moment
     value: Tensor
 
 
@@ -182,19 +189,20 @@ class HindsightEvaluator(HeldEvaluator):
         self._quadrature = quadrature
         self._stand_ins: list[list[_StandIn]] = [[] for _ in levels]
 
-    def revise(self, row: int, x: Tensor, t: Tensor) -> Tensor | float:
-        return self._measure(row, _outputs(self._levels, self._program.revising[row], x, t), self._moment(x, t))
+    def revise(self, row: int, x: Tensor, t: Tensor, point: GridPoint) -> Tensor | float:
+        outputs = _outputs(self._levels, self._program.revising[row], x, t)
+        return self._measure(row, outputs, Moment.of(self._schedule, x, t, point))
 
-    def evaluate(self, row: int, x: Tensor, t: Tensor) -> Tensor:
+    def evaluate(self, row: int, x: Tensor, t: Tensor, point: GridPoint | None) -> Tensor:
         if not any(self._program.revising[row]):
-            return super().evaluate(row, x, t)
-        return self._levels[0](x, t) + self._corrections(row, self._moment(x, t), fresh=True)
+            return super().evaluate(row, x, t, point)
+        return self._levels[0](x, t) + self._corrections(row, Moment.of(self._schedule, x, t, point), fresh=True)
 
     def _keeps(self, row: int, level: int) -> bool:
         # what is measured at a revision is added to the cheapest level in the evaluation that follows
         return super()._keeps(row, level) or any(self._program.revising[row])
 
-    def _look_back(self, level: int, now: _Moment) -> Tensor | float:
+    def _look_back(self, level: int, now: Moment) -> Tensor | float:
         """`sum_i c_i (interpolated_i - stand-in_i)` over the rows since the last measurement."""
         move: Tensor | float = 0.0
         for row, then, value in self._stand_ins[level]:
@@ -205,7 +213,7 @@ class HindsightEvaluator(HeldEvaluator):
         self._stand_ins[level] = []
         return move
 
-    def _stands_in(self, level: int, row: int, moment: _Moment, value: Tensor) -> None:
+    def _stands_in(self, level: int, row: int, moment: Moment, value: Tensor) -> None:
         self._stand_ins[level].append(_StandIn(row, moment, value))
 
 

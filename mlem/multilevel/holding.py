@@ -1,26 +1,31 @@
 """Holding: what stands in for a correction between the evaluations at which it is measured.
 
-Time is `-ln kappa`. A stand-in is a linear combination of one or two measurements, by the rules of `Holding`. They are
-applied to tensors when a sample is made, and to unit numbers, which gives the weights of the combination, when the
-error of a plan is predicted.
+Time is `-ln kappa`. A stand-in is a linear combination of one or two measurements; `Holding` gives their weights: as
+plain numbers or, where times differ from sample to sample, as tensors when a sample is made, and as arrays, for many
+plans at once, when an error is predicted.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 __all__ = ["Holding", "Measurement"]
+
+Numbers: TypeAlias = Any
+"""Times and weights: a float, a tensor, or a numpy array."""
 
 
 class Measurement(NamedTuple):
     """A correction as it was measured, `(f^k - f^(k-1)) / alpha`, the difference of v predictions, and its time."""
 
-    time: Tensor
+    time: float | Tensor
     value: Tensor
 
 
@@ -37,65 +42,99 @@ class Holding:
     order: int
     correlation_length: float | None
 
-    def extrapolated(self, points: Sequence[Measurement], time: Tensor) -> Tensor:
+    def extrapolated(self, points: Sequence[Measurement], time: float | Tensor) -> Tensor:
         """What the last `order + 1` measurements, or the one there is, say of a later `time`."""
         last = points[-1]
         if len(points) == 1:
-            return self._faded(last.value, time - last.time)
+            return last.value if self.correlation_length is None else last.value * self._fading(time - last.time)
         before = points[-2]
-        return _line(last.value, before.value, time - last.time, before.time - last.time)
+        return _combined(last, before, _line(time - last.time, before.time - last.time))
 
-    def interpolated(self, before: Measurement, after: Measurement, time: Tensor) -> Tensor:
+    def interpolated(self, before: Measurement, after: Measurement, time: float | Tensor) -> Tensor:
         """What two measurements say of a `time` in between."""
-        return self._between(before.value, after.value, time - before.time, after.time - before.time)
+        return _combined(before, after, self._between(time - before.time, after.time - before.time))
 
-    def deviations(self, measured: Tensor, scale: Tensor, times: Tensor, *, hindsight: bool) -> Tensor:
+    def deviations(
+        self,
+        measured: NDArray[np.bool_],
+        scale: NDArray[np.float64],
+        times: NDArray[np.float64],
+        *,
+        hindsight: bool,
+    ) -> NDArray[np.float64]:
         """Stand-ins less corrections, as coefficients of the corrections, for N plans at once.
 
         Args:
-            measured: (N, R) bool, the evaluations at which the correction is measured; the first must be.
-            scale: (R,), what a unit of error at each evaluation counts.
+            measured: (N, R), the evaluations at which the correction is measured; the first must be.
+            scale: (R,), or (N, R), what a unit of error at each evaluation counts.
             times: (R,), `-ln kappa` of each evaluation.
             hindsight: whether interpolation replaces extrapolation where there is a later measurement.
 
         Returns: (N, R); the error of a plan is the sum over rows of these times the corrections.
         """
-        rows = measured.shape[1]
-        number = torch.arange(rows).expand_as(measured)
-        last = torch.where(measured, number, 0).cummax(1).values
-        before = torch.cat([torch.zeros_like(last[:, :1]), last[:, :-1]], 1).gather(1, last)  # the one before the last
-        later = torch.where(measured, number, rows).flip(1).cummin(1).values.flip(1)
-        between = (later < rows) if hindsight else torch.zeros_like(measured)
-        second = torch.where(between, later.clamp(max=rows - 1), before if self.order else last)
-        passed, span = times - times[last], times[second] - times[last]
-        weights: list[Tensor] = []
-        for a, b in ((1.0, 0.0), (0.0, 1.0)):
-            alone = self._faded(torch.full_like(passed, a), passed)
-            two = torch.where(between, self._between(a, b, passed, span), _line(a, b, passed, span))
-            stand_in = torch.where(second == last, alone, two)
-            weights.append(torch.where(measured, a, stand_in))
-        said = torch.zeros(measured.shape, dtype=torch.float64)
-        said.scatter_add_(1, last, scale * weights[0])
-        said.scatter_add_(1, second, scale * weights[1])
-        return said - scale
+        plans, rows = measured.shape
+        number, plan = np.arange(rows), np.arange(plans)[:, None]
+        last = np.maximum.accumulate(np.where(measured, number, 0), axis=1)
+        second = last
+        if self.order:
+            before = np.zeros_like(last)
+            before[:, 1:] = last[:, :-1]
+            second = before[plan, last]  # the one before the last
+        first = np.ones(measured.shape), np.zeros(measured.shape)
+        passed = times - times[last]
+        weights = self._extrapolation(passed, times[second] - times[last], second == last)
+        if hindsight:
+            later = np.minimum.accumulate(np.where(measured, number, rows)[:, ::-1], axis=1)[:, ::-1]
+            between = later < rows
+            second = np.where(between, later, second)
+            span = np.where(between & ~measured, times[second] - times[last], 1.0)
+            weights = _chosen(between, self._between(passed, span), weights)
+        weights = _chosen(measured, first, weights)
+        said = np.bincount((plan * rows + last).ravel(), (scale * weights[0]).ravel(), plans * rows)
+        said += np.bincount((plan * rows + second).ravel(), (scale * weights[1]).ravel(), plans * rows)
+        return said.reshape(plans, rows) - scale
 
-    def _faded(self, value: Tensor, passed: Tensor) -> Tensor:
-        """One measurement, `passed` later."""
-        return value if self.correlation_length is None else value * torch.exp(-passed / self.correlation_length)
+    def _extrapolation(
+        self, passed: NDArray[np.float64], span: NDArray[np.float64], alone: NDArray[np.bool_]
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Weights of the last measurement and the one before it, at a distance of `span`, or of the last alone."""
+        faded = np.broadcast_to(self._fading(passed), passed.shape)
+        return _chosen(alone, (faded, np.zeros_like(passed)), _line(passed, span))
 
-    def _between(self, a: Tensor | float, b: Tensor | float, passed: Tensor, span: Tensor) -> Tensor:
-        """`passed` after a measurement a, and before another, b, at a distance of `span` from the first.
+    def _fading(self, passed: Numbers) -> Numbers:
+        """Weight of one measurement, `passed` later."""
+        length = self.correlation_length
+        return 1.0 if length is None else _library(passed).exp(-passed / length)
 
-        A straight line; with a correlation length b, the mean of an Ornstein-Uhlenbeck process that is known at both
+    def _between(self, passed: Numbers, span: Numbers) -> tuple[Numbers, Numbers]:
+        """Weights of a measurement, `passed` after it, and of another, at a distance of `span` from it.
+
+        A straight line; with a correlation length, the mean of an Ornstein-Uhlenbeck process that is known at both
         ends: `(sinh((span - passed) / length) a + sinh(passed / length) b) / sinh(span / length)`.
         """
         length = self.correlation_length
         if length is None:
-            return _line(a, b, passed, span)
-        return (torch.sinh((span - passed) / length) * a + torch.sinh(passed / length) * b) / torch.sinh(span / length)
+            return _line(passed, span)
+        left, gone, whole = (_library(x).sinh(x / length) for x in (span - passed, passed, span))
+        return left / whole, gone / whole
 
 
-def _line(a: Tensor | float, b: Tensor | float, passed: Tensor, span: Tensor) -> Tensor:
-    """The straight line through a, where nothing has passed, and b, at a distance of `span`, which may be negative."""
+def _line(passed: Numbers, span: Numbers) -> tuple[Numbers, Numbers]:
+    """Weights of the straight line through a value, where nothing has passed, and one at a distance of `span`."""
     # two evaluations at one time (Heun) give no slope
-    return a + (b - a) * torch.where(span != 0, passed / span, 0.0)
+    share = passed * (span != 0) / (span + (span == 0))
+    return 1 - share, share
+
+
+def _combined(one: Measurement, other: Measurement, weights: tuple[Any, Any]) -> Tensor:
+    a, b = (weight if isinstance(weight, Tensor) else float(weight) for weight in weights)
+    return one.value * a + other.value * b
+
+
+def _chosen(which: NDArray[np.bool_], yes: tuple[Any, Any], no: tuple[Any, Any]) -> tuple[Any, Any]:
+    return np.where(which, yes[0], no[0]), np.where(which, yes[1], no[1])
+
+
+def _library(numbers: object) -> Any:
+    """Whose functions these numbers take."""
+    return torch if isinstance(numbers, Tensor) else np

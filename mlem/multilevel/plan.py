@@ -20,11 +20,11 @@ from torch import Tensor
 
 from mlem.files import check_format, damaged, read_object, write_json
 from mlem.multilevel.coins import check_probabilities, coins_called
-from mlem.multilevel.estimators import ESTIMATORS, Estimator, estimator_called
+from mlem.multilevel.estimators import ESTIMATORS, Estimator, collect, estimator_called
 from mlem.multilevel.evaluators import Program
 from mlem.multilevel.holding import Holding
 
-__all__ = ["Plan", "collect"]
+__all__ = ["Plan"]
 
 FORMAT = 1
 _OPTIONS = ("coins", "estimator", "order", "seed", "correlation_length", "about")
@@ -219,7 +219,7 @@ class Plan:
     @property
     def runs(self) -> Tensor:
         """How often each level is evaluated at each row: (R, K) int64."""
-        return self.evaluated.long() + self.revising.long()
+        return self._estimator.runs(self._shared_counts, self.probabilities, self.order)
 
     @property
     def calls(self) -> Tensor:
@@ -283,8 +283,3 @@ class Plan:
         if not os.path.isfile(path):
             raise FileNotFoundError(f"{path} is no plan; make one with: python -m mlem.multilevel memorise FAMILY")
         return Plan.from_dict(read_object(path), os.fspath(path))
-
-
-def collect(weights: Tensor) -> Tensor:
-    """Weights of the levels, from those of the corrections: (.., K) -> (.., K), `w_k = W_k - W_(k+1)`."""
-    return weights - torch.cat([weights[..., 1:], torch.zeros_like(weights[..., :1])], -1)

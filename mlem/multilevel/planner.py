@@ -107,8 +107,6 @@ class _Planner:
 
     def __init__(self, spec: PlanSpec, family: Family, solver: Solver, grid: TimeGrid) -> None:
         self._spec, self._family, self._solver, self._grid = spec, family, solver, grid
-        coefficients, self._points = quadrature_weights(solver, family.schedule, GridPoint.of(family.schedule, grid))
-        self._rows = len(coefficients)
         # the corrections of an SDE are rough: extrapolating them makes it worse
         self._order = (0 if solver.stochastic else 1) if spec.order is None else spec.order
         refuse_levels(spec.levels or (), family)
@@ -117,9 +115,12 @@ class _Planner:
             calibration = family.fitted.calibration_for(family)
             self._predictor = Predictor(calibration, family.schedule, solver, grid)
             self._costs, self._unit = calibration.costs(spec.cost, spec.batch_size), spec.cost
+            self._points = self._predictor.evaluations
         else:
             flops = torch.tensor([level.flops for level in family.levels], dtype=torch.float64)
             self._costs, self._unit = flops / flops[-1], "flops"  # seconds are known of calibrated families only
+            _, self._points = quadrature_weights(solver, family.schedule, GridPoint.of(family.schedule, grid))
+        self._rows = len(self._points)
 
     def plan(self) -> Plan:
         """The plan, with what is predicted of it in `about`."""
@@ -156,22 +157,28 @@ class _Planner:
         return _subsets(spec, names)
 
     def _for_budget(self, budget: float) -> Plan:
-        plans = [plan for levels in self._levels() if (plan := self._best(levels, budget)) is not None]
-        if not plans:
+        """The best plan that spends at most `budget`, in evaluations of the largest level."""
+        plan = self._best(self._levels(), budget)
+        if plan is None:
             raise ValueError(
                 f"budget={self._spec.budget} of {self._rows} evaluations is {budget:.3g} evaluations of the largest "
                 "level: no plan costs so little; raise it, or take fewer steps"
             )
-        if self._predictor is None or len(plans) == 1:
-            return plans[-1]
-        return min(plans, key=self._predictor.choice)
+        return plan
 
-    def _best(self, levels: tuple[str, ...], budget: float) -> Plan | None:
-        """The plan on these levels that spends at most `budget`, in evaluations of the largest level."""
-        spec = self._spec
+    def _best(self, subsets: list[tuple[str, ...]], budget: float) -> Plan | None:
+        """The best of these sets of levels, or None where no plan costs so little."""
+        predictor, spec = self._predictor, self._spec
         if spec.searched:
-            assert self._predictor is not None
-            return search(self._predictor, levels, self._costs, self._order, spec.estimator, budget)
+            assert predictor is not None
+            return search(predictor, subsets, self._costs, self._order, spec.estimator, budget)
+        plans = [plan for levels in subsets if (plan := self._spending(levels, budget)) is not None]
+        if predictor is None or len(plans) < 2:
+            return plans[-1] if plans else None
+        return min(plans, key=predictor.choice)
+
+    def _spending(self, levels: tuple[str, ...], budget: float) -> Plan | None:
+        """The plan of coins on these levels that spends `budget`; None where none costs so little."""
         costs = self._costs_of(levels)
 
         def spent(factor: float) -> float:
@@ -228,7 +235,7 @@ class _Planner:
         return learned.probabilities(self._family.schedule, [point.t for point in self._points], delta)
 
     def _for_error(self, mse: float) -> Plan:
-        """The plan of the smallest budget whose predicted error is at most `mse`."""
+        """The plan of the smallest budget, to a hundredth, whose predicted error is at most `mse`."""
         predictor = self._predictor
         assert predictor is not None
         discretisation = predictor.discretisation
@@ -238,22 +245,22 @@ class _Planner:
                 f"mse={mse:g}: the error of {self._solver.name} in {self._grid.steps} steps on the {self._grid.name} "
                 f"grid alone {found}; take more steps, or another solver"
             )
-
-        def error(share: float) -> float:
-            try:
-                plan = self._for_budget(share * self._rows)
-            except ValueError:
-                return math.inf
-            return predictor.total(plan)
-
-        if (best := error(1.0)) > mse:  # levels= without the largest
+        best = self._for_budget(float(self._rows))
+        if (error := predictor.total(best)) > mse:  # levels= without the largest
             names = ", ".join(self._levels()[-1])
             raise ValueError(
-                f"mse={mse:g}: the levels {names} come to {best:.2g} at every step; add a larger level to levels=, or "
+                f"mse={mse:g}: the levels {names} come to {error:.2g} at every step; add a larger level to levels=, or "
                 "leave it out"
             )
-        low, high = 1.0 / self._rows * self._costs[0].item(), 1.0
+        low, high = self._costs[0].item(), float(self._rows)
         for _ in range(12):
+            if high < 1.01 * low:
+                break
             middle = math.sqrt(low * high)
-            low, high = (low, middle) if error(middle) <= mse else (middle, high)
-        return self._for_budget(high * self._rows)
+            plan = self._best(self._levels(), middle)
+            if plan is None or predictor.total(plan) > mse:
+                low = middle
+            else:
+                # it may cost less than it was allowed to
+                best, high = plan, min(middle, plan.cost(self._costs_of(plan.levels)))
+        return best

@@ -2,8 +2,7 @@
 
 To first order a plan's error is linear in what the corrections add to a sample: for correction k, the sum over rows of
 `d_k(i) q_k(i)`, with `q_k` the calibrated vectors and d what stands in for the correction, less the correction
-itself, times the weight `s_i` of row i. The mean square is a quadratic form in d. Between calibrated times q is a
-straight line plus, as far as it was found to be rough, a Brownian bridge.
+itself, times the weight `s_i` of row i. The mean square is a quadratic form in d; its matrix stands in `covariance.py`.
 """
 
 from __future__ import annotations
@@ -18,8 +17,9 @@ import torch
 from torch import Tensor
 
 from mlem.grids import TimeGrid
-from mlem.multilevel.calibration import Calibration, LinearResponse
+from mlem.multilevel.calibration import Calibration
 from mlem.multilevel.coins import COINS
+from mlem.multilevel.covariance import CorrectionCovariance, knot_weights
 from mlem.multilevel.estimators import ESTIMATORS
 from mlem.multilevel.plan import Plan
 from mlem.schedule import NoiseSchedule
@@ -36,21 +36,28 @@ class Predictor:
         points, entered = GridPoint.of(schedule, grid), list[Tensor]()
         _, rows = quadrature_weights(solver, schedule, points, lambda step, y: entered.append(y))
         kappa = torch.tensor([point.kappa for point in rows], dtype=torch.float64)
+        self.evaluations = rows
+        """Where the denoiser is evaluated: R points."""
         self.times = -kappa.log()
         """-ln kappa at each row: (R,)."""
         found = calibration.responses[_kind(solver)]
         knots = calibration.log_snr / 2
-        place = _Interpolation(self.times, knots)
         # what a row's noise estimate adds in a step reaches the sample from the end of that step on
         added = torch.stack(entered)[:, : len(rows)]
         added = added.diff(dim=0, prepend=torch.zeros_like(added[:1]))
         ends = -torch.tensor([point.kappa for point in points[1:]], dtype=torch.float64).log()
         reach = found.gain / torch.sigmoid(-calibration.log_snr).sqrt()  # gain over sigma
-        reach = torch.exp(reach.log() @ _Interpolation(ends, knots).matrix.T)  # (C, steps)
+        reach = torch.exp(reach.log() @ torch.from_numpy(knot_weights(ends.numpy(), knots.numpy())).T)  # (C, steps)
         self.scale = reach @ added * torch.tensor([point.alpha for point in rows], dtype=torch.float64)
         """How a unit of error in q at each row reaches the sample: (C, R)."""
-        self.covariance = place.covariance(found)
-        """Mean of `q_k(i) q_l(j)` per pixel: (C, R, C, R)."""
+        self.covariance = CorrectionCovariance(self.times.numpy(), knots.numpy(), found)
+        """Mean of `q_k(i) q_l(j)` per pixel."""
+        self._at_same_row = torch.from_numpy(self.covariance.at_same_row())
+
+    @property
+    def rows(self) -> int:
+        """R."""
+        return self.scale.shape[1]
 
     @property
     def discretisation(self) -> float | None:
@@ -136,10 +143,8 @@ class Predictor:
 
     def _products(self, corrections: Sequence[int], others: Sequence[int]) -> Tensor:
         """Mean product of what missing these and those corrections at one row alone does to a sample: (R,)."""
-        rows = torch.arange(self.scale.shape[1])
-        one, other = torch.tensor(corrections), torch.tensor(others)
-        inner = self.covariance[one[:, None, None], rows, other[None, :, None], rows]  # (c, d, R)
-        return torch.einsum("cr,cdr,dr->r", self.scale[one], inner, self.scale[other])
+        inner = self._at_same_row[list(corrections)][:, list(others)]  # (c, d, R)
+        return torch.einsum("cr,cdr,dr->r", self.scale[list(corrections)], inner, self.scale[list(others)])
 
     def _missing(self, corrections: Sequence[int]) -> Tensor:
         deviations = torch.zeros_like(self.scale)
@@ -148,9 +153,7 @@ class Predictor:
 
     def energy(self, deviations: Tensor) -> Tensor:
         """The quadratic form: (.., C, R) -> (..)."""
-        flat = deviations.flatten(-2)
-        size = flat.shape[-1]
-        return ((flat @ self.covariance.reshape(size, size)) * flat).sum(-1)
+        return torch.as_tensor(self.covariance.energy(deviations.numpy()))
 
     def groups(self, levels: Sequence[str]) -> list[list[int]]:
         """Which corrections of the family each one of a plan on `levels` stands for; those it lacks come last."""
@@ -163,10 +166,10 @@ class Predictor:
         *groups, missing = self.groups(plan.levels)
         deviations, estimator = self._missing(missing), ESTIMATORS[plan.estimator]
         for number, corrections in enumerate(groups, 1):
-            weights = plan.correction_weights[None, :, number]
-            for correction in corrections:
-                scale = self.scale[correction]
-                deviations[correction] = estimator.deviations(weights, scale, self.times, plan.holding)[0]
+            weights = plan.correction_weights[:, number].numpy()[None]
+            for one in corrections:
+                scale, times = self.scale[one].numpy(), self.times.numpy()
+                deviations[one] = torch.from_numpy(estimator.deviations(weights, scale, times, plan.holding)[0])
         return deviations
 
 
@@ -178,29 +181,6 @@ def pilot_key(solver: Solver, estimator: str, coins: str | None) -> str:
 
 def _kind(solver: Solver) -> str:
     return "sde" if solver.stochastic else "ode"
-
-
-class _Interpolation:
-    """Interpolation weights from the calibrated times, the knots (T,), to the times of evaluations (R,)."""
-
-    def __init__(self, times: Tensor, knots: Tensor) -> None:
-        inside = times.clamp(knots[0], knots[-1])
-        self._cell = (torch.searchsorted(knots, inside, right=True) - 1).clamp(0, len(knots) - 2)
-        self._share = (inside - knots[self._cell]) / (knots[self._cell + 1] - knots[self._cell])
-        rows = torch.arange(len(times))
-        self.matrix = torch.zeros(len(times), len(knots), dtype=torch.float64)
-        self.matrix[rows, self._cell] = 1 - self._share
-        self.matrix[rows, self._cell + 1] = self._share
-
-    def covariance(self, found: LinearResponse) -> Tensor:
-        """Straight lines between the calibrated times, and bridges: (C, R, C, R)."""
-        inner, roughness = found.inner, found.roughness
-        straight = torch.einsum("it,ktls,js->kilj", self.matrix, inner, self.matrix)
-        change = inner.diff(dim=1).diff(dim=3).diagonal(dim1=1, dim2=3)  # (C, C, T-1)
-        change = change * (roughness[:, None] * roughness).sqrt()[..., None]
-        same = self._cell[:, None] == self._cell
-        bridge = (torch.minimum(self._share[:, None], self._share) - self._share[:, None] * self._share) * same
-        return straight + (change[:, :, self._cell][..., None] * bridge).permute(0, 2, 1, 3)
 
 
 def _power_law(points: dict[int, float], steps: int) -> float:

@@ -8,7 +8,7 @@ from mlem.family import Family
 from mlem.multilevel.denoiser import MultilevelDenoiser
 from mlem.multilevel.plan import Plan
 from mlem.solvers import GridPoints, Solver, quadrature_weights
-from mlem.trajectory import samples
+from mlem.trajectory import starting_noise, trajectory
 
 __all__ = ["plan_samples"]
 
@@ -17,4 +17,5 @@ def plan_samples(family: Family, plan: Plan, solver: Solver, points: GridPoints,
     """The samples of a family under a plan with these indices (B,): (B, *shape), float64."""
     weights: list[float] = quadrature_weights(solver, points.schedule, points)[0].tolist()
     run = MultilevelDenoiser(family, plan).begin(indices, weights)
-    return samples(run.evaluate, solver, points, family.shape, indices, seed, revise=run.revise)
+    x_T = starting_noise(seed, indices, family.shape)
+    return trajectory(run.estimate, solver, points, x_T, indices, seed, revise=run.revise)

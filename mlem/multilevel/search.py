@@ -1,18 +1,23 @@
 """The search for the evaluations at which held corrections are measured, by predicted error.
 
-`search` is all that the planner calls: another search replaces this file.
+`search` is all that the planner calls: another search replaces this file. Tables say what is measured when: (R, K) bool
+of R evaluations and K levels, the first row and the first column all true. Arrays are numpy's: thousands of small ones.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+import operator
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from mlem.multilevel.covariance import CorrectionCovariance
 from mlem.multilevel.estimators import ESTIMATORS
 from mlem.multilevel.holding import Holding
 from mlem.multilevel.plan import Plan
@@ -26,17 +31,27 @@ MULTIPLES = (1, 2, 4)
 """How many times as often as the level above a level may be measured."""
 CORRELATION_LENGTHS = (None, 4.0, 2.0, 1.0)
 REFINED = 2
-"""How many of the candidates are refined."""
+"""How many of the candidates on each set of levels are refined,"""
+HOPELESS = 10.0
+"""unless their error is so many times that of the best of all: refining gains less."""
+SHIFTS = (-4, -2, -1, 1, 2, 4)
+"""How far a measurement is moved."""
+PASSES = 4
+NEGLIGIBLE = 1e-10
+"""No error below this share of what the cheapest level alone errs by is worth refining."""
+
+Array = NDArray[np.float64]
+Table = NDArray[np.bool_]
 
 
 def search(
-    predictor: Predictor, levels: Sequence[str], costs: Tensor, order: int, estimator: str, budget: float
+    predictor: Predictor, subsets: Sequence[Sequence[str]], costs: Tensor, order: int, estimator: str, budget: float
 ) -> Plan | None:
     """The plan of least predicted error that was found.
 
     Args:
         predictor: what predicts the error.
-        levels: names of the levels of the plan, cheapest first.
+        subsets: the sets of levels that a plan may take, each as names, cheapest first.
         costs: (K,), of one evaluation of each level of the family, the largest being 1.
         order: of extrapolation.
         estimator: one that holds corrections.
@@ -44,124 +59,223 @@ def search(
 
     Returns: None where no plan costs so little.
     """
-    return _Search(predictor, levels, costs, order, estimator).plan(budget)
+    found: list[tuple[_Candidate, _Search]] = []
+    for levels in subsets:
+        one = _Search(predictor, levels, costs, order, estimator, budget)
+        found += [(candidate, one) for candidate in one.candidates()]
+    if not found:
+        return None
+    negligible = NEGLIGIBLE * predictor.energy(-predictor.scale).item()
+    hopeless = max(HOPELESS * min(candidate.energy for candidate, _ in found), negligible)
+    refined = [(one.refined(candidate, negligible), one) for candidate, one in found if candidate.energy <= hopeless]
+    best, one = min(refined, key=lambda pair: pair[0].energy)
+    return Plan.given(
+        torch.from_numpy(best.measured),
+        estimator=estimator,
+        order=order,
+        levels=one.levels,
+        correlation_length=best.length,
+    )
+
+
+class _Candidate(NamedTuple):
+    """A table, the correlation length of what is held, and the predicted error."""
+
+    measured: Table
+    length: float | None
+    energy: float
 
 
 class _Search:
     """The best rows to measure the corrections of `levels` at, by predicted error.
 
     Candidates are spread over the rows with a density that is a power of what a correction is worth there, every level
-    a whole number of times as often as the one above, at rows shared with it; the best is then refined row by row.
+    a whole number of times as often as the one above, at rows shared with it; the best are then refined row by row.
     """
 
-    def __init__(self, predictor: Predictor, levels: Sequence[str], costs: Tensor, order: int, estimator: str) -> None:
-        self._predictor, self._order, self._estimator = predictor, order, estimator
-        *self._groups, self._missing = predictor.groups(levels)
+    def __init__(
+        self, predictor: Predictor, levels: Sequence[str], costs: Tensor, order: int, estimator: str, budget: float
+    ) -> None:
+        self.levels = tuple(levels)
+        self._covariance, self._order, self._estimator = predictor.covariance, order, ESTIMATORS[estimator]
+        self._scale, self._times = predictor.scale.numpy(), predictor.times.numpy()
+        self._rows, self._budget = predictor.rows, budget
         names = predictor.calibration.names
-        self._levels = tuple(levels)
         self._costs = costs[[names.index(name) for name in levels]]
-        self._rows = predictor.scale.shape[1]
+        *self._groups, self._missing = predictor.groups(levels)
+        if self._groups:
+            worth = predictor.worth(self._groups[0]).numpy()
+            self._worth = np.maximum(worth, worth.max() * 1e-6 or 1.0)
 
-    def plan(self, budget: float) -> Plan | None:
-        """The plan found for a cost of at most `budget` (in evaluations of the largest level), or None."""
-        tables = [table for table in self._candidates(budget) if table is not None]
-        if not tables:
-            return None
-        stacked = torch.stack(tables)
-        found: list[tuple[float, int, float | None]] = []
-        for length in CORRELATION_LENGTHS:
-            energies = cast("list[float]", self._energies(stacked, length).tolist())
-            found += [(energy, i, length) for i, energy in enumerate(energies)]
-        best = sorted(found, key=lambda one: one[0])[:REFINED]
-        refined = [(*self._refine(tables[i], length, budget), length) for _, i, length in best]
-        table, _, length = min(refined, key=lambda one: one[1])
-        return self._plan(table, length)
+    def candidates(self) -> list[_Candidate]:
+        """The best spread tables within the budget, each with its best correlation lengths."""
+        tables = self._tables()
+        if not len(tables):
+            return []
+        lengths = CORRELATION_LENGTHS if self._groups else (None,)
+        found = [
+            _Candidate(table, length, energy)
+            for length in lengths
+            for table, energy in zip(tables, self._energies(tables, length), strict=True)
+        ]
+        return sorted(found, key=lambda one: one.energy)[:REFINED]
 
-    def _candidates(self, budget: float) -> list[Tensor | None]:
-        if len(self._levels) == 1:
-            alone = torch.ones(self._rows, 1, dtype=torch.bool)
-            return [alone if self._fits(alone, budget) else None]
-        multiples = list(itertools.product(MULTIPLES, repeat=len(self._levels) - 2))
-        return [self._largest(budget, power, each) for power in POWERS for each in multiples]
-
-    def _largest(self, budget: float, power: float, multiples: Sequence[int]) -> Tensor | None:
-        """The table with as many measurements as the budget allows."""
-        low, high = 0, self._rows
-        while low < high:
-            middle = (low + high + 1) // 2
-            fits = self._fits(self._spread(middle, power, multiples), budget)
-            low, high = (middle, high) if fits else (low, middle - 1)
-        return self._spread(low, power, multiples) if low else None
-
-    def _spread(self, count: int, power: float, multiples: Sequence[int]) -> Tensor:
-        """`count` measurements of the largest level: (R, K) bool."""
-        table = torch.zeros(self._rows, len(self._levels), dtype=torch.bool)
-        table[0] = table[:, 0] = True
-        often = count * math.prod(multiples)
-        worth = self._predictor.worth(self._groups[0])
-        density = worth.clamp(min=worth.max() * 1e-6) ** power
-        density = density / density.sum() * often
-        for _ in range(20):  # no row is measured more than once: what exceeds it goes to the others
-            free = density < 1
-            density = torch.where(free, density * (often - (~free).sum()).clamp(min=0) / density[free].sum(), 1.0)
-        passed = torch.floor(density.cumsum(0) - density + 1e-9)  # whole numbers passed before each row
-        rows = passed.diff(prepend=torch.full((1,), -1.0)).nonzero().flatten()
-        stride = 1
-        for level in range(1, len(self._levels)):
-            table[rows[::stride], level] = True
-            stride *= multiples[level - 1] if level - 1 < len(multiples) else 1
-        return table
-
-    def _fits(self, measured: Tensor, budget: float) -> bool:
-        return self._plan(measured).cost(self._costs) <= budget
-
-    def _plan(self, measured: Tensor, length: float | None = None) -> Plan:
-        return Plan.given(
-            measured, estimator=self._estimator, order=self._order, levels=self._levels, correlation_length=length
-        )
-
-    def _energies(self, tables: Tensor, length: float | None) -> Tensor:
-        """Predicted errors of many tables: (N, R, K) bool -> (N,)."""
-        predictor, estimator, holding = self._predictor, ESTIMATORS[self._estimator], Holding(self._order, length)
-        deviations = torch.zeros(len(tables), *predictor.scale.shape, dtype=torch.float64)
-        for number, corrections in enumerate(self._groups, 1):
-            for one in corrections:
-                scale = predictor.scale[one]
-                deviations[:, one] = estimator.deviations(tables[:, :, number], scale, predictor.times, holding)
-        for one in self._missing:
-            deviations[:, one] = -predictor.scale[one]
-        return predictor.energy(deviations)
-
-    def _refine(self, measured: Tensor, length: float | None, budget: float) -> tuple[Tensor, float]:
-        """Move each row's measurements to a neighbouring row, as long as that helps; the table and its error.
+    def refined(self, found: _Candidate, negligible: float) -> _Candidate:
+        """The candidate with each row's measurements moved to a neighbouring row, as long as that helps.
 
         A row that is moved away from its neighbour may cost more: what comes after it is held, or revised.
         """
-        energy = self._energies(measured[None], length).item()
-        for _ in range(4):
-            before = energy
-            rows = cast("list[int]", measured[:, 1:].any(1).nonzero().flatten().tolist())
-            for row in rows[1:]:
-                measured, energy = self._moved(measured, energy, row, length, budget)
-            if energy > 0.99 * before:
+        holding = Holding(self._order, found.length)
+        state = _Moving(found, self._deviations(found.measured[None], holding)[0], self._covariance)
+        for _ in range(PASSES):
+            if (before := state.energy) <= negligible:
                 break
-        return measured, energy
+            for row in np.flatnonzero(state.taken)[1:].tolist():
+                self._move(state, row, holding)
+            if state.energy > 0.99 * before:
+                break
+        return _Candidate(state.measured, found.length, self._energies(state.measured[None], found.length)[0])
 
-    def _moved(
-        self, measured: Tensor, energy: float, row: int, length: float | None, budget: float
-    ) -> tuple[Tensor, float]:
-        """The table and its error after the best move of this row's measurements, or the same where none helps."""
-        near = [row + shift for shift in (-4, -2, -1, 1, 2, 4) if 0 < row + shift < self._rows]
-        places = torch.tensor([place for place in near if not measured[place, 1:].any()], dtype=torch.int64)
-        if not len(places):
-            return measured, energy
-        tables = measured.repeat(len(places), 1, 1)
-        tables[torch.arange(len(places)), places, 1:] = measured[row, 1:]
-        tables[:, row, 1:] = False
-        energies = cast("list[float]", self._energies(tables, length).tolist())
-        for place in sorted(range(len(energies)), key=energies.__getitem__):
-            if energies[place] >= energy:
-                break
-            if self._fits(tables[place], budget):
-                return tables[place], energies[place]
-        return measured, energy
+    def _tables(self) -> Table:
+        """The tables with as many measurements as the budget allows, one for each way to spread them: (N, R, K)."""
+        if not self._groups:
+            alone = np.ones((1, self._rows, 1), dtype=bool)
+            return alone[self._fitting(alone)]
+        kinds = list(itertools.product(POWERS, itertools.product(MULTIPLES, repeat=len(self.levels) - 2)))
+        most = min(self._rows, int(self._budget / self._costs[-1].item()))
+        low, high = np.zeros(len(kinds), dtype=int), np.full(len(kinds), most)
+        while (low < high).any():
+            middle = (low + high + 1) // 2
+            fits = self._fitting(self._spread(middle, kinds))
+            low, high = np.where(fits, middle, low), np.where(fits, high, np.maximum(middle - 1, low))
+        return self._spread(low, kinds)[low > 0]
+
+    def _spread(self, counts: NDArray[Any], kinds: Sequence[tuple[float, tuple[int, ...]]]) -> Table:
+        """Tables with so many measurements of the largest level, spread in these ways: (N, R, K)."""
+        tables = np.zeros((len(kinds), self._rows, len(self.levels)), dtype=bool)
+        tables[:, 0] = tables[:, :, 0] = True
+        for table, count, (power, multiples) in zip(tables, counts, kinds, strict=True):
+            density = _capped(self._worth**power, count * math.prod(multiples))
+            passed = np.floor(density.cumsum() - density + 1e-9)  # whole numbers passed before each row
+            rows = np.concatenate([[0], np.flatnonzero(passed[1:] > passed[:-1]) + 1])
+            for level, stride in enumerate(itertools.accumulate((1, *multiples), operator.mul), 1):
+                table[rows[::stride], level] = True
+        return tables
+
+    def _fitting(self, tables: Table) -> NDArray[np.bool_]:
+        """Which of these tables (N, R, K) cost no more than the budget: (N,)."""
+        counts = torch.from_numpy(tables).long()
+        runs = self._estimator.runs(counts, counts, self._order)
+        return ((runs.sum(1) * self._costs).sum(1) <= self._budget).numpy()
+
+    def _energies(self, tables: Table, length: float | None) -> list[float]:
+        """Predicted errors of many tables: (N, R, K) -> N."""
+        return self._covariance.energy(self._deviations(tables, Holding(self._order, length))).tolist()
+
+    def _deviations(self, tables: Table, holding: Holding) -> Array:
+        """What tables (N, R, K) put in the place of corrections, less these: (N, C, R)."""
+        deviations = np.zeros((len(tables), *self._scale.shape))
+        for number, corrections in enumerate(self._groups, 1):
+            for one in corrections:
+                measured = tables[:, :, number]
+                deviations[:, one] = self._estimator.deviations(measured, self._scale[one], self._times, holding)
+        deviations[:, self._missing] = -self._scale[self._missing]
+        return deviations
+
+    def _move(self, state: _Moving, row: int, holding: Holding) -> None:
+        """Make the best move of this row's measurements, where one helps and fits the budget."""
+        near = [row + shift for shift in SHIFTS if 0 < row + shift < self._rows]
+        places = [place for place in near if not state.taken[place]]
+        if not places:
+            return
+        change = self._change(state, row, places, holding)
+        gains = state.gains(change)
+        for number in np.argsort(gains, kind="stable").tolist():
+            if gains[number] >= 0:
+                return
+            moved = _moved(state.measured, row, places[number])
+            if self._fitting(moved[None])[0]:
+                state.accept(moved, change, number, float(gains[number]))
+                return
+
+    def _change(self, state: _Moving, row: int, places: Sequence[int], holding: Holding) -> _Change:
+        """What moving the measurements of a row to these places does to the deviations.
+
+        Nothing changes beyond the second measurement on either side, and nothing is computed there.
+        """
+        levels = [level for level in range(1, len(self.levels)) if state.measured[row, level]]
+        first, end = state.reach(levels, min(row, *places), max(row, *places))
+        window = state.measured[first:end]
+        tables = np.stack([window, *(_moved(window, row - first, place - first) for place in places)])
+        pairs = [(level, one) for level in levels for one in self._groups[level - 1]]
+        corrections = np.array([one for _, one in pairs])
+        each = tables[..., [level for level, _ in pairs]].swapaxes(1, 2).reshape(-1, end - first)
+        scale = np.tile(self._scale[corrections, first:end], (len(tables), 1))
+        found = self._estimator.deviations(each, scale, self._times[first:end], holding)
+        found = found.reshape(len(tables), len(pairs), -1)
+        by = found[1:] - found[0]
+        rows = np.flatnonzero(by.any((0, 1)))
+        return _Change(corrections, rows + first, by[..., rows])
+
+
+class _Change(NamedTuple):
+    """What N moves change in the deviations: of these corrections, at these rows, `by` (N, corrections, rows)."""
+
+    corrections: NDArray[np.intp]
+    rows: NDArray[np.intp]
+    by: Array
+
+
+class _Moving:
+    """A table whose measurements are moved, one row's after another's, and what that does to its error.
+
+    measured: the table. taken: (R,), the rows at which a correction is measured. energy: the error.
+    """
+
+    def __init__(self, found: _Candidate, deviations: Array, covariance: CorrectionCovariance) -> None:
+        self.energy, self._covariance, self._deviations = found.energy, covariance, deviations
+        self._set(found.measured)
+
+    def _set(self, measured: Table) -> None:
+        self.measured = measured
+        self.taken: list[bool] = measured[:, 1:].any(1).tolist()
+        self._places = [np.flatnonzero(column) for column in measured.T]
+        self._slope = 2 * self._covariance.times(self._deviations)
+
+    def reach(self, levels: Sequence[int], low: int, high: int) -> tuple[int, int]:
+        """From the second measurement of any of these levels before a row to the end of the second after another."""
+        first, end = low, high + 1
+        for places in (self._places[level] for level in levels):
+            before, after = np.searchsorted(places, [low, high + 1]).tolist()
+            first = min(first, places[max(before - 2, 0)])
+            end = max(end, places[after + 1] + 1 if after + 1 < len(places) else len(self.measured))
+        return int(first), int(end)
+
+    def gains(self, change: _Change) -> Array:
+        """By how much each move changes the error: (N,)."""
+        block = self._covariance.block(change.corrections, change.rows)
+        flat = change.by.reshape(len(change.by), -1)
+        slope = self._slope[change.corrections[:, None], change.rows].ravel()
+        return flat @ slope + ((flat @ block.reshape(len(slope), -1)) * flat).sum(1)
+
+    def accept(self, measured: Table, change: _Change, number: int, gain: float) -> None:
+        """Make that move, which gives this table."""
+        self.energy += gain
+        self._deviations[change.corrections[:, None], change.rows] += change.by[number]
+        self._set(measured)
+
+
+def _moved(measured: Table, row: int, place: int) -> Table:
+    """The table with what is measured at this row measured at that place instead, and the other way round."""
+    moved = measured.copy()
+    moved[place], moved[row] = measured[row], measured[place]
+    return moved
+
+
+def _capped(weights: Array, total: float) -> Array:
+    """`min(1, c w)` with the c for which the sum is `total`, of weights w > 0: (R,)."""
+    falling = np.sort(weights)[::-1]
+    left = np.cumsum(falling[::-1])[::-1]  # the sum of each and all smaller ones
+    factors = (total - np.arange(len(weights))) / left  # if all larger ones are 1
+    fits = factors * falling <= 1
+    return np.minimum(1.0, weights * factors[np.argmax(fits)]) if fits.any() else np.ones_like(weights)

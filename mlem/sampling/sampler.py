@@ -6,7 +6,7 @@ Denoisers, solvers and noise are known here; files, metrics and training are not
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -166,17 +166,19 @@ class Sampler:
         return result
 
     def _solve(self, x_T: Tensor, index: Tensor, watch: Watch | None = None) -> Tensor:
-        denoiser, revise = self._model.denoiser, None
+        estimate, revise = partial(self._estimate, lambda _: self._model.denoiser), None
         if self._model.multilevel is not None:
             run = self._model.multilevel.begin(index, self._quadrature)
-            denoiser, revise = run.evaluate, partial(self._revise, run)
-        estimate = partial(self._estimate, denoiser)
+            estimate, revise = partial(self._estimate, run.denoiser_at), partial(self._revise, run)
         start = x_T.contiguous(memory_format=torch.channels_last) if x_T.dim() == 4 else x_T
         x = trajectory(estimate, self.solver, self.points, start, index, self.seed, revise=revise, watch=watch)
         return x.to(x_T.dtype)
 
-    def _estimate(self, denoiser: Denoiser, y: Tensor, place: EvaluationPoint) -> Tensor:
+    def _estimate(
+        self, denoiser_at: Callable[[EvaluationPoint], Denoiser], y: Tensor, place: EvaluationPoint
+    ) -> Tensor:
         self._rounds += 1
+        denoiser = denoiser_at(place)
         x, t = (part.to(self._input_dtype) for part in model_input(self.schedule, y, place))
         if self._spread and torch.distributed.is_initialized():
             return spread_rows(partial(self._denoise, denoiser), x, t)

@@ -8,6 +8,7 @@ A file in this folder that subclasses `Solver` is found by its name.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -42,9 +43,8 @@ class GridPoint(NamedTuple):
 
     @staticmethod
     def of(schedule: NoiseSchedule, grid: TimeGrid) -> GridPoints:
-        """The points of `grid` under `schedule`."""
-        points = (GridPoint(t, schedule.alpha(t).item(), schedule.kappa(t).item()) for t in grid.times)
-        return GridPoints(schedule, grid, tuple(points))
+        """The points of `grid` under `schedule`; those of the last grids asked for are kept."""
+        return _points(schedule, grid)
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,12 @@ class GridPoints(Sequence[GridPoint]):
 
     def __getitem__(self, index: int | slice) -> GridPoint | list[GridPoint]:
         return list(self.points[index]) if isinstance(index, slice) else self.points[index]
+
+
+@functools.lru_cache(32)
+def _points(schedule: NoiseSchedule, grid: TimeGrid) -> GridPoints:
+    points = (GridPoint(t, schedule.alpha(t).item(), schedule.kappa(t).item()) for t in grid.times)
+    return GridPoints(schedule, grid, tuple(points))
 
 
 EvaluationPoint = GridPoint | Tensor

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mlem.multilevel.coefficients import CERTAIN, Coefficients, feature
 from mlem.multilevel.coins import COINS
-from mlem.multilevel.plan import collect
+from mlem.multilevel.estimators import collect
 from mlem.noise import NoiseStream
 from mlem.schedule import NoiseSchedule
 
