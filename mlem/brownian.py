@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -29,15 +30,34 @@ class NoisePath(Protocol):
 
 
 class _Cell(NamedTuple):
-    """A stretch of time, in timesteps (thousandths of t), and B at its ends."""
+    """A stretch of time, in timesteps (thousandths of t)."""
 
     left: int
-    at_left: Tensor
     right: float
-    at_right: Tensor
+
+
+class _Split(NamedTuple):
+    """A cell, and a time in it at which B is found: by the normal of that timestep, or, inside a timestep, of its own."""
+
+    left: int
+    here: float
+    right: float
+
+    @property
+    def slot(self) -> int:
+        """That of the normal."""
+        return (self.left << 32) + int((self.here - self.left) * 2**32) if self.inside else int(self.here)
+
+    @property
+    def inside(self) -> bool:
+        """Whether the cell is a single timestep, or part of one."""
+        return self.right - self.left <= 1
 
 
 _SPANS = (500, 100, 20, 10, 5, 1)
+
+AT_ONCE = 1 << 16
+"""Numbers that are drawn at once: more would leave the cache, fewer be all overhead."""
 
 
 def _split(left: int, right: int) -> int:
@@ -45,6 +65,22 @@ def _split(left: int, right: int) -> int:
     span = next(span for span in _SPANS if (left // span + 1) * span < right)
     first, last = (left // span + 1) * span, (right - 1) // span * span
     return min(max(round((left + right) / 2 / span) * span, first), last)
+
+
+def _route(cells: list[_Cell], step: float) -> Iterator[_Split]:
+    """The splits that lead to B at `step`, below all that was asked for before; `cells`, lowest first, are kept true."""
+    while step < cells[-1].left:
+        cells.pop()
+    while step != cells[-1].left:
+        left, right = cells.pop()
+        inside = right - left <= 1
+        here = step if inside else _split(left, int(right))
+        yield _Split(left, here, right)
+        cells.append(_Cell(left, here))
+        if inside:
+            return
+        if step >= here:
+            cells.append(_Cell(int(here), right))
 
 
 def _own_split(left: Tensor, right: Tensor) -> Tensor:
@@ -96,34 +132,44 @@ class BrownianPath:
     """
 
     def __init__(
-        self, schedule: NoiseSchedule, seed: int, indices: Tensor, shape: Sequence[int], dtype: torch.dtype
+        self,
+        schedule: NoiseSchedule,
+        seed: int,
+        indices: Tensor,
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        times: Sequence[float] = (),
     ) -> None:
-        """indices: (B,) int64 sample indices on the device to use. shape: of one sample."""
+        """indices: (B,) int64 sample indices on the device to use. shape: of one sample.
+
+        times: falling; those that will be asked for, if that is known: normals of several are then drawn at once.
+        """
         self._schedule, self._indices, self._shape, self._dtype = schedule, indices, tuple(shape), dtype
         self._nodes, self._inside = NoiseStream(seed, "brownian"), NoiseStream(seed, "brownian-bridge")
-        # kappa^2: the ends of a cell are asked for again and again
-        self._clock = functools.lru_cache(64)(self._squared_kappa)
-        # the cells below the last time, lowest first; empty before the first question
+        self._coming = deque(_step(t) for t in times)
+        self._ready: dict[_Split, Tensor] = {}
+        # the cells below the last time, lowest first, and B at their ends; empty before the first question
         self._cells: list[_Cell] = []
-        self._last: tuple[float, Tensor] | None = None
-
-    def _squared_kappa(self, step: float) -> float:
-        return self._schedule.kappa(step / NUM_TIMESTEPS).item() ** 2
+        self._values: dict[float, Tensor] = {}
+        self._last: float | None = None
 
     def at(self, t: float) -> Tensor:
         """B(kappa(t)^2): (B, *shape). Raises ValueError when t is above a time asked for before."""
-        step = t * NUM_TIMESTEPS
-        if abs(step - round(step)) < 1e-9:  # 0.058 * 1000 is not 58
-            step = round(step)
+        step = _step(t)
         if self._last is None:
-            end = self._normal(self._nodes, NUM_TIMESTEPS) * math.sqrt(self._clock(NUM_TIMESTEPS))
-            self._cells = [_Cell(0, torch.zeros_like(end), NUM_TIMESTEPS, end)]
-            self._last = (NUM_TIMESTEPS, end)
-        if step > self._last[0]:
-            raise ValueError(f"a Brownian path is read with falling times; {t} comes after {self._last[0] / 1000}")
-        if step != self._last[0]:
-            self._last = (step, self._descend(step))
-        return self._last[1]
+            end = self._normals(self._nodes, [NUM_TIMESTEPS])[0] * math.sqrt(_clock(self._schedule, NUM_TIMESTEPS))
+            self._values = {0: torch.zeros_like(end), NUM_TIMESTEPS: end}
+            self._cells, self._last = [_Cell(0, NUM_TIMESTEPS)], NUM_TIMESTEPS
+        if step > self._last:
+            raise ValueError(f"a Brownian path is read with falling times; {t} comes after {self._last / 1000}")
+        if step != self._last:
+            self._look_ahead(step)
+            for split in _route(self._cells, step):
+                self._values[split.here] = self._bridge(split)
+            ends = {0, step, *(end for cell in self._cells for end in cell)}
+            self._values = {end: value for end, value in self._values.items() if end in ends}
+            self._last = step
+        return self._values[step]
 
     def between(self, t: float, kappa: Tensor) -> tuple[Tensor, Tensor]:
         """B at kappa^2, with a kappa for each sample (B,) between the last time asked for and t, and B at t.
@@ -133,10 +179,11 @@ class BrownianPath:
         """
         if self._last is None:
             raise ValueError("between() begins at the last time asked for: call at() first")
-        cells, at_t = list(self._cells), self.at(t)
-        low = self._last[0]
+        cells, values, at_t = list(self._cells), self._values, self.at(t)
+        low = self._last
         step = (self._schedule.time_from_kappa(kappa) * NUM_TIMESTEPS).clamp(min=low)
-        left, at_left, right, at_right = self._narrowed(step, [cell for cell in cells if cell.right > low])
+        above = [cell for cell in cells if cell.right > low]
+        left, at_left, right, at_right = self._narrowed(step, above, values)
         number = left.long()
         z = self._inside.normal(
             self._indices, ((number << 32) + ((step - left) * 2**32).long())[None], self._shape, self._dtype
@@ -145,7 +192,9 @@ class BrownianPath:
         clocks = self._schedule.kappa(torch.stack([left.clamp(min=low), right]) / NUM_TIMESTEPS).square()
         return _bridged(clocks[0], kappa.square(), clocks[1], at_left, at_right, z), at_t
 
-    def _narrowed(self, step: Tensor, cells: Sequence[_Cell]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _narrowed(
+        self, step: Tensor, cells: Sequence[_Cell], values: Mapping[float, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The thousandths on either side of each sample's own time (B,), as far as it is known, and B there."""
 
         def rows(mask: Tensor) -> Tensor:
@@ -153,12 +202,12 @@ class BrownianPath:
 
         lowest = cells[0]
         left, right = torch.full_like(step, lowest.left), torch.full_like(step, lowest.right)
-        at_left, at_right = lowest.at_left, lowest.at_right
+        at_left, at_right = values[lowest.left], values[lowest.right]
         for cell in cells[1:]:
             above = step >= cell.left
             left, right = left.masked_fill(above, cell.left), right.masked_fill(above, cell.right)
-            at_left = torch.where(rows(above), cell.at_left, at_left)
-            at_right = torch.where(rows(above), cell.at_right, at_right)
+            at_left = torch.where(rows(above), values[cell.left], at_left)
+            at_right = torch.where(rows(above), values[cell.right], at_right)
         for _ in range(max(_depth(cell.left, math.ceil(cell.right)) for cell in cells)):
             middle = _own_split(left, right)
             z = self._nodes.normal(self._indices, middle.long()[None], self._shape, self._dtype)[0]
@@ -172,30 +221,43 @@ class BrownianPath:
             at_right = torch.where(rows(down), value, at_right)
         return left, at_left, right, at_right
 
-    def _descend(self, step: float) -> Tensor:
-        cells = self._cells
-        while step < cells[-1].left:
-            cells.pop()
-        while step != cells[-1].left:
-            cell = cells.pop()
-            if cell.right - cell.left <= 1:
-                offset = int((step - cell.left) * 2**32)
-                value = self._bridge(cell, step, self._normal(self._inside, (cell.left << 32) + offset))
-                cells.append(_Cell(cell.left, cell.at_left, step, value))
-                return value
-            middle = _split(cell.left, int(cell.right))
-            value = self._bridge(cell, middle, self._normal(self._nodes, middle))
-            cells.append(_Cell(cell.left, cell.at_left, middle, value))
-            if step >= middle:
-                cells.append(_Cell(middle, value, cell.right, cell.at_right))
-        return cells[-1].at_left
+    def _look_ahead(self, step: float) -> None:
+        """Draw the normals on the way to this step, and to as many of the coming ones as are drawn well at once."""
+        while self._coming and self._coming[0] >= step:
+            self._coming.popleft()
+        cells = list(self._cells)
+        splits = list(_route(cells, step))
+        if any(split in self._ready for split in splits):
+            return
+        self._ready.clear()
+        room = AT_ONCE // (len(self._indices) * math.prod(self._shape))
+        for coming in self._coming:
+            if len(splits) >= room:
+                break
+            splits += _route(cells, coming)
+        for stream, inside in ((self._nodes, False), (self._inside, True)):
+            if these := [split for split in splits if split.inside is inside]:
+                self._ready |= zip(these, self._normals(stream, [split.slot for split in these]), strict=True)
 
-    def _normal(self, stream: NoiseStream, slot: int) -> Tensor:
-        return stream.normal(self._indices, [slot], self._shape, self._dtype)[0]
+    def _normals(self, stream: NoiseStream, slots: Sequence[int]) -> Tensor:
+        return stream.normal(self._indices, slots, self._shape, self._dtype)
 
-    def _bridge(self, cell: _Cell, step: float, z: Tensor) -> Tensor:
-        """B at `step`, given B at the ends of the cell that holds it."""
-        left, here, right = self._clock(cell.left), self._clock(step), self._clock(cell.right)
+    def _bridge(self, split: _Split) -> Tensor:
+        """B at the time of the split, given B at the ends of its cell."""
+        left, here, right = (_clock(self._schedule, step) for step in split)
         weight = (here - left) / (right - left)
         spread = math.sqrt((here - left) * (right - here) / (right - left))
-        return cell.at_left * (1 - weight) + cell.at_right * weight + z * spread
+        at_left, at_right = self._values[split.left], self._values[split.right]
+        return at_left * (1 - weight) + at_right * weight + self._ready.pop(split) * spread
+
+
+def _step(t: float) -> float:
+    """A time in timesteps."""
+    step = t * NUM_TIMESTEPS
+    return round(step) if abs(step - round(step)) < 1e-9 else step  # 0.058 * 1000 is not 58
+
+
+@functools.lru_cache(4096)
+def _clock(schedule: NoiseSchedule, step: float) -> float:
+    """kappa^2 at a timestep."""
+    return schedule.kappa(step / NUM_TIMESTEPS).item() ** 2

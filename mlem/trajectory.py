@@ -62,7 +62,8 @@ def trajectory(
         revise: may change the state before each step, also the number of its rows. watch: sees it after each step.
     """
     if path is None:
-        path = BrownianPath(points.schedule, seed, indices, x_T.shape[1:], x_T.dtype)
+        times = [point.t for point in points]
+        path = BrownianPath(points.schedule, seed, indices, x_T.shape[1:], x_T.dtype, times)
     y = x_T.double() / points[0].alpha
     y = solver.integrate(estimate, y, points, path, indices, seed, revise=revise, watch=watch)
     return y * points[-1].alpha

@@ -10,7 +10,7 @@ import itertools
 import math
 import operator
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -238,7 +238,7 @@ class _Moving:
 
     def _set(self, measured: Table) -> None:
         self.measured = measured
-        self.taken: list[bool] = measured[:, 1:].any(1).tolist()
+        self.taken = cast("list[bool]", measured[:, 1:].any(1).tolist())
         self._places = [np.flatnonzero(column) for column in measured.T]
         self._slope = 2 * self._covariance.times(self._deviations)
 
