@@ -111,7 +111,7 @@ class NetworkDenoiser:
         return getattr(output, "sample", output).to(x.dtype)
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
-        alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
+        alpha, sigma = self.schedule.scales(t)
         return prediction_to_eps(self.prediction, self.predict(x, t), x, alpha, sigma)
 
 
@@ -142,7 +142,7 @@ class MixtureDenoiser:
             self._variances, self._axes = torch.linalg.eigh(covariances.double())
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
-        alpha, sigma = self.schedule.alpha(t.double()), self.schedule.sigma(t.double())
+        alpha, sigma = self.schedule.scales(t.double())
         estimate = self._of_round if self._round else self._of_any
         return estimate(x.double(), alpha[:, None], sigma[:, None]).to(x.dtype)
 

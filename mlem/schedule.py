@@ -151,6 +151,12 @@ class NoiseSchedule(ABC):
         # expm1: 1 - e^-2s cancels near the data
         return torch.sqrt(-torch.expm1(-2 * self.ou_time(value))).to(dtype)
 
+    def scales(self, t: Tensor | float) -> tuple[Tensor, Tensor]:
+        """alpha and sigma at t, in the time of one."""
+        value, dtype = _float64(t)
+        s = self.ou_time(value)
+        return torch.exp(-s).to(dtype), torch.sqrt(-torch.expm1(-2 * s)).to(dtype)
+
     def kappa(self, t: Tensor | float) -> Tensor:
         """Noise-to-signal ratio sigma / alpha at t."""
         value, dtype = _float64(t)

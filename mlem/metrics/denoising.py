@@ -31,6 +31,7 @@ def denoising_errors(
     for slot, time in enumerate(NOISE_LEVELS):
         t = torch.full((len(images),), time, device=images.device)
         z = stream.normal(index, [slot], images.shape[1:], images.dtype)[0]
-        x_t = expand_like(schedule.alpha(t), images) * images + expand_like(schedule.sigma(t), images) * z
+        alpha, sigma = (expand_like(scale, images) for scale in schedule.scales(t))
+        x_t = alpha * images + sigma * z
         errors[time] = (denoiser(x_t.contiguous(memory_format=torch.channels_last), t) - z).square().flatten(1).mean(1)
     return errors

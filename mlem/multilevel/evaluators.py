@@ -51,7 +51,7 @@ class Moment(NamedTuple):
         """That of an evaluation at x (B, ...) and t (B,), which is at a point of the grid if one is given."""
         if point is not None:
             return Moment(point.alpha, point.kappa)
-        alpha, sigma = expand_like(schedule.alpha(t), x), expand_like(schedule.sigma(t), x)
+        alpha, sigma = (expand_like(scale, x) for scale in schedule.scales(t))
         return Moment(alpha, sigma / alpha)
 
     @property

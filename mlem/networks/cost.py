@@ -16,14 +16,14 @@ __all__ = ["evaluating", "flops", "parameters", "seconds_per_image", "to_channel
 @contextmanager
 def evaluating(module: nn.Module | None) -> Generator[None, None, None]:
     """Eval mode within the block; afterwards every submodule is back in the mode that it was in."""
-    modes = {} if module is None else {part: part.training for part in module.modules()}
-    if module is not None:
-        module.eval()
+    training = [] if module is None else [part for part in module.modules() if part.training]
+    for part in training:
+        part.training = False
     try:
         yield
     finally:
-        for part, mode in modes.items():
-            part.training = mode
+        for part in training:
+            part.training = True
 
 
 def parameters(network: nn.Module) -> int:

@@ -87,7 +87,7 @@ class DenoisingModule(pl.LightningModule):
         x_0, position = batch["image"], batch["position"]
         t = self.times(position)
         z = self._stream.normal(position, [0], x_0.shape[1:], x_0.dtype)[0]
-        alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
+        alpha, sigma = self.schedule.scales(t)
         x_t = expand_like(alpha, x_0) * x_0 + expand_like(sigma, x_0) * z
         target = training_target(self.prediction, x_0, z, alpha, sigma)
         if self._has_dropout:
