@@ -37,7 +37,7 @@ class _Cell(NamedTuple):
 
 
 class _Split(NamedTuple):
-    """A cell, and a time in it at which B is found: by the normal of that timestep, or, inside a timestep, of its own."""
+    """A cell, and a time in it at which B is found: by the normal of that timestep, or one of its own inside it."""
 
     left: int
     here: float
@@ -68,7 +68,7 @@ def _split(left: int, right: int) -> int:
 
 
 def _route(cells: list[_Cell], step: float) -> Iterator[_Split]:
-    """The splits that lead to B at `step`, below all that was asked for before; `cells`, lowest first, are kept true."""
+    """The splits that lead to B at `step`, below all that was asked for; `cells`, lowest first, are kept true."""
     while step < cells[-1].left:
         cells.pop()
     while step != cells[-1].left:
