@@ -1,8 +1,15 @@
 """mlem: train a family of diffusion networks of increasing size, and sample it fast."""
 
+import os
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
+
+# OpenMP threads that wait for one another sleep soon: by default they spin, on a busy machine through whole time slices.
+# The runtimes, GNU's and Intel's, read this when they are loaded: so it stands here, before any import of torch.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    os.environ.setdefault("KMP_BLOCKTIME", "1")
 
 if TYPE_CHECKING:
     from mlem.family import Family as Family
