@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
-# OpenMP threads that wait for one another sleep soon: by default they spin, on a busy machine through whole time slices.
+# OpenMP threads that wait for others sleep soon. By default they spin, on a busy machine through whole time slices.
 # The runtimes, GNU's and Intel's, read this when they are loaded: so it stands here, before any import of torch.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")

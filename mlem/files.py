@@ -5,13 +5,14 @@ Lives here: atomic writes, checksums, JSON, locks. Knows nothing of what the fil
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
 import os
 import secrets
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -27,6 +28,7 @@ __all__ = [
     "sha256",
     "write_json",
     "write_text",
+    "writing",
 ]
 
 _REMEDY = "restore it or delete it and make it again"
@@ -44,9 +46,11 @@ def folder_lock(folder: str | os.PathLike[str]) -> Generator[None, None, None]:
 
     Raises ValueError when another process holds it.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w", encoding="utf-8") as file:
+    lock = Path(folder) / ".lock"
+    with writing(lock):
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        lock.touch()
+    with open(lock, "w", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -67,20 +71,47 @@ def atomic_write(path: str | os.PathLike[str], durable: bool = True) -> Generato
             kills, not against power cuts.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(temporary, "wb") as file:
+                yield file
+                file.flush()
+                if durable:
+                    os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
+        if durable:
+            _fsync_folder(path.parent)
+
+
+@contextmanager
+def writing(path: str | os.PathLike[str]) -> Generator[None, None, None]:
+    """Give every OSError of the block that names no other file the path, what is wrong, and the remedy.
+
+    A full disk names no path by itself, and what is beside `path` says little to who asked for `path`.
+    """
+    path = Path(path)
     try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            if durable:
-                os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    if durable:
-        _fsync_folder(path.parent)
+        yield
+    except (OSError, RuntimeError) as raised:
+        error = raised if isinstance(raised, OSError) else raised.__context__  # torch.save has an error of its own
+        if not isinstance(error, OSError) or error.errno is None or isinstance(error.__cause__, OSError):
+            raise  # no failure to write, or named already
+        at = None if error.filename is None else Path(os.fsdecode(error.filename))
+        if at is not None and not path.is_relative_to(at) and not at.name.startswith(f".{path.name}."):
+            raise  # of another file, which is read
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        remedy = "make room there" if full else "make it writable, or choose another folder"
+        why = f"{error.strerror}: {at}" if at is not None and path.is_relative_to(at) else error.strerror
+        # of the same kind, so that it is handled as the one that it comes from
+        named = type(error)(f"{path} cannot be written ({why}); {remedy}, then run the same command again")
+        named.errno = error.errno
+        raise named from error
 
 
 def _fsync_folder(folder: Path) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from mlem.files import first_process, read_json, write_json, write_text
+from mlem.files import first_process, read_json, write_json, write_text, writing
 
 __all__ = ["ForgivingWandbLogger", "JSONLinesLogger", "log_pictures", "validated", "wandb_logger"]
 
@@ -58,9 +58,10 @@ class JSONLinesLogger(Logger):
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         # NaN and infinity are not JSON
         plain = {key: value if math.isfinite(value := float(number)) else None for key, number in metrics.items()}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, "time": round(time.time(), 3), **plain}) + "\n")
+        with writing(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, "time": round(time.time(), 3), **plain}) + "\n")
 
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
         """The resolved config stands in config.yaml."""

@@ -28,7 +28,7 @@ from rich.text import Text
 from mlem.data.shards.manifest import MANIFEST, UNFINISHED, Manifest, ShardRecord, plain_folder, same_data
 from mlem.data.shards.parallel import in_order
 from mlem.data.sources import Images, checked, shape_of
-from mlem.files import atomic_write, sha256
+from mlem.files import atomic_write, sha256, writing
 
 __all__ = ["write_shards"]
 
@@ -216,7 +216,9 @@ def _png(pixels: np.ndarray) -> bytes:
 @contextmanager
 def _lock(folder: Path, wait: bool) -> Generator[None, None, None]:
     """Hold the folder's preparation lock; the system frees it however the process ends."""
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder / ".lock"):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".lock").touch()
     with open(folder / ".lock", "ab") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
