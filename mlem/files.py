@@ -19,6 +19,7 @@ from typing import IO, Any
 __all__ = [
     "atomic_write",
     "check_format",
+    "check_writable",
     "damaged",
     "first_process",
     "folder_lock",
@@ -112,6 +113,16 @@ def writing(path: str | os.PathLike[str]) -> Generator[None, None, None]:
         named = type(error)(f"{path} cannot be written ({why}); {remedy}, then run the same command again")
         named.errno = error.errno
         raise named from error
+
+
+def check_writable(folder: str | os.PathLike[str]) -> None:
+    """Raise OSError where files cannot be made in `folder`: asked before long work, whose result goes there."""
+    folder = Path(folder)
+    probe = folder / f".{folder.name}.{os.getpid()}.tmp"
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
 
 
 def _fsync_folder(folder: Path) -> None:

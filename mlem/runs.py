@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from mlem.files import read_json
-from mlem.invocation import called, command
+from mlem.invocation import called, command, interrupted
 
 __all__ = ["Run", "main", "read_run", "runs"]
 
@@ -182,6 +182,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"{called('runs')}: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return interrupted("runs", "nothing is written by this command")
     if options.json:
         print(json.dumps([asdict(run) for run in found], indent=2))
     elif found:

@@ -13,7 +13,7 @@ from mlem.data.options import Option, check_known, description_of, options_of
 from mlem.data.preparing import SHARD_SIZE, prepare
 from mlem.data.shards.manifest import MANIFEST, Manifest, plain_folder
 from mlem.invocation import command as typed
-from mlem.invocation import in_words_of_the_user
+from mlem.invocation import in_words_of_the_user, interrupted
 
 __all__ = ["main"]
 
@@ -35,8 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {in_words_of_the_user(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; finished shards are kept, the same command goes on from there", file=sys.stderr)
-        return 130
+        return interrupted("data", "finished shards are kept, the same command goes on from there")
     return 0
 
 
