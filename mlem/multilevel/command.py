@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from mlem.arguments import check_whole
+from mlem.arguments import MOST_STEPS, check_whole
 from mlem.family import Family
 from mlem.files import check_writable
 from mlem.invocation import called, command, in_words_of_the_user, interrupted
@@ -49,7 +49,7 @@ def calibrate_folder(
         times, batch_sizes: see `calibrate`.
         reference_steps: see `pilot`.
     """
-    check_whole("reference_steps", reference_steps)  # of the pilots, which come after all the rest
+    check_whole("reference_steps", reference_steps, most=MOST_STEPS)  # of the pilots, which come after all the rest
     check_writable(folder)
     console = _console()
     with console.status("calibrating") as status:

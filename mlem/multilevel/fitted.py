@@ -36,6 +36,8 @@ class _Family(Protocol):
     @property
     def data(self) -> str: ...
     @property
+    def names(self) -> list[str]: ...
+    @property
     def weights_hash(self) -> str: ...
 
 
@@ -66,6 +68,7 @@ class Fitted:
         found = self.calibration
         if found is None:
             self._refuse_damaged(_CALIBRATION)
+            _refuse_one_level(family)
             raise ValueError(f"this family of {family.data} is not calibrated: {calibrations.COMMAND}")
         if found.about.get("weights") != family.weights_hash:
             raise ValueError(f"the calibration is of other weights: {calibrations.COMMAND}")
@@ -76,6 +79,7 @@ class Fitted:
         found = self.coefficients
         if found is None:
             self._refuse_damaged(_COEFFICIENTS)
+            _refuse_one_level(family)
             raise ValueError(
                 f"this family of {family.data} has no learned coefficients: {learned.COMMAND}, "
                 "or take probabilities=calibrated"
@@ -139,3 +143,12 @@ class Fitted:
     def _refuse_damaged(self, name: str) -> None:
         if name in self.damaged:
             raise ValueError(self.damaged[name])
+
+
+def _refuse_one_level(family: _Family) -> None:
+    """Raise ValueError where nothing can be fitted: there is nothing that one level would share."""
+    if len(family.names) == 1:
+        raise ValueError(
+            f"this family of {family.data} has one level, {family.names[0]}, and plans share work between several: "
+            "leave the plan out, or train more: model=family model.levels=[xs,s]"
+        )

@@ -33,6 +33,7 @@ from mlem.files import atomic_write, sha256, writing
 __all__ = ["write_shards"]
 
 _CHUNK = 64  # images asked from the source at a time
+_MOST = 10**8  # images; the plan of the work is in memory
 _CHUNK_BYTES = 4 * 2**20  # .. unless their pixels are more
 
 _Encoded = tuple[dict[str, bytes], dict[str, str]]
@@ -77,6 +78,8 @@ def write_shards(
     """
     if total < 1 or shard_size < 1:
         raise ValueError(f"count and shard_size must be >= 1, got {total} and {shard_size}")
+    if total > _MOST:
+        raise ValueError(f"count must be at most {_MOST}, got {total}")
     if workers < 1:
         raise ValueError(f"workers must be >= 1, got {workers}")
     folder = plain_folder(folder)
