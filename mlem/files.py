@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -28,10 +28,12 @@ __all__ = [
     "remove",
     "sha256",
     "write_json",
+    "write_record",
     "write_text",
     "writing",
 ]
 
+_CHECKSUM = "checksum"
 _REMEDY = "restore it or delete it and make it again"
 _OF_ANOTHER_KIND = (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError, RuntimeError)
 
@@ -152,12 +154,27 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
+def write_record(path: str | os.PathLike[str], value: Mapping[str, Any]) -> None:
+    """Write a JSON object with its own checksum, which `read_json` compares: no flipped digit goes unnoticed."""
+    write_json(path, {**value, _CHECKSUM: _checksum(json.loads(json.dumps(value, allow_nan=False)))})
+
+
+def _checksum(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
 def read_json(path: str | os.PathLike[str]) -> Any:
-    """Read a JSON file. Raises ValueError that names the file when it is not valid JSON."""
+    """Read a JSON file. Raises ValueError that names the file when it is no valid JSON, or not what was written."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}); {_REMEDY}") from error
+    if isinstance(value, dict) and _CHECKSUM in value and value.pop(_CHECKSUM) != _checksum(value):
+        raise ValueError(
+            f"{path} differs from its checksum: it is damaged, or was edited; {_REMEDY} (or remove its line "
+            f'"{_CHECKSUM}" if you meant the edit)'
+        )
+    return value
 
 
 def read_object(path: str | os.PathLike[str]) -> dict[str, Any]:

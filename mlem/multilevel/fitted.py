@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from mlem.files import read_object, write_json
+from mlem.files import read_object, write_record
 from mlem.level import check_name
 from mlem.multilevel import calibration as calibrations
 from mlem.multilevel import coefficients as learned
@@ -113,9 +113,9 @@ class Fitted:
             check_name("name of a plan", name)
         folder = Path(folder)
         if self.calibration is not None:
-            write_json(folder / f"{_CALIBRATION}.json", self.calibration.to_dict())
+            write_record(folder / f"{_CALIBRATION}.json", self.calibration.to_dict())
         if self.coefficients is not None:
-            write_json(folder / f"{_COEFFICIENTS}.json", self.coefficients.to_dict())
+            write_record(folder / f"{_COEFFICIENTS}.json", self.coefficients.to_dict())
         for name, plan in self.plans.items():
             plan.save(folder / _PLANS / f"{name}.json")
 
