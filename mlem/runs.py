@@ -106,7 +106,7 @@ def _usage(folder: str | Path) -> tuple[int, float]:
 def _logged(path: Path) -> tuple[int, float | None, str | None, float | None]:
     """Last step, lowest held-out error, and name and value of the lowest FID of the last evaluation."""
     step, errors, fids = 0, [], {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
         try:
             values: dict[str, Any] = json.loads(line)
         except json.JSONDecodeError:  # being written, or cut short by a kill

@@ -40,7 +40,7 @@ class JSONLinesLogger(Logger):
     @rank_zero_only
     def _drop_from(self, step: int) -> None:
         if self.path.exists():
-            lines = self.path.read_text(encoding="utf-8").splitlines()
+            lines = _lines(self.path)
             kept = [line for line in lines if _step_of(line) < step]
             if not validated(self.path, step):
                 kept = [line for line in kept if _step_of(line) < step - 1 or not _of_validation(line)]
@@ -69,8 +69,13 @@ class JSONLinesLogger(Logger):
 
 def validated(path: Path, step: int) -> bool:
     """Whether this metrics.jsonl has the validation after `step` steps, whose error is the last that it logs."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    lines = _lines(path) if path.exists() else []
     return any(_step_of(line) == step - 1 and "val/error" in json.loads(line) for line in lines)
+
+
+def _lines(path: Path) -> list[str]:
+    """Those of a log, some of which may be damaged."""
+    return path.read_text(encoding="utf-8", errors="replace").splitlines()
 
 
 def _of_validation(line: str) -> bool:
