@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
+export GOMP_SPINCOUNT ?= 1000
+export KMP_BLOCKTIME ?= 1
 
 .PHONY: setup demo test check lint bench clean
 setup: .venv/installed
@@ -30,6 +32,7 @@ check: lint test  ## what continuous integration runs
 
 bench: setup  ## the figures of benchmarks/README.md, but for those that need the family of `make demo`
 	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python benchmarks/busy.py
 	$(BIN)/python benchmarks/theory.py
 	$(BIN)/python benchmarks/data.py
 	$(BIN)/python benchmarks/scale.py

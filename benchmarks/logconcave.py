@@ -30,6 +30,9 @@ Writes `logconcave.json` into --out and, unless --quick, `docs/logconcave.png`.
 
 from __future__ import annotations
 
+import mlem  # noqa: F401  (before torch: its threads shall not spin)
+
+# isort: split
 import argparse
 import functools
 import math

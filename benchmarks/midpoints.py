@@ -28,6 +28,9 @@ Writes `midpoints.json` into --out and, unless --quick, `docs/midpoints.png`.
 
 from __future__ import annotations
 
+import mlem  # noqa: F401  (before torch: its threads shall not spin)
+
+# isort: split
 import argparse
 import math
 from pathlib import Path

@@ -21,6 +21,9 @@ Writes `orders.json` into --out and, unless --quick, `docs/orders.png`.
 
 from __future__ import annotations
 
+import mlem  # noqa: F401  (before torch: its threads shall not spin)
+
+# isort: split
 import argparse
 import time
 from collections.abc import Sequence

@@ -13,6 +13,9 @@ per-round figures and their range. Run it on a machine that does nothing else.
 
 from __future__ import annotations
 
+import mlem  # noqa: F401  (before torch: its threads shall not spin)
+
+# isort: split
 import argparse
 import logging
 import tempfile

@@ -14,6 +14,9 @@ Writes JSON only where --out says.
 
 from __future__ import annotations
 
+import mlem  # noqa: F401  (before torch: its threads shall not spin)
+
+# isort: split
 import argparse
 import itertools
 import math

@@ -8,6 +8,9 @@ folder to the manifest that is not in the network, by the ledger: the solver's o
 
 from __future__ import annotations
 
+import mlem  # noqa: F401  (before torch: its threads shall not spin)
+
+# isort: split
 import argparse
 import tempfile
 import time

@@ -23,6 +23,9 @@ Writes `theory.json` into --out and, unless --quick, `docs/theory.png`.
 
 from __future__ import annotations
 
+import mlem  # noqa: F401  (before torch: its threads shall not spin)
+
+# isort: split
 import argparse
 import math
 import time

@@ -15,6 +15,9 @@ processors and versions of torch round differently. About three minutes. `diff D
 
 from __future__ import annotations
 
+import mlem  # noqa: F401  (before torch: its threads shall not spin)
+
+# isort: split
 import argparse
 import hashlib
 import json

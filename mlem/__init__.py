@@ -1,8 +1,19 @@
 """mlem: train a family of diffusion networks of increasing size, and sample it fast."""
 
+import os
 from typing import TYPE_CHECKING
 
+from mlem.invocation import one_line_for_interrupts as _one_line_for_interrupts
+
 __version__ = "0.1.0"
+
+# OpenMP threads that wait for others sleep soon. By default they spin, on a busy machine through whole time slices.
+# The runtimes, GNU's and Intel's, read this when they are loaded: so it stands here, before any import of torch.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    os.environ.setdefault("KMP_BLOCKTIME", "1")
+
+_one_line_for_interrupts()
 
 if TYPE_CHECKING:
     from mlem.family import Family as Family

@@ -8,7 +8,10 @@ import inspect
 from collections.abc import Callable, Iterable
 from typing import ParamSpec, TypeVar
 
-__all__ = ["called", "check_whole", "hint", "named", "nearest"]
+__all__ = ["MOST_STEPS", "called", "check_whole", "hint", "named", "nearest"]
+
+MOST_STEPS = 10**6
+"""Steps of a solver, at most: a grid of more would fill the memory."""
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -78,8 +81,10 @@ def hint(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def check_whole(name: str, value: object, least: int = 1) -> int:
-    """`value` itself. Raises ValueError, which calls it `name`, unless it is a whole number >= least."""
+def check_whole(name: str, value: object, least: int = 1, most: int = 10**9) -> int:
+    """`value` itself. Raises ValueError, which calls it `name`, unless it is a whole number in [least, most]."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name} must be a whole number >= {least}, got {value!r}")
+    if value > most:
+        raise ValueError(f"{name} must be at most {most}, got {value}")
     return value

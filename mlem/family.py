@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from mlem.arguments import named
-from mlem.files import check_format, damaged, read_object, remove, write_json
+from mlem.files import check_format, damaged, read_object, remove, write_record
 from mlem.level import FORMAT, Level
 from mlem.multilevel.fitted import Fitted
 from mlem.multilevel.spec import PlanSpec
@@ -133,7 +133,7 @@ class Family:
             os.replace(new, folder / new.name)
         aside.rmdir()
         self.save_fitted(folder)
-        write_json(folder / "family.json", {"format": FORMAT, "levels": self.names, **self.levels[0].common()})
+        write_record(folder / "family.json", {"format": FORMAT, "levels": self.names, **self.levels[0].common()})
 
     def save_fitted(self, folder: str | os.PathLike[str]) -> None:
         """Write what was fitted beside the levels; see `Fitted.save`."""

@@ -5,19 +5,21 @@ Lives here: atomic writes, checksums, JSON, locks. Knows nothing of what the fil
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
 import os
 import secrets
-from collections.abc import Generator
-from contextlib import contextmanager
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
 __all__ = [
     "atomic_write",
     "check_format",
+    "check_writable",
     "damaged",
     "first_process",
     "folder_lock",
@@ -26,9 +28,12 @@ __all__ = [
     "remove",
     "sha256",
     "write_json",
+    "write_record",
     "write_text",
+    "writing",
 ]
 
+_CHECKSUM = "checksum"
 _REMEDY = "restore it or delete it and make it again"
 _OF_ANOTHER_KIND = (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError, RuntimeError)
 
@@ -44,9 +49,11 @@ def folder_lock(folder: str | os.PathLike[str]) -> Generator[None, None, None]:
 
     Raises ValueError when another process holds it.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w", encoding="utf-8") as file:
+    lock = Path(folder) / ".lock"
+    with writing(lock):
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        lock.touch()
+    with open(lock, "w", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -67,20 +74,57 @@ def atomic_write(path: str | os.PathLike[str], durable: bool = True) -> Generato
             kills, not against power cuts.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(temporary, "wb") as file:
+                yield file
+                file.flush()
+                if durable:
+                    os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
+        if durable:
+            _fsync_folder(path.parent)
+
+
+@contextmanager
+def writing(path: str | os.PathLike[str]) -> Generator[None, None, None]:
+    """Give every OSError of the block that names no other file the path, what is wrong, and the remedy.
+
+    A full disk names no path by itself, and what is beside `path` says little to who asked for `path`.
+    """
+    path = Path(path)
     try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            if durable:
-                os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    if durable:
-        _fsync_folder(path.parent)
+        yield
+    except (OSError, RuntimeError) as raised:
+        error = raised if isinstance(raised, OSError) else raised.__context__  # torch.save has an error of its own
+        if not isinstance(error, OSError) or error.errno is None or isinstance(error.__cause__, OSError):
+            raise  # no failure to write, or named already
+        at = None if error.filename is None else Path(os.fsdecode(error.filename))
+        if at is not None and not path.is_relative_to(at) and not at.name.startswith(f".{path.name}."):
+            raise  # of another file, which is read
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        remedy = "make room there" if full else "make it writable, or choose another folder"
+        why = f"{error.strerror}: {at}" if at is not None and path.is_relative_to(at) else error.strerror
+        # of the same kind, so that it is handled as the one that it comes from
+        named = type(error)(f"{path} cannot be written ({why}); {remedy}, then run the same command again")
+        named.errno = error.errno
+        raise named from error
+
+
+def check_writable(folder: str | os.PathLike[str]) -> None:
+    """Raise OSError where files cannot be made in `folder`: asked before long work, whose result goes there."""
+    folder = Path(folder)
+    probe = folder / f".{folder.name}.{os.getpid()}.tmp"
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
 
 
 def _fsync_folder(folder: Path) -> None:
@@ -110,12 +154,27 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
+def write_record(path: str | os.PathLike[str], value: Mapping[str, Any]) -> None:
+    """Write a JSON object with its own checksum, which `read_json` compares: no flipped digit goes unnoticed."""
+    write_json(path, {**value, _CHECKSUM: _checksum(json.loads(json.dumps(value, allow_nan=False)))})
+
+
+def _checksum(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
 def read_json(path: str | os.PathLike[str]) -> Any:
-    """Read a JSON file. Raises ValueError that names the file when it is not valid JSON."""
+    """Read a JSON file. Raises ValueError that names the file when it is no valid JSON, or not what was written."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}); {_REMEDY}") from error
+    if isinstance(value, dict) and _CHECKSUM in value and value.pop(_CHECKSUM) != _checksum(value):
+        raise ValueError(
+            f"{path} differs from its checksum: it is damaged, or was edited; {_REMEDY} (or remove its line "
+            f'"{_CHECKSUM}" if you meant the edit)'
+        )
+    return value
 
 
 def read_object(path: str | os.PathLike[str]) -> dict[str, Any]:

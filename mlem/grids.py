@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mlem.arguments import check_whole
+from mlem.arguments import MOST_STEPS, check_whole
 from mlem.schedule import NUM_TIMESTEPS, NoiseSchedule
 
 __all__ = ["GRIDS", "TimeGrid"]
@@ -44,7 +44,7 @@ class TimeGrid:
         """
         if name not in GRIDS:
             raise ValueError(f"grid must be one of {', '.join(GRIDS)}, got {name!r}")
-        check_whole("steps", steps)
+        check_whole("steps", steps, most=MOST_STEPS)
         return TimeGrid(name, tuple(GRIDS[name](schedule, steps)))
 
 

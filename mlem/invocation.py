@@ -6,10 +6,23 @@ In a checkout `python train.py` and `python -m mlem.data`, installed `mlem-train
 from __future__ import annotations
 
 import re
+import signal
 import sys
 from pathlib import Path
+from types import TracebackType
 
-__all__ = ["called", "command", "in_words_of_the_user", "installed"]
+__all__ = [
+    "INTERRUPTED",
+    "called",
+    "command",
+    "in_words_of_the_user",
+    "installed",
+    "interrupted",
+    "one_line_for_interrupts",
+]
+
+INTERRUPTED = 128 + signal.SIGINT
+"""Exit status after Ctrl-C, as the shell counts it."""
 
 _INSTALLED = ("mlem", "mlem-train", "mlem-sample")
 _SCRIPTS = ("train", "sample")
@@ -18,6 +31,12 @@ _SCRIPTS = ("train", "sample")
 def installed() -> bool:
     """Whether this process was started by one of the commands that the wheel installs."""
     return Path(sys.argv[0]).name in _INSTALLED
+
+
+def _is_script() -> bool:
+    """Whether this process was started by a command that the wheel installs, or by `train.py` or `sample.py` here."""
+    script = Path(sys.argv[0] if sys.argv else "").resolve()
+    return installed() or (script.stem in _SCRIPTS and script.parent == Path(__file__).resolve().parents[1])
 
 
 def called(name: str) -> str:
@@ -38,3 +57,27 @@ def in_words_of_the_user(text: str) -> str:
         return text
     text = re.sub(r"\bpython (train|sample)\.py\b", r"mlem-\1", text)
     return re.sub(r"\bpython -m mlem\.(\w+)", r"mlem \1", text)
+
+
+def interrupted(name: str, kept: str) -> int:
+    """Say in one line that Ctrl-C ended the command `name`, and what it leaves; the exit status."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process ends: pressed again, it would only add a traceback
+    print(f"{called(name)}: interrupted; {in_words_of_the_user(kept)}", file=sys.stderr, flush=True)
+    return INTERRUPTED
+
+
+def one_line_for_interrupts() -> None:
+    """Where this process is a command of mlem: Ctrl-C while it imports is one line, as it is in its work."""
+    words = sys.orig_argv[1:]
+    module = words[words.index("-m") + 1 : words.index("-m") + 2] if "-m" in words else []
+    if not (module[0].partition(".")[0] == "mlem" if module else _is_script()):
+        return
+    before = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if issubclass(kind, KeyboardInterrupt):
+            print("interrupted; what was finished is kept, the same command goes on", file=sys.stderr, flush=True)
+        else:
+            before(kind, error, trace)
+
+    sys.excepthook = hook

@@ -20,7 +20,7 @@ from torch import nn
 
 from mlem import networks
 from mlem.denoiser import NetworkDenoiser, check_prediction
-from mlem.files import check_format, damaged, read_object, sha256, write_json
+from mlem.files import check_format, damaged, read_object, sha256, write_json, write_record
 from mlem.schedule import NoiseSchedule
 from mlem.weights import read_weights, write_weights
 
@@ -115,8 +115,13 @@ class Level:
         own = {"format": FORMAT, "name": self.name, "flops": self.flops, "parameters": self.parameters}
         write_weights(folder / WEIGHTS, self.network.state_dict())
         write_json(folder / "config.json", networks.config_of(self.network))
-        checked = {"schedule_hash": self.schedule.fingerprint, "sha256": sha256(folder / WEIGHTS)}
-        write_json(folder / "mlem.json", own | self.common() | checked | {"measured": self.measured})
+        config = sha256(folder / "config.json")
+        checked = {
+            "config_sha256": config,
+            "schedule_hash": self.schedule.fingerprint,
+            "sha256": sha256(folder / WEIGHTS),
+        }
+        write_record(folder / "mlem.json", own | self.common() | checked | {"measured": self.measured})
 
     @staticmethod
     def load(folder: str | os.PathLike[str], network: nn.Module | None = None) -> Level:
@@ -136,19 +141,21 @@ class Level:
         config = read_object(folder / "config.json")
         kind = str(config.get("_class_name"))
         known = network is None and kind in networks.CLASSES
+        if network is None and not known:
+            raise ValueError(
+                f"{folder} holds a network of class {kind!r}, and only {', '.join(networks.CLASSES)} are built from a "
+                f"file; build it and pass it: Level.load({str(folder)!r}, network=...)"
+            )
+        if about.get("config_sha256", sha256(folder / "config.json")) != sha256(folder / "config.json"):
+            raise ValueError(f"{folder}/config.json differs from its checksum in mlem.json; {_REMEDY}")
         with damaged(folder / "mlem.json", _REMEDY):
             shape = _checked_shape(about["shape"], networks.CLASSES[kind].axes if known else None)
         if known:
             with damaged(folder / "config.json", _REMEDY):
                 network = networks.from_config(kind, config)
-        if network is None:
-            raise ValueError(
-                f"{folder} holds a network of class {kind!r}, and only {', '.join(networks.CLASSES)} are built from a "
-                f"file; build it and pass it: Level.load({str(folder)!r}, network=...)"
-            )
-        if known:
             read_weights(folder / WEIGHTS, network, about["sha256"])
         else:
+            assert network is not None
             ours = f"network= ({type(network).__name__})"
             remedy = f"pass a network like the one that was saved, a {kind!r}"
             read_weights(folder / WEIGHTS, network, about["sha256"], owner=ours, remedy=remedy)

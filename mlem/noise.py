@@ -45,6 +45,10 @@ def reserved_indices(use: str, count: int, device: str | torch.device = "cpu", s
 
 def check_indices(indices: Iterable[int]) -> list[int]:
     """The indices as plain numbers. Raises ValueError unless they are whole numbers in `USER_INDICES`."""
+    if isinstance(indices, range):
+        if indices:
+            check_indices(sorted({indices[0], indices[-1]}))  # before they fill the memory
+        return [*indices]
     try:
         listed = [operator.index(index) for index in indices]
     except TypeError as error:

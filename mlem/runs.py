@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from mlem.files import read_json
-from mlem.invocation import called, command
+from mlem.invocation import called, command, interrupted
 
 __all__ = ["Run", "main", "read_run", "runs"]
 
@@ -106,7 +106,7 @@ def _usage(folder: str | Path) -> tuple[int, float]:
 def _logged(path: Path) -> tuple[int, float | None, str | None, float | None]:
     """Last step, lowest held-out error, and name and value of the lowest FID of the last evaluation."""
     step, errors, fids = 0, [], {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
         try:
             values: dict[str, Any] = json.loads(line)
         except json.JSONDecodeError:  # being written, or cut short by a kill
@@ -182,6 +182,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"{called('runs')}: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return interrupted("runs", "nothing is written by this command")
     if options.json:
         print(json.dumps([asdict(run) for run in found], indent=2))
     elif found:

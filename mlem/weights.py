@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from mlem.files import atomic_write, sha256
 
-__all__ = ["read_weights", "write_weights"]
+__all__ = ["read_tensors", "read_weights", "write_tensors", "write_weights"]
 
 
 def write_weights(path: str | os.PathLike[str], weights: Mapping[str, Tensor]) -> None:
@@ -35,6 +36,40 @@ def write_weights(path: str | os.PathLike[str], weights: Mapping[str, Tensor]) -
         storages.add(storage)
     with atomic_write(path) as file:
         file.write(save(own))
+
+
+def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> None:
+    """Write tensors that were computed, and what is said of them, with a checksum of all: safetensors has none."""
+    from safetensors.torch import save
+
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with atomic_write(path) as file:
+        file.write(save(plain, metadata={**about, "sha256": _digest(plain, about)}))
+
+
+def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """What `write_tensors` wrote: the tensors, and what is said of them. Raises ValueError where it is damaged."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            about: dict[str, str] = dict(file.metadata() or {})
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a safetensors file, or it was cut short ({error}); delete it") from error
+    if about.pop("sha256", None) != _digest(tensors, about):
+        raise ValueError(f"{path} differs from its checksum; delete it, it is made again")
+    return tensors, about
+
+
+def _digest(tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> str:
+    """SHA-256 of names, types, shapes and bytes, and of what is said of them."""
+    digest = hashlib.sha256(repr(sorted(about.items())).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def read_weights(

@@ -93,6 +93,7 @@ def test_a_full_disk_keeps_the_old_checkpoint(tmp_path: Path) -> None:
     )
     done = execute_code(code, str(path))
     assert done.returncode != 0
+    assert f"OSError: {path} cannot be written (File too large); make room there, then run" in done.stderr
     assert path.read_bytes() == before
     assert check(path) == path
     assert sorted(file.name for file in tmp_path.iterdir()) == [path.name, path.name + ".sha256"]

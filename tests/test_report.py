@@ -208,6 +208,35 @@ def test_a_folder_without_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert not list(tmp_path.iterdir())
 
 
+DAMAGED = {
+    "run.json": ["[]", "{"],
+    "family/family.json": ["[]", "{}", '{"levels": 3}'],
+    "level/mlem.json": ["3", "{}", '{"name": "s", "measured": 3}', '{"name": "s", "measured": {}, "parameters": 1}'],
+    "evaluation.json": ["{", "{}", '{"caption": "", "rows": 3}'],
+    "cost/summary.json": ["[]", "{}", '{"caption": "", "ratios": [3]}'],
+}
+
+
+@pytest.mark.parametrize(("name", "text"), [(name, text) for name, texts in DAMAGED.items() for text in texts])
+def test_a_damaged_file_is_one_line_that_names_it(
+    name: str, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "train/loss": 1.0}\n')
+    (tmp_path / name).write_text(text)
+    assert main([str(tmp_path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert str(tmp_path / name) in line
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_damaged_lines_of_a_log_are_left_out(tmp_path: Path) -> None:
+    lines = [b'{"step": 0, "val/error_tx": 1.0}', b'{"step": 1, "train/lo\xff\xfe": 1.0}', b"[" * 100_000]
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join(lines))
+    (tmp_path / "config.yaml").write_bytes(b"seed: \xff")
+    assert main([str(tmp_path)]) == 0
+
+
 def test_elements_escape() -> None:
     assert tag("p", "<b>", class_='"') == '<p class="&quot;">&lt;b&gt;</p>'
     assert tag("p", Markup("<b>"), aria_label="x") == '<p aria-label="x"><b></p>'

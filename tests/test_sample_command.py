@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from mlem.family import Family
-from mlem.files import sha256, write_json
+from mlem.files import read_json, sha256, write_json
 from mlem.images import quantise
 from mlem.level import WEIGHTS
 from mlem.outputs import claim, read_png, sample_path, write_samples
@@ -166,7 +166,7 @@ def test_two_ranks_report_a_failure_once(trained: Path, tmp_path: Path) -> None:
 
 def damage(level: Path) -> None:
     """Weights that are finite, but so large that images are not."""
-    about = json.loads((level / "mlem.json").read_text())
+    about = read_json(level / "mlem.json")
     weights = {
         name: torch.full_like(tensor, 1e38)
         for name, tensor in Family.load(level.parent).levels[-1].network.state_dict().items()

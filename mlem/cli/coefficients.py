@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+import warnings
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -199,8 +200,7 @@ def _about(module: CoefficientsModule, family: Family) -> dict[str, Any]:
 def _hand_over(folder: Path, family: Family, where: Path, objective: Objective, start: Tensor) -> None:
     """Put the coefficients beside the family, draw them, and say what came of it."""
     learned = Coefficients.from_dict(read_object(folder / "coefficients.json"), str(folder / "coefficients.json"))
-    # nothing else: a calibration may have been written since this family was read
-    Fitted(coefficients=learned).save(where)
+    _put_beside(where, learned, folder / "coefficients.json")
     before, after = (
         one.probabilities(family.schedule, objective.times).T.tolist()
         for one in (objective.coefficients(start), learned)
@@ -214,6 +214,15 @@ def _hand_over(folder: Path, family: Family, where: Path, objective: Objective, 
     print(
         f"{'coefficients':38s}{where / 'coefficients.json'}\n{'p_k(t)':38s}{folder / 'probabilities.png'}", flush=True
     )
+
+
+def _put_beside(family: Path, learned: Coefficients, kept: Path) -> None:
+    """Write the coefficients into the family's folder; where that cannot be done, say where they are."""
+    try:
+        # nothing else: a calibration may have been written since this family was read
+        Fitted(coefficients=learned).save(family)
+    except OSError as error:
+        warnings.warn(f"{error}; or copy {kept} into a copy of the family, family=COPY", stacklevel=3)
 
 
 def _outcome(judged: dict[str, Any]) -> str:

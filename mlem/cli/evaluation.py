@@ -20,6 +20,7 @@ from mlem.family import Family
 from mlem.report import write_report
 from mlem.training.denoising import FamilyModule, noise_level_figure
 from mlem.training.loggers import log_pictures
+from mlem.training.stopping import Stopping
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -35,7 +36,7 @@ def evaluate_family(job: Train, family: Family, shards: Shards) -> None:
     trainer = pl.Trainer(
         **job.trainer.place(),
         logger=loggers(job, folder, "evaluation", None),
-        callbacks=[samplers],
+        callbacks=[samplers, Stopping()],
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,

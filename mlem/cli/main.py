@@ -5,21 +5,25 @@ Heavy imports wait until the options are known to be good.
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from omegaconf.errors import OmegaConfBaseException
 
 from mlem.cli.choices import groups
 from mlem.cli.compose import compose, plain, sweep, without_secrets
 from mlem.cli.errors import stop
+from mlem.cli.interrupts import kept, signal_of
 from mlem.cli.options import check, read
 from mlem.cli.paths import folders, same_job
-from mlem.cli.ranks import leave
+from mlem.cli.ranks import leave, several
 from mlem.cli.schema import Sample, Train
 from mlem.cli.usage import usage
+from mlem.files import first_process
+from mlem.invocation import INTERRUPTED, called, in_words_of_the_user
 
 __all__ = ["job_of", "refuse_one_folder", "run", "sample", "train"]
 
@@ -53,6 +57,7 @@ def run(name: str, work: Callable[[Any], object]) -> None:
         print(usage(name))
         return
     debug = "debug=true" in (argument.lower() for argument in arguments)
+    job = None
     try:
         points = sweep(arguments)
         # before torch is imported, and all of them before the first is run
@@ -64,8 +69,27 @@ def run(name: str, work: Callable[[Any], object]) -> None:
         if debug:
             raise
         stop(name, str(error).split("\n    full_key")[0])
+    except (KeyboardInterrupt, SystemExit) as error:
+        if (how := signal_of(error)) is None:
+            raise
+        _end(name, how, error, job)
+    except Exception as error:
+        if not several():
+            raise
+        # said before this rank leaves the others, which may end it, or be ended, before Python says it
+        sys.excepthook(type(error), error, error.__traceback__)
+        raise SystemExit(1) from None
     finally:
         leave()
+
+
+def _end(name: str, how: str, error: BaseException, job: Train | Sample | None) -> NoReturn:
+    """Exit as a signal has it; the first rank says what is kept."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process ends: pressed again, it would only add a traceback
+    if first_process():
+        print(f"{called(name)}: {how}; {in_words_of_the_user(kept(job))}", file=sys.stderr, flush=True)
+    code = error.code if isinstance(error, SystemExit) else None
+    raise SystemExit(code if isinstance(code, int) and code > 128 else INTERRUPTED) from None
 
 
 def job_of(name: str, overrides: list[str]) -> Train | Sample:

@@ -33,6 +33,8 @@ def measure_reference(job: Sample) -> None:
     measure.start(fabric.device)
     if fabric.is_global_zero:
         assert measure.cache is not None
+        if not reference_path(measure.cache, measure.fid, measure.key).is_file():
+            raise ValueError(f"nothing could be written into metric.cache={measure.cache}; name another folder")
         what = f"{measure.fid.protocol}, {measure.key['count']} images of {measure.key['data']}"
         state = "are there already" if measure.cached else "computed"
         print(f"reference statistics {state} ({what}): {reference_path(measure.cache, measure.fid, measure.key)}")

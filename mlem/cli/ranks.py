@@ -13,7 +13,16 @@ from typing import Any
 from mlem.cli.errors import USAGE
 from mlem.cli.schema import Trainer
 
-__all__ = ["all_gather", "end_with_parent", "fail_together", "leave", "new_fabric", "on_devices", "world_size_of"]
+__all__ = [
+    "all_gather",
+    "end_with_parent",
+    "fail_together",
+    "leave",
+    "new_fabric",
+    "on_devices",
+    "several",
+    "world_size_of",
+]
 
 
 def on_devices(trainer: Trainer, make: Callable[..., Any]) -> Any:
@@ -83,11 +92,16 @@ def end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+def several() -> bool:
+    """Whether this process is one of a process group of torch's."""
+    distributed: Any = sys.modules.get("torch.distributed")
+    return distributed is not None and distributed.is_available() and distributed.is_initialized()
+
+
 def leave() -> None:
     """Close torch's process group while Python still runs: its threads may abort a process that just ends.
 
     See https://github.com/pytorch/pytorch/issues/190489.
     """
-    distributed: Any = sys.modules.get("torch.distributed")
-    if distributed is not None and distributed.is_available() and distributed.is_initialized():
-        distributed.destroy_process_group()
+    if several():
+        sys.modules["torch.distributed"].destroy_process_group()

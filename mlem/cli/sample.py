@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -88,7 +89,7 @@ def _sampler(job: Sample, model: Family | Level, device: torch.device) -> tuple[
 
 
 def _make(
-    job: Sample, sampler: Sampler, model: Family | Level, fabric: Any, indices: list[int], out: Path
+    job: Sample, sampler: Sampler, model: Family | Level, fabric: Any, indices: Sequence[int], out: Path
 ) -> dict[int, str]:
     """Make the samples that are missing; on rank 0, index -> SHA-256 of all images in `out`."""
     over_ranks = job.sampler.over == "ranks"

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from mlem.arguments import MOST_STEPS
 from mlem.cli.fields import group, option
 from mlem.cli.values import (
     BOOL,
@@ -19,6 +20,7 @@ from mlem.cli.values import (
     LIST,
     NUMBER,
     OPTIONS,
+    SEED,
     SHARE,
     SIZES,
     TEXT,
@@ -101,7 +103,7 @@ class Learning:
 
     name: str = option(TEXT)
     solver: str = option(TEXT, "for which the coefficients are learned")
-    steps: int = option(whole(1), "of the solver")
+    steps: int = option(whole(1, MOST_STEPS), "of the solver")
     grid: str | None = option(text(null=True), GRIDS)
     budget: float = option(SHARE, "where learning begins: share of the largest level's cost (FLOPs), in (0, 1]")
     weight: float | None = option(
@@ -180,7 +182,7 @@ class SamplerChoice:
 
     name: str = option(TEXT, unused=PLAN_ONLY)
     solver: str = option(TEXT, unused=PLAN_ONLY)
-    steps: int = option(whole(1), "steps= is this one")
+    steps: int = option(whole(1, MOST_STEPS), "steps= is this one")
     grid: str | None = option(text(null=True), "grid= is this one")
     over: str = option(one_of("samples", "ranks"), "what ranks share: the samples, or every batch", "samples")
     options: dict[str, Any] = option(OPTIONS, "of the solver, such as sampler.options.clock=ou", {}, unused=PLAN_ONLY)
@@ -202,8 +204,8 @@ class Benchmark(Verb):
 
     solver: str = option(TEXT, "of the list; ddim for the ODE")
     steps: list[int] = option(LIST, "of every level by itself")
-    reference_steps: int = option(whole(1), "of the largest level, from the same noise")
-    plan_steps: int = option(whole(1), "of levels together")
+    reference_steps: int = option(whole(1, MOST_STEPS), "of the largest level, from the same noise")
+    plan_steps: int = option(whole(1, MOST_STEPS), "of levels together")
     budget: float = option(SHARE, "their share of the largest level's cost at every step (FLOPs) where delta is 0")
     deltas: list[float] = option(LIST, "added to the logit of every p_k but the first")
     trials: int = option(whole(1), "draws of the coins at every delta")
@@ -254,7 +256,7 @@ class Evaluation:
     every_n_epochs: int = option(whole(0), "in training; 0: only at the end", 5)
     indices: str = option(INDICES, "of the samples", "0-63")
     batch_size: int = option(whole(1), "images in a batch", 64)
-    reference_steps: int = option(whole(1), "of the many-step reference", 200)
+    reference_steps: int = option(whole(1, MOST_STEPS), "of the many-step reference", 200)
     samplers: list[Any] = option(LIST, "solver, step counts, and, where wanted, grid, options, plan", _USUAL_SAMPLERS)
 
 
@@ -268,7 +270,7 @@ class Calibration:
     images: int = option(_IMAGES, "trajectories; 0: leave calibration out", 16)
     times: int = option(whole(3), "noise levels along them", 24)
     batch_sizes: list[int] = option(list_of_whole(1), "at which levels are timed", [64])
-    reference_steps: int = option(whole(1), "of the run that discretisation is measured against", 500)
+    reference_steps: int = option(whole(1, MOST_STEPS), "of the run that discretisation is measured against", 500)
 
 
 _RESUME = "auto, force (although settings differ), or the path of a checkpoint"
@@ -284,7 +286,7 @@ class Train:
     trainer: Trainer = group(Trainer)
     logger: Logger = group(Logger)
     metric: Metric = group(Metric)
-    seed: int = option(whole(0), "of all noise and of the first weights", 0)
+    seed: int = option(whole(0, SEED), "of all noise and of the first weights", 0)
     root: str = option(TEXT, "where runs are written: <root>/<model>, <root>/family", "runs/${data.name}")
     family: str | None = option(
         text(null=True), "of model=coefficients: folder of a family; null: the newest of this data set", None
@@ -323,10 +325,10 @@ class Sample:
     level: str | None = option(text(null=True), "the level of the family to run; null: the largest", None)
     shared: dict[str, Any] = field(default_factory=dict, metadata={"plans": True})
     plan: str | None = option(text(null=True), "best (memorised with the family), or a plan's JSON file", None)
-    steps: int = option(whole(1), "of the solver", "${sampler.steps}", PLAN_ONLY)
+    steps: int = option(whole(1, MOST_STEPS), "of the solver", "${sampler.steps}", PLAN_ONLY)
     grid: str | None = option(text(null=True), GRIDS, "${sampler.grid}", PLAN_ONLY)
     seeds: str = option(INDICES, "indices of the samples: ranges and commas", "0-63", ("scaling",))
-    seed: int = option(whole(0), "of all noise: index and seed fix an image", 0)
+    seed: int = option(whole(0, SEED), "of all noise: index and seed fix an image", 0)
     batch_size: int = option(whole(1), "images in a batch", 64, ("scaling",))
     out: str | None = option(
         text(null=True), "null: <root>/samples/<sampler>_<steps>; of eval=folder: where metrics.json goes", None

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from mlem.cli.errors import USAGE, instead
+from mlem.invocation import interrupted
 
 __all__ = ["main"]
 
@@ -30,7 +31,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if name not in _TOOLS:
         print(f"mlem: {name}: there is no such tool{instead(name, list(_TOOLS))}", file=sys.stderr)
         return USAGE
-    return importlib.import_module(_TOOLS[name][0]).main(others)
+    try:
+        return importlib.import_module(_TOOLS[name][0]).main(others)
+    except KeyboardInterrupt:  # while it was imported
+        return interrupted(name, "nothing was begun")
 
 
 def _usage() -> str:

@@ -159,6 +159,10 @@ def _check_job(job: Train, family: Family) -> None:
     new_fid(job.metric, shape)  # before the data: what is not there is the nearer fault
     count = count_of(data.source, data.folder, **data.options)
     check_measure(job.metric, shape, count, len(indices))
+    if count < 3:
+        raise ValueError(
+            f"data={data.name} has {count} image{'s' * (count != 1)}: a training needs 3 or more, 2 of them held out"
+        )
     if not 2 <= data.held_out < count:
         raise ValueError(f"data.held_out must be in [2, {count - 1}], got {data.held_out}")
 

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 __all__ = [
     "ANY",
     "BOOL",
+    "COUNT",
     "DEVICES",
     "FRACTION",
     "INDICES",
     "LIST",
     "NUMBER",
     "OPTIONS",
+    "SAMPLES",
+    "SEED",
     "SHARE",
     "SIZES",
     "TEXT",
@@ -29,6 +33,14 @@ __all__ = [
     "whole",
     "written",
 ]
+
+
+COUNT = 10**9
+"""What counts may be at most; indices of samples stay below (`mlem.noise.USER_INDICES`)."""
+SAMPLES = 10**7
+"""Indices that one command takes, at most."""
+SEED = 2**63 - 1
+"""The largest seed: torch takes 64 bits, with a sign."""
 
 
 @dataclass(frozen=True)
@@ -60,17 +72,32 @@ def _is_finite(value: Any) -> bool:
     return _is_number(value) and math.isfinite(value)
 
 
-def whole(least: int) -> Kind:
-    """A whole number, `least` or more."""
-    return Kind(f"a whole number >= {least}", lambda value: _is_whole(value) and value >= least)
+@dataclass(frozen=True)
+class _Bounded(Kind):
+    """Whole numbers, one or a list; those above `most`, for which no memory would be enough, are told so."""
+
+    most: int
+
+    def check(self, name: str, value: Any) -> None:
+        numbers: list[Any] = value if isinstance(value, list) else [value]
+        for number in numbers:
+            if _is_whole(number) and number > self.most:
+                raise ValueError(f"{name} must be at most {self.most}, got {number}")
+        super().check(name, value)
 
 
-def list_of_whole(least: int) -> Kind:
-    """A list of one or more whole numbers."""
-    return Kind(
-        f"a list of whole numbers >= {least}",
-        lambda value: isinstance(value, list) and bool(value) and all(_is_whole(n) and n >= least for n in value),
-    )
+def whole(least: int, most: int = COUNT) -> Kind:
+    """A whole number from `least` to `most`."""
+    return _Bounded(f"a whole number >= {least}", lambda value: _is_whole(value) and least <= value <= most, most)
+
+
+def list_of_whole(least: int, most: int = COUNT) -> Kind:
+    """A list of one or more whole numbers from `least` to `most`."""
+
+    def holds(value: Any) -> bool:
+        return isinstance(value, list) and bool(value) and all(_is_whole(n) and least <= n <= most for n in value)
+
+    return _Bounded(f"a list of whole numbers >= {least}", holds, most)
 
 
 def number(*, above: float | None = None, least: float | None = None) -> Kind:
@@ -118,27 +145,31 @@ LIST = Kind("a list, as in {name}=[...]", lambda value: isinstance(value, list))
 OPTIONS = Kind("options, as in {name}.OPTION=VALUE", lambda value: isinstance(value, dict))
 DEVICES = Kind("a whole number >= 1, a list of device numbers, or auto", _are_devices)
 SIZES = Kind("a list of one or more sizes, such as [xs,s]", _are_sizes)
-INDICES = Kind("ranges such as 0-63 or 0-9,20", _are_indices)
+INDICES = Kind(f"ranges such as 0-63 or 0-9,20, of at most {SAMPLES} indices below {COUNT}", _are_indices)
 
 
-def parse_indices(value: Any, name: str) -> list[int]:
-    """`"0-63"` or `"0-9,20"` as whole numbers. Raises ValueError that names the option."""
+def parse_indices(value: Any, name: str) -> Sequence[int]:
+    """`"0-63"` as a range, `"0-9,20"` as a list of whole numbers. Raises ValueError that names the option."""
     if not INDICES.holds(value):
         raise ValueError(f"{name} must be {INDICES.words}, got {value}")
-    numbers = _ranges(value)
-    if len(set(numbers)) < len(numbers):
+    ranges = _ranges(value)
+    ordered = sorted(ranges, key=lambda one: one.start)
+    if any(after.start < before.stop for before, after in itertools.pairwise(ordered)):
         raise ValueError(f"{name} names an index twice: {value}")
-    return numbers
+    return ranges[0] if len(ranges) == 1 else [*itertools.chain(*ranges)]
 
 
-def _ranges(value: Any) -> list[int]:
-    numbers: list[int] = []
+def _ranges(value: Any) -> list[range]:
+    """Raises ValueError for what is none, or beyond what may be asked for."""
+    found: list[range] = []
     for part in str(value).replace(" ", "").split(","):
-        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
+        match = re.fullmatch(r"(\d{1,18})(?:-(\d{1,18}))?", part)
         if not match or (match[2] and int(match[2]) < int(match[1])):
             raise ValueError(part)
-        numbers += range(int(match[1]), int(match[2] or match[1]) + 1)
-    return numbers
+        found.append(range(int(match[1]), int(match[2] or match[1]) + 1))
+    if sum(map(len, found)) > SAMPLES or max(one.stop for one in found) > COUNT:
+        raise ValueError(value)
+    return found
 
 
 def written(value: Any) -> str:

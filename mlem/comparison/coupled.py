@@ -27,10 +27,11 @@ from mlem.comparison.row import KEY, Row
 from mlem.comparison.setup import Run, Setup
 from mlem.comparison.tally import Tally
 from mlem.family import Family
-from mlem.files import atomic_write, write_text
+from mlem.files import write_text
 from mlem.metrics import Measure, mean_error
 from mlem.outputs import claim
 from mlem.sampling import blocks
+from mlem.weights import read_tensors, write_tensors
 
 __all__ = ["Comparison", "read_rows"]
 
@@ -142,8 +143,6 @@ class Comparison:
 
     def truth(self, reference: str, progress: Callable[[float], None] = lambda cost: None) -> Tensor:
         """The samples of the reference solver, made once: (N, C, H, W)."""
-        from safetensors.torch import load_file, save
-
         path = self._reference(reference)
         if reference in self._truths:
             return self._truths[reference]
@@ -152,9 +151,8 @@ class Comparison:
             for block in self.setup.blocks:
                 parts.append(sampler.run(block).x.cpu())
                 progress(self.setup.reference_steps * len(block) / self.setup.count)
-            with atomic_write(path) as file:
-                file.write(save({"x": torch.cat(parts).contiguous()}))
-        self._truths[reference] = load_file(path)["x"]
+            write_tensors(path, {"x": torch.cat(parts)}, {})
+        self._truths[reference] = read_tensors(path)[0]["x"]
         return self._truths[reference]
 
     def _measured(self, run: Run) -> Row:

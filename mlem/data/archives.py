@@ -17,6 +17,8 @@ from typing import IO
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from mlem.files import writing
+
 __all__ = ["checked_md5", "download", "located"]
 
 _BLOCK = 2**20
@@ -47,14 +49,16 @@ def download(url: str, path: Path, md5: str) -> None:
 
     Processes may call this together. ValueError, and nothing at `path`, when that fails or the MD5 is another.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.touch()
     with open(part, "ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # freed however the process ends
         if path.exists():
             part.unlink(missing_ok=True)
             return
-        _fetch(url, file)
+        _fetch(url, file, path)
         file.flush()
         os.fsync(file.fileno())
         if (found := _md5(part)) != md5:
@@ -63,8 +67,8 @@ def download(url: str, path: Path, md5: str) -> None:
         os.replace(part, path)
 
 
-def _fetch(url: str, file: IO[bytes]) -> None:
-    """Append to `file` what it lacks of `url`."""
+def _fetch(url: str, file: IO[bytes], path: Path) -> None:
+    """Append to `file`, from which `path` will be made, what it lacks of `url`."""
     begin = file.tell()
     request = urllib.request.Request(url, headers={"Range": f"bytes={begin}-"} if begin else {})
     with _named(url):
@@ -85,7 +89,9 @@ def _fetch(url: str, file: IO[bytes]) -> None:
                 block = response.read(_BLOCK)
             if not block:
                 break
-            file.write(block)
+            with writing(path):
+                file.write(block)
+                file.flush()
             report(len(block))
         if length and file.tell() < begin + length:
             raise ValueError(f"{url} broke off after {file.tell()} bytes; run the same command again to go on")

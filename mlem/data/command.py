@@ -13,7 +13,7 @@ from mlem.data.options import Option, check_known, description_of, options_of
 from mlem.data.preparing import SHARD_SIZE, prepare
 from mlem.data.shards.manifest import MANIFEST, Manifest, plain_folder
 from mlem.invocation import command as typed
-from mlem.invocation import in_words_of_the_user
+from mlem.invocation import in_words_of_the_user, interrupted
 
 __all__ = ["main"]
 
@@ -26,22 +26,16 @@ class _Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prepare what the command line asks; return the exit code: 0, 2 for a wrong option or folder, 130 for Ctrl-C."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    out = ""
     try:
         if arguments and not arguments[0].startswith("-") and arguments[0] not in DATASETS:
             check_known("data set", arguments[0], DATASETS)
         options = vars(_parser().parse_args(arguments))
-        out = options.pop("out")
-        _run(options.pop("dataset"), out, options)
-    except ValueError as error:
+        _run(options.pop("dataset"), options.pop("out"), options)
+    except (ValueError, OSError) as error:
         print(f"error: {in_words_of_the_user(str(error))}", file=sys.stderr)
         return 2
-    except OSError as error:  # a full disk gives no file name of its own
-        print(f"error: {out}: {error}; make room or repair, then run the same command again", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
-        print("interrupted; finished shards are kept, the same command goes on from there", file=sys.stderr)
-        return 130
+        return interrupted("data", "finished shards are kept, the same command goes on from there")
     return 0
 
 

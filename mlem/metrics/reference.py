@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mlem.files import atomic_write
 from mlem.metrics.bank import distributed
 from mlem.metrics.fid import FID
+from mlem.weights import read_tensors, write_tensors
 
 __all__ = ["reference_path", "reference_statistics"]
 
@@ -62,11 +63,20 @@ def reference_statistics(
     if fid.keep:
         tensors["features"] = _smallest(fid.real_bank.gather().cpu())
     if path is not None and _rank() == 0:
-        from safetensors.torch import save
-
-        with atomic_write(path) as file:
-            file.write(save(tensors, metadata={"key": _full_key(fid, key)}))
+        _keep(path, tensors, _full_key(fid, key))
     return False
+
+
+def _keep(path: Path, tensors: Mapping[str, Tensor], key: str) -> None:
+    """Write the cache; where that cannot be done, say so: the scores do not need it."""
+    try:
+        write_tensors(path, tensors, {"key": key})
+    except OSError as error:
+        warnings.warn(
+            f"the reference statistics are not kept ({error}), and computed anew each time; metric.cache=FOLDER keeps "
+            "them elsewhere",
+            stacklevel=3,
+        )
 
 
 def _full_key(fid: FID, key: Mapping[str, Any]) -> str:
@@ -79,19 +89,17 @@ def _smallest(features: Tensor) -> Tensor:
 
 
 def _read(path: Path, fid: FID, key: Mapping[str, Any]) -> dict[str, Tensor] | None:
-    """What is cached, or None where no readable file has this very key, and the features where they are kept."""
-    from safetensors import SafetensorError, safe_open
-
+    """What is cached, or None where no sound file has this very key, and the features where they are kept."""
     if not path.is_file():
         return None
     wanted = (*_SUMS, "features") if fid.keep else _SUMS
     try:
-        with safe_open(path, framework="pt") as file:
-            if (file.metadata() or {}).get("key") != _full_key(fid, key):
-                return None
-            return {name: file.get_tensor(name) for name in wanted} if {*wanted} <= {*file.keys()} else None
-    except SafetensorError:  # a damaged cache is made again
+        found, about = read_tensors(path)
+    except (ValueError, OSError):  # a damaged cache is made again
         return None
+    if about.get("key") != _full_key(fid, key) or not {*wanted} <= found.keys():
+        return None
+    return {name: found[name] for name in wanted}
 
 
 def _fill(fid: FID, tensors: Mapping[str, Tensor]) -> None:

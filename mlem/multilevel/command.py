@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from mlem.arguments import check_whole
+from mlem.arguments import MOST_STEPS, check_whole
 from mlem.family import Family
-from mlem.invocation import called, command, in_words_of_the_user
+from mlem.files import check_writable
+from mlem.invocation import called, command, in_words_of_the_user, interrupted
 from mlem.level import check_name
 from mlem.multilevel.calibrate import calibrate
 from mlem.multilevel.calibration import Calibration
@@ -48,7 +49,8 @@ def calibrate_folder(
         times, batch_sizes: see `calibrate`.
         reference_steps: see `pilot`.
     """
-    check_whole("reference_steps", reference_steps)  # of the pilots, which come after all the rest
+    check_whole("reference_steps", reference_steps, most=MOST_STEPS)  # of the pilots, which come after all the rest
+    check_writable(folder)
     console = _console()
     with console.status("calibrating") as status:
 
@@ -90,6 +92,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"{called('multilevel')}: {in_words_of_the_user(' '.join(str(error).split()))}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return interrupted("multilevel", f"{options.family} is as it was; the same command begins anew")
     return 0
 
 
@@ -153,6 +157,7 @@ def _memorise(family: Family, options: argparse.Namespace) -> None:
     check_name("--name", options.name)
     if options.name.endswith(".json"):
         raise ValueError(f"--name must not end in .json, or plan= would take it for a path, got {options.name!r}")
+    check_writable(options.family / "plans")
     levels = None if options.levels is None else tuple(options.levels)
     spec = PlanSpec(
         budget=options.budget, estimator=options.estimator, coins=options.coins, cost=options.cost, levels=levels

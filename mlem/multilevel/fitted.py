@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from mlem.files import read_object, write_json
+from mlem.files import read_object, write_record
 from mlem.level import check_name
 from mlem.multilevel import calibration as calibrations
 from mlem.multilevel import coefficients as learned
@@ -35,6 +35,8 @@ class _Family(Protocol):
 
     @property
     def data(self) -> str: ...
+    @property
+    def names(self) -> list[str]: ...
     @property
     def weights_hash(self) -> str: ...
 
@@ -66,6 +68,7 @@ class Fitted:
         found = self.calibration
         if found is None:
             self._refuse_damaged(_CALIBRATION)
+            _refuse_one_level(family)
             raise ValueError(f"this family of {family.data} is not calibrated: {calibrations.COMMAND}")
         if found.about.get("weights") != family.weights_hash:
             raise ValueError(f"the calibration is of other weights: {calibrations.COMMAND}")
@@ -76,6 +79,7 @@ class Fitted:
         found = self.coefficients
         if found is None:
             self._refuse_damaged(_COEFFICIENTS)
+            _refuse_one_level(family)
             raise ValueError(
                 f"this family of {family.data} has no learned coefficients: {learned.COMMAND}, "
                 "or take probabilities=calibrated"
@@ -109,9 +113,9 @@ class Fitted:
             check_name("name of a plan", name)
         folder = Path(folder)
         if self.calibration is not None:
-            write_json(folder / f"{_CALIBRATION}.json", self.calibration.to_dict())
+            write_record(folder / f"{_CALIBRATION}.json", self.calibration.to_dict())
         if self.coefficients is not None:
-            write_json(folder / f"{_COEFFICIENTS}.json", self.coefficients.to_dict())
+            write_record(folder / f"{_COEFFICIENTS}.json", self.coefficients.to_dict())
         for name, plan in self.plans.items():
             plan.save(folder / _PLANS / f"{name}.json")
 
@@ -139,3 +143,12 @@ class Fitted:
     def _refuse_damaged(self, name: str) -> None:
         if name in self.damaged:
             raise ValueError(self.damaged[name])
+
+
+def _refuse_one_level(family: _Family) -> None:
+    """Raise ValueError where nothing can be fitted: there is nothing that one level would share."""
+    if len(family.names) == 1:
+        raise ValueError(
+            f"this family of {family.data} has one level, {family.names[0]}, and plans share work between several: "
+            "leave the plan out, or train more: model=family model.levels=[xs,s]"
+        )

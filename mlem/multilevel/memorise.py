@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from mlem.arguments import check_whole
+from mlem.arguments import MOST_STEPS, check_whole
 from mlem.family import Family
 from mlem.grids import TimeGrid
 from mlem.multilevel.plan import Plan
@@ -54,7 +54,7 @@ def memorise(
         raise ValueError(f"draws must be >= 2, got {draws}; the best is chosen among them")
     if images < 1:
         raise ValueError(f"images must be >= 1, got {images}; the best is chosen by its error on them")
-    check_whole("reference_steps", reference_steps)
+    check_whole("reference_steps", reference_steps, most=MOST_STEPS)
     if spec.searched:
         raise ValueError("this spec tosses no coins, so that all its draws are equal; add coins=systematic")
     method = make_solver(solver)

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from mlem.arguments import check_whole
+from mlem.arguments import MOST_STEPS, check_whole
 from mlem.family import Family
 from mlem.multilevel.calibration import Calibration
 from mlem.multilevel.fitted import Fitted
@@ -52,7 +52,7 @@ def pilot(
         device: where the family's networks are moved, and stay.
         progress: told what is being measured.
     """
-    check_whole("reference_steps", reference_steps)
+    check_whole("reference_steps", reference_steps, most=MOST_STEPS)
     networks = torch.nn.ModuleList(level.network for level in family.levels).to(device)
     family = Family(family.levels, Fitted(calibration))
     with torch.inference_mode(), evaluating(networks):

@@ -18,7 +18,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from mlem.files import check_format, damaged, read_object, write_json
+from mlem.files import check_format, damaged, read_object, write_record
 from mlem.multilevel.coins import check_probabilities, coins_called
 from mlem.multilevel.estimators import ESTIMATORS, Estimator, collect, estimator_called
 from mlem.multilevel.evaluators import Program
@@ -275,7 +275,7 @@ class Plan:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as JSON."""
-        write_json(path, self.to_dict())
+        write_record(path, self.to_dict())
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> Plan:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mlem.invocation import called, command, in_words_of_the_user
+from mlem.invocation import called, command, in_words_of_the_user, interrupted
 from mlem.outputs import merge, sample_path, verify
 
 __all__ = ["main"]
@@ -24,6 +24,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"{called('outputs')}: {in_words_of_the_user(' '.join(str(error).split()))}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return interrupted("outputs", "images that were copied are kept, the same command goes on from there")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mlem.files import atomic_write, read_object, write_json
+from mlem.files import atomic_write, read_object, write_json, write_record
 from mlem.images import image_grid, quantise
 from mlem.ledger import Ledger
 from mlem.outputs.images import read_png, sample_path, write_png
@@ -40,7 +40,7 @@ def claim(folder: Path, settings: dict[str, Any], what: str = "samples") -> None
         raise ValueError(
             f"{folder} holds images that are not known to be samples (no settings.json); choose another out="
         )
-    write_json(path, settings)
+    write_record(path, settings)
 
 
 def clear_leftovers(folder: Path) -> None:

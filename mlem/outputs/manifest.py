@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlem.files import read_object, sha256, write_json, write_text
+from mlem.files import read_object, sha256, write_record, write_text
 from mlem.outputs.images import is_whole, sample_indices, sample_path
 
 __all__ = ["Survey", "spans", "survey", "verify", "write_manifest"]
@@ -68,7 +68,7 @@ def write_manifest(folder: Path, hashes: Mapping[int, str]) -> None:
     lines = [f"{hashes[index]}  {sample_path(Path(), index).as_posix()}\n" for index in sorted(hashes)]
     write_text(folder / _LIST, "".join(lines))
     about = {"format": _FORMAT, "count": len(hashes), "indices": spans(hashes)}
-    write_json(
+    write_record(
         folder / _MANIFEST,
         about | {"settings": read_object(folder / "settings.json"), "sha256": sha256(folder / _LIST)},
     )

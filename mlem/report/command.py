@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from mlem.invocation import called, command, in_words_of_the_user
+from mlem.invocation import called, command, in_words_of_the_user, interrupted
 from mlem.report import write_report
 
 __all__ = ["main"]
@@ -21,4 +21,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"{called('report')}: {in_words_of_the_user(str(error))}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return interrupted("report", "the page is as it was; run the same command again")
     return 0

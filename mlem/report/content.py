@@ -11,7 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from mlem.files import read_json, write_text
+from mlem.files import read_object, write_text
 from mlem.plots import curves
 from mlem.report.html import Markup, figure, join, page, section, tag
 from mlem.report.logs import Line, RunLog, run_logs
@@ -62,7 +62,7 @@ def _evaluation(folder: Path) -> Path | None:
 
 
 def _about(folder: Path) -> dict[str, Any]:
-    return read_json(folder / "run.json") if (folder / "run.json").exists() else {}
+    return read_object(folder / "run.json") if (folder / "run.json").exists() else {}
 
 
 def _facts(folder: Path, about: Mapping[str, Any]) -> Markup:
@@ -154,4 +154,4 @@ def _grids(home: Path | None) -> list[Markup]:
 
 def _config(folder: Path) -> list[Markup]:
     path = folder / "config.yaml"
-    return [tag("pre", path.read_text(encoding="utf-8"))] if path.exists() else []
+    return [tag("pre", path.read_text(encoding="utf-8", errors="replace"))] if path.exists() else []

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlem.files import read_json
+from mlem.files import damaged, read_object
 
 __all__ = ["Line", "RunLog", "is_number", "run_logs"]
 
+_NUMBER = re.compile(r"\d+(\.\d+)?")
 Line = tuple[list[float], list[float]]
 """x and y."""
 
@@ -37,7 +39,8 @@ class RunLog:
     def last(self, prefix: str) -> Line | None:
         """The newest values of the metrics `<prefix><number>` against these numbers; None where there are none."""
         found = {name: value for one in self.records for name, value in one.items() if name.startswith(prefix)}
-        points = sorted((float(name.removeprefix(prefix)), value) for name, value in found.items() if is_number(value))
+        numbered = {name.removeprefix(prefix): value for name, value in found.items() if is_number(value)}
+        points = sorted((float(name), value) for name, value in numbered.items() if _NUMBER.fullmatch(name))
         return ([at for at, _ in points], [value for _, value in points]) if points else None
 
     def names(self, prefix: str) -> list[str]:
@@ -54,7 +57,10 @@ def run_logs(folder: Path) -> Iterator[RunLog]:
     """The logs of the folder and of the folders in it."""
     # the smallest level first, as in the other figures
     family = folder / "family" / "family.json"
-    order = [f"unet_{level}" for level in read_json(family)["levels"]] if family.exists() else []
+    order = []
+    if family.exists():
+        with damaged(family):
+            order = [f"unet_{level}" for level in read_object(family)["levels"]]
     inside = sorted(folder.glob("*/metrics.jsonl"))
     inside.sort(key=lambda path: order.index(path.parent.name) if path.parent.name in order else len(order))
     for path in [folder / "metrics.jsonl", *inside]:
@@ -63,10 +69,10 @@ def run_logs(folder: Path) -> Iterator[RunLog]:
 
 
 def _records(path: Path) -> Iterator[dict[str, Any]]:
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             record = json.loads(line)
-        except json.JSONDecodeError:  # cut short by a kill
+        except (json.JSONDecodeError, RecursionError):  # cut short by a kill
             continue
         if isinstance(record, dict) and is_number(record.get("step")):
             yield record

@@ -9,7 +9,7 @@ from typing import Any
 
 from mlem.comparison.equal_error import Advantage
 from mlem.comparison.row import Row
-from mlem.files import damaged, read_json, read_object
+from mlem.files import damaged, read_object
 from mlem.report.html import Cell, Markup, figure, table, tag
 from mlem.report.logs import is_number
 
@@ -19,27 +19,29 @@ __all__ = ["equal_error", "evaluation_rows", "level_table", "sampler_table"]
 def level_table(folder: Path) -> list[Markup]:
     """The networks of a run folder, from the smallest on."""
     paths = [folder / "level" / "mlem.json", *sorted(folder.glob("*/level/mlem.json"))]
-    levels = sorted((read_json(path) for path in paths if path.exists()), key=lambda level: level["flops"])
-    if not levels:
+    rows = sorted((_level_cells(path) for path in paths if path.exists()), key=lambda cells: float(cells[2].value or 0))
+    if not rows:
         return []
     columns = ["level", "parameters", "MFLOPs per call", "held-out error", "time per call [ms/image]"]
     columns += ["training steps", "training time [s]", "device"]
-    rows = []
-    for level in levels:
-        measured = level["measured"]
-        rows.append(
-            [
-                _text(level["name"]),
-                _number(level["parameters"], ",d"),
-                _number(level["flops"] / 1e6, ".1f"),
-                _number(measured.get("error"), ".4f"),
-                _number(_scaled(measured.get("seconds"), 1e3), ".3f"),
-                _number(measured.get("steps"), ",d"),
-                _number(measured.get("training_seconds"), ".1f"),
-                _text(measured.get("device", "")),
-            ]
-        )
     return [table("Networks of the family; press a header to sort", columns, rows)]
+
+
+def _level_cells(path: Path) -> list[Cell]:
+    """The row of one `mlem.json`. Raises ValueError where it is damaged."""
+    level = read_object(path)
+    with damaged(path):
+        measured = dict(level["measured"])
+        return [
+            _text(level["name"]),
+            _number(level["parameters"], ",d"),
+            _number(level["flops"] / 1e6, ".1f"),
+            _number(measured.get("error"), ".4f"),
+            _number(_scaled(measured.get("seconds"), 1e3), ".3f"),
+            _number(measured.get("steps"), ",d"),
+            _number(measured.get("training_seconds"), ".1f"),
+            _text(measured.get("device", "")),
+        ]
 
 
 def evaluation_rows(home: Path) -> tuple[list[Row], str]:
@@ -85,11 +87,11 @@ def equal_error(folder: Path) -> list[Markup]:
         found = read_object(path)
         with damaged(path):
             caption, ratios = found["caption"], [Advantage.from_dict(one, str(path)) for one in found["ratios"]]
+            rows = [cells for one in ratios if one.known for cells in _ratios(one)]
         for picture in sorted(path.parent.glob("*.png")):
             words = "Error against time and FLOPs of single levels and of levels that share the work"
             shown.append(figure(picture.read_bytes(), f"Figure: {words}", f"{words}; {caption}.", "plot wide"))
         columns = ["sampler", "solver", "coins", "MSE", "cost in", "against", "its cost over ours", "95 % interval"]
-        rows = [cells for one in ratios if one.known for cells in _ratios(one)]
         if rows:
             shown.append(table(f"{caption}; press a header to sort", columns, rows))
         unreached: dict[str, list[str]] = {}

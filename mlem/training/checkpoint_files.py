@@ -60,7 +60,7 @@ def check(path: Path) -> Path:
     expected = _checksum_file(path)
     if not expected.is_file():
         raise ValueError(f"checkpoint {path} has no checksum ({expected.name}): it was never finished; use another one")
-    if sha256(path) != expected.read_text().strip():
+    if sha256(path).encode() != expected.read_bytes().strip():
         others = [other for other in saved(path.parent) if other != path]
         remedy = f"resume from the one before it with: resume={others[0]}" if others else "delete it to start again"
         raise ValueError(f"checkpoint {path} is damaged (its checksum differs); {remedy}")

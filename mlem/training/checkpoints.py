@@ -1,4 +1,4 @@
-"""When a training saves, and when it stops: every so many steps, before each validation, at the end, on SIGTERM."""
+"""When a training saves, and when it stops: every so many steps, before each validation, at the end, on a signal."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from mlem.training.checkpoint_files import path_of, saved
 from mlem.training.lightning_internals import keep_fit_open, restore_fit_limit, set_epochs_done, validate_within_fit
-from mlem.training.stopping import FAILED, StopSignal
+from mlem.training.stopping import FAILED, Stopping
 
-__all__ = ["Checkpoints", "stop_if_told"]
+__all__ = ["Checkpoints"]
 
 
-class Checkpoints(Checkpoint):
+class Checkpoints(Stopping, Checkpoint):
     """Saves every so many optimizer steps, before each validation and at the end; keeps the last two.
 
-    On SIGTERM it saves and stops. Within a validation it stops at once: the checkpoint is saved before validation.
+    On SIGTERM and Ctrl-C it saves and stops. Within a validation it stops at once: the checkpoint is saved before.
     Weights that are not finite are not saved.
 
     Args:
@@ -32,14 +32,15 @@ class Checkpoints(Checkpoint):
 
     Raises:
         FloatingPointError: in training, when weights are not finite.
-        SystemExit: in training, after SIGTERM.
+        SystemExit: after SIGTERM and Ctrl-C.
     """
 
     def __init__(self, folder: Path, every: int, rate: str = "training.learning_rate", pending: bool = False) -> None:
+        super().__init__()
         if every < 1:
             raise ValueError(f"training.checkpoint_every must be >= 1, got {every}")
         self.folder, self.every, self._rate, self._pending = folder, every, rate, pending
-        self._stop, self._last_step = StopSignal(), -1
+        self._last_step = -1
         self._earlier, self._begin = 0.0, time.perf_counter()
 
     @property
@@ -69,7 +70,7 @@ class Checkpoints(Checkpoint):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self._stop.leave()  # not at once after saving: Lightning logs the step first
+        self._stop.leave(trainer)  # not at once after saving: Lightning logs the step first
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -85,29 +86,8 @@ class Checkpoints(Checkpoint):
             self._check_finite(trainer, pl_module)
             self._save(trainer, step)
 
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._stop.leave()
-        self._stop.listen()  # here too: the finished network is validated outside of training
-        batches = torch.tensor(trainer.num_val_batches[0], device=trainer.strategy.root_device)
-        # ranks may differ by one batch, and must ask together
-        self._batches = int(trainer.strategy.reduce(batches, reduce_op="min"))  # type: ignore[arg-type]
-
-    def on_validation_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        if batch_idx < self._batches:
-            self.stop_if_told(trainer)
-
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.stop_if_told(trainer)
-
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._stop.leave()
-
-    def stop_if_told(self, trainer: pl.Trainer) -> None:
-        """Within a validation: end the run if any rank has had SIGTERM; every rank must call it."""
-        self._stop.ask(trainer)
-        self._stop.leave()
+        self._stop.leave(trainer)
 
     def _check_finite(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         finite = torch.stack([torch.isfinite(weights).all() for weights in pl_module.parameters()]).all()
@@ -126,10 +106,3 @@ class Checkpoints(Checkpoint):
         if trainer.is_global_zero:
             for old in saved(self.folder)[2:]:
                 trainer.strategy.remove_checkpoint(old)
-
-
-def stop_if_told(trainer: pl.Trainer) -> None:
-    """Within a long evaluation in training: end the run if any rank has had SIGTERM; every rank must call it."""
-    for callback in trainer.checkpoint_callbacks:
-        if isinstance(callback, Checkpoints):
-            callback.stop_if_told(trainer)

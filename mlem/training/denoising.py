@@ -92,7 +92,7 @@ class DenoisingModule(pl.LightningModule):
         target = training_target(self.prediction, x_0, z, alpha, sigma)
         if self._has_dropout:
             # keyed by the first position of this rank's share, so it differs between ranks and survives a resume
-            torch.manual_seed(self.seed * 0x9E3779B1 + int(position[0]))
+            torch.manual_seed((self.seed * 0x9E3779B1 + int(position[0])) % 2**63)
         output = self.denoiser.predict(x_t.contiguous(memory_format=torch.channels_last), t)
         loss = nn.functional.mse_loss(output, target)
         self.log("train/loss", loss, prog_bar=True)

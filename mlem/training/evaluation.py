@@ -20,10 +20,10 @@ from mlem.comparison.setup import Setup
 from mlem.family import Family
 from mlem.metrics import Measure
 from mlem.sampling import blocks
-from mlem.training.checkpoints import stop_if_told
 from mlem.training.lightning_internals import in_training
 from mlem.training.loggers import log_pictures
 from mlem.training.progress import announced
+from mlem.training.stopping import stop_if_told
 
 __all__ = ["SamplerEvaluation"]
 

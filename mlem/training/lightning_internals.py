@@ -6,6 +6,7 @@ Each function says why it is needed and which public API would replace it. Writt
 from __future__ import annotations
 
 import lightning.pytorch as pl
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
@@ -18,6 +19,7 @@ __all__ = [
     "log_at_last_step",
     "restore_fit_limit",
     "set_epochs_done",
+    "started_by_lightning",
     "validate_within_fit",
 ]
 
@@ -76,6 +78,14 @@ def set_epochs_done(trainer: pl.Trainer) -> None:
     """
     batches = trainer.global_step * trainer.accumulate_grad_batches
     trainer.fit_loop.epoch_progress.current.completed = batches // int(trainer.num_training_batches)
+
+
+def started_by_lightning(trainer: pl.Trainer) -> bool:
+    """Whether rank 0 started the other ranks of this machine, and watches them.
+
+    Would be replaced by: a public `trainer.strategy.cluster_environment` of every strategy.
+    """
+    return isinstance(getattr(trainer.strategy, "cluster_environment", None), LightningEnvironment)
 
 
 def validate_within_fit(trainer: pl.Trainer) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from mlem.files import first_process, read_json, write_json, write_text
+from mlem.files import first_process, read_json, write_json, write_text, writing
 
 __all__ = ["ForgivingWandbLogger", "JSONLinesLogger", "log_pictures", "validated", "wandb_logger"]
 
@@ -40,7 +40,7 @@ class JSONLinesLogger(Logger):
     @rank_zero_only
     def _drop_from(self, step: int) -> None:
         if self.path.exists():
-            lines = self.path.read_text(encoding="utf-8").splitlines()
+            lines = _lines(self.path)
             kept = [line for line in lines if _step_of(line) < step]
             if not validated(self.path, step):
                 kept = [line for line in kept if _step_of(line) < step - 1 or not _of_validation(line)]
@@ -58,9 +58,10 @@ class JSONLinesLogger(Logger):
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         # NaN and infinity are not JSON
         plain = {key: value if math.isfinite(value := float(number)) else None for key, number in metrics.items()}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, "time": round(time.time(), 3), **plain}) + "\n")
+        with writing(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, "time": round(time.time(), 3), **plain}) + "\n")
 
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
         """The resolved config stands in config.yaml."""
@@ -68,8 +69,13 @@ class JSONLinesLogger(Logger):
 
 def validated(path: Path, step: int) -> bool:
     """Whether this metrics.jsonl has the validation after `step` steps, whose error is the last that it logs."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    lines = _lines(path) if path.exists() else []
     return any(_step_of(line) == step - 1 and "val/error" in json.loads(line) for line in lines)
+
+
+def _lines(path: Path) -> list[str]:
+    """Those of a log, some of which may be damaged."""
+    return path.read_text(encoding="utf-8", errors="replace").splitlines()
 
 
 def _of_validation(line: str) -> bool:

@@ -1,45 +1,115 @@
-"""Stopping on SIGTERM, on all ranks together."""
+"""Stopping on SIGTERM and on Ctrl-C, on all ranks together."""
 
 from __future__ import annotations
 
 import signal
 from types import FrameType
+from typing import Any
 
 import lightning.pytorch as pl
+import torch
 
-__all__ = ["FAILED", "STOPPED", "StopSignal"]
+from mlem.training.lightning_internals import started_by_lightning
+
+__all__ = ["FAILED", "STOPPED", "StopSignal", "Stopping", "stop_if_told"]
 
 STOPPED = 128 + signal.SIGTERM
-"""Exit status after SIGTERM, as the shell counts it."""
+"""Exit status after SIGTERM, as the shell counts it; after Ctrl-C it is 128 + SIGINT."""
 FAILED = 2
 """Exit status of ranks that leave the message to rank 0."""
 
 
 class StopSignal:
-    """SIGTERM, remembered until it is safe to end. Every rank must call `ask` at the same places.
+    """SIGTERM or Ctrl-C, remembered until it is safe to end. Every rank must call `ask` at the same places.
 
-    Lightning's own handling of SIGTERM stops in the middle of gradient accumulation and saves nothing.
+    Lightning's own handling of SIGTERM stops in the middle of gradient accumulation and saves nothing; its handling of
+    Ctrl-C stops anywhere.
 
     Attributes:
-        stopping: whether the ranks have agreed to stop.
+        stopping: the signal at which the ranks have agreed to stop; 0 for none.
     """
 
     def __init__(self) -> None:
-        self.stopping = self._received = False
+        self.stopping = self._received = 0
 
     def listen(self) -> None:
-        """Take SIGTERM from now on. Lightning puts the earlier handler back when the trainer is torn down."""
+        """Take the signals from now on. Lightning puts the earlier handlers back when the trainer is torn down."""
 
         def remember(number: int, frame: FrameType | None) -> None:
-            self._received = True
+            if number == self._received == signal.SIGINT:
+                raise KeyboardInterrupt  # pressed twice: at once, without saving
+            self._received = number
 
-        signal.signal(signal.SIGTERM, remember)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as a shell starts its jobs in the background
+                signal.signal(number, remember)
 
     def ask(self, trainer: pl.Trainer) -> None:
-        """Agree to stop if any rank has had SIGTERM."""
-        self.stopping = trainer.strategy.reduce_boolean_decision(self._received, all=False)
+        """Agree to stop if any rank has had a signal."""
+        self.stopping = self._received
+        if trainer.world_size > 1:
+            received = torch.tensor(self._received, device=trainer.strategy.root_device)
+            self.stopping = int(trainer.strategy.reduce(received, reduce_op="max"))  # type: ignore[arg-type]
 
-    def leave(self) -> None:
+    def leave(self, trainer: pl.Trainer) -> None:
         """End the process if the ranks have agreed to."""
         if self.stopping:
-            raise SystemExit(STOPPED)
+            # Lightning kills the first rank, which has more to do, when one that it started ends with another status
+            quiet = not trainer.is_global_zero and started_by_lightning(trainer)
+            raise SystemExit(0 if quiet else 128 + self.stopping)
+
+
+class Stopping(pl.Callback):
+    """Ends validations and tests on SIGTERM and on Ctrl-C: there is nothing to save in them.
+
+    Raises: SystemExit, on every rank.
+    """
+
+    def __init__(self) -> None:
+        self._stop, self._batches = StopSignal(), 0
+
+    def stop_if_told(self, trainer: pl.Trainer) -> None:
+        """End the run if any rank has had a signal; every rank must call it."""
+        self._stop.ask(trainer)
+        self._stop.leave(trainer)
+
+    def _listen_in(self, trainer: pl.Trainer, batches: list[int | float]) -> None:
+        self._stop.leave(trainer)
+        self._stop.listen()
+        shared = torch.tensor(batches[0], device=trainer.strategy.root_device)
+        # ranks may differ by one batch, and must ask together
+        self._batches = int(trainer.strategy.reduce(shared, reduce_op="min"))  # type: ignore[arg-type]
+
+    def _at_batch(self, trainer: pl.Trainer, batch_idx: int) -> None:
+        if batch_idx < self._batches:
+            self.stop_if_told(trainer)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._listen_in(trainer, trainer.num_val_batches)
+
+    def on_validation_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self._at_batch(trainer, batch_idx)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.stop_if_told(trainer)
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._listen_in(trainer, trainer.num_test_batches)
+
+    def on_test_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self._at_batch(trainer, batch_idx)
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.stop_if_told(trainer)
+
+
+def stop_if_told(trainer: pl.Trainer) -> None:
+    """Within a long evaluation: end the run if any rank has had a signal; every rank must call it."""
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
+    for callback in callbacks:
+        if isinstance(callback, Stopping):
+            callback.stop_if_told(trainer)

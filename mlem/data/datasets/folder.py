@@ -68,6 +68,11 @@ def _open(root: Path, *, info: dict[str, Any], max_broken: float) -> Source:
         raise ValueError(f"{root} is not a folder; give the folder that holds the images")
     sizes = dict(sorted(_walk(root)))
     if not sizes:
+        if links := _links(root):
+            raise ValueError(
+                f"{root} holds no image of its own, but {links} link{'s' * (links != 1)}, and links are not followed: "
+                "copy the files, or name the folder that they lead to"
+            )
         raise ValueError(f"{root} holds no image: no file in it ends in .{', .'.join(SUFFIXES)}")
     listing = hashlib.sha256()
     for name, size in sizes.items():
@@ -90,6 +95,14 @@ def _walk(root: Path) -> list[tuple[bytes, int]]:
                     size = entry.stat(follow_symlinks=False).st_size
                     found.append((os.path.relpath(entry.path, os.fsencode(root)), size))
     return found
+
+
+def _links(root: Path) -> int:
+    """Links below `root` to folders, and to what is called like an image."""
+    found = (path for path in root.rglob("*") if path.is_symlink())
+    return sum(
+        path.is_dir() or path.name.lower().endswith(tuple(f".{suffix}" for suffix in SUFFIXES)) for path in found
+    )
 
 
 def _images(root: Path, names: list[bytes], start: int, stop: int, *, size: int, crop: bool, filter: str) -> Partial:

@@ -8,6 +8,7 @@ at batch b costs nothing.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 
 import numpy as np
@@ -173,7 +174,19 @@ def _loader(batches: Dataset[Batch], workers: int) -> DataLoader[Batch]:
     # a generator of its own: otherwise each pass over a loader draws from the global one
     generator = torch.Generator()
     pin_memory = torch.cuda.is_available()
-    return DataLoader(batches, batch_size=None, num_workers=workers, pin_memory=pin_memory, generator=generator)
+    return DataLoader(
+        batches,
+        batch_size=None,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        generator=generator,
+        worker_init_fn=_leave_interrupts,
+    )
+
+
+def _leave_interrupts(worker: int) -> None:
+    """Ctrl-C is for the parent, which needs its workers until it has saved; they end with it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _checked_indices(shards: Shards, indices: np.ndarray) -> np.ndarray:

@@ -28,11 +28,12 @@ from rich.text import Text
 from mlem.data.shards.manifest import MANIFEST, UNFINISHED, Manifest, ShardRecord, plain_folder, same_data
 from mlem.data.shards.parallel import in_order
 from mlem.data.sources import Images, checked, shape_of
-from mlem.files import atomic_write, sha256
+from mlem.files import atomic_write, sha256, writing
 
 __all__ = ["write_shards"]
 
 _CHUNK = 64  # images asked from the source at a time
+_MOST = 10**8  # images; the plan of the work is in memory
 _CHUNK_BYTES = 4 * 2**20  # .. unless their pixels are more
 
 _Encoded = tuple[dict[str, bytes], dict[str, str]]
@@ -77,6 +78,8 @@ def write_shards(
     """
     if total < 1 or shard_size < 1:
         raise ValueError(f"count and shard_size must be >= 1, got {total} and {shard_size}")
+    if total > _MOST:
+        raise ValueError(f"count must be at most {_MOST}, got {total}")
     if workers < 1:
         raise ValueError(f"workers must be >= 1, got {workers}")
     folder = plain_folder(folder)
@@ -216,7 +219,9 @@ def _png(pixels: np.ndarray) -> bytes:
 @contextmanager
 def _lock(folder: Path, wait: bool) -> Generator[None, None, None]:
     """Hold the folder's preparation lock; the system frees it however the process ends."""
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder / ".lock"):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".lock").touch()
     with open(folder / ".lock", "ab") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
