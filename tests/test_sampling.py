@@ -151,7 +151,8 @@ def poisoned(bad_start: Tensor, bad_t: float) -> Any:
 
 def test_a_nan_is_named_and_the_others_are_kept() -> None:
     bad = NoiseStream(0, "start").normal(torch.tensor([13]), [0], (3,), torch.float32)[0, 0]
-    options: dict[str, Any] = {"indices": range(10, 18), "batch_size": 4, "steps": 10, "return_noise": True, **BARE}
+    options: dict[str, Any] = {"indices": range(10, 18), "batch_size": 4, "steps": 10, "grid": "uniform", **BARE}
+    options["return_noise"] = True
     good = sample(gaussian(COSINE), **options)
     with pytest.raises(NonFiniteError) as caught:
         sample(poisoned(bad, 0.65), **options)

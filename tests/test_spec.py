@@ -274,7 +274,7 @@ def calibration(family: Family) -> Calibration:
     one = LinearResponse(torch.eye(4).view(1, 4, 1, 4).double(), torch.ones(1, 4).double(), torch.zeros(1).double())
     differences = torch.tensor([[0.0, 0.1], [0.1, 0.0]], dtype=torch.float64).repeat(4, 1, 1)
     log_snr = torch.linspace(COSINE.log_snr(1.0).item(), COSINE.log_snr(0.01).item(), 4, dtype=torch.float64)
-    errors = {"ddim/uniform": {4: 0.1, 8: 0.025}}
+    errors = {"ddim/log_snr": {4: 0.1, 8: 0.025}}
     about = {"weights": family.weights_hash, "images": 1}
     times = {64: (0.1, 0.4), 1: (0.3, 0.5)}
     by_image, responses = torch.ones(1, 3, dtype=torch.float64), {"ode": one, "sde": one}
