@@ -32,7 +32,7 @@ from mlem.sampling.nonfinite import FirstFailure, suspects
 from mlem.sampling.spreading import spread_rows
 from mlem.schedule import NoiseSchedule
 from mlem.solvers import EvaluationPoint, GridPoint, Solver, make_solver, model_input, quadrature_weights
-from mlem.trajectory import Watch, starting_noise, trajectory
+from mlem.trajectory import Watch, starting_noise, trajectory, warn_of_signal
 
 __all__ = ["PRECISIONS", "NonFiniteError", "Result", "Sampler", "blocks", "sample", "solver_of"]
 
@@ -96,6 +96,7 @@ class Sampler:
         self.schedule, self.shape, self.seed = schedule, tuple(shape), seed
         self.grid = self.solver.grid(schedule, steps, grid)
         self.points = GridPoint.of(schedule, self.grid)
+        warn_of_signal(schedule, self.grid.times[0])
         self.plan = None if plan is None else self._fitting(model, plan, spread)
         self._model = self._metered(model, level)
         _refuse_other_schedule(schedule, self._model.schedule)
