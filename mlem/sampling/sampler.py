@@ -21,8 +21,9 @@ from mlem.grids import TimeGrid
 from mlem.ledger import Ledger
 from mlem.level import Level
 from mlem.multilevel.denoiser import MultilevelTrajectory
+from mlem.multilevel.identity import plan_for_use
 from mlem.multilevel.plan import Plan
-from mlem.multilevel.planner import check_estimator, make_plan
+from mlem.multilevel.planner import check_estimator
 from mlem.multilevel.spec import PlanSpec
 from mlem.networks import evaluating
 from mlem.noise import check_indices
@@ -119,8 +120,7 @@ class Sampler:
             raise ValueError(
                 "plan= chooses between the levels of a family, but the model is not a Family; leave it out"
             )
-        if isinstance(plan, PlanSpec):
-            plan = make_plan(plan, model, self.solver, self.grid)
+        plan = plan_for_use(plan, model, self.solver, self.points)
         check_estimator(self.solver, self.points, plan.estimator)
         evaluations = self.solver.evaluations(self.points)
         if plan.evaluations != evaluations:
