@@ -6,6 +6,7 @@ for noise estimates, and in which precision, is the caller's choice.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 
 from torch import Tensor
@@ -16,13 +17,29 @@ from mlem.noise import NoiseStream, noise_dtype
 from mlem.schedule import NoiseSchedule
 from mlem.solvers import EvaluationPoint, GridPoint, GridPoints, NoiseEstimate, Solver, model_input
 
-__all__ = ["noise_estimate", "samples", "starting_noise", "trajectory"]
+__all__ = ["SIGNAL_LEFT", "noise_estimate", "samples", "starting_noise", "trajectory", "warn_of_signal"]
 
 Revise = Callable[[Tensor, GridPoint], Tensor]
 """revise(y, here): the state to go on from, given y (B, ...) before the step at `here`."""
 
 Watch = Callable[[int, Tensor], None]
 """watch(i, y): sees the number of a step and y (B, ...) after it."""
+
+
+SIGNAL_LEFT = 0.01
+"""alpha^2 above which samples that begin with N(0, I) are warned of: the mean is off by a tenth of the data's."""
+
+
+def warn_of_signal(schedule: NoiseSchedule, t: float = 1.0) -> None:
+    """Warn, with the number, where sampling begins at time t and x_t is still far from N(0, I)."""
+    signal = schedule.alpha(t).item() ** 2
+    if signal > SIGNAL_LEFT:
+        what = f"the schedule ends at t = {t:g}" if t == 1 else f"the grid begins at t = {t:.3g}"
+        warnings.warn(
+            f"{what} with a signal of alpha^2 = {signal:.2g} (at most {SIGNAL_LEFT:g} is right), but sampling begins "
+            "with pure noise: samples will be off; take larger betas, a lower log_snr_min or a grid from t = 1",
+            stacklevel=3,
+        )
 
 
 def starting_noise(seed: int, indices: Tensor, shape: Sequence[int]) -> Tensor:

@@ -50,6 +50,16 @@ def gaussian(schedule: NoiseSchedule) -> MixtureDenoiser:
     return gaussian_denoiser(schedule, MEAN, COVARIANCE)
 
 
+DEVIATIONS = torch.tensor([0.5, 0.2, 0.1, 0.7], dtype=torch.float64)
+"""Standard deviations of a Gaussian whose coordinates are independent."""
+
+
+def uneven_gaussian(schedule: NoiseSchedule) -> Callable[[Tensor, Tensor], Tensor]:
+    """The exact denoiser of N(0, diag(DEVIATIONS^2)), for x of any shape with four numbers a sample."""
+    exact = gaussian_denoiser(schedule, torch.zeros(4, dtype=torch.float64), torch.diag(DEVIATIONS.square()))
+    return lambda x, t: exact(x.flatten(1), t).view_as(x)
+
+
 def mixture(schedule: NoiseSchedule) -> MixtureDenoiser:
     """The exact denoiser of an uneven mixture of two correlated Gaussians."""
     weights = torch.tensor([0.3, 0.7], dtype=torch.float64)

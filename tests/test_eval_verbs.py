@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from mlem.data import Shards
+from mlem.data.datasets.folder import Folder
 from mlem.images import quantise
 from mlem.metrics import FID, Measure
 from mlem.outputs import png_tree, read_pixels, write_png
@@ -165,9 +166,29 @@ def test_other_images_are_named(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=rf"{name}\.png is {mode} {size}x{size}, not L 8x8; convert it"):
             read_pixels(path, (1, 8, 8))
     assert len(png_tree(tmp_path)) == 4
+    Image.new("L", (8, 8)).save(path := tmp_path / "clear.png", transparency=0)
+    with pytest.raises(ValueError, match=r"clear\.png is L 8x8 with transparency, not grey or RGB; convert it"):
+        read_pixels(path)
+    (exif := Image.Exif())[0x0112] = 6
+    Image.new("L", (8, 8)).save(path := tmp_path / "turned.png", exif=exif)
+    with pytest.raises(ValueError, match=r"turned\.png is L 8x8 turned by EXIF, not grey or RGB; convert it"):
+        read_pixels(path)
     Image.new("L", (8, 8)).save(tmp_path / "jpeg.png", format="JPEG")
     with pytest.raises(ValueError, match=r"jpeg\.png cannot be read as a PNG"):
         read_pixels(tmp_path / "jpeg.png", (1, 8, 8))
+
+
+def test_both_walks_over_a_folder_of_pictures_agree(tmp_path: Path) -> None:
+    for name in ("a.png", "b/c.PNG", ".hidden.png", ".cache/d.png", "b/.git/e.png", "elsewhere/f.png"):
+        (path := tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8)).save(path, format="PNG")
+    (tmp_path / "in/elsewhere").rename(tmp_path / "out")
+    (tmp_path / "in/link.png").symlink_to(tmp_path / "out/f.png")
+    (tmp_path / "in/linked").symlink_to(tmp_path / "out")
+    (tmp_path / "in/folder.png").mkdir()
+    counted = [str(path.relative_to(tmp_path / "in")) for path in png_tree(tmp_path / "in")]
+    assert counted == ["a.png", "b/c.PNG"]
+    assert Folder(str(tmp_path / "in"), size=8).build().open().count == len(counted)
 
 
 def test_the_verbs_stand_in_the_help(tmp_path: Path) -> None:

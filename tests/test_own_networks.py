@@ -115,7 +115,8 @@ def test_a_family_of_own_networks_is_calibrated_and_sampled_with_hindsight(
     assert result.x.shape == (5, *shape)
     calls = {name: cost.calls for name, cost in result.ledger.levels.items()}
     assert 0 < calls["l"] < 8 * 5
-    assert torch.equal(result.x[:2], sample(again, solver=solver, steps=8, indices=range(2), plan=plan).x)
+    two = sample(again, solver=solver, steps=8, indices=range(2), plan=plan).x
+    torch.testing.assert_close(result.x[:2], two, rtol=0, atol=1e-5)  # sums of a batch of two are ordered otherwise
 
 
 def test_without_network_one_line_says_what_to_pass(tmp_path: Path) -> None:

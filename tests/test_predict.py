@@ -240,7 +240,7 @@ def test_the_solvers_error_is_a_power_law_and_pilots_correct_a_plans() -> None:
     corrected = Predictor(replace(by.calibration, pilots=pilots), COSINE, by.solver, by.grid)
     assert corrected.error(one) == pytest.approx(2 * said)  # halfway, in logarithms, between 1 and 4 times as much
     assert corrected.error(every(4, 32, estimator="hindsight")) == by.error(every(4, 32, estimator="hindsight"))
-    with pytest.raises(ValueError, match=r"^the error of heun/karras was not measured; choose of ddpm/uniform, ddim"):
+    with pytest.raises(ValueError, match=r"^the error of heun/log_snr was not measured; choose of ddpm/uniform, ddim"):
         predictor("heun", 8).total(every(2, 15, estimator="held"))
 
 
@@ -276,7 +276,7 @@ def test_hindsight_does_what_is_predicted(options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("order", [0, 1])
 def test_hindsight_of_a_smooth_correction_is_predicted_to_be_good_and_is(order: int) -> None:
     """DDIM: the prediction is smaller than what shrinking by a model leaves, and both are far below holding."""
-    by = predictor("ddim", 32)
+    by = predictor("ddim", 32, "uniform")
     hindsight, held = (every(3, 32, estimator=estimator, order=order) for estimator in ("hindsight", "held"))
     assert by.response_error(hindsight) < measured_error([hindsight], by)
     factor = {0: 0.1, 1: 2.0}[order]

@@ -151,7 +151,8 @@ def poisoned(bad_start: Tensor, bad_t: float) -> Any:
 
 def test_a_nan_is_named_and_the_others_are_kept() -> None:
     bad = NoiseStream(0, "start").normal(torch.tensor([13]), [0], (3,), torch.float32)[0, 0]
-    options: dict[str, Any] = {"indices": range(10, 18), "batch_size": 4, "steps": 10, "return_noise": True, **BARE}
+    options: dict[str, Any] = {"indices": range(10, 18), "batch_size": 4, "steps": 10, "grid": "uniform", **BARE}
+    options["return_noise"] = True
     good = sample(gaussian(COSINE), **options)
     with pytest.raises(NonFiniteError) as caught:
         sample(poisoned(bad, 0.65), **options)
@@ -377,3 +378,30 @@ def test_memory_is_flat_in_samples() -> None:
     """An image is 0.2 MiB: keeping the images of every block would add 84 MiB."""
     batch = "(3, 128, 128), 16"
     assert peak_growth(f"'ddim', 2, 64, {batch}", f"'ddim', 2, 512, {batch}") < 40
+
+
+@pytest.mark.parametrize(
+    ("schedule", "grid", "says"),
+    [
+        (
+            NoiseSchedule.linear(num_timesteps=100),
+            None,
+            r"^the schedule ends at t = 1 with a signal of alpha\^2 = 0\.36 ",
+        ),
+        (
+            NoiseSchedule.cosine(log_snr_min=-1.0),
+            None,
+            r"^the schedule ends at t = 1 with a signal of alpha\^2 = 0\.27 ",
+        ),
+        (COSINE, "leading", r"^the grid begins at t = 0\.801 with a signal of alpha\^2 = 0\.\d+ "),
+    ],
+)
+def test_a_start_that_is_not_pure_noise_is_warned_of(schedule: NoiseSchedule, grid: str | None, says: str) -> None:
+    with pytest.warns(UserWarning, match=says):
+        Sampler(gaussian(schedule), schedule=schedule, shape=(3,), steps=5, grid=grid)
+
+
+def test_betas_that_are_rescaled_end_in_pure_noise() -> None:
+    """As `docs/solvers.md` says; `filterwarnings = error` makes a warning a failure."""
+    schedule = NoiseSchedule.linear(0.001, 0.2, 100)
+    Sampler(gaussian(schedule), schedule=schedule, shape=(3,), steps=5)

@@ -8,9 +8,11 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, HeunDiscreteScheduler
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
 from mlem.brownian import BrownianPath
@@ -21,10 +23,14 @@ from mlem.sampling import Sampler, sample
 from mlem.schedule import NoiseSchedule
 from mlem.solvers import GridPoint, make_solver, quadrature_weights
 from mlem.solvers.ddpm import ancestral_noise
-from tests.problems import level
+from mlem.trajectory import noise_estimate, trajectory
+from tests.problems import DEVIATIONS, level, uneven_gaussian
 
-# diffusers 0.42 hands tensors to np.array, which numpy 2 will not like one day
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
+# diffusers 0.42 hands tensors to numpy, which numpy 2 will not like one day
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:__array_wrap__ must accept context:DeprecationWarning"),
+]
 
 BETAS = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
 SCHEDULE = NoiseSchedule.from_diffusers(BETAS)
@@ -243,6 +249,9 @@ def test_one_adapter_serves_two_samplers() -> None:
         ("NoSuchScheduler", r"^diffusers has no scheduler 'NoSuchScheduler'; write the class name, as in .*$"),
         ("UNet2DModel", r"^diffusers has no scheduler 'UNet2DModel'; "),
         ("__import__('os')", r"^diffusers has no scheduler "),
+        ("LCMScheduler", r"^LCMScheduler cannot be compared: it is made for networks distilled to it"),
+        ("RePaintScheduler", r"^RePaintScheduler cannot be compared: a step of it needs original_image, mask"),
+        ("DDIMInverseScheduler", r"^DDIMInverseScheduler cannot be compared: it goes from images to noise"),
         ("EDMEulerScheduler", r"^EDMEulerScheduler takes no betas: only variance-preserving schedulers"),
         ("FlowMatchEulerDiscreteScheduler", r"takes no betas"),
     ],
@@ -258,9 +267,101 @@ def test_unknown_schedulers_are_refused(name: str, message: str) -> None:
         ({"grid": "karras"}, r"^a diffusers scheduler brings its own grid; leave grid out \(got 'karras'\)$"),
         ({"steps": 0}, r"^steps must be a whole number >= 1, got 0$"),
         ({"steps": 1001}, r"^steps must be in \[1, 1000\] on the trailing grid, got 1001$"),
-        ({"solver": "diffusers:HeunDiscreteScheduler"}, r"^HeunDiscreteScheduler calls the network twice"),
+        ({"solver": "diffusers:HeunDiscreteScheduler"}, r"^HeunDiscreteScheduler asks the network twice at one"),
     ],
 )
 def test_adapter_refuses_bad_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         sample(small(), **{"solver": "diffusers:DDIMScheduler", "indices": [0]} | options)
+
+
+def schedulers() -> list[str]:
+    """Every scheduler class of diffusers that can be imported."""
+    names = [name for name in dir(diffusers) if name.endswith("Scheduler") and name != "SchedulerMixin"]
+    found = {name: getattr(diffusers, name) for name in names}
+    return [name for name, one in found.items() if isinstance(one, type) and issubclass(one, SchedulerMixin)]
+
+
+def variance(solver: DiffusersSolver, schedule: NoiseSchedule, steps: int) -> Tensor:
+    """Of the samples of an uneven Gaussian, in units of its own: (4,). x_T of -1 and 1 make few samples enough."""
+    points = GridPoint.of(schedule, solver.grid(schedule, steps))
+    count = 2 if solver.coupled else 800
+    x_T = torch.randint(0, 2, (count, 1, 2, 2), generator=torch.Generator().manual_seed(1)).double() * 2 - 1
+    estimate = noise_estimate(uneven_gaussian(schedule), schedule)
+    x = trajectory(estimate, solver, points, x_T, torch.arange(count), 0)
+    return x.flatten(1).square().mean(0) / DEVIATIONS.square()
+
+
+@pytest.mark.parametrize("name", schedulers())
+def test_every_scheduler_is_right_on_a_gaussian_or_refused_by_name(name: str) -> None:
+    try:
+        solver = DiffusersSolver(name)
+    except ValueError as error:
+        said = str(error)
+    else:
+        assert (variance(solver, NoiseSchedule.cosine(), 100) - 1).abs().max() < 1 / 3
+        return
+    assert said.startswith(name)
+    assert "\n" not in said
+
+
+def test_the_well_known_schedulers_are_not_refused() -> None:
+    names = ("DDIM", "DDPM", "DEISMultistep", "DPMSolverMultistep", "DPMSolverSinglestep", "EulerDiscrete")
+    for name in (*names, "EulerAncestralDiscrete", "KDPM2Discrete", "LMSDiscrete", "SASolver", "UniPCMultistep"):
+        assert DiffusersSolver(f"{name}Scheduler").grid(SCHEDULE, 10).steps >= 10
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine"])
+@pytest.mark.parametrize("name", ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "DEISMultistepScheduler"])
+def test_sigmas_that_round_to_one_timestep_are_told_apart(name: str, kind: str) -> None:
+    """Karras' smallest sigmas lie within one timestep: the network is asked at the sigma, not at the timestep."""
+    schedule = NoiseSchedule.from_config({"kind": kind})
+    solver = DiffusersSolver(name, use_karras_sigmas=True)
+    points = GridPoint.of(schedule, solver.grid(schedule, 40))
+    scheduler = solver.init(points, torch.arange(1), 0)[0]
+    kappas = torch.tensor([point.kappa for point in points[:-1]])
+    torch.testing.assert_close(kappas, scheduler.sigmas[:-1], rtol=2e-3, atol=0)
+    assert (variance(solver, schedule, 40) - 1).abs().max() < 0.2
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        (
+            "prediction_type",
+            "v_prediction",
+            "would contradict the noise estimate that mlem gives; leave it out: ",
+        ),
+        ("num_train_timesteps", 100, "would contradict the schedule of the model"),
+        ("beta_start", 0.001, "would contradict the schedule of the model"),
+        ("beta_schedule", "squaredcos_cap_v2", "would contradict the schedule of the model"),
+        ("trained_betas", [0.1], "would contradict the schedule of the model"),
+        ("rescale_betas_zero_snr", True, "would contradict the schedule of the model"),
+        ("use_flow_sigmas", True, "would contradict the schedule of the model"),
+        ("flow_shift", 3.0, "would contradict the schedule of the model"),
+        ("sigma_max", 10.0, "would contradict the schedule of the model"),
+        ("eta", 1.0, "^UniPCMultistepScheduler has no option 'eta'; its options are solver_order, "),
+        ("use_karras", True, r"has no option 'use_karras'; .*did you mean use_karras_sigmas\?"),
+        ("solver_type", "bh7", "^UniPCMultistepScheduler: bh7 is not implemented"),
+    ],
+)
+def test_options_that_are_unknown_or_contradict_mlem_are_refused(option: str, value: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        DiffusersSolver("UniPCMultistepScheduler", **{option: value})
+    assert "\n" not in str(caught.value)
+
+
+def test_a_variance_that_no_network_gives_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^variance_type of DDPMScheduler is 'learned', but no variance is estimated"):
+        DiffusersSolver("DDPMScheduler", variance_type="learned")
+
+
+def test_too_few_steps_of_a_scheduler_get_the_least_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    solver, make = DiffusersSolver("DDIMScheduler"), DDIMScheduler.set_timesteps
+
+    def fails_below_3(self: DDIMScheduler, steps: int) -> None:
+        make(self, steps if steps >= 3 else [][steps])
+
+    monkeypatch.setattr(DDIMScheduler, "set_timesteps", fails_below_3)
+    with pytest.raises(ValueError, match=r"^DDIMScheduler cannot make 1 steps; it needs at least 3$"):
+        solver.grid(SCHEDULE, 1)

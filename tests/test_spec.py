@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from mlem.family import Family
+from mlem.grids import TimeGrid
 from mlem.multilevel.calibrate import calibrate
 from mlem.multilevel.calibration import Calibration, LinearResponse
 from mlem.multilevel.coefficients import CERTAIN, Coefficients
@@ -274,7 +275,7 @@ def calibration(family: Family) -> Calibration:
     one = LinearResponse(torch.eye(4).view(1, 4, 1, 4).double(), torch.ones(1, 4).double(), torch.zeros(1).double())
     differences = torch.tensor([[0.0, 0.1], [0.1, 0.0]], dtype=torch.float64).repeat(4, 1, 1)
     log_snr = torch.linspace(COSINE.log_snr(1.0).item(), COSINE.log_snr(0.01).item(), 4, dtype=torch.float64)
-    errors = {"ddim/uniform": {4: 0.1, 8: 0.025}}
+    errors = {"ddim/log_snr": {4: 0.1, 8: 0.025}}
     about = {"weights": family.weights_hash, "images": 1}
     times = {64: (0.1, 0.4), 1: (0.3, 0.5)}
     by_image, responses = torch.ones(1, 3, dtype=torch.float64), {"ode": one, "sde": one}
@@ -352,3 +353,73 @@ def test_damaged_files_are_no_error_until_they_are_asked_for(text: str, tmp_path
     assert (tmp_path / "calibration.json").read_text() == text
     again.fitted = replace(again.fitted, calibration=calibration(family))
     assert again.fitted.calibration_for(again).to_dict() == calibration(family).to_dict()
+
+
+def used(plan: Plan, **options: Any) -> Plan | None:
+    """The plan as a sampler of `pair()` takes it."""
+    return Sampler(pair(), **{"solver": "ddim", "steps": 6, "plan": plan} | options).plan
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (
+            {"solver": "ddpm"},
+            "^the plan was made for the solver ddim, and is used with ddpm in 6 steps on the uniform grid; ",
+        ),
+        (
+            {"grid": "karras"},
+            "^the plan was made for the grid log_snr, and is used with ddim in 6 steps on the karras grid; ",
+        ),
+        (
+            {"grid": TimeGrid("log_snr", (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.0))},
+            "^the plan was made for other times of the grid",
+        ),
+    ],
+)
+def test_a_plan_is_refused_for_what_it_was_not_made_for(options: dict[str, Any], says: str, tmp_path: Path) -> None:
+    """As many rows are not enough; a file knows it too. What a user made by hand says nothing, and runs."""
+    plan = Sampler(pair(), steps=6, plan=PlanSpec(probabilities=(1.0, 0.5), estimator="jump")).plan
+    assert plan is not None
+    plan.save(tmp_path / "plan.json")
+    for one in (plan, Plan.load(tmp_path / "plan.json")):
+        assert used(one) is one
+        with pytest.raises(ValueError, match=says):
+            used(one, **options)
+    by_hand = Plan.draw(plan.probabilities, seed=plan.seed, estimator="jump", levels=plan.levels)
+    assert by_hand.fingerprint() == plan.fingerprint()
+    assert used(by_hand, **options) is by_hand
+
+
+def test_a_plan_knows_options_schedule_and_weights() -> None:
+    spec = PlanSpec(probabilities=(1.0, 0.5), estimator="jump")
+    plan = Sampler(pair(), solver="randomized_midpoint", steps=3, plan=spec).plan
+    assert plan is not None
+    with pytest.raises(ValueError, match=r"^the plan was made for other options of the solver, and is used with rand"):
+        used(plan, solver=make_solver("randomized_midpoint", midpoints="shared"), steps=3)
+    for part, said in (("schedule", "another noise schedule"), ("weights", "other weights")):
+        other = replace(plan, about=plan.about | {part: "0"})
+        with pytest.raises(ValueError, match=f"^the plan was made for {said}, "):
+            used(other, solver="randomized_midpoint", steps=3)
+
+
+def test_coefficients_of_another_solver_are_said() -> None:
+    family = pair()
+    learned = Coefficients(torch.zeros(2), torch.tensor([CERTAIN, 0.0]), (), {"solver": "ddpm", "grid": "uniform"})
+    family.fitted = Fitted(coefficients=learned)
+    spec = family.plan(probabilities="learned", estimator="jump")
+    with pytest.warns(
+        UserWarning, match="^the coefficients were learned for ddpm on the uniform grid, and are used with"
+    ):
+        Sampler(family, solver="ddim", steps=4, plan=spec)
+    Sampler(family, solver="ddpm", steps=4, plan=spec)
+
+
+def test_a_calibration_of_another_schedule_is_refused() -> None:
+    family = pair()
+    found = calibration(family)
+    family.fitted = Fitted(replace(found, about=found.about | {"schedule": "0"}))
+    with pytest.raises(
+        ValueError, match=r"^the calibration is of another noise schedule: python -m mlem\.multilevel cal"
+    ):
+        Sampler(family, steps=4, plan=family.plan(budget=0.6))

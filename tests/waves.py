@@ -59,7 +59,7 @@ def fitted(levels: list[Level], images: int) -> Family:
     seconds = {8: tuple(0.1 * 4.0**k for k in range(len(levels))), 64: tuple(8.0**k for k in range(len(levels)))}
     flops = tuple(float(one.flops) for one in levels)
     about = {"images": images, "seed": 0, "device": "cpu", "weights": family.weights_hash}
-    errors = {name: {16: 4e-7, 64: 1e-7} for name in ("ddpm/uniform", "ddim/uniform")}
+    errors = {name: {16: 4e-7, 64: 1e-7} for name in ("ddpm/uniform", "ddim/uniform", "ddim/log_snr")}
     family.fitted = Fitted(Calibration(tuple(family.names), flops, seconds, *measured, about, errors))
     return family
 

@@ -23,6 +23,7 @@ from mlem.provenance import provenance
 from mlem.schedule import NoiseSchedule
 from mlem.training.evaluation import SamplerEvaluation
 from mlem.training.loggers import JSONLinesLogger, wandb_logger
+from mlem.trajectory import warn_of_signal
 
 __all__ = ["LoaderFromStep", "evaluation", "image_shape", "loggers", "new_level", "sampler_entries"]
 
@@ -36,7 +37,9 @@ def _schedule(options: dict[str, Any]) -> NoiseSchedule:
     """The schedule that `schedule` describes."""
     if options["kind"] == "diffusers":
         options = {"kind": "diffusers", "config": read_object(options["file"])}
-    return NoiseSchedule.from_config(options)
+    schedule = NoiseSchedule.from_config(options)
+    warn_of_signal(schedule)
+    return schedule
 
 
 def new_level(job: Train, size: str) -> Level:

@@ -1,26 +1,52 @@
 """Picture files: judged by their header, then made into 8-bit RGB of the size that is asked for.
 
 Lives here: opening PNG, JPEG and WebP without trusting them, the conversions, crops and scaling that every data set
-shares. Knows nothing of archives, folders or shards.
+shares, and the one walk over a tree of picture files. Knows nothing of archives or shards.
 """
 
 from __future__ import annotations
 
+import os
 import struct
 import warnings
 import zlib
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.ImageFile import ImageFile
 
-__all__ = ["FILTERS", "SUFFIXES", "centre_square", "opened", "to_rgb"]
+__all__ = ["FILTERS", "SUFFIXES", "centre_square", "opened", "picture_files", "to_rgb"]
 
 SUFFIXES = ("png", "jpg", "jpeg", "webp")
 _MAX_PIXELS = 64 * 2**20
+_GREY_STEPS = {"L;2": 85, "L;4": 17}
+"""What a unit of 2-bit and of 4-bit grey becomes in 8 bits."""
 FILTERS = {name.lower(): Image.Resampling[name] for name in ("BOX", "BILINEAR", "BICUBIC", "LANCZOS")}
+
+
+def picture_files(root: Path, suffixes: Sequence[str] = SUFFIXES) -> dict[bytes, int]:
+    """The picture files in `root` and all folders in it: path below `root` -> size, in the order of their paths.
+
+    Hidden files and folders (the name begins with a dot), links and what is no plain file are left out.
+    """
+    found: dict[bytes, int] = {}
+    endings = tuple(f".{suffix}".encode() for suffix in suffixes)
+    top = os.fsencode(root)
+    folders = [top]
+    while folders:
+        with os.scandir(folders.pop()) as entries:
+            for entry in entries:
+                if entry.name.startswith(b"."):
+                    continue
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(entry.path)
+                if entry.name.lower().endswith(endings) and entry.is_file(follow_symlinks=False):
+                    found[os.path.relpath(entry.path, top)] = entry.stat(follow_symlinks=False).st_size
+    return dict(sorted(found.items()))
 
 
 @contextmanager
@@ -49,15 +75,31 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """8-bit RGB, upright.
 
     Turned as EXIF says; the high byte of 16 bits; CMYK by Pillow's formula, without colour profiles; what is
-    transparent is laid over white; grey three times; the first frame of several.
+    transparent is laid over white, a transparent colour of 16 bits a channel by its high bytes; grey three times; the
+    first frame of several.
     """
+    _scale_transparent_colour(image)
     ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith("I"):  # 16-bit grey; Pillow itself takes the high byte of 16-bit colour
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        grey = np.asarray(image)
+        high = (grey >> 8).astype(np.uint8)
+        if (transparent := image.info.get("transparency")) is not None:
+            high[grey == transparent] = 255
+        image = Image.fromarray(high)
     elif image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+def _scale_transparent_colour(image: Image.Image) -> None:
+    """Pillow brings pixels of 2, 4 and 16 bits to 8, but not the transparent colour that they are compared with."""
+    raw = str(image.tile[0].args) if isinstance(image, ImageFile) and image.tile else ""
+    transparent = image.info.get("transparency")
+    if raw in _GREY_STEPS and isinstance(transparent, int):
+        image.info["transparency"] = transparent * _GREY_STEPS[raw]
+    elif raw == "RGB;16B" and isinstance(transparent, tuple):
+        image.info["transparency"] = tuple(value >> 8 for value in transparent)
 
 
 def centre_square(image: Image.Image, side: int) -> Image.Image:

@@ -2,19 +2,23 @@
 
 The scheduler gets the betas of our schedule at the N timesteps and does its own stepping on its own grid; so it
 is a baseline in the loop that all solvers share: same noise, same ledger. Stochastic schedulers draw from one
-generator for each sample, keyed by (seed, index), so that batches and ranks do not matter there either.
+generator for each sample, keyed by (seed, index), so that batches and ranks do not matter there either. The network is
+asked at the noise level that a scheduler steps from, also where the scheduler rounds that to a timestep for its own
+pipelines (Karras' sigmas and the like).
 """
 
 from __future__ import annotations
 
 import hashlib
 import inspect
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from mlem.arguments import hint
 from mlem.brownian import BrownianPath, NoisePath
 from mlem.grids import TimeGrid
 from mlem.schedule import NUM_TIMESTEPS, NoiseSchedule
@@ -25,6 +29,27 @@ __all__ = ["PREFIX", "DiffusersSolver", "SchedulerGrid"]
 PREFIX = "diffusers:"
 _PROBE_STEPS = 4
 """Steps of the run that shows whether a scheduler draws noise: the last step of most draws none."""
+_MOST_LEAST = 16
+"""Up to how many steps the least number is looked for, where a scheduler fails in fewer."""
+_BETAS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
+_RANGE = ("snr_shift_scale", "sigma_min", "sigma_max")
+_FLOWS = ("use_flow_sigmas", "flow_shift", "use_dynamic_shifting", "time_shift_type", "shift_terminal")
+_FIXED: dict[str, tuple[str, ...]] = {
+    "the schedule of the model": _BETAS + _RANGE + _FLOWS,
+    "the noise estimate that mlem gives": ("prediction_type",),
+    "the timesteps of the model": ("timestep_type",),
+}
+"""Options that mlem sets itself: what they would contradict -> their names."""
+_DISTILLED = "it is made for networks distilled to it, and converges to the samples of no other"
+_REFUSED = {
+    "LCMScheduler": _DISTILLED,
+    "TCDScheduler": _DISTILLED,
+    "DDIMInverseScheduler": "it goes from images to noise",
+    "DPMSolverMultistepInverseScheduler": "it goes from images to noise",
+    "KDPM2AncestralDiscreteScheduler": "the second call of a step is at the noise level of the next, so all come twice",
+    "IPNDMScheduler": "it steps along a noise schedule of its own, whatever betas it is given",
+}
+"""Schedulers that take betas and still cannot sample a model from noise -> the reason."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +57,10 @@ class SchedulerGrid(TimeGrid):
     """The times of a scheduler that was asked for so many steps; some take more."""
 
     asked: int
+
+
+class _StepsError(ValueError):
+    """A scheduler cannot make as many steps as it was asked for."""
 
 
 class DiffusersSolver(Solver):
@@ -42,43 +71,64 @@ class DiffusersSolver(Solver):
     reference = "dpm_solver_pp"
 
     def __init__(self, class_name: str, **options: object) -> None:
-        import diffusers
-        from diffusers.schedulers.scheduling_utils import SchedulerMixin
-
-        found = getattr(diffusers, class_name, None) if class_name.isidentifier() else None
-        if not (isinstance(found, type) and issubclass(found, SchedulerMixin)):
-            raise ValueError(
-                f"diffusers has no scheduler {class_name!r}; write the class name, as in {PREFIX}DDIMScheduler"
-            )
-        accepted = inspect.signature(found.__init__).parameters
-        if "trained_betas" not in accepted:
-            raise ValueError(f"{class_name} takes no betas: only variance-preserving schedulers can be compared")
+        self._class: Any = _scheduler_class(class_name)
+        self._accepted = inspect.signature(self._class.__init__).parameters
         self.name = PREFIX + class_name
-        self._class: Any = found
+        _check_options(class_name, options, self._accepted)
         self._options = options
-        self._accepted = accepted
-        self.coupled = self.linear = not self._tosses()
+        clips = bool(options.get("clip_sample") or options.get("thresholding"))
+        self.coupled = not self._tosses()
+        self.linear = self.coupled and not clips
 
     def _scheduler(self, schedule: NoiseSchedule, steps: int) -> Any:
         signal = schedule.alpha(torch.arange(NUM_TIMESTEPS + 1, dtype=torch.float64) / NUM_TIMESTEPS) ** 2
         betas: list[float] = (1 - signal[1:] / signal[:-1]).tolist()
-        options: dict[str, object] = {"trained_betas": betas, "prediction_type": "epsilon"}
+        options: dict[str, object] = {"trained_betas": betas, "prediction_type": "epsilon", "snr_shift_scale": 1.0}
         options |= {"timestep_spacing": "trailing", "clip_sample": False, "thresholding": False} | self._options
-        scheduler: Any = self._class(**{key: value for key, value in options.items() if key in self._accepted})
-        scheduler.set_timesteps(steps)
+        try:
+            scheduler: Any = self._class(**{key: value for key, value in options.items() if key in self._accepted})
+        except (NotImplementedError, TypeError, ValueError) as error:
+            raise ValueError(f"{self._class.__name__}: {' '.join(str(error).split())}") from error
+        try:
+            scheduler.set_timesteps(steps)
+        except (ArithmeticError, AssertionError, IndexError, RuntimeError, TypeError, ValueError) as error:
+            raise _StepsError(f"{self._class.__name__} cannot make {steps} steps") from error
+        if hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(0)  # else it looks for its first timestep, and takes the second of two equal ones
         return scheduler
 
     def grid(self, schedule: NoiseSchedule, steps: int, grid: str | TimeGrid | None = None) -> SchedulerGrid:
-        """The scheduler's own grid of `steps` steps. Raises ValueError for any other, and for two calls at one time."""
+        """The scheduler's own grid of `steps` steps.
+
+        Raises: ValueError for any other grid, for steps that the scheduler cannot make, and where it asks the network
+            twice at one noise level.
+        """
         if grid is not None:
             raise ValueError(f"a diffusers scheduler brings its own grid; leave grid out (got {grid!r})")
         TimeGrid.make("trailing", schedule, steps)  # refuses what no scheduler can do
-        timesteps = self._scheduler(schedule, steps).timesteps.double()
-        # some schedulers list a time twice, once for each of their two calls
-        times = dict.fromkeys(((timesteps + 1) / NUM_TIMESTEPS).tolist())
-        if len(times) != len(timesteps):
-            raise ValueError(f"{self._class.__name__} calls the network twice at one time; use solver=heun instead")
+        name = self._class.__name__
+        try:
+            times = _times(self._scheduler(schedule, steps), schedule)
+        except _StepsError as error:
+            least = f"it needs at least {found}" if (found := self._least(schedule, steps)) else "try another number"
+            raise ValueError(f"{error}; {least}") from error
+        if len(set(times)) != len(times):
+            twice = next(time for time in times if times.count(time) > 1)
+            raise ValueError(
+                f"{name} asks the network twice at one noise level (t = {twice:.4g}), and a grid has every time once; "
+                "use solver=heun or another scheduler"
+            )
         return SchedulerGrid("diffusers", (*times, 0.0), steps)
+
+    def _least(self, schedule: NoiseSchedule, steps: int) -> int | None:
+        """The least number of steps above `steps` that the scheduler can make, if it is a small one."""
+        for more in range(steps + 1, _MOST_LEAST + 1):
+            try:
+                self._scheduler(schedule, more)
+            except _StepsError:
+                continue
+            return more
+        return None
 
     def _tosses(self) -> bool:
         """Whether the scheduler draws noise of its own: from nothing, with no noise estimate, it makes something."""
@@ -108,6 +158,55 @@ class DiffusersSolver(Solver):
         extra = {} if generators is None else {"generator": generators}
         own = scheduler.step(eps(y, here), timestep, own, **extra).prev_sample
         return (own if in_y else own / there.alpha), state
+
+
+def _scheduler_class(class_name: str) -> Any:
+    """The scheduler of this name. Raises ValueError for what is none, or cannot sample a model from noise."""
+    import diffusers
+    from diffusers.schedulers.scheduling_utils import SchedulerMixin
+
+    found: Any = getattr(diffusers, class_name, None) if class_name.isidentifier() else None
+    if not (isinstance(found, type) and issubclass(found, SchedulerMixin)):
+        raise ValueError(
+            f"diffusers has no scheduler {class_name!r}; write the class name, as in {PREFIX}DDIMScheduler"
+        )
+    if class_name in _REFUSED:
+        raise ValueError(f"{class_name} cannot be compared: {_REFUSED[class_name]}; take another scheduler")
+    if "trained_betas" not in inspect.signature(found.__init__).parameters:
+        raise ValueError(f"{class_name} takes no betas: only variance-preserving schedulers can be compared")
+    own, made = {"self", "model_output", "timestep", "sample"}, cast(Any, found)
+    step = inspect.signature(made.step).parameters.values()
+    if more := [one.name for one in step if one.default is one.empty and one.name not in own]:
+        raise ValueError(f"{class_name} cannot be compared: a step of it needs {', '.join(more)}")
+    return found
+
+
+def _check_options(class_name: str, options: dict[str, object], accepted: Iterable[str]) -> None:
+    """Raise ValueError for options that the scheduler does not have, and for those that mlem sets itself."""
+    fixed = {name: what for what, names in _FIXED.items() for name in names}
+    known = [name for name in accepted if name not in {"self", "kwargs", *fixed}]
+    listed = f"its options are {', '.join(known)}"
+    for name, value in options.items():
+        if name in fixed:
+            raise ValueError(f"{name} of {class_name} would contradict {fixed[name]}; leave it out: {listed}")
+        if name not in known:
+            raise ValueError(f"{class_name} has no option {name!r}; {listed}{hint(name, known)}")
+        if name == "variance_type" and str(value).startswith("learned"):
+            raise ValueError(f"variance_type of {class_name} is {value!r}, but no variance is estimated; leave it out")
+
+
+def _times(scheduler: Any, schedule: NoiseSchedule) -> list[float]:
+    """The times at which a scheduler that has its timesteps wants the network, in (0, 1]."""
+    times = (scheduler.timesteps.double() + 1) / NUM_TIMESTEPS
+    sigmas = getattr(scheduler, "sigmas", None)
+    if sigmas is None or len(sigmas) <= len(times):
+        return times.tolist()
+    if hasattr(scheduler, "sigmas_interpol"):  # two calls a step, the second one in between
+        second = torch.arange(len(sigmas)) % 2 == 1
+        sigmas = torch.where(second, scheduler.sigmas_interpol, sigmas)
+    # what it steps from; its timesteps may be rounded. Where they are not, float32 sigmas know them less well
+    exact = schedule.time_from_kappa(sigmas[: len(times)].double())
+    return torch.where((exact - times).abs() < 0.02 / NUM_TIMESTEPS, times, exact).tolist()
 
 
 def _generator(seed: int, index: int) -> torch.Generator:

@@ -71,7 +71,8 @@ def calibrate(
         measured = measure(
             denoisers, family.schedule, family.shape, index, carrier=carrier, times=times, seed=seed, progress=progress
         )
-    about = {"images": images, "seed": seed, "device": str(device), "weights": family.weights_hash}
+    about = {"images": images, "seed": seed, "device": str(device)}
+    about |= {"weights": family.weights_hash, "schedule": family.schedule.fingerprint}
     flops = tuple(float(level.flops) for level in family.levels)
     return Calibration(tuple(family.names), flops, seconds, *measured, about)
 

@@ -122,7 +122,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--name", default="best", help="sample.py finds it as plan=NAME")
     one.add_argument("--solver", default="ddpm")
     one.add_argument("--steps", type=int, default=64)
-    one.add_argument("--grid", default=None, help="the solver's own choice where none is given")
+    one.add_argument("--grid", default="log_snr", help="time grid, as sampler=mlem has it")
     one.add_argument("--budget", type=float, default=0.35, help="share of the cost of the largest level at every step")
     one.add_argument("--estimator", default="jump", help="hindsight, held or jump")
     one.add_argument("--coins", default="systematic", help="systematic, bernoulli, nested or poisson")

@@ -22,6 +22,7 @@ from mlem.multilevel import coefficients as learned
 from mlem.multilevel.calibration import Calibration
 from mlem.multilevel.coefficients import Coefficients
 from mlem.multilevel.plan import Plan
+from mlem.schedule import NoiseSchedule
 
 __all__ = ["Fitted"]
 
@@ -39,6 +40,8 @@ class _Family(Protocol):
     def names(self) -> list[str]: ...
     @property
     def weights_hash(self) -> str: ...
+    @property
+    def schedule(self) -> NoiseSchedule: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +75,8 @@ class Fitted:
             raise ValueError(f"this family of {family.data} is not calibrated: {calibrations.COMMAND}")
         if found.about.get("weights") != family.weights_hash:
             raise ValueError(f"the calibration is of other weights: {calibrations.COMMAND}")
+        if found.about.get("schedule") not in (None, family.schedule.fingerprint):
+            raise ValueError(f"the calibration is of another noise schedule: {calibrations.COMMAND}")
         return found
 
     def coefficients_for(self, family: _Family) -> Coefficients:

@@ -11,6 +11,7 @@ from torch import Tensor
 from mlem.arguments import MOST_STEPS, check_whole
 from mlem.family import Family
 from mlem.grids import TimeGrid
+from mlem.multilevel.identity import identity
 from mlem.multilevel.plan import Plan
 from mlem.multilevel.planner import make_plan
 from mlem.multilevel.probes import plan_samples
@@ -67,7 +68,8 @@ def memorise(
     best = chosen.index(min(chosen))
     found = {"draws": draws, "images": images, "chosen_mse": chosen[best], "judged_mse": judged[best]}
     found |= {"others_mse": statistics.mean(judged), "others_spread": statistics.stdev(judged)}
-    return replace(plans[best], about=plans[best].about | found | {"weights": family.weights_hash})
+    own = identity(family, method, GridPoint.of(family.schedule, times))
+    return replace(plans[best], about=plans[best].about | found | own)
 
 
 def _errors(

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from torch import Tensor
 
+from mlem.data.pictures import picture_files
 from mlem.files import atomic_write
 
 __all__ = ["is_whole", "png_tree", "read_pixels", "read_png", "sample_indices", "sample_path", "write_png"]
@@ -76,13 +77,19 @@ def is_whole(path: Path) -> bool:
 
 
 def read_pixels(path: Path, shape: tuple[int, int, int] | None = None) -> Tensor:
-    """(C, H, W) uint8 of a grey or RGB PNG, as it is. Raises ValueError naming a file of another kind or `shape`."""
+    """(C, H, W) uint8 of a grey or RGB PNG, as it is; the high byte of 16-bit colour.
+
+    Raises: ValueError naming a file of another kind or `shape`, one with transparency, and one turned by EXIF.
+    """
     try:
         with Image.open(path, formats=("PNG",)) as image:
             found = (_CHANNELS.get(image.mode), image.height, image.width)
-            if found[0] is None or found != (shape or found):
+            odd = " with transparency" if image.mode in _CHANNELS and image.has_transparency_data else ""
+            if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+                odd = " turned by EXIF"
+            if found[0] is None or found != (shape or found) or odd:
                 wanted = "grey or RGB" if shape is None else _described(*shape)
-                raise ValueError(f"{path} is {image.mode} {image.width}x{image.height}, not {wanted}; convert it")
+                raise ValueError(f"{path} is {image.mode} {image.width}x{image.height}{odd}, not {wanted}; convert it")
             array = np.array(image)
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} cannot be read as a PNG ({error}); make it again, or leave it out") from error
@@ -100,12 +107,16 @@ def read_png(path: Path) -> Tensor:
 
 
 def png_tree(folder: Path) -> list[Path]:
-    """Every PNG in `folder` and below, sorted by path; hidden files, and the grid among samples, are left out.
+    """Every PNG in `folder` and below, sorted by path; the grid among samples is left out.
 
-    Raises FileNotFoundError where there is none.
+    Hidden files and folders and links do not count, as in the data set `folder`. Raises FileNotFoundError where there
+    is none.
     """
-    found = sorted(p for p in folder.rglob("*") if p.suffix.lower() == ".png" and not p.name.startswith("."))
+    names = picture_files(folder, ("png",)) if folder.is_dir() else {}
+    found = sorted(folder / os.fsdecode(name) for name in names)
     found = [path for path in found if path.name != "grid.png" or not (path.parent / "settings.json").exists()]
     if not found:
-        raise FileNotFoundError(f"folder={folder} holds no PNG; name a folder of images")
+        raise FileNotFoundError(
+            f"folder={folder} holds no PNG (links and hidden files do not count); name a folder of images"
+        )
     return found

@@ -21,8 +21,9 @@ from mlem.grids import TimeGrid
 from mlem.ledger import Ledger
 from mlem.level import Level
 from mlem.multilevel.denoiser import MultilevelTrajectory
+from mlem.multilevel.identity import plan_for_use
 from mlem.multilevel.plan import Plan
-from mlem.multilevel.planner import check_estimator, make_plan
+from mlem.multilevel.planner import check_estimator
 from mlem.multilevel.spec import PlanSpec
 from mlem.networks import evaluating
 from mlem.noise import check_indices
@@ -32,7 +33,7 @@ from mlem.sampling.nonfinite import FirstFailure, suspects
 from mlem.sampling.spreading import spread_rows
 from mlem.schedule import NoiseSchedule
 from mlem.solvers import EvaluationPoint, GridPoint, Solver, make_solver, model_input, quadrature_weights
-from mlem.trajectory import Watch, starting_noise, trajectory
+from mlem.trajectory import Watch, starting_noise, trajectory, warn_of_signal
 
 __all__ = ["PRECISIONS", "NonFiniteError", "Result", "Sampler", "blocks", "sample", "solver_of"]
 
@@ -96,6 +97,7 @@ class Sampler:
         self.schedule, self.shape, self.seed = schedule, tuple(shape), seed
         self.grid = self.solver.grid(schedule, steps, grid)
         self.points = GridPoint.of(schedule, self.grid)
+        warn_of_signal(schedule, self.grid.times[0])
         self.plan = None if plan is None else self._fitting(model, plan, spread)
         self._model = self._metered(model, level)
         _refuse_other_schedule(schedule, self._model.schedule)
@@ -118,8 +120,7 @@ class Sampler:
             raise ValueError(
                 "plan= chooses between the levels of a family, but the model is not a Family; leave it out"
             )
-        if isinstance(plan, PlanSpec):
-            plan = make_plan(plan, model, self.solver, self.grid)
+        plan = plan_for_use(plan, model, self.solver, self.points)
         check_estimator(self.solver, self.points, plan.estimator)
         evaluations = self.solver.evaluations(self.points)
         if plan.evaluations != evaluations:

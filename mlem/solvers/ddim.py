@@ -19,7 +19,8 @@ class DDIM(Solver):
     order = 1.0
     stochastic = False
     reference = "dpm_solver_pp"
-    measured_grids = ("uniform",)
+    default_grid = "log_snr"
+    measured_grids = ("uniform", "log_snr")
 
     def step(
         self, eps: NoiseEstimate, y: Tensor, state: Any, here: GridPoint, there: GridPoint, path: NoisePath

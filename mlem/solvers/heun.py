@@ -19,7 +19,7 @@ class Heun(Solver):
     order = 2.0
     stochastic = False
     reference = "dpm_solver_pp"
-    default_grid = "karras"
+    default_grid = "log_snr"
 
     def evaluations(self, points: GridPoints) -> int:
         return 2 * points.steps - (points[-1].kappa == 0)

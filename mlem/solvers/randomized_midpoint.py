@@ -36,6 +36,7 @@ class _TwoCalls(Solver):
     """What both methods share. State: the fractions of the steps to come, (steps, B)."""
 
     midpoints: str
+    default_grid = "log_snr"
 
     @staticmethod
     def _checked(midpoints: str) -> str:
@@ -79,6 +80,7 @@ class RandomizedMidpoint(_TwoCalls):
 class SDERandomizedMidpoint(_TwoCalls):
     """The same for the reverse SDE, midpoint uniform in kappa and on the same Brownian path.
 
+    Stable where kappa falls by no more than half in a step, as on the default grid from 17 steps on (docs/solvers.md).
     The path is as rough as its noise, so one midpoint leaves h^(3/2) of a step unknown: strong order 1, and measured
     against the path no better than Euler-Maruyama (LOG.md).
 

@@ -12,13 +12,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mlem.data.pictures import FILTERS, SUFFIXES, centre_square, opened, to_rgb
+from mlem.data.pictures import FILTERS, SUFFIXES, centre_square, opened, picture_files, to_rgb
 from mlem.data.shards.manifest import plain_folder
 from mlem.data.sources import DataSet, Partial, Source, Stored
 
 __all__ = ["Folder"]
-
-_ENDINGS = tuple(f".{suffix}".encode() for suffix in SUFFIXES)
 
 
 @dataclass(frozen=True)
@@ -66,7 +64,7 @@ class Folder(DataSet):
 def _open(root: Path, *, info: dict[str, Any], max_broken: float) -> Source:
     if not root.is_dir():
         raise ValueError(f"{root} is not a folder; give the folder that holds the images")
-    sizes = dict(sorted(_walk(root)))
+    sizes = picture_files(root)
     if not sizes:
         if links := _links(root):
             raise ValueError(
@@ -79,22 +77,6 @@ def _open(root: Path, *, info: dict[str, Any], max_broken: float) -> Source:
         listing.update(name + b"\0%d\0" % size)
     images = partial(_images, root, list(sizes), **info)
     return Source(images, len(sizes), {**info, "listing": listing.hexdigest()}, int(max_broken * len(sizes) + 1e-9))
-
-
-def _walk(root: Path) -> list[tuple[bytes, int]]:
-    """Path below `root` and size of every image, links and hidden files left alone."""
-    found, folders = [], [os.fsencode(root)]
-    while folders:
-        with os.scandir(folders.pop()) as entries:
-            for entry in entries:
-                if entry.name.startswith(b"."):
-                    continue
-                if entry.is_dir(follow_symlinks=False):
-                    folders.append(entry.path)
-                if entry.name.lower().endswith(_ENDINGS) and entry.is_file(follow_symlinks=False):
-                    size = entry.stat(follow_symlinks=False).st_size
-                    found.append((os.path.relpath(entry.path, os.fsencode(root)), size))
-    return found
 
 
 def _links(root: Path) -> int:

@@ -1,0 +1,91 @@
+"""What a plan was made for, so that it is not used for anything else unremarked: solver, grid, schedule and weights.
+
+It stands in the `about` of a plan. A plan that says nothing, such as one made by hand, fits wherever it has the rows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from mlem.family import Family
+from mlem.multilevel.coefficients import COMMAND
+from mlem.multilevel.plan import Plan
+from mlem.multilevel.planner import make_plan
+from mlem.multilevel.spec import PlanSpec
+from mlem.solvers import GridPoints, Solver
+
+__all__ = ["identity", "plan_for_use"]
+
+_WORDS = {
+    "solver": "the solver {}",
+    "settings": "other options of the solver",
+    "grid": "the grid {}",
+    "steps": "{} steps",
+    "times": "other times of the grid",
+    "schedule": "another noise schedule",
+    "weights": "other weights",
+}
+"""Part of the identity -> how an error says it."""
+
+
+def identity(family: Family, solver: Solver, points: GridPoints) -> dict[str, Any]:
+    """What a plan for these is made for; plain data."""
+    own: dict[str, Any] = {"solver": solver.name, "steps": points.steps, "grid": points.grid.name}
+    own |= {"settings": _hashed(_plain(vars(solver))), "times": _hashed([f"{t:.9f}" for t in points.grid.times])}
+    return own | {"schedule": points.schedule.fingerprint, "weights": family.weights_hash}
+
+
+def plan_for_use(plan: Plan | PlanSpec, family: Family, solver: Solver, points: GridPoints) -> Plan:
+    """The plan, or the one that a specification asks for, with the identity in its `about`.
+
+    Raises: ValueError where a plan says that it was made for something else, and as `make_plan` does.
+    """
+    if isinstance(plan, PlanSpec):
+        own = identity(family, solver, points)
+        if plan.probabilities == "learned":
+            _warn_of_other_coefficients(family, own)
+        made = make_plan(plan, family, solver, points.grid)
+        return replace(made, about=made.about | own)
+    if plan.about.keys() & _WORDS.keys():
+        _refuse_other_use(plan, identity(family, solver, points))
+    return plan
+
+
+def _refuse_other_use(plan: Plan, own: Mapping[str, Any]) -> None:
+    for part, words in _WORDS.items():
+        if part in plan.about and plan.about[part] != own[part]:
+            raise ValueError(
+                f"the plan was made for {words.format(plan.about[part])}, and is used with {_described(own)}; "
+                "sample with what it was made for, or draw it again: family.plan(...) fits any"
+            )
+
+
+def _warn_of_other_coefficients(family: Family, own: Mapping[str, Any]) -> None:
+    """They mean the same on every grid, and are best on their own."""
+    about = family.fitted.coefficients_for(family).about
+    if any(part in about and about[part] != own[part] for part in ("solver", "grid")):
+        was = f"{about.get('solver')} on the {about.get('grid')} grid"
+        warnings.warn(
+            f"the coefficients were learned for {was}, and are used with {_described(own)}; for these: {COMMAND}",
+            stacklevel=6,
+        )
+
+
+def _described(own: Mapping[str, Any]) -> str:
+    return f"{own['solver']} in {own['steps']} steps on the {own['grid']} grid"
+
+
+def _plain(value: Any) -> Any:
+    """Options of a solver as JSON; of objects their class."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    return value if value is None or isinstance(value, str | int | float) else type(value).__name__
+
+
+def _hashed(plain: Any) -> str:
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
