@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
+import functools
 import os
+import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -37,28 +40,44 @@ def float64_module() -> Iterator[None]:
     torch.set_default_dtype(torch.float32)
 
 
+def made_once(request: pytest.FixtureRequest, name: str, make: Callable[[Path], str]) -> Path:
+    """A folder that `make` filled, for the first process of the suite that asks; each has a copy of its own.
+
+    What `make` prints lies in printed.txt.
+    """
+    own: Path = request.getfixturevalue("tmp_path_factory").getbasetemp()
+    shared = own.parent if hasattr(request.config, "workerinput") else own  # of all processes of xdist
+    with open(shared / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (shared / name / "printed.txt").exists():
+            shutil.rmtree(shared / name, ignore_errors=True)  # of a process that failed
+            (shared / name).mkdir()
+            printed = make(shared / name)
+            (shared / name / "printed.txt").write_text(printed)
+    return shared / name if shared == own else shutil.copytree(shared / name, own / name, symlinks=True)
+
+
 SECRET = "xyzzy-0123456789"
 
 
 @pytest.fixture(scope="session")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(request: pytest.FixtureRequest) -> Path:
     """A folder where `train.py` made data/digits and the family runs/tiny (xs, s), with a secret in its options."""
-    folder = tmp_path_factory.mktemp("trained")
     options = [*TINY[1:], "model=family", "model.levels=[xs,s]", "root=runs/tiny", "data.held_out=16"]
     options += ["callbacks=[{_target_: lightning.pytorch.callbacks.LearningRateMonitor}]"]
     options += [
         "allow=['${oc.env:MLEM_SECRET}','a ${oc.env:MLEM_SECRET} b','${allow.0}','${oc.${logger.project}:MLEM_SECRET}']"
     ]
-    printed = succeed("train", *options, "logger.project=env", cwd=folder, MLEM_SECRET=SECRET)
-    (folder / "printed.txt").write_text(printed)
-    return folder
+    options += ["logger.project=env"]
+    make = functools.partial(succeed, "train", *options, MLEM_SECRET=SECRET)
+    return made_once(request, "trained", lambda folder: make(cwd=folder))
 
 
 @pytest.fixture(scope="session")
-def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def made(request: pytest.FixtureRequest) -> tuple[Path, str]:
     """A folder in which `train.py model=family` made and calibrated runs/digits/family, and what was printed."""
-    folder = tmp_path_factory.mktemp("multilevel")
-    return folder, run_in(folder, lambda: run_here("train", *TRAIN))
+    folder = made_once(request, "made", lambda folder: run_in(folder, lambda: run_here("train", *TRAIN)))
+    return folder, (folder / "printed.txt").read_text()
 
 
 @pytest.fixture

@@ -1,7 +1,8 @@
 """Commands in processes of their own that need no imports: forked from one that has made them all.
 
 `python train.py` spends most of a short run on imports. Here a server makes them once, and for each command forks a
-child that takes over arguments, folder and environment, and runs the script as `__main__`.
+child that takes over arguments, folder and environment, and runs the script as `__main__`. PYTHONPATH may name another
+copy of the repository.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ MODULES = (
     "wandb.sdk.launch",
 )
 """What commands import, now or later."""
+OURS = ("mlem", "tests", "benchmarks")
 NUMBER = struct.Struct("i")
 
 
@@ -48,7 +50,7 @@ class Forked:
     """A command that runs; as subprocess.Popen with its output caught as text."""
 
     def __init__(self, args: list[str], cwd: Path, env: Mapping[str, str]) -> None:
-        """args: the script and its options."""
+        """args: the script, or `-m` and a module, and its options."""
         self.args, self.returncode = args, None
         pipes = [os.pipe() for _ in range(3)]
         self._out, self._err, self._status = (ours for ours, _ in pipes)
@@ -167,7 +169,7 @@ def _tell_end(process: int, pid: int, status: int) -> None:
 
 
 def become(request: dict[str, Any], outputs: list[int]) -> None:
-    """Take over what the request asks for, and run the script as `python script options` would."""
+    """Take over what the request asks for, and do as `python script options` would."""
     for target, output in enumerate(outputs, 1):
         os.dup2(output, target)
         os.close(output)
@@ -184,9 +186,27 @@ def become(request: dict[str, Any], outputs: list[int]) -> None:
     # a folder of its own, for the end of the process removes it
     MEDIA_TMP._finalizer.detach()  # type: ignore[attr-defined]
     MEDIA_TMP.__init__("wandb-media")
-    script = request["args"][0]
-    sys.argv, sys.path[0] = list(request["args"]), str(Path(script).parent)
-    runpy.run_path(script, run_name="__main__")
+    checkout = request["env"]["PYTHONPATH"]
+    if checkout != str(REPOSITORY):
+        turn_to(checkout)
+    run(request["args"])
+
+
+def turn_to(checkout: str) -> None:
+    """Import from another copy of the repository, all that is ours anew."""
+    for name in [name for name in sys.modules if name.partition(".")[0] in OURS]:
+        del sys.modules[name]
+    sys.path[:] = [checkout if entry == str(REPOSITORY) else entry for entry in sys.path]
+
+
+def run(args: list[str]) -> None:
+    """As `python args`."""
+    if args[0] == "-m":
+        sys.argv, sys.path[0] = args[1:], str(Path.cwd())
+        runpy.run_module(args[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv, sys.path[0] = args, str(Path(args[0]).parent)
+        runpy.run_path(args[0], run_name="__main__")
 
 
 def end_after(job: Callable[[], None]) -> Never:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands import REPOSITORY, environment
+from tests.commands import REPOSITORY, environment, finish
+from tests.forkserver import Forked
 
 COPIED = ("mlem", "configs", "tests", "benchmarks", "train.py", "sample.py", "pyproject.toml")
 _, *SECTIONS = re.split(r"^## ", (REPOSITORY / "CONTRIBUTING.md").read_text(), flags=re.MULTILINE)
@@ -63,12 +64,13 @@ def test_the_pages_are_found() -> None:
 def test_a_page_is_all_that_it_takes(title: str, repository: Path) -> None:
     page, before = PAGES[title], sources(repository)
     named = follow(page, repository)
-    variables = environment(PYTHONPATH=str(repository), PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    # pytest's plugins cannot be rewritten in a process that has imported their packages
+    variables = environment(PYTHONPATH=str(repository), PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
     (commands,) = COMMANDS.findall(page)
     for command in commands.splitlines():
-        done = subprocess.run(
-            ["bash", "-c", command], cwd=repository, env=variables, capture_output=True, text=True, timeout=300
-        )
+        python, *arguments = shlex.split(command, comments=True)
+        assert python == "python"
+        done = finish(Forked(arguments, repository, variables))
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     after = sources(repository)
     assert {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)} == named

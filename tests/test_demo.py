@@ -11,10 +11,11 @@ from PIL import Image
 
 from mlem import Family
 from mlem.files import read_json
-from tests.commands import REPOSITORY, execute_code, metrics, succeed
+from tests.commands import REPOSITORY, configure, execute_code, metrics, succeed
 
 SMALL = (
     "experiment=demo",
+    "model.levels=[xs,s]",
     "training.steps=10",
     "training.epoch_steps=5",
     "training.batch_size=32",
@@ -38,7 +39,7 @@ def test_demo_leaves_what_it_promises(demo: tuple[Path, str]) -> None:
     folder, out = demo
     root = folder / "runs" / "demo"
     family = Family.load(root / "family")
-    assert family.names == ["xs", "s", "m"]
+    assert family.names == ["xs", "s"]
     rows = read_json(root / "evaluation.json")["rows"]
     *alone, shared = rows
     assert {(row["level"], row["sampler"], row["steps"]) for row in alone} == {
@@ -53,16 +54,20 @@ def test_demo_leaves_what_it_promises(demo: tuple[Path, str]) -> None:
         assert row["evaluations"] == row["steps"]
         assert 0 < row["network_seconds_per_image"] <= row["seconds_per_image"]
         # the reference from itself
-        if (row["level"], row["sampler"], row["steps"]) == ("m", "ddpm", 10):
+        if (row["level"], row["sampler"], row["steps"]) == ("s", "ddpm", 10):
             assert row["mse"] == 0
-    for picture in ("error_vs_time.png", "error_by_noise_level.png", "grids/m_ddpm_20.png"):
+    for picture in ("error_vs_time.png", "error_by_noise_level.png", "grids/s_ddpm_20.png"):
         with Image.open(root / picture) as image:
             image.verify()
-    assert any("eval/m/ddpm@20/mse" in line for line in metrics(root / "metrics.jsonl"))
-    assert any("val/error" in line for line in metrics(root / "unet_m" / "metrics.jsonl"))
+    assert any("eval/s/ddpm@20/mse" in line for line in metrics(root / "metrics.jsonl"))
+    assert any("val/error" in line for line in metrics(root / "unet_s" / "metrics.jsonl"))
     assert list(root.glob("wandb/offline-run-*/*.wandb"))
     for named in ("runs/demo/family", "error_vs_time.png", "samplers", "levels"):
         assert named in out
+
+
+def test_the_demo_itself_is_of_three_levels() -> None:
+    assert configure("train", "experiment=demo").model.levels == ["xs", "s", "m"]
 
 
 def test_readme_python_runs(demo: tuple[Path, str]) -> None:
@@ -71,7 +76,7 @@ def test_readme_python_runs(demo: tuple[Path, str]) -> None:
     assert len(blocks) == 1
     done = execute_code(blocks[0], cwd=folder)
     assert done.returncode == 0, done.stderr
-    assert re.search(r"^level m: \d+ calls an image, ", done.stdout, re.MULTILINE)
+    assert re.search(r"^level s: \d+ calls an image, ", done.stdout, re.MULTILINE)
 
 
 def test_readme_commands_exist(demo: tuple[Path, str]) -> None:

@@ -194,7 +194,7 @@ def test_uniform_grids_share_one_path_bitwise() -> None:
     seen: dict[float, Tensor] = {}
     met = 0
     divisors = [n for n in range(1, 1001) if 1000 % n == 0]
-    for steps in [*divisors, 3, 7, 64, 96, 512, 933, 999]:
+    for steps in [*divisors, 3, 7, 64, 96, 933]:
         path = brownian(2, (3,))
         for i in range(steps + 1):
             t = (steps - i) / steps
@@ -207,8 +207,10 @@ def test_uniform_grids_share_one_path_bitwise() -> None:
 def test_finer_grids_agree_to_the_width_of_a_cell() -> None:
     """With two times in a cell the second depends on the first, so grids meet up to one bridge."""
     fine, coarse = brownian(200, (5,)), brownian(200, (5,))
-    values = {i / 4096: fine.at(i / 4096) for i in range(4096, 0, -1)}
-    for i in range(1000, 0, -1):
+    read = [i for i in range(1000, 0, -1) if i % 250 < 75]  # at both ends and in the middle
+    inside = {i for n in read for i in range(round(n * 4.096) - 5, round(n * 4.096) + 6) if 0 < i <= 4096}
+    values = {i / 4096: fine.at(i / 4096) for i in sorted(inside, reverse=True)}
+    for i in read:
         t = i / 1000
         cell = int(t * 1000)
         nearest = values[round(t * 4096) / 4096]
@@ -225,9 +227,12 @@ def test_two_readings_of_one_time_agree() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("steps", [10, 1000, 1700])
 def test_a_path_does_not_know_its_batch(steps: int, dtype: torch.dtype) -> None:
+    # over all of time, and one after another, where two fall in one cell
+    read = sorted({*range(0, steps + 1, max(steps // 60, 5)), *range(steps // 2, min(steps // 2 + 30, steps))})
+
     def values(index: Tensor) -> Tensor:
         path = BrownianPath(COSINE, 3, index, (3, 5), dtype)
-        return torch.stack([path.at((steps - i) / steps) for i in range(0, steps + 1, 5)], 1)
+        return torch.stack([path.at((steps - i) / steps) for i in read], 1)
 
     whole = values(indices(32))
     assert whole.dtype == dtype

@@ -36,10 +36,10 @@ def test_an_image_does_not_know_its_batch(solver: str) -> None:
     options: dict[str, Any] = {"solver": solver, "steps": 8, "seed": 5, "return_noise": True}
     whole = sample(model, indices=range(32), batch_size=32, **options)
     assert whole.x_T is not None
-    for batch_size in (1, 7):
-        parts = sample(model, indices=range(32), batch_size=batch_size, **options)
-        assert torch.equal(parts.x_T, whole.x_T)
-        torch.testing.assert_close(parts.x, whole.x, rtol=1e-6, atol=2e-5)
+    for batch_size, count in ((1, 4), (7, 32)):
+        parts = sample(model, indices=range(count), batch_size=batch_size, **options)
+        assert torch.equal(parts.x_T, whole.x_T[:count])
+        torch.testing.assert_close(parts.x, whole.x[:count], rtol=1e-6, atol=2e-5)
     backwards = sample(model, indices=[31, 3], **options)
     torch.testing.assert_close(backwards.x, whole.x[[31, 3]], rtol=1e-6, atol=2e-5)
 
