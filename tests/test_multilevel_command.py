@@ -85,7 +85,7 @@ def test_a_calibrated_family_is_not_calibrated_again(
     assert path.read_bytes() == before
     assert not asked
     plain = json.loads(before)
-    write_json(path, plain | {"about": plain["about"] | {"weights": "others"}})
+    write_record(path, plain | {"about": plain["about"] | {"weights": "others"}})
     again = [*TRAIN, "evaluation.samplers=[{solver:ddpm,steps:[2]}]"]
     assert "calibrating the family" in run_in(folder, lambda: run_here("train", *again))
     assert asked == [{"images": 2, "times": 4, "batch_sizes": [64], "reference_steps": 20, "device": "cpu"}]
