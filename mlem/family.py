@@ -3,6 +3,7 @@
 family/family.json                  the levels in order
 family/level_xs/                    a level: see `mlem.level`
 family/calibration.json, ..         what was fitted to the levels: see `mlem.multilevel.fitted`
+family/found/                       plans that were found: see `mlem.multilevel.kept`
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from mlem.arguments import named
 from mlem.files import check_format, damaged, read_object, remove, write_record
 from mlem.level import FORMAT, Level
 from mlem.multilevel.fitted import Fitted
+from mlem.multilevel.kept import KeptPlans
 from mlem.multilevel.spec import PlanSpec
 from mlem.schedule import NoiseSchedule
 
@@ -32,17 +34,19 @@ class Family:
     Args:
         levels: one or more.
         fitted: what was fitted to these levels.
+        kept: where plans that were found are kept; by default in memory.
 
     Raises:
         ValueError: levels disagree on schedule, prediction, shape or data set, share a name, or are out of order of
             cost; both sides are named.
     """
 
-    def __init__(self, levels: Sequence[Level], fitted: Fitted | None = None) -> None:
+    def __init__(self, levels: Sequence[Level], fitted: Fitted | None = None, kept: KeptPlans | None = None) -> None:
         if not levels:
             raise ValueError("a family needs at least one level")
         self.levels = tuple(levels)
         self.fitted = fitted or Fitted()
+        self.kept = kept or KeptPlans()
         self._weights_hash: str | None = None
         for name in self.names:
             if self.names.count(name) > 1:
@@ -165,4 +169,4 @@ class Family:
         levels = [Level.load(one, own.pop(name, None)) for one, name in zip(folders, about["levels"], strict=True)]
         if own:
             raise ValueError(f"networks= names {next(iter(own))!r}; the levels are {', '.join(about['levels'])}")
-        return Family(levels, Fitted.load(folder))
+        return Family(levels, Fitted.load(folder), KeptPlans(folder))

@@ -18,7 +18,7 @@ from matplotlib.text import Text
 from mlem.comparison.figures import error_vs_time
 from mlem.comparison.row import Row
 from mlem.family import Family
-from mlem.files import read_json, write_json
+from mlem.files import read_json, write_record
 from mlem.images import quantise
 from mlem.multilevel import command as multilevel
 from mlem.multilevel.pilot import PILOTS, discretisations

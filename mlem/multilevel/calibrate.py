@@ -19,7 +19,8 @@ from mlem.denoiser import Denoiser
 from mlem.family import Family
 from mlem.grids import TimeGrid
 from mlem.multilevel.calibration import Calibration, LinearResponse
-from mlem.networks import evaluating, seconds_per_image
+from mlem.multilevel.timing import time_levels
+from mlem.networks import evaluating
 from mlem.noise import reserved_indices
 from mlem.schedule import NoiseSchedule
 from mlem.solvers import EvaluationPoint, GridPoint, GridPoints, Solver, make_solver
@@ -60,10 +61,11 @@ def calibrate(
     networks = torch.nn.ModuleList(level.network for level in family.levels).to(device)
     index = reserved_indices("calibration", images, device)
     seconds: dict[int, tuple[float, ...]] = {}
+    outside: dict[int, dict[str, float]] = {}
     with torch.inference_mode(), evaluating(networks):
         for size in batch_sizes:
             progress(f"time of each level, batches of {size}")
-            seconds[size] = tuple(seconds_per_image(level.network, family.shape, size) for level in family.levels)
+            seconds[size], outside[size] = time_levels(family, size, index.device)
         denoisers: list[Denoiser] = [level.denoiser for level in family.levels]
         # perturbations are carried by the largest level that is ten times cheaper than the top, or the cheapest
         cheap = [level for level in family.levels if 10 * level.flops <= family.level().flops] or [family.levels[0]]
@@ -74,7 +76,7 @@ def calibrate(
     about = {"images": images, "seed": seed, "device": str(device)}
     about |= {"weights": family.weights_hash, "schedule": family.schedule.fingerprint}
     flops = tuple(float(level.flops) for level in family.levels)
-    return Calibration(tuple(family.names), flops, seconds, *measured, about)
+    return Calibration(tuple(family.names), flops, seconds, *measured, about, outside=outside)
 
 
 def measure(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -15,6 +18,7 @@ from mlem.multilevel.choices import UNITS
 __all__ = ["COMMAND", "Calibration", "LinearResponse"]
 
 FORMAT = 1
+KINDS = ("ode", "sde")
 COMMAND = "python -m mlem.multilevel calibrate FAMILY"
 """What to run where there is no calibration that fits."""
 _REMEDY = f"calibrate again: {COMMAND}"
@@ -53,6 +57,7 @@ class Calibration:
         about: number of images, seed, device, hash of the weights; plain data.
         discretisation: "solver/grid" -> {steps: mean squared error of the largest level}.
         pilots: "sde/hindsight" and so on -> [predicted, measured] errors of plans.
+        outside: batch size -> seconds per image that a step takes outside the networks, for "ode" and "sde".
     """
 
     names: tuple[str, ...]
@@ -65,6 +70,7 @@ class Calibration:
     about: dict[str, Any]
     discretisation: dict[str, dict[int, float]] = field(default_factory=dict[str, dict[int, float]])
     pilots: dict[str, list[list[float]]] = field(default_factory=dict[str, list[list[float]]])
+    outside: dict[int, dict[str, float]] = field(default_factory=dict[int, dict[str, float]])
 
     def __post_init__(self) -> None:
         _in_float64(self, "log_snr", "differences", "image_differences")
@@ -81,9 +87,31 @@ class Calibration:
         """
         if unit not in UNITS:
             raise ValueError(f"cost must be {' or '.join(UNITS)}, got {unit!r}")
-        near = min(self.seconds, key=lambda size: abs(math.log(size / batch_size)))
-        costs = torch.tensor(self.flops if unit == "flops" else self.seconds[near], dtype=torch.float64)
+        seconds = self.seconds[self._nearest(batch_size)]
+        costs = torch.tensor(self.flops if unit == "flops" else seconds, dtype=torch.float64)
         return costs / costs[-1]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Tells these apart from others: 16 hexadecimal digits."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
+
+    def outside_cost(self, kind: str, unit: str = "seconds", batch_size: int = 64) -> float:
+        """What a step costs outside the networks, when one evaluation of the largest level costs 1.
+
+        Args:
+            kind: "ode" or "sde".
+            unit: "seconds" or "flops", of which there are none.
+            batch_size: as for `costs`.
+        """
+        near = self._nearest(batch_size)
+        if unit == "flops" or near not in self.outside:
+            return 0.0
+        return self.outside[near][kind] / self.seconds[near][-1]
+
+    def _nearest(self, batch_size: int) -> int:
+        """The measured batch size that is nearest."""
+        return min(self.seconds, key=lambda size: abs(math.log(size / batch_size)))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
@@ -117,6 +145,11 @@ class Calibration:
                 dict(plain["about"]),
                 {name: by_number(errors) for name, errors in plain["discretisation"].items()},
                 {name: [[*map(float, pair)] for pair in pairs] for name, pairs in plain["pilots"].items()},
+                # in calibrations of before it was measured there is none
+                {
+                    int(size): {kind: float(one[kind]) for kind in KINDS}
+                    for size, one in plain.get("outside", {}).items()
+                },
             )
             found._check_shapes()
         return found
@@ -130,7 +163,7 @@ class Calibration:
             "image_differences": (tuple(self.image_differences.shape[:1]), (levels - 1,)),
         }
         shapes |= {f"seconds of {size}": ((len(values),), (levels,)) for size, values in self.seconds.items()}
-        for kind in ("ode", "sde"):
+        for kind in KINDS:
             one, row = self.responses[kind], (levels - 1, times)
             shapes[f"gain of {kind}"] = tuple(one.gain.shape), row
             shapes[f"inner of {kind}"] = tuple(one.inner.shape), row + row

@@ -6,9 +6,12 @@ law in log-SNR between t = 1/N and t = 1: so coefficients mean the same on every
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -67,6 +70,11 @@ class Coefficients:
         logits = self.alpha * feature(schedule, times)[:, None] + self.beta + shift
         # never 0: the weight of a level that could not run would be infinite
         return torch.sigmoid(logits).clamp(min=1e-9)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Tells these apart from others: 16 hexadecimal digits."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""

@@ -9,8 +9,10 @@ import hashlib
 import json
 import warnings
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
+
+from torch import Tensor
 
 from mlem.family import Family
 from mlem.multilevel.coefficients import COMMAND
@@ -49,7 +51,14 @@ def plan_for_use(plan: Plan | PlanSpec, family: Family, solver: Solver, points: 
         own = identity(family, solver, points)
         if plan.probabilities == "learned":
             _warn_of_other_coefficients(family, own)
-        made = make_plan(plan, family, solver, points.grid)
+        spec, fitted = plan, family.fitted
+        parts = {"calibration": fitted.calibration, "coefficients": fitted.coefficients}
+        asked: dict[str, Any] = {name: part and part.fingerprint for name, part in parts.items()}
+        asked |= own | {"spec": asdict(spec)}
+        slow = spec.searched or spec.mse is not None
+        made = family.kept.plan(asked, lambda: make_plan(spec, family, solver, points.grid), on_disk=slow)
+        if plan.levels is None and made.levels and made.levels[-1] != family.names[-1]:
+            _warn_of_missing_level(made, plan, family)
         return replace(made, about=made.about | own)
     if plan.about.keys() & _WORDS.keys():
         _refuse_other_use(plan, identity(family, solver, points))
@@ -76,6 +85,16 @@ def _warn_of_other_coefficients(family: Family, own: Mapping[str, Any]) -> None:
         )
 
 
+def _warn_of_missing_level(plan: Plan, spec: PlanSpec, family: Family) -> None:
+    """The user asked for so little that the largest level is never run."""
+    error = plan.about["predicted_mse_of_plan"]
+    warnings.warn(
+        f"budget={spec.budget} is less than any plan with level {family.names[-1]} costs; with {'+'.join(plan.levels)} "
+        f"alone the mean squared error to level {family.names[-1]} is predicted to be {error:.2g}",
+        stacklevel=6,
+    )
+
+
 def _described(own: Mapping[str, Any]) -> str:
     return f"{own['solver']} in {own['steps']} steps on the {own['grid']} grid"
 
@@ -84,6 +103,10 @@ def _plain(value: Any) -> Any:
     """Options of a solver as JSON; of objects their class."""
     if isinstance(value, Mapping):
         return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    if isinstance(value, Tensor):
+        return value.tolist()
     return value if value is None or isinstance(value, str | int | float) else type(value).__name__
 
 

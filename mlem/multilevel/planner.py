@@ -46,7 +46,8 @@ def check_spec(spec: PlanSpec, family: Family, solver: Solver, grid: TimeGrid) -
     if spec.budget is None or spec.cost != "flops" or spec.probabilities == "learned":
         return
     rows = solver.evaluations(GridPoint.of(family.schedule, grid))
-    least = min(_least_share(spec, names, family, rows) for names in _subsets(spec, levels))
+    subsets = _subsets(spec, levels) + _without_largest(spec, levels)
+    least = min(_least_share(spec, names, family, rows) for names in subsets)
     if spec.budget < least:
         raise ValueError(
             f"budget={spec.budget} is too small for {grid.steps} steps of {', '.join(levels)}: no plan costs less "
@@ -84,11 +85,21 @@ def _refuse_count(probabilities: Sequence[float], levels: Sequence[str]) -> None
 
 
 def _subsets(spec: PlanSpec, levels: tuple[str, ...]) -> list[tuple[str, ...]]:
-    """The subsets of these levels that a plan may take."""
+    """The subsets of these levels that a plan may take, with the largest of them."""
     if spec.levels is not None or not isinstance(spec.probabilities, str):
         return [levels]
-    below = [part for size in range(len(levels)) for part in itertools.combinations(levels[:-1], size)]
-    return [(*part, levels[-1]) for part in below]
+    return [(*part, levels[-1]) for part in _parts(levels[:-1])]
+
+
+def _without_largest(spec: PlanSpec, levels: tuple[str, ...]) -> list[tuple[str, ...]]:
+    """The subsets that a plan may take where none with the largest level costs so little."""
+    free = spec.levels is None and spec.probabilities == "calibrated"
+    return _parts(levels[:-1])[1:] if free else []
+
+
+def _parts(levels: tuple[str, ...]) -> list[tuple[str, ...]]:
+    """All subsets, the smallest first; the empty one is the first of all."""
+    return [part for size in range(len(levels) + 1) for part in itertools.combinations(levels, size)]
 
 
 def _least_share(spec: PlanSpec, levels: tuple[str, ...], family: Family, rows: int) -> float:
@@ -116,10 +127,13 @@ class _Planner:
             self._predictor = Predictor(calibration, family.schedule, solver, grid)
             self._costs, self._unit = calibration.costs(spec.cost, spec.batch_size), spec.cost
             self._points = self._predictor.evaluations
+            kind = "sde" if solver.stochastic else "ode"
+            self._outside = grid.steps * calibration.outside_cost(kind, spec.cost, spec.batch_size)
         else:
             flops = torch.tensor([level.flops for level in family.levels], dtype=torch.float64)
             self._costs, self._unit = flops / flops[-1], "flops"  # seconds are known of calibrated families only
             _, self._points = quadrature_weights(solver, family.schedule, GridPoint.of(family.schedule, grid))
+            self._outside = 0.0
         self._rows = len(self._points)
 
     def plan(self) -> Plan:
@@ -127,7 +141,8 @@ class _Planner:
         if self._spec.mse is not None:
             plan = self._for_error(self._spec.mse)
         elif self._spec.budget is not None:
-            plan = self._for_budget(self._spec.budget * self._rows)
+            # a share of what the largest level takes at every step, of which some is spent outside the networks
+            plan = self._for_budget(self._spec.budget * (self._rows + self._outside) - self._outside)
         else:
             plan = self._draw(self._levels()[-1], 1.0)
         return replace(plan, about=self._about(plan))
@@ -136,6 +151,7 @@ class _Planner:
         costs = self._costs_of(plan.levels)
         about: dict[str, object] = {"solver": self._solver.name, "steps": self._grid.steps, "grid": self._grid.name}
         about |= {"cost": plan.cost(costs), "expected_cost": plan.expected_cost(costs), "cost_unit": self._unit}
+        about["outside_cost"] = self._outside
         if self._predictor is not None and bool((plan.probabilities[:, 0] == 1).all()):
             about["predicted_mse_of_plan"] = self._predictor.error(plan)
             if self._predictor.discretisation is not None:
@@ -159,10 +175,12 @@ class _Planner:
     def _for_budget(self, budget: float) -> Plan:
         """The best plan that spends at most `budget`, in evaluations of the largest level."""
         plan = self._best(self._levels(), budget)
+        if plan is None and self._predictor is not None:
+            plan = self._best(_without_largest(self._spec, tuple(self._family.names)), budget)
         if plan is None:
             raise ValueError(
-                f"budget={self._spec.budget} of {self._rows} evaluations is {budget:.3g} evaluations of the largest "
-                "level: no plan costs so little; raise it, or take fewer steps"
+                f"budget={self._spec.budget} of {self._rows} evaluations is {max(budget, 0):.3g} evaluations of the "
+                "largest level: no plan costs so little; raise it, or take fewer steps"
             )
         return plan
 

@@ -33,6 +33,9 @@ def report(found: Calibration, console: Console) -> None:
             row.append(f"{missing(found, kind, k):.2e}" if k + 1 < len(found.names) else "0")
         levels.add_row(*row)
     console.print(levels)
+    for size, outside in sorted(found.outside.items()):
+        each = ", ".join(f"{1e3 * seconds:.3f} ms/image ({kind.upper()})" for kind, seconds in outside.items())
+        console.print(f"Outside the networks a step takes {each} in batches of {size}.")
     console.print("The last two: mean squared error of a sample when this level runs alone, by linear response.")
     _discretisation(found, console)
     if len(found.names) > 2:

@@ -22,6 +22,7 @@ from mlem.multilevel.estimators import ESTIMATORS
 from mlem.multilevel.holding import Holding
 from mlem.multilevel.plan import Plan
 from mlem.multilevel.predict import Predictor
+from mlem.waiting import Waiting
 
 __all__ = ["search"]
 
@@ -60,14 +61,20 @@ def search(
     Returns: None where no plan costs so little.
     """
     found: list[tuple[_Candidate, _Search]] = []
-    for levels in subsets:
-        one = _Search(predictor, levels, costs, order, estimator, budget)
-        found += [(candidate, one) for candidate in one.candidates()]
-    if not found:
-        return None
-    negligible = NEGLIGIBLE * predictor.energy(-predictor.scale).item()
-    hopeless = max(HOPELESS * min(candidate.energy for candidate, _ in found), negligible)
-    refined = [(one.refined(candidate, negligible), one) for candidate, one in found if candidate.energy <= hopeless]
+    refined: list[tuple[_Candidate, _Search]] = []
+    with Waiting(f"searching for a plan of {predictor.rows} evaluations", (1 + REFINED) * len(subsets)) as waiting:
+        for levels in subsets:
+            one = _Search(predictor, levels, costs, order, estimator, budget)
+            found += [(candidate, one) for candidate in one.candidates()]
+            waiting.advance()
+        if not found:
+            return None
+        negligible = NEGLIGIBLE * predictor.energy(-predictor.scale).item()
+        hopeless = max(HOPELESS * min(candidate.energy for candidate, _ in found), negligible)
+        for candidate, one in found:
+            if candidate.energy <= hopeless:
+                refined.append((one.refined(candidate, negligible), one))
+            waiting.advance()
     best, one = min(refined, key=lambda pair: pair[0].energy)
     return Plan.given(
         torch.from_numpy(best.measured),

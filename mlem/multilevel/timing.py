@@ -1,0 +1,58 @@
+"""How long levels take as sampling runs them, and how long a step takes outside of them."""
+
+from __future__ import annotations
+
+import statistics
+import time
+
+import torch
+from torch import Tensor
+
+from mlem.family import Family
+from mlem.ledger import Meter
+from mlem.level import Level
+from mlem.multilevel.calibration import KINDS
+from mlem.noise import reserved_indices
+from mlem.solvers import GridPoint, make_solver
+from mlem.trajectory import samples
+
+__all__ = ["time_levels"]
+
+REPEATS = 3
+CALLS, STEPS = 2, 16
+"""Calls of a level in each repeat, and steps of the run that shows what is spent outside."""
+SOLVERS = dict(zip(KINDS, ("ddim", "ddpm"), strict=True))
+
+
+def time_levels(family: Family, batch_size: int, device: torch.device) -> tuple[tuple[float, ...], dict[str, float]]:
+    """Medians over short runs of the levels, one after another, in batches of `batch_size` samples.
+
+    The networks are taken as they are: on `device`, in the mode in which they are to be timed.
+
+    Returns: seconds per image of one evaluation of each level, and of one step outside the networks, by kind.
+    """
+    index = reserved_indices("calibration", batch_size, device)
+    seconds: list[float] = []
+    for level in family.levels:
+        _run(level, "ddim", 1, index)  # the first call of all is slow
+        networks = [_run(level, "ddim", CALLS, index)[0] for _ in range(REPEATS)]
+        seconds.append(statistics.median(networks) / CALLS / batch_size)
+    outside: dict[str, float] = {}
+    for kind, solver in SOLVERS.items():
+        _run(family.levels[0], solver, STEPS, index)
+        others = [_run(family.levels[0], solver, STEPS, index)[1] for _ in range(REPEATS)]
+        outside[kind] = statistics.median(others) / STEPS / batch_size
+    return tuple(seconds), outside
+
+
+def _run(level: Level, solver: str, steps: int, index: Tensor) -> tuple[float, float]:
+    """Seconds of a run in the network and outside of it."""
+    meter = Meter(level.network, level.flops)
+    points = GridPoint.of(level.schedule, make_solver(solver).grid(level.schedule, steps, "log_snr"))
+    begin = time.perf_counter()
+    x = samples(level.denoiser.through(meter), make_solver(solver), points, level.shape, index, 0)
+    if x.device.type == "cuda":
+        torch.cuda.synchronize(x.device)
+    whole = time.perf_counter() - begin
+    network = meter.collect().seconds
+    return network, max(0.0, whole - network)
