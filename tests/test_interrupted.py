@@ -195,3 +195,20 @@ def test_every_tool_says_one_line(
         signal.signal(signal.SIGINT, handler)
     (line,) = capsys.readouterr().err.splitlines()
     assert ": interrupted; " in line
+
+
+def test_the_reason_of_a_failing_rank_is_said_before_it_leaves_the_others(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """When it has left them, the launcher may end it at any moment."""
+    said = []
+
+    def work(job: Any) -> None:
+        raise RuntimeError("the reason")
+
+    monkeypatch.setattr(sys, "argv", ["sample.py", "seeds=0-1"])
+    monkeypatch.setattr("mlem.cli.main.several", lambda: True, raising=False)
+    monkeypatch.setattr("mlem.cli.main.leave", lambda: said.append(capsys.readouterr().err))
+    with pytest.raises((SystemExit, RuntimeError)):
+        run("sample", work)
+    assert said[0].endswith("RuntimeError: the reason\n")
