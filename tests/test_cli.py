@@ -372,7 +372,7 @@ def test_ranks_must_divide_the_batch(tmp_path: Path, monkeypatch: pytest.MonkeyP
     ("text", "numbers"), [("0-3", [0, 1, 2, 3]), ("0-1,5", [0, 1, 5]), (7, [7]), (" 3 - 3 , 1", [3, 1])]
 )
 def test_indices(text: str | int, numbers: list[int]) -> None:
-    assert parse_indices(text, "seeds") == numbers
+    assert [*parse_indices(text, "seeds")] == numbers
 
 
 @pytest.mark.parametrize("text", ["3-1", "a", "", "1,,2", "-1", "1-", "0-3,2", "1.5", None])
