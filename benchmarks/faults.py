@@ -13,7 +13,7 @@ Everything follows from --seed. Ctrl-C ends it with the table so far. Exit statu
 
 from __future__ import annotations
 
-import mlem  # noqa: F401  (before torch: its threads shall not spin)
+import mlem as mlem  # before torch, whose threads shall not spin
 
 # isort: split
 

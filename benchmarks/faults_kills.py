@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from mlem.cli import main as commands
-from mlem.cli import sample as _sample  # noqa: F401  (imported before the fork)
-from mlem.cli import train as _train  # noqa: F401
+from mlem.cli import sample as sample  # imported before the fork
+from mlem.cli import train as train
 from mlem.data.command import main as data
 from mlem.files import read_json
 from mlem.multilevel.command import main as multilevel
@@ -95,11 +95,13 @@ JOBS = {
 }
 
 
-def kills(trained: Path, scratch: Path, count: int, seed: int) -> Iterator[tuple[str, str, str]]:
+def kills(
+    trained: Path, scratch: Path, count: int, seed: int, kinds: Sequence[str] = tuple(JOBS)
+) -> Iterator[tuple[str, str, str]]:
     """Kill each kind of job in turn; kind, outcome and moment of each."""
     chance, whole = random.Random(seed), dict[str, tuple[Any, float]]()
     for number in range(count):
-        kind = list(JOBS)[number % len(JOBS)]
+        kind = kinds[number % len(kinds)]
         job = JOBS[kind]
         if kind not in whole:
             begin = _begin(job, trained, scratch / "whole")

@@ -10,7 +10,7 @@ Cost is counted in FLOPs, in evaluations of the largest level; wall time stands 
 
 from __future__ import annotations
 
-import mlem  # noqa: F401  (before torch: its threads shall not spin)
+import mlem as mlem  # before torch, whose threads shall not spin
 
 # isort: split
 import argparse

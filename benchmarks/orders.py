@@ -21,7 +21,7 @@ Writes `orders.json` into --out and, unless --quick, `docs/orders.png`.
 
 from __future__ import annotations
 
-import mlem  # noqa: F401  (before torch: its threads shall not spin)
+import mlem as mlem  # before torch, whose threads shall not spin
 
 # isort: split
 import argparse

@@ -13,7 +13,7 @@ per-round figures and their range. Run it on a machine that does nothing else.
 
 from __future__ import annotations
 
-import mlem  # noqa: F401  (before torch: its threads shall not spin)
+import mlem as mlem  # before torch, whose threads shall not spin
 
 # isort: split
 import argparse

@@ -14,7 +14,7 @@ Writes JSON only where --out says.
 
 from __future__ import annotations
 
-import mlem  # noqa: F401  (before torch: its threads shall not spin)
+import mlem as mlem  # before torch, whose threads shall not spin
 
 # isort: split
 import argparse

@@ -8,7 +8,7 @@ folder to the manifest that is not in the network, by the ledger: the solver's o
 
 from __future__ import annotations
 
-import mlem  # noqa: F401  (before torch: its threads shall not spin)
+import mlem as mlem  # before torch, whose threads shall not spin
 
 # isort: split
 import argparse

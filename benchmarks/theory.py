@@ -23,7 +23,7 @@ Writes `theory.json` into --out and, unless --quick, `docs/theory.png`.
 
 from __future__ import annotations
 
-import mlem  # noqa: F401  (before torch: its threads shall not spin)
+import mlem as mlem  # before torch, whose threads shall not spin
 
 # isort: split
 import argparse

@@ -15,7 +15,7 @@ processors and versions of torch round differently. About three minutes. `diff D
 
 from __future__ import annotations
 
-import mlem  # noqa: F401  (before torch: its threads shall not spin)
+import mlem as mlem  # before torch, whose threads shall not spin
 
 # isort: split
 import argparse

@@ -20,6 +20,7 @@ __all__ = [
     "atomic_write",
     "check_format",
     "check_writable",
+    "clear_leftovers",
     "damaged",
     "first_process",
     "folder_lock",
@@ -90,6 +91,12 @@ def atomic_write(path: str | os.PathLike[str], durable: bool = True) -> Generato
             raise
         if durable:
             _fsync_folder(path.parent)
+
+
+def clear_leftovers(folder: str | os.PathLike[str]) -> None:
+    """Remove the half files of killed runs in `folder` and below; only for who holds the folder's lock."""
+    for leftover in Path(folder).rglob(".*.tmp"):
+        leftover.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -108,8 +108,10 @@ def _logged(path: Path) -> tuple[int, float | None, str | None, float | None]:
     step, errors, fids = 0, [], {}
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
         try:
-            values: dict[str, Any] = json.loads(line)
+            values: Any = json.loads(line)
         except json.JSONDecodeError:  # being written, or cut short by a kill
+            continue
+        if not isinstance(values, dict):
             continue
         step = max(step, values.get("step") or 0)
         if values.get("val/error") is not None:

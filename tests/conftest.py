@@ -93,7 +93,10 @@ def out(tmp_path: Path) -> Path:
     return tmp_path / "out"
 
 
-FIRST = ("resume", "data_archives", "demo", "dashboards", "coefficients_command", "learn", "contributing", "ddp")
+FIRST = (
+    *("resume", "coefficients_command", "demo", "multilevel_command", "cli", "solvers", "data_archives"),
+    *("contributing", "dashboards", "sampling", "ddp"),
+)
 """Files that take longest, which begin before all others."""
 
 

@@ -80,6 +80,13 @@ def test_a_pickle_is_not_executed(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert not (tmp_path / "executed").exists()
 
 
+def test_a_checksum_that_is_no_text_is_of_a_damaged_checkpoint(tmp_path: Path) -> None:
+    path = _save(tmp_path / "step-00000005.ckpt")
+    path.with_name(path.name + ".sha256").write_bytes(b"\xb5" * 64)
+    with pytest.raises(ValueError, match=rf"^checkpoint {path} is damaged"):
+        check(path)
+
+
 def test_a_full_disk_keeps_the_old_checkpoint(tmp_path: Path) -> None:
     """The limit on file size stands for a full disk; in a child, since a limit cannot be raised again."""
     path = _save(tmp_path / "step-00000005.ckpt")

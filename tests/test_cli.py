@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import subprocess
 import sys
@@ -48,6 +49,12 @@ def sampling(experiment: str) -> bool:
     return "override /eval:" in (CONFIGS / "experiment" / f"{experiment}.yaml").read_text()
 
 
+@functools.cache
+def chosen(name: str, group: str, choice: str) -> dict[str, Any]:
+    """The options of a command with this choice."""
+    return plain(configure(name, f"{group}={choice}", *NEEDED.get((group, choice), [])))
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_lists_every_choice_without_torch(name: str, tmp_path: Path) -> None:
     code = (
@@ -78,8 +85,8 @@ def test_every_option_is_of_the_schema(name: str) -> None:
     known = {row.name for row in rows(name)} | {f"sampler.{option}" for option in plan_defaults()}
     for group, choice in CHOICES:
         if group in groups(name) and (group != "experiment" or sampling(choice) == (name == "sample")):
-            config = plain(configure(name, f"{group}={choice}", *NEEDED.get((group, choice), [])))
-            assert not {option for option in leaves(config) if not option.startswith(OPEN[1:])} - known
+            asked = leaves(chosen(name, group, choice))
+            assert not {option for option in asked if not option.startswith(OPEN[1:])} - known
 
 
 def test_a_new_option_of_plans_is_written_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,17 +114,16 @@ def leaves(node: dict[str, Any], prefix: str = "") -> Iterator[str]:
 def test_every_config_composes(group: str, choice: str) -> None:
     for name in COMMANDS:
         if group in groups(name) and (group != "experiment" or sampling(choice) == (name == "sample")):
-            check(plain(configure(name, f"{group}={choice}", *NEEDED.get((group, choice), []))))
+            check(chosen(name, group, choice))
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of diffusers
 @pytest.mark.parametrize("choice", [choice for group, choice in CHOICES if group == "sampler"])
 def test_every_sampler_config_samples(choice: str) -> None:
-    config = configure("sample", f"sampler={choice}")
-    schedule = NoiseSchedule.cosine()
+    config, schedule = chosen("sample", "sampler", choice), NoiseSchedule.cosine()
     data = MixtureDenoiser(schedule, torch.ones(1), torch.zeros(1, 3), torch.ones(1))
-    solver = solver_of(config.sampler.solver, **config.sampler.get("options", {}))
-    sampler = Sampler(data, solver=solver, steps=2, grid=config.grid, schedule=schedule, shape=(3,))
+    solver = solver_of(config["sampler"]["solver"], **config["sampler"].get("options", {}))
+    sampler = Sampler(data, solver=solver, steps=2, grid=config["grid"], schedule=schedule, shape=(3,))
     assert torch.isfinite(sampler.run([0, 1]).x).all()
 
 
@@ -372,7 +378,7 @@ def test_ranks_must_divide_the_batch(tmp_path: Path, monkeypatch: pytest.MonkeyP
     ("text", "numbers"), [("0-3", [0, 1, 2, 3]), ("0-1,5", [0, 1, 5]), (7, [7]), (" 3 - 3 , 1", [3, 1])]
 )
 def test_indices(text: str | int, numbers: list[int]) -> None:
-    assert parse_indices(text, "seeds") == numbers
+    assert [*parse_indices(text, "seeds")] == numbers
 
 
 @pytest.mark.parametrize("text", ["3-1", "a", "", "1,,2", "-1", "1-", "0-3,2", "1.5", None])

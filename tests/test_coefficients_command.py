@@ -33,7 +33,7 @@ OPTIONS = (
     "logger=jsonl",
     "model.steps=4",
     "model.budget=0.6",
-    "model.updates=12",
+    "model.updates=8",
     "model.batch_size=2",
     "model.images=4",
     "model.draws=2",
@@ -104,7 +104,7 @@ def test_the_command_learns_and_hands_over(learned: tuple[Path, str]) -> None:
 def test_what_is_logged(learned: tuple[Path, str]) -> None:
     lines = metrics(learned[0] / RUN / "metrics.jsonl")
     steps = [line for line in lines if "objective" in line]
-    assert [line["step"] for line in steps] == list(range(12))
+    assert [line["step"] for line in steps] == list(range(8))
     weight = _learned(learned[0])["about"]["lambda"]
     for line in steps:
         assert line["objective"] == pytest.approx(line["mse"] + weight * line["cost"], rel=1e-9)
@@ -116,7 +116,7 @@ def test_what_is_logged(learned: tuple[Path, str]) -> None:
 
 
 def test_a_checkpoint_holds_the_coefficients_alone(learned: tuple[Path, str]) -> None:
-    path = learned[0] / RUN / "checkpoints" / "step-00000012.ckpt"
+    path = learned[0] / RUN / "checkpoints" / "step-00000008.ckpt"
     checkpoint = torch.load(path, weights_only=True)
     assert set(checkpoint["state_dict"]) == {"alpha", "beta", "weight"}
     assert len(checkpoint["optimizer_states"][0]["state"]) == 2
@@ -148,8 +148,8 @@ def test_a_finished_run_is_left_alone(learned: tuple[Path, str]) -> None:
 
 def test_force_leaves_finished_coefficients_alone(learned: tuple[Path, str]) -> None:
     before = (learned[0] / RUN / "settings.json").read_text()
-    with pytest.raises(ValueError, match=r"is finished, with other settings \(model\.updates: 12 there, 8 now\)"):
-        _run_in(learned[0], "model.updates=8", "resume=force")
+    with pytest.raises(ValueError, match=r"is finished, with other settings \(model\.updates: 8 there, 6 now\)"):
+        _run_in(learned[0], "model.updates=6", "resume=force")
     assert (learned[0] / RUN / "settings.json").read_text() == before
     assert "already learned" in _run_in(learned[0], "resume=force")
 

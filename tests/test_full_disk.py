@@ -13,8 +13,10 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
+from mlem import Coefficients
+from mlem.cli.coefficients import _put_beside
 from mlem.data import prepare
-from mlem.files import atomic_write, folder_lock, write_json
+from mlem.files import atomic_write, check_writable, folder_lock, write_json
 from mlem.images import quantise
 from mlem.metrics import FID
 from mlem.metrics.reference import reference_statistics
@@ -77,13 +79,27 @@ def test_a_full_disk_is_said_with_the_path_and_leaves_nothing(
     assert not [*tmp_path.rglob(".*.tmp")]
 
 
-@pytest.mark.parametrize("write", [write_json, lambda path, _: folder_lock(path).__enter__()], ids=["JSON", "lock"])
-def test_a_file_in_the_place_of_a_folder_is_named(tmp_path: Path, write: Callable[[Path, dict[str, Any]], Any]) -> None:
+IN_PLACE: dict[str, Callable[[Path], Any]] = {
+    "JSON": lambda path: write_json(path, {}),
+    "lock": lambda path: folder_lock(path).__enter__(),
+    "question": check_writable,
+}
+
+
+@pytest.mark.parametrize("what", IN_PLACE)
+def test_a_file_in_the_place_of_a_folder_is_named(what: str, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(
-        NotADirectoryError, match=rf"cannot be written \(Not a directory: {tmp_path}/file/x(/y)?\); make it"
+        NotADirectoryError, match=rf"cannot be written \(Not a directory: {tmp_path}/file/x(/y)?\); make"
     ):
-        write(tmp_path / "file" / "x" / "y", {})
+        IN_PLACE[what](tmp_path / "file" / "x" / "y")
+
+
+def test_coefficients_that_cannot_be_put_beside_their_family_are_kept(tmp_path: Path) -> None:
+    (tmp_path / "family").touch()
+    learned = Coefficients(torch.zeros(2), torch.zeros(2), ("xs", "s"))
+    with pytest.warns(UserWarning, match=r"family/coefficients.json cannot be written .*; or copy .*/kept.json into"):
+        _put_beside(tmp_path / "family", learned, tmp_path / "kept.json")
 
 
 def test_an_error_of_a_file_that_is_read_stays_its_own(tmp_path: Path) -> None:

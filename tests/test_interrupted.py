@@ -23,6 +23,7 @@ from tests.commands import (
     environment,
     metrics,
     run_here,
+    run_in,
     start,
     succeed,
     wait_until,
@@ -66,6 +67,14 @@ def test_a_training_saves_and_says_so(tmp_path: Path, ranks: tuple[str, ...]) ->
         assert f"resuming from {saved.relative_to(tmp_path)}" in succeed(
             "train", *options, f"training.steps={step + 1}", "resume=force", cwd=tmp_path
         )
+
+
+def test_a_training_removes_the_half_files_of_killed_ones(tmp_path: Path) -> None:
+    half = tmp_path / RUN / "checkpoints" / ".step-00000002.ckpt.1-2.tmp"
+    half.parent.mkdir(parents=True)
+    half.touch()
+    run_in(tmp_path, lambda: run_here("train", *PLAIN, "training.steps=1"))
+    assert not half.exists()
 
 
 def test_pressed_again_a_training_ends_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,3 +204,20 @@ def test_every_tool_says_one_line(
         signal.signal(signal.SIGINT, handler)
     (line,) = capsys.readouterr().err.splitlines()
     assert ": interrupted; " in line
+
+
+def test_the_reason_of_a_failing_rank_is_said_before_it_leaves_the_others(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """When it has left them, the launcher may end it at any moment."""
+    said = []
+
+    def work(job: Any) -> None:
+        raise RuntimeError("the reason")
+
+    monkeypatch.setattr(sys, "argv", ["sample.py", "seeds=0-1"])
+    monkeypatch.setattr("mlem.cli.main.several", lambda: True, raising=False)
+    monkeypatch.setattr("mlem.cli.main.leave", lambda: said.append(capsys.readouterr().err))
+    with pytest.raises((SystemExit, RuntimeError)):
+        run("sample", work)
+    assert said[0].endswith("RuntimeError: the reason\n")

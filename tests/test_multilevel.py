@@ -15,7 +15,6 @@ from mlem.denoiser import Denoiser
 from mlem.family import Family
 from mlem.multilevel.coins import COINS
 from mlem.multilevel.denoiser import MultilevelDenoiser
-from mlem.multilevel.evaluators import PADDING
 from mlem.multilevel.plan import Plan
 from mlem.multilevel.spec import PlanSpec
 from mlem.sampling import Sampler, sample
@@ -156,14 +155,12 @@ def test_the_ledger_counts_what_the_plan_says(float64: None, options: dict[str, 
         assert ledger.evaluations == pytest.approx(plan.calls.sum().item())
 
 
-def test_the_ledger_counts_the_padding_of_sub_batches(float64: None) -> None:
-    """Each level runs on its share of the batch, filled up to a multiple of PADDING as far as the batch goes."""
+def test_each_level_runs_on_its_share_of_the_batch_alone(float64: None) -> None:
     family, batch = closed_family(), 20
     plan = Plan.draw(torch.tensor([[1.0, 0.5, 0.1]] * 6), "bernoulli", 2, per_sample=True)
     ledger = sample(family, indices=range(batch), steps=6, plan=plan).ledger
-    shares = (plan.sample_weights(torch.arange(batch)) != 0).sum(0)
-    padded = (-(-shares // PADDING) * PADDING).clamp(max=batch)
-    assert [cost.calls for cost in ledger.levels.values()] == padded.sum(0).tolist()
+    shares = (plan.sample_weights(torch.arange(batch)) != 0).sum((0, 1))
+    assert [cost.calls for cost in ledger.levels.values()] == shares.tolist()
     expected = [cost.expected_calls for cost in ledger.levels.values()]
     assert expected == pytest.approx((batch * plan.expected_calls).tolist())
 

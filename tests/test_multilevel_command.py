@@ -287,7 +287,8 @@ def test_options_shape_the_plan(here: Path, out: Path, options: tuple[str, ...],
     family = Family.load(FAMILY)
     plan = family.plan(**{"budget": 0.6, "cost": "flops", "batch_size": 4} | spec)
     seed = spec.get("seed", 0)
-    made = sample(family, indices=range(4), solver="ddpm", steps=8, batch_size=4, seed=seed, plan=plan)
+    options_of = {"solver": "ddpm", "steps": 8, "grid": "log_snr", "batch_size": 4, "seed": seed}
+    made = sample(family, indices=range(4), plan=plan, **options_of)
     assert calls(out) == {name: cost.calls / 4 for name, cost in made.ledger.levels.items()}
     stored = torch.stack([read_png(sample_path(out, index)) for index in range(4)])
     assert torch.equal(quantise(made.x), quantise(stored))

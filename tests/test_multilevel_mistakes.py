@@ -51,7 +51,7 @@ def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, *opt
         (("budget=0.5", "levels=[xs,zz]"), "level must be one of xs, s, got 'zz'"),
         (("budget=0.5", "model=unet_xs"), "budget= shares work among levels, and model= is one; leave it out"),
         (("budget=0.5", "level=s"), "level=s runs one level, budget= several; give one"),
-        (("mse=1e-9",), "mse=1e-09: the error of ddim in 50 steps on the uniform grid alone is "),
+        (("mse=1e-9",), "mse=1e-09: the error of ddim in 50 steps on the log_snr grid alone is "),
         (("plan=best", "coins=nested"), "plan=best is made already: leave out coins="),
         (("plan=best", "levels=[xs,s]"), "plan=best is made already: leave out levels="),
         (("plan=best", "per_sample=true"), "plan=best is made already: leave out per_sample="),

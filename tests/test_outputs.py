@@ -161,7 +161,7 @@ def test_a_manifest_without_its_list_is_refused(copy: Path, capsys: pytest.Captu
 def test_spans_say_what_seeds_takes(indices: list[int]) -> None:
     from mlem.cli.values import parse_indices
 
-    assert parse_indices(spans(indices), "seeds") == sorted(indices)
+    assert [*parse_indices(spans(indices), "seeds")] == sorted(indices)
 
 
 def hashes(folder: Path) -> dict[int, str]:

@@ -47,7 +47,9 @@ def test_a_run_without_a_result_is_interrupted_or_training(unet: Path) -> None:
 def test_half_a_line_and_damaged_settings_stop_nothing(unet: Path) -> None:
     before = read_run(unet)
     with open(unet / "metrics.jsonl", "a") as file:
-        file.write('{"step": 99, "val/er')
+        file.write('7\n{"step": 99, "val/er')
+    with open(unet / "metrics.jsonl", "ab") as file:
+        file.write(b"\xff\xfe")
     (unet / "settings.json").write_text("{")
     after = read_run(unet)
     assert (after.step, after.error, after.fid) == (before.step, before.error, before.fid)

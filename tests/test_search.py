@@ -126,20 +126,20 @@ def test_the_ledger_has_the_cost_that_was_promised(options: dict[str, Any]) -> N
 
 @pytest.mark.parametrize("coins", ["bernoulli", "systematic"])
 def test_own_coins_cost_what_was_promised(coins: str) -> None:
-    """On 1024 samples within 3 percent: chance, and the padding of sub-batches."""
+    """In batches of 64 too. Of 384 samples within 4 percent, which is chance."""
     options = {"budget": 0.4, "estimator": "jump", "coins": coins, "per_sample": True}
     result = sample(
         family(),
-        indices=range(1024),
-        batch_size=1024,
+        indices=range(384),
+        batch_size=64,
         solver="ddpm",
         steps=24,
         plan=family().plan(cost="flops", **options),
     )
-    spent = sum(cost.flops for cost in result.ledger.levels.values()) / 1024 / family().level().flops
+    spent = sum(cost.flops for cost in result.ledger.levels.values()) / 384 / family().level().flops
     found = plan("ddpm", 24, **options)
     assert found.about["cost"] == found.about["expected_cost"]
-    assert spent == pytest.approx(found.about["cost"], rel=0.03)
+    assert spent == pytest.approx(found.about["cost"], rel=0.04)
 
 
 def test_the_best_levels_leave_out_a_useless_one() -> None:

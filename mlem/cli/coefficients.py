@@ -21,7 +21,7 @@ from mlem.cli.ranks import world_size_of
 from mlem.cli.resume import changes, check_resume, note_settings, resume_point
 from mlem.cli.schema import Learning, Train
 from mlem.family import Family
-from mlem.files import first_process, folder_lock, read_object, write_json
+from mlem.files import clear_leftovers, first_process, folder_lock, read_object, write_json
 from mlem.multilevel.coefficients import Coefficients
 from mlem.multilevel.fitted import Fitted
 from mlem.multilevel.learning import Objective, first_coefficients, frozen
@@ -56,6 +56,8 @@ def learn_coefficients(job: Train, options: Learning) -> None:
         _say_duration(where, module)
         return
     with folder_lock(folder) if first_process() else nullcontext():
+        if first_process():
+            clear_leftovers(folder)
         settings = _settings(job, family, start, world_size)
         changed, finished = changes(job.resume, folder, settings), (folder / "coefficients.json").exists()
         if finished and changed:

@@ -19,12 +19,12 @@ from mlem.cli.ranks import all_gather, end_with_parent, fail_together, new_fabri
 from mlem.cli.schema import Network, Sample
 from mlem.cli.values import parse_indices
 from mlem.family import Family
-from mlem.files import first_process, folder_lock, sha256
+from mlem.files import clear_leftovers, first_process, folder_lock, sha256
 from mlem.ledger import Ledger
 from mlem.level import Level
 from mlem.metrics import Measure
 from mlem.multilevel.predict import Predictor
-from mlem.outputs import claim, clear_leftovers, finish, pack, sample_path, survey, write_samples
+from mlem.outputs import claim, finish, pack, sample_path, survey, write_samples
 from mlem.sampling import Sampler, solver_of
 from mlem.solvers import Solver
 from mlem.solvers.lipschitz import estimate_lipschitz

@@ -27,7 +27,7 @@ from mlem.cli.schema import Calibration, Learning, Train
 from mlem.cli.values import parse_indices
 from mlem.data import Shards, count_of, ensure
 from mlem.family import Family
-from mlem.files import damaged, first_process, folder_lock, read_object
+from mlem.files import clear_leftovers, damaged, first_process, folder_lock, read_object
 from mlem.invocation import command
 from mlem.level import Level
 from mlem.metrics import FewImagesWarning
@@ -207,6 +207,8 @@ def train_level(job: Train, level: Level, shards: Shards) -> None:
     folder = run_folder(job.root, level.name)
     # only rank 0 takes the lock: the others belong to it
     with folder_lock(folder) if first_process() else nullcontext():
+        if first_process():
+            clear_leftovers(folder)
         settings = _settings(job, level)
         changed = changes(job.resume, folder, settings)
         if not changed and _trained(folder, job.training.steps):

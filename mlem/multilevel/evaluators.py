@@ -16,7 +16,6 @@ from mlem.schedule import NoiseSchedule, expand_like
 from mlem.solvers import GridPoint
 
 __all__ = [
-    "PADDING",
     "Evaluator",
     "HeldEvaluator",
     "HindsightEvaluator",
@@ -24,9 +23,6 @@ __all__ = [
     "OwnCoinsEvaluator",
     "Program",
 ]
-
-PADDING = 8
-"""Sub-batches are filled up to a multiple of this, so that their shapes repeat."""
 
 
 class Program(NamedTuple):
@@ -84,9 +80,8 @@ class JumpEvaluator(Evaluator):
 
 
 class _Share(NamedTuple):
-    """The part of a batch that a level runs on: positions with padding, positions without, and their weights."""
+    """The part of a batch that a level runs on: positions, and their weights."""
 
-    padded: Tensor
     positions: Tensor
     weights: Tensor
 
@@ -103,7 +98,7 @@ class OwnCoinsEvaluator(Evaluator):
         total = torch.zeros_like(x)
         for level, share in zip(self._levels, self._shares[row], strict=True):
             if share is not None:
-                output = level(x[share.padded], t[share.padded])[: len(share.positions)]
+                output = level(x[share.positions], t[share.positions])
                 total = total.index_add(0, share.positions, output * expand_like(share.weights, output))
         return total
 
@@ -113,9 +108,7 @@ def _share(weights: Tensor, device: torch.device) -> _Share | None:
     positions = weights.nonzero().flatten()
     if not len(positions):
         return None
-    padding = min(-len(positions) % PADDING, len(weights) - len(positions))
-    padded = torch.cat([positions, positions[:1].expand(padding)])
-    parts = [part.to(device, non_blocking=True) for part in (padded, positions, weights[positions])]
+    parts = [part.to(device, non_blocking=True) for part in (positions, weights[positions])]
     return _Share(*parts)
 
 

@@ -11,7 +11,7 @@ folder/samples.npz, shards/   the samples packed, where `format=` asked for it
     python -m mlem.outputs merge OUT PART PART ..
 """
 
-from mlem.outputs.folder import claim, clear_leftovers, finish, write_samples
+from mlem.outputs.folder import claim, finish, write_samples
 from mlem.outputs.images import png_tree, read_pixels, read_png, sample_path, write_png
 from mlem.outputs.manifest import Survey, survey, verify
 from mlem.outputs.merge import merge
@@ -21,7 +21,6 @@ __all__ = [
     "FORMATS",
     "Survey",
     "claim",
-    "clear_leftovers",
     "finish",
     "merge",
     "pack",

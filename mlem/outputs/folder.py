@@ -17,7 +17,7 @@ from mlem.outputs.images import read_png, sample_path, write_png
 from mlem.outputs.manifest import survey, write_manifest
 from mlem.sampling import NonFiniteError, Sampler, blocks
 
-__all__ = ["GRID_IMAGES", "claim", "clear_leftovers", "differences", "finish", "write_grid", "write_samples"]
+__all__ = ["GRID_IMAGES", "claim", "differences", "finish", "write_grid", "write_samples"]
 
 GRID_IMAGES = 64
 
@@ -41,12 +41,6 @@ def claim(folder: Path, settings: dict[str, Any], what: str = "samples") -> None
             f"{folder} holds images that are not known to be samples (no settings.json); choose another out="
         )
     write_record(path, settings)
-
-
-def clear_leftovers(folder: Path) -> None:
-    """Remove the half files of killed runs; only for who holds the folder's lock."""
-    for leftover in folder.rglob(".*.tmp"):
-        leftover.unlink(missing_ok=True)
 
 
 def write_samples(

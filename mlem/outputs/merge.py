@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mlem.files import atomic_write, folder_lock, read_object, write_json
+from mlem.files import atomic_write, clear_leftovers, folder_lock, read_object, write_json
 from mlem.ledger import Ledger
-from mlem.outputs.folder import claim, clear_leftovers, differences, write_grid
+from mlem.outputs.folder import claim, differences, write_grid
 from mlem.outputs.images import sample_path
 from mlem.outputs.manifest import survey, write_manifest
 

@@ -117,9 +117,7 @@ class Sampler:
     def _fitting(self, model: Model, plan: Plan | PlanSpec, spread: bool) -> Plan:
         """The plan, made where it is a specification. Raises ValueError where it cannot be followed."""
         if not isinstance(model, Family):
-            raise ValueError(
-                "plan= chooses between the levels of a family, but the model is not a Family; leave it out"
-            )
+            raise ValueError("plan= chooses between the levels of a family, but the model is not a Family; drop it")
         plan = plan_for_use(plan, model, self.solver, self.points)
         check_estimator(self.solver, self.points, plan.estimator)
         evaluations = self.solver.evaluations(self.points)
