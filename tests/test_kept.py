@@ -44,8 +44,8 @@ def searches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return found
 
 
-def planned(family: Family, solver: str = "ddpm", steps: int = 8, **options: Any) -> Plan:
-    plan = Sampler(family, solver=solver, steps=steps, plan=family.plan(**BUDGET | options)).plan
+def planned(family: Family, solver: str = "ddpm", steps: int = 8, grid: str | None = None, **options: Any) -> Plan:
+    plan = Sampler(family, solver=solver, steps=steps, grid=grid, plan=family.plan(**BUDGET | options)).plan
     assert plan is not None
     return plan
 
@@ -65,16 +65,6 @@ def test_a_plan_is_found_once(folder: Path, searches: list[str]) -> None:
     assert json.loads(files[0].read_text())
 
 
-def _recalibrated(family: Family) -> None:
-    family.fitted = Fitted(calibrate(family, images=2, times=4, batch_sizes=[2], seed=1))
-
-
-def _retrained(family: Family) -> None:
-    with torch.no_grad():
-        next(family.level("xs").network.parameters()).mul_(1.5)
-    family = Family(family.levels)
-
-
 @pytest.mark.parametrize(
     "other",
     [{"solver": "ddim"}, {"steps": 9}, {"budget": 0.7}, {"order": 1}, {"grid": "log_snr"}],
@@ -82,23 +72,16 @@ def _retrained(family: Family) -> None:
 )
 def test_another_question_is_another_plan(folder: Path, searches: list[str], other: dict[str, Any]) -> None:
     family = Family.load(folder)
-    planned(family, solver="euler_maruyama")
-    grid = other.pop("grid", None)
-    sampler = Sampler(
-        family,
-        solver=other.pop("solver", "euler_maruyama"),
-        steps=other.pop("steps", 8),
-        grid=grid,
-        plan=family.plan(**BUDGET | other),
-    )
-    assert sampler.plan is not None
-    assert len(searches) == 2
+    planned(family, **{"steps": 10})
+    before = len(searches)
+    planned(family, **{"steps": 10} | other)
+    assert len(searches) == before + 1
 
 
 def test_another_calibration_is_another_plan(folder: Path, searches: list[str]) -> None:
     family = Family.load(folder)
     planned(family, steps=7)
-    _recalibrated(family)
+    family.fitted = Fitted(calibrate(family, images=2, times=4, batch_sizes=[2], seed=1))
     planned(family, steps=7)
     assert len(searches) == 2
 

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from mlem.family import Family
+from mlem.multilevel.fitted import Fitted
 from mlem.multilevel.planner import make_plan
 from mlem.multilevel.search import search
 from mlem.multilevel.spec import PlanSpec
@@ -177,3 +179,39 @@ def test_a_budget_of_one_is_the_largest_level_alone() -> None:
     assert found.levels == ("3",)
     assert found.about["cost"] == 32
     assert found.about["predicted_mse_of_plan"] == 0
+
+
+@pytest.mark.parametrize("estimator", ["hindsight", "held"])
+def test_where_nothing_else_fits_the_largest_level_is_left_out(estimator: str) -> None:
+    """And the run says what error that has; levels that were asked for stay."""
+    spec = family().plan(budget=0.05, cost="flops", estimator=estimator)
+    with pytest.warns(UserWarning, match=r"^budget=0.05 is less than any plan with level 3 costs; with 1.2 alone"):
+        result = sample(family(), indices=range(2), solver="ddpm", steps=24, plan=spec)
+    assert set(result.ledger.levels) == {"1", "2"}
+    with pytest.raises(ValueError, match=r"no plan costs so little"):
+        sample(
+            family(),
+            indices=range(2),
+            solver="ddpm",
+            steps=24,
+            plan=family().plan(budget=0.05, cost="flops", levels=("1", "3"), estimator=estimator),
+        )
+
+
+def test_seconds_outside_the_networks_count() -> None:
+    """A budget in seconds is a share of all that the largest level alone takes, of which steps take some anyway."""
+    found = family().fitted.calibration_for(family())
+    timed = replace(found, outside={64: {"ode": 0.0, "sde": 0.25 * found.seconds[64][-1]}})
+    other = Family(family().levels, Fitted(timed))
+    method = make_solver("ddpm")
+    grid = method.grid(COSINE, 24)
+    for coins in (None, "systematic"):
+        options = {"budget": 0.5, "estimator": "hindsight" if coins is None else "jump", "coins": coins}
+        before, after = (make_plan(PlanSpec(**options), one, method, grid) for one in (family(), other))
+        assert before.about["outside_cost"] == 0
+        assert after.about["outside_cost"] == pytest.approx(24 * 0.25)
+        assert before.about["expected_cost"] <= 0.5 * 24
+        # 1.25 a step, half of it to be spent, 0.25 of that outside
+        assert 0.375 * 24 - 1.2 < after.about["expected_cost"] <= 0.375 * 24
+        in_flops = make_plan(PlanSpec(**options, cost="flops"), other, method, grid)
+        assert in_flops.about["outside_cost"] == 0
