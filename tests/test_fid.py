@@ -374,7 +374,8 @@ def test_one_two_and_three_ranks_agree(tmp_path):
     expected = fid.compute()
     from mlem.metrics import pathwise_error
 
-    torch.multiprocessing.spawn(fid_on_ranks, (tmp_path,), nprocs=3)
+    # forked, so that they need no imports
+    torch.multiprocessing.start_processes(fid_on_ranks, (tmp_path,), nprocs=3, start_method="fork")
     for ranks in CUTS:
         for rank in range(ranks):
             results = json.loads((tmp_path / f"{ranks}-{rank}.json").read_text())
