@@ -8,6 +8,9 @@ families that are named. With `--against`, what an earlier run predicted stands 
 
 from __future__ import annotations
 
+import mlem as mlem  # before torch, whose threads shall not spin
+
+# isort: split
 import argparse
 import itertools
 import json

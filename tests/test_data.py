@@ -177,7 +177,7 @@ def test_full_disk_keeps_no_half_shard(tmp_path):
     limited = f"ulimit -f 300 && exec {' '.join(command('digits', '--out', tmp_path))}"  # 1 KiB blocks; shards are 1 MB
     result = subprocess.run(["bash", "-c", limited], capture_output=True, text=True, timeout=60)
     assert result.returncode == 2
-    assert f"error: {tmp_path}: [Errno 27] File too large" in result.stderr
+    assert f"error: {tmp_path}/shard-000000.tar cannot be written (File too large); make room there" in result.stderr
     assert "Traceback" not in result.stderr
     assert not list(tmp_path.glob("*.tar")) + list(tmp_path.glob(".*.tmp"))
     assert len(ensure("digits", tmp_path, progress=False)) == 1797
@@ -235,7 +235,7 @@ def test_wrong_source_is_refused(tmp_path, images, message):
         (["dead_leaves", "--out", "x", "--seed", "-1"], "seed must be in [0, 2**64), got -1"),
         (["dead_leaves", "--out", "x", "--r-min", "5", "--r-max", "4"], "got r_min 5.0 and r_max 4.0"),
         (["dead_leaves", "--out", "x", "--r-min", "1e-5"], "raise r_min or lower r_max"),
-        (["digits", "--out", "/dev/null/x"], "error: /dev/null/x: [Errno 20] Not a directory"),
+        (["digits", "--out", "/dev/null/x"], "error: /dev/null/x/.lock cannot be written (Not a directory"),
     ],
 )
 def test_wrong_command_gets_one_line(arguments, message, capsys, tmp_path, monkeypatch):

@@ -84,7 +84,7 @@ def test_a_calibrated_family_is_not_calibrated_again(
     assert "calibrating" not in run_in(folder, lambda: run_here("train", *TRAIN))
     assert path.read_bytes() == before
     assert not asked
-    plain = json.loads(before)
+    plain = read_json(path)
     write_record(path, plain | {"about": plain["about"] | {"weights": "others"}})
     again = [*TRAIN, "evaluation.samplers=[{solver:ddpm,steps:[2]}]"]
     assert "calibrating the family" in run_in(folder, lambda: run_here("train", *again))

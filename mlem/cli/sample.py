@@ -224,12 +224,14 @@ def _report_plan(now: Ledger, family: Family, sampler: Sampler) -> None:
     print(
         f"  in all {flops:.4g} evaluations of level {top.name} by FLOPs, where it alone would make {plan.evaluations}"
     )
+    if (seconds := plan.about.get("predicted_seconds")) is not None:
+        taken = now.wall_seconds / now.images
+        print(f"  {1e3 * seconds:.2f} ms/image were predicted from the calibration, {1e3 * taken:.2f} taken")
     predicted = plan.about.get("predicted_mse")
-    own = {"solver": sampler.solver.name, "steps": sampler.grid.steps, "grid": sampler.grid.name}
     calibration = family.fitted.calibration
     known = calibration is not None and calibration.about.get("weights") == family.weights_hash
-    # a memorised plan may run where it was not made for, or with a family that was calibrated no more
-    if predicted is not None and known and own.items() <= plan.about.items():
+    # a plan by hand says nothing of itself; the family of a memorised one may be calibrated no more
+    if predicted is not None and known:
         predictor = Predictor(family.fitted.calibration_for(family), family.schedule, sampler.solver, sampler.grid)
         alone = predictor.discretisation_at(max(1, round(flops)))
         print(

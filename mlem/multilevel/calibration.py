@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any, cast
@@ -108,6 +109,20 @@ class Calibration:
         if unit == "flops" or near not in self.outside:
             return 0.0
         return self.outside[near][kind] / self.seconds[near][-1]
+
+    def predicted_seconds(self, calls: Mapping[str, float], steps: int, kind: str, batch_size: int = 64) -> float:
+        """Wall seconds per image of a run.
+
+        Args:
+            calls: of each level, for one image.
+            steps: of the solver.
+            kind: "ode" or "sde".
+            batch_size: as for `costs`.
+        """
+        near = self._nearest(batch_size)
+        seconds = dict(zip(self.names, self.seconds[near], strict=True))
+        inside = sum(seconds[name] * count for name, count in calls.items())
+        return inside + (steps * self.outside[near][kind] if near in self.outside else 0.0)
 
     def _nearest(self, batch_size: int) -> int:
         """The measured batch size that is nearest."""

@@ -10,6 +10,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -121,14 +122,14 @@ class _Planner:
         # the corrections of an SDE are rough: extrapolating them makes it worse
         self._order = (0 if solver.stochastic else 1) if spec.order is None else spec.order
         refuse_levels(spec.levels or (), family)
+        self._kind = "sde" if solver.stochastic else "ode"
         self._predictor: Predictor | None = None
         if family.fitted.has("calibration") or spec.probabilities == "calibrated" or spec.mse is not None:
             calibration = family.fitted.calibration_for(family)
             self._predictor = Predictor(calibration, family.schedule, solver, grid)
             self._costs, self._unit = calibration.costs(spec.cost, spec.batch_size), spec.cost
             self._points = self._predictor.evaluations
-            kind = "sde" if solver.stochastic else "ode"
-            self._outside = grid.steps * calibration.outside_cost(kind, spec.cost, spec.batch_size)
+            self._outside = grid.steps * calibration.outside_cost(self._kind, spec.cost, spec.batch_size)
         else:
             flops = torch.tensor([level.flops for level in family.levels], dtype=torch.float64)
             self._costs, self._unit = flops / flops[-1], "flops"  # seconds are known of calibrated families only
@@ -152,6 +153,11 @@ class _Planner:
         about: dict[str, object] = {"solver": self._solver.name, "steps": self._grid.steps, "grid": self._grid.name}
         about |= {"cost": plan.cost(costs), "expected_cost": plan.expected_cost(costs), "cost_unit": self._unit}
         about["outside_cost"] = self._outside
+        if self._predictor is not None:
+            names, calls = plan.levels or self._family.names, cast("list[float]", plan.expected_calls.tolist())
+            about["predicted_seconds"] = self._predictor.calibration.predicted_seconds(
+                dict(zip(names, calls, strict=True)), self._grid.steps, self._kind, self._spec.batch_size
+            )
         if self._predictor is not None and bool((plan.probabilities[:, 0] == 1).all()):
             about["predicted_mse_of_plan"] = self._predictor.error(plan)
             if self._predictor.discretisation is not None:
@@ -178,9 +184,10 @@ class _Planner:
         if plan is None and self._predictor is not None:
             plan = self._best(_without_largest(self._spec, tuple(self._family.names)), budget)
         if plan is None:
+            share = self._spec.budget or 1.0
             raise ValueError(
-                f"budget={self._spec.budget} of {self._rows} evaluations is {max(budget, 0):.3g} evaluations of the "
-                "largest level: no plan costs so little; raise it, or take fewer steps"
+                f"budget={self._spec.budget} of {self._rows} evaluations is {share * self._rows:.3g} evaluations of "
+                "the largest level: no plan costs so little; raise it, or take fewer steps"
             )
         return plan
 

@@ -1,0 +1,76 @@
+"""Whether a budget in seconds is kept, and what share of a run is spent outside the networks.
+
+    python benchmarks/budgets.py FAMILY ... [--rounds 5] [--out FILE]
+
+Of calibrated families, in batches of 64 (the size that was timed): the wall seconds of a plan over what its calibration
+predicts, and over `budget` times those of the largest level alone at every step, run in turns. Run it on a machine that
+does nothing else.
+"""
+
+from __future__ import annotations
+
+import mlem as mlem  # before torch, whose threads shall not spin
+
+# isort: split
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from measuring import processor, spread
+
+from mlem.family import Family
+from mlem.files import write_json
+from mlem.sampling import Sampler
+
+BATCH = 64
+CASES = (("ddpm", 32), ("ddpm", 128), ("dpm_solver_pp", 32), ("dpm_solver_pp", 128))
+BUDGETS = (0.3, 0.5)
+
+
+def row_of(family: Family, solver: str, steps: int, budget: float, rounds: int) -> dict[str, Any]:
+    """One plan against the largest level alone."""
+    plan = family.plan(budget=budget)
+    samplers = {"plan": Sampler(family, solver=solver, steps=steps, plan=plan)}
+    samplers["alone"] = Sampler(family, solver=solver, steps=steps)
+    about = samplers["plan"].plan.about if samplers["plan"].plan is not None else {}
+    for sampler in samplers.values():
+        sampler.run(range(BATCH))
+    wall: dict[str, list[float]] = {name: [] for name in samplers}
+    outside: dict[str, list[float]] = {name: [] for name in samplers}
+    for _ in range(rounds):
+        for name, sampler in samplers.items():
+            ledger = sampler.run(range(BATCH)).ledger
+            wall[name].append(ledger.wall_seconds)
+            outside[name].append(100 * (1 - ledger.network_seconds / ledger.wall_seconds))
+    promised = [budget * alone for alone in wall["alone"]]
+    return {
+        "family": family.data,
+        "solver": solver,
+        "steps": steps,
+        "budget": budget,
+        "wall over promised": spread([a / b for a, b in zip(wall["plan"], promised, strict=True)]),
+        "wall over predicted": spread([a / (BATCH * about["predicted_seconds"]) for a in wall["plan"]]),
+        "percent outside, plan": spread(outside["plan"]),
+        "percent outside, largest level": spread(outside["alone"]),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("families", nargs="+", type=Path, help="folders of calibrated families")
+    parser.add_argument("--rounds", type=int, default=5, help="how often each pair is measured (default 5)")
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("budgets.json"))
+    options = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    for folder in options.families:
+        family = Family.load(folder)
+        for solver, steps in CASES:
+            for budget in BUDGETS:
+                rows.append(row_of(family, solver, steps, budget, options.rounds))
+                print(json.dumps(rows[-1]), flush=True)
+    write_json(options.out, {"machine": processor(), "rounds": options.rounds, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()
