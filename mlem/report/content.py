@@ -6,7 +6,8 @@ A folder is one run (`runs/digits/unet_s`) or holds several (`runs/digits`); wha
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -128,14 +129,17 @@ class _Drawer:
 
     def __call__(self, title: str, lines: Mapping[str, Line], x: str, y: str, logarithmic: bool = False) -> None:
         if lines:
-            drawn = _png(lambda path: curves(lines, path, x, y, title, logarithmic))
+            frozen = tuple((name, tuple(line[0]), tuple(line[1])) for name, line in lines.items())
+            drawn = _curves(frozen, x, y, title, logarithmic)
             self.figures.append(figure(drawn, f"Figure: {title}, {y} against {x}, for {', '.join(lines)}", f"{title}."))
 
 
-def _png(draw: Callable[[Path], None]) -> bytes:
+@lru_cache(64)
+def _curves(lines: tuple[tuple[str, tuple[float, ...], tuple[float, ...]], ...], *labels: Any) -> bytes:
+    """The PNG of these lines: once, though a command writes the report after its training and after its evaluation."""
     with TemporaryDirectory() as folder:
         path = Path(folder) / "figure.png"
-        draw(path)
+        curves({name: (x, y) for name, x, y in lines}, path, *labels)
         return path.read_bytes()
 
 
