@@ -77,9 +77,11 @@ def assert_same(a: Tensor, b: Tensor) -> None:
     torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("steps", [10, 50, 1000])
-@pytest.mark.parametrize("spacing", ["trailing", "leading"])
+@pytest.mark.parametrize(
+    ("spacing", "steps"), [("trailing", 10), ("trailing", 50), ("leading", 10), ("leading", 50), ("leading", 1000)]
+)
 def test_ddim(spacing: str, steps: int) -> None:
+    """At 1,000 steps both spacings visit every timestep."""
     x, x_T = ours("ddim", steps, spacing)
     scheduler = DDIMScheduler(**COMMON, timestep_spacing=spacing, set_alpha_to_one=True, clip_sample=False)
     assert_same(x, run_diffusers(scheduler, steps, x_T))
