@@ -47,6 +47,9 @@ class CorrectionCovariance:
         self._ways = np.diff(shares, prepend=0.0)
         begun = self._starts[:-1][self._starts[:-1] < self._starts[1:]]
         self._ways[begun] = shares[begun]
+        # in order of time, the first row of each row's cell and the first after it
+        self._begins, self._ends = (self._starts[self._cell[self._order] + after] for after in (0, 1))
+        self._changes = self._change[:, :, self._cell]
 
     def energy(self, deviations: Array) -> Array:
         """The quadratic form: (.., C, R) -> (..)."""
@@ -65,13 +68,14 @@ class CorrectionCovariance:
 
     def times(self, deviations: Array) -> Array:
         """The matrix times a vector: (C, R) -> (C, R)."""
-        straight = np.einsum("ktls,ls->kt", self._inner, deviations @ self._weights) @ self._weights.T
-        running = np.cumsum(self._ways * self._after(deviations), axis=-1)
-        running -= np.concatenate([np.zeros_like(running[:, :1]), running], 1)[:, self._starts[self._cell[self._order]]]
-        least = np.empty_like(running)
-        least[:, self._order] = running  # sum_j min(s(i), s(j)) d(j), within the cell
+        size = self._inner.shape[0] * self._inner.shape[1]
+        knots = self._inner.reshape(size, size) @ (deviations @ self._weights).ravel()
+        straight = knots.reshape(self._inner.shape[:2]) @ self._weights.T
+        running = _sums(self._ways * self._after(deviations))
+        least = np.empty_like(deviations)
+        least[:, self._order] = running[:, 1:] - running[:, self._begins]  # sum_j min(s(i), s(j)) d(j), within the cell
         bridge = least - self._share * self._by_cell(deviations * self._share)[:, self._cell]
-        return straight + np.einsum("klr,lr->kr", self._change[:, :, self._cell], bridge)
+        return straight + (self._changes * bridge).sum(1)
 
     def block(self, corrections: NDArray[np.intp], rows: NDArray[np.intp]) -> Array:
         """The part of the matrix of these corrections (c,) at these rows (N,): (c, N, c, N)."""
@@ -93,20 +97,23 @@ class CorrectionCovariance:
     def at_same_row(self) -> Array:
         """Mean of `q_k(i) q_l(i)`: (C, C, R)."""
         straight = np.einsum("rt,ktls,rs->klr", self._weights, self._inner, self._weights, optimize=True)
-        return straight + self._change[:, :, self._cell] * (self._share - self._share**2)
+        return straight + self._changes * (self._share - self._share**2)
 
     def _after(self, deviations: Array) -> Array:
         """In order of time, the sum of what lies in the same cell from each row on: (.., R) -> (.., R)."""
-        ordered = deviations[..., self._order]
-        passed = np.concatenate([np.zeros_like(ordered[..., :1]), np.cumsum(ordered, axis=-1)], -1)
-        end = self._starts[self._cell[self._order] + 1]
-        return passed[..., end] - passed[..., :-1]
+        passed = _sums(deviations[..., self._order])
+        return passed[..., self._ends] - passed[..., :-1]
 
     def _by_cell(self, values: Array) -> Array:
         """Sums over the rows of each cell: (.., R) -> (.., T-1)."""
-        ordered = values[..., self._order]
-        passed = np.concatenate([np.zeros_like(ordered[..., :1]), np.cumsum(ordered, axis=-1)], -1)
-        return np.diff(passed[..., self._starts], axis=-1)
+        return np.diff(_sums(values[..., self._order])[..., self._starts], axis=-1)
+
+
+def _sums(values: Array) -> Array:
+    """Of nothing, of the first, of the first two, ..: (.., R) -> (.., R + 1)."""
+    sums = np.zeros((*values.shape[:-1], values.shape[-1] + 1))
+    np.cumsum(values, axis=-1, out=sums[..., 1:])
+    return sums
 
 
 def knot_weights(times: Array, knots: Array) -> Array:

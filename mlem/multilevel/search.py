@@ -133,7 +133,9 @@ class _Search:
         A row that is moved away from its neighbour may cost more: what comes after it is held, or revised.
         """
         holding = Holding(self._order, found.length)
-        state = _Moving(found, self._deviations(found.measured[None], holding)[0], self._covariance)
+        table = found.measured[None]
+        deviations, cost = self._deviations(table, holding)[0], self._cost(table).item()
+        state = _Moving(found, deviations, cost, self._covariance)
         for _ in range(PASSES):
             if (before := state.energy) <= negligible:
                 break
@@ -171,9 +173,20 @@ class _Search:
 
     def _fitting(self, tables: Table) -> NDArray[np.bool_]:
         """Which of these tables (N, R, K) cost no more than the budget: (N,)."""
+        return self._cost(tables) <= self._budget
+
+    def _cost(self, tables: Table) -> Array:
+        """What these tables (N, R, K) cost: (N,)."""
         counts = torch.from_numpy(tables).long()
         runs = self._estimator.runs(counts, counts, self._order)
-        return ((runs.sum(1) * self._costs).sum(1) <= self._budget).numpy()
+        return (runs.sum(1) * self._costs).sum(1).numpy()
+
+    def _cost_after(self, state: _Moving, row: int, place: int) -> float:
+        """What the table costs when the measurements of a row are moved; rows far from both cost what they did."""
+        near = slice(*state.reach(range(len(self.levels)), min(row, place), max(row, place), 3))
+        window = state.measured[near]
+        before, after = self._cost(np.stack([window, _moved(window, row - near.start, place - near.start)])).tolist()
+        return state.cost + after - before
 
     def _energies(self, tables: Table, length: float | None) -> list[float]:
         """Predicted errors of many tables: (N, R, K) -> N."""
@@ -200,9 +213,9 @@ class _Search:
         for number in np.argsort(gains, kind="stable").tolist():
             if gains[number] >= 0:
                 return
-            moved = _moved(state.measured, row, places[number])
-            if self._fitting(moved[None])[0]:
-                state.accept(moved, change, number, float(gains[number]))
+            cost = self._cost_after(state, row, places[number])
+            if cost <= self._budget:
+                state.accept(_moved(state.measured, row, places[number]), change, number, float(gains[number]), cost)
                 return
 
     def _change(self, state: _Moving, row: int, places: Sequence[int], holding: Holding) -> _Change:
@@ -211,7 +224,7 @@ class _Search:
         Nothing changes beyond the second measurement on either side, and nothing is computed there.
         """
         levels = [level for level in range(1, len(self.levels)) if state.measured[row, level]]
-        first, end = state.reach(levels, min(row, *places), max(row, *places))
+        first, end = state.reach(levels, min(row, *places), max(row, *places), 2)
         window = state.measured[first:end]
         tables = np.stack([window, *(_moved(window, row - first, place - first) for place in places)])
         pairs = [(level, one) for level in levels for one in self._groups[level - 1]]
@@ -236,11 +249,11 @@ class _Change(NamedTuple):
 class _Moving:
     """A table whose measurements are moved, one row's after another's, and what that does to its error.
 
-    measured: the table. taken: (R,), the rows at which a correction is measured. energy: the error.
+    measured: the table. taken: (R,), the rows at which a correction is measured. energy, cost: its error and its cost.
     """
 
-    def __init__(self, found: _Candidate, deviations: Array, covariance: CorrectionCovariance) -> None:
-        self.energy, self._covariance, self._deviations = found.energy, covariance, deviations
+    def __init__(self, found: _Candidate, deviations: Array, cost: float, covariance: CorrectionCovariance) -> None:
+        self.energy, self.cost, self._covariance, self._deviations = found.energy, cost, covariance, deviations
         self._set(found.measured)
 
     def _set(self, measured: Table) -> None:
@@ -249,13 +262,13 @@ class _Moving:
         self._places = [np.flatnonzero(column) for column in measured.T]
         self._slope = 2 * self._covariance.times(self._deviations)
 
-    def reach(self, levels: Sequence[int], low: int, high: int) -> tuple[int, int]:
-        """From the second measurement of any of these levels before a row to the end of the second after another."""
+    def reach(self, levels: Sequence[int], low: int, high: int, count: int) -> tuple[int, int]:
+        """From so many measurements of any of these levels before a row to the end of as many after another."""
         first, end = low, high + 1
         for places in (self._places[level] for level in levels):
             before, after = np.searchsorted(places, [low, high + 1]).tolist()
-            first = min(first, places[max(before - 2, 0)])
-            end = max(end, places[after + 1] + 1 if after + 1 < len(places) else len(self.measured))
+            first = min(first, places[max(before - count, 0)])
+            end = max(end, places[after + count - 1] + 1 if after + count <= len(places) else len(self.measured))
         return int(first), int(end)
 
     def gains(self, change: _Change) -> Array:
@@ -265,9 +278,9 @@ class _Moving:
         slope = self._slope[change.corrections[:, None], change.rows].ravel()
         return flat @ slope + ((flat @ block.reshape(len(slope), -1)) * flat).sum(1)
 
-    def accept(self, measured: Table, change: _Change, number: int, gain: float) -> None:
-        """Make that move, which gives this table."""
-        self.energy += gain
+    def accept(self, measured: Table, change: _Change, number: int, gain: float, cost: float) -> None:
+        """Make that move, which gives this table at this cost."""
+        self.energy, self.cost = self.energy + gain, cost
         self._deviations[change.corrections[:, None], change.rows] += change.by[number]
         self._set(measured)
 
