@@ -25,7 +25,7 @@ from mlem.sampling import Sampler
 
 BATCH = 64
 CASES = (("ddpm", 32), ("ddpm", 128), ("dpm_solver_pp", 32), ("dpm_solver_pp", 128))
-BUDGETS = (0.3, 0.5)
+BUDGETS = (0.5, 0.7)
 
 
 def row_of(family: Family, solver: str, steps: int, budget: float, rounds: int) -> dict[str, Any]:

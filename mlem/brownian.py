@@ -60,6 +60,7 @@ AT_ONCE = 1 << 16
 """Numbers that are drawn at once: more would leave the cache, fewer be all overhead."""
 
 
+@functools.lru_cache(4096)
 def _split(left: int, right: int) -> int:
     """The roundest timestep strictly inside, the one nearest to the middle."""
     span = next(span for span in _SPANS if (left // span + 1) * span < right)
@@ -163,8 +164,10 @@ class BrownianPath:
         if step > self._last:
             raise ValueError(f"a Brownian path is read with falling times; {t} comes after {self._last / 1000}")
         if step != self._last:
-            self._look_ahead(step)
-            for split in _route(self._cells, step):
+            splits = list(_route(self._cells, step))
+            if splits and splits[0] not in self._ready:
+                self._draw(splits, step)
+            for split in splits:
                 self._values[split.here] = self._bridge(split)
             ends = {0, step, *(end for cell in self._cells for end in cell)}
             self._values = {end: value for end, value in self._values.items() if end in ends}
@@ -221,15 +224,12 @@ class BrownianPath:
             at_right = torch.where(rows(down), value, at_right)
         return left, at_left, right, at_right
 
-    def _look_ahead(self, step: float) -> None:
-        """Draw the normals on the way to this step, and to as many of the coming ones as are drawn well at once."""
+    def _draw(self, splits: Sequence[_Split], step: float) -> None:
+        """Draw the normals of these splits, which lead to `step`, and of as many coming ones as go well at once."""
         while self._coming and self._coming[0] >= step:
             self._coming.popleft()
-        cells = list(self._cells)
-        splits = list(_route(cells, step))
-        if any(split in self._ready for split in splits):
-            return
         self._ready.clear()
+        cells, splits = list(self._cells), list(splits)
         room = AT_ONCE // (len(self._indices) * math.prod(self._shape))
         for coming in self._coming:
             if len(splits) >= room:
@@ -244,9 +244,7 @@ class BrownianPath:
 
     def _bridge(self, split: _Split) -> Tensor:
         """B at the time of the split, given B at the ends of its cell."""
-        left, here, right = (_clock(self._schedule, step) for step in split)
-        weight = (here - left) / (right - left)
-        spread = math.sqrt((here - left) * (right - here) / (right - left))
+        weight, spread = _bridging(self._schedule, split)
         at_left, at_right = self._values[split.left], self._values[split.right]
         return at_left * (1 - weight) + at_right * weight + self._ready.pop(split) * spread
 
@@ -261,3 +259,10 @@ def _step(t: float) -> float:
 def _clock(schedule: NoiseSchedule, step: float) -> float:
     """kappa^2 at a timestep."""
     return schedule.kappa(step / NUM_TIMESTEPS).item() ** 2
+
+
+@functools.lru_cache(4096)
+def _bridging(schedule: NoiseSchedule, split: _Split) -> tuple[float, float]:
+    """How far a split is on the way in the clock kappa^2, from 0 to 1, and the deviation of a Brownian bridge there."""
+    left, here, right = (_clock(schedule, step) for step in split)
+    return (here - left) / (right - left), math.sqrt((here - left) * (right - here) / (right - left))
