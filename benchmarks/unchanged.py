@@ -39,7 +39,7 @@ from torch import Tensor
 from unchanged_checks import CHECKS, KEPT, Items
 from unchanged_files import attempt
 
-TIMELESS = re.compile(r"second|\btime\b|\bdate\b|device|commit|version|^format$|system/")
+TIMELESS = re.compile(r"second|outside|\btime\b|\bdate\b|device|commit|version|^format$|system/")
 """Keys of what was measured, or says when and by which code: left out."""
 ABSENT = ["-", "-"]
 """The hashes of what is not there."""
