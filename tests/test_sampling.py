@@ -404,4 +404,5 @@ def test_a_start_that_is_not_pure_noise_is_warned_of(schedule: NoiseSchedule, gr
 def test_betas_that_are_rescaled_end_in_pure_noise() -> None:
     """As `docs/solvers.md` says; `filterwarnings = error` makes a warning a failure."""
     schedule = NoiseSchedule.linear(0.001, 0.2, 100)
+    assert schedule.alpha(1.0).square() < 1e-4
     Sampler(gaussian(schedule), schedule=schedule, shape=(3,), steps=5)

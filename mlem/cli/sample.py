@@ -226,7 +226,7 @@ def _report_plan(now: Ledger, family: Family, sampler: Sampler) -> None:
     )
     if (seconds := plan.about.get("predicted_seconds")) is not None:
         taken = now.wall_seconds / now.images
-        print(f"  {1e3 * seconds:.2f} ms/image were predicted from the calibration, {1e3 * taken:.2f} taken")
+        print(f"  {1e3 * seconds:.2f} ms/image were predicted, in batches as calibrated, and {1e3 * taken:.2f} taken")
     predicted = plan.about.get("predicted_mse")
     calibration = family.fitted.calibration
     known = calibration is not None and calibration.about.get("weights") == family.weights_hash
