@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from mlem.multilevel.fitted import Fitted
 from mlem.multilevel.kept import MOST, KeptPlans
 from mlem.multilevel.plan import Plan
 from mlem.sampling import Sampler
+from mlem.solvers import GridPoint, make_solver
 from tests.problems import level
 
 BUDGET = {"budget": 0.6, "cost": "flops"}
@@ -76,6 +78,19 @@ def test_another_question_is_another_plan(folder: Path, searches: list[str], oth
     before = len(searches)
     planned(family, **{"steps": 10} | other)
     assert len(searches) == before + 1
+
+
+def test_solvers_differ_by_what_their_parts_hold(folder: Path) -> None:
+    """Numbers, tables, tensors and objects; what holds itself is no endless tale."""
+    family, found = Family.load(folder), set[str]()
+    parts = [1, 2, [1, 2], torch.ones(2), torch.zeros(2), SimpleNamespace(a=1), SimpleNamespace(a=2)]
+    parts[-1].itself = parts[-1]  # type: ignore[union-attr]
+    for part in parts:
+        solver = make_solver("ddim")
+        solver.part = part  # type: ignore[attr-defined]
+        points = GridPoint.of(family.schedule, solver.grid(family.schedule, 4))
+        found.add(identity.identity(family, solver, points)["settings"])
+    assert len(found) == len(parts)
 
 
 def test_another_calibration_is_another_plan(folder: Path, searches: list[str]) -> None:

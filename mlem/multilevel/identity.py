@@ -100,15 +100,19 @@ def _described(own: Mapping[str, Any]) -> str:
     return f"{own['solver']} in {own['steps']} steps on the {own['grid']} grid"
 
 
-def _plain(value: Any) -> Any:
-    """Options of a solver as JSON; of objects their class."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
+def _plain(value: Any, depth: int = 4) -> Any:
+    """Options of a solver as JSON; of objects their class and, to that depth, what they hold."""
+    if value is None or isinstance(value, str | int | float):
+        return value
     if isinstance(value, Tensor):
         return value.tolist()
-    return value if value is None or isinstance(value, str | int | float) else type(value).__name__
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner, depth) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner, depth) for inner in value]
+    if isinstance(value, type) or not hasattr(value, "__dict__") or depth == 0:
+        return type(value).__name__
+    return {type(value).__name__: _plain(vars(value), depth - 1)}
 
 
 def _hashed(plain: Any) -> str:
