@@ -8,7 +8,7 @@ own package) a weighted sum of levels are all denoisers, and every solver takes 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -19,6 +19,7 @@ from mlem.schedule import NUM_TIMESTEPS, NoiseSchedule, expand_like
 __all__ = [
     "PREDICTIONS",
     "AnyDtype",
+    "Conditional",
     "Denoiser",
     "HoldsNetwork",
     "MixtureDenoiser",
@@ -26,6 +27,7 @@ __all__ = [
     "Scheduled",
     "check_prediction",
     "gaussian_denoiser",
+    "of_rows",
     "prediction_to_eps",
     "training_target",
 ]
@@ -61,6 +63,24 @@ class HoldsNetwork(Protocol):
     network: Any
 
 
+@runtime_checkable
+class Conditional(Protocol):
+    """A denoiser that may be told more of its samples than x and t."""
+
+    def given(self, conditions: Mapping[str, Tensor], /) -> Denoiser:
+        """The same denoiser for a batch with these conditions, (B, ...) each."""
+        ...
+
+    def rows(self, positions: Tensor | slice, /) -> Denoiser:
+        """The same denoiser for these rows of its batch, which may be repeated."""
+        ...
+
+
+def of_rows(denoiser: Denoiser, positions: Tensor | slice) -> Denoiser:
+    """The denoiser for some rows of its batch: itself where all rows are alike to it."""
+    return denoiser.rows(positions) if isinstance(denoiser, Conditional) else denoiser
+
+
 def check_prediction(prediction: str) -> str:
     """`prediction` itself; raises ValueError when it is not one of PREDICTIONS."""
     if prediction not in PREDICTIONS:
@@ -86,7 +106,9 @@ def prediction_to_eps(prediction: str, output: Tensor, x: Tensor, alpha: Tensor,
 
 
 class NetworkDenoiser:
-    """A network under a schedule. network(x, timestep) may return a tensor or an object with `.sample` (diffusers).
+    """A network under a schedule.
+
+    network(x, timestep, **conditions) may return a tensor or an object with `.sample` (diffusers).
 
     The network is fed in its own dtype; its output is turned into eps in the dtype of x. In float64 that loses
     nothing: `x_0 = y - kappa eps` would magnify a float32 rounding of eps by kappa, up to 400.
@@ -98,6 +120,7 @@ class NetworkDenoiser:
         self.network, self.schedule, self.prediction = network, schedule, check_prediction(prediction)
         parameter = next(network.parameters(), None) if isinstance(network, nn.Module) else None
         self.dtype = torch.get_default_dtype() if parameter is None else parameter.dtype
+        self.conditions: dict[str, Tensor] = {}
 
     def through(self, network: Callable[..., Any]) -> NetworkDenoiser:
         """The same denoiser calling `network` instead: something that stands before its own, such as a meter."""
@@ -105,9 +128,23 @@ class NetworkDenoiser:
         other.network = network
         return other
 
+    def given(self, conditions: Mapping[str, Tensor]) -> NetworkDenoiser:
+        """The same denoiser for a batch with these conditions, (B, ...) each, which the network gets by name."""
+        other = copy.copy(self)
+        other.conditions = {
+            name: value.to(self.dtype) if value.is_floating_point() else value for name, value in conditions.items()
+        }
+        return other
+
+    def rows(self, positions: Tensor | slice) -> NetworkDenoiser:
+        """The same denoiser for these rows of its batch, which may be repeated."""
+        if not self.conditions:
+            return self
+        return self.given({name: value[positions] for name, value in self.conditions.items()})
+
     def predict(self, x: Tensor, t: Tensor) -> Tensor:
         """The network's raw output at t: like x. The timestep `N t - 1` stays in full precision under autocast."""
-        output = self.network(x.to(self.dtype), t.float() * NUM_TIMESTEPS - 1)
+        output = self.network(x.to(self.dtype), t.float() * NUM_TIMESTEPS - 1, **self.conditions)
         return getattr(output, "sample", output).to(x.dtype)
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:

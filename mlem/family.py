@@ -4,21 +4,27 @@ family/family.json                  the levels in order
 family/level_xs/                    a level: see `mlem.level`
 family/calibration.json, ..         what was fitted to the levels: see `mlem.multilevel.fitted`
 family/found/                       plans that were found: see `mlem.multilevel.kept`
+family/guided/0123456789abcdef/     what was fitted to the family under guidance
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mlem.arguments import named
+from mlem.conditions import ConditionSource, conditions_of
+from mlem.denoiser import NetworkDenoiser
 from mlem.files import check_format, damaged, read_object, remove, write_record
+from mlem.guidance import GuidedNetwork, guided_level
 from mlem.level import FORMAT, Level
 from mlem.multilevel.fitted import Fitted
 from mlem.multilevel.kept import KeptPlans
@@ -35,18 +41,26 @@ class Family:
         levels: one or more.
         fitted: what was fitted to these levels.
         kept: where plans that were found are kept; by default in memory.
+        folder: where what is fitted is kept, if anywhere.
 
     Raises:
         ValueError: levels disagree on schedule, prediction, shape or data set, share a name, or are out of order of
             cost; both sides are named.
     """
 
-    def __init__(self, levels: Sequence[Level], fitted: Fitted | None = None, kept: KeptPlans | None = None) -> None:
+    def __init__(
+        self,
+        levels: Sequence[Level],
+        fitted: Fitted | None = None,
+        kept: KeptPlans | None = None,
+        folder: Path | None = None,
+    ) -> None:
         if not levels:
             raise ValueError("a family needs at least one level")
         self.levels = tuple(levels)
         self.fitted = fitted or Fitted()
         self.kept = kept or KeptPlans()
+        self.folder = folder
         self._weights_hash: str | None = None
         for name in self.names:
             if self.names.count(name) > 1:
@@ -100,6 +114,8 @@ class Family:
         if self._weights_hash is None:
             digest = hashlib.sha256()
             for level in self.levels:
+                if isinstance(level.network, GuidedNetwork):
+                    digest.update(json.dumps(level.network.identity, sort_keys=True).encode())
                 for name, tensor in level.network.state_dict().items():
                     digest.update(f"{level.name}/{name}".encode())
                     # as bytes: NumPy has no bfloat16
@@ -115,12 +131,55 @@ class Family:
             raise ValueError(f"level must be one of {', '.join(self.names)}, got {name!r}")
         return self.levels[self.names.index(name)]
 
+    def guided(
+        self,
+        scale: float,
+        *,
+        null: Mapping[str, Any] | None = None,
+        weak: str | Level | None = None,
+        interval: tuple[float, float] | None = None,
+    ) -> Family:
+        """The family under guidance, every level alike: `null + scale (conditioned - null)`; see `mlem.guidance`.
+
+        It has calibrations, coefficients and plans of its own, which fit this guidance alone.
+
+        Args:
+            scale: 1 is none; class-conditional networks are commonly run at 1.5 to 7.5.
+            null: name of a condition -> what the null side is told instead, a label or a row of numbers; by default
+                "no class" of every label.
+            weak: autoguidance: the null side is this level, told the same. A name is that of the cheapest level, which
+                then stays as it is.
+            interval: noise-to-signal ratios between which guidance acts, such as (0.2, 5.0); None: at all.
+
+        Raises:
+            ValueError: nothing could be left out, or levels do not fit together.
+        """
+        by = self.level(weak) if isinstance(weak, str) else weak
+        if isinstance(weak, str) and weak != self.names[0]:
+            raise ValueError(f"weak={weak} must be the cheapest level, {self.names[0]}, or a level of another family")
+        levels = [
+            level if level is by else guided_level(level, scale, null=null, weak=by, interval=interval)
+            for level in self.levels
+        ]
+        guided = Family(levels, kept=self.kept)
+        if self.folder is not None:
+            guided.folder = self.folder / "guided" / guided.weights_hash
+            guided.fitted = Fitted.load(guided.folder)
+        return guided
+
+    def denoisers_for(self, indices: Tensor, conditions: ConditionSource | None = None) -> list[NetworkDenoiser]:
+        """The levels as denoisers of the samples with these indices (B,), told what they are told of them."""
+        told = conditions_of(self.levels, conditions, indices)
+        return [level.denoiser.given(own) for level, own in zip(self.levels, told, strict=True)]
+
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the family, which is there whole or not at all; the one that was there stays until all is written.
 
         The levels are written in a folder aside. Then `family.json` is taken away, levels take the place of levels, and
         the new `family.json` comes last: cut short in between, there is no family, and never one of old and new levels.
         """
+        if any(isinstance(level.network, GuidedNetwork) for level in self.levels):
+            raise ValueError("a family under guidance is not saved; save the one that is guided, and guide it when loaded")
         folder = Path(folder)
         aside = folder / ".saving"
         shutil.rmtree(aside, ignore_errors=True)  # of a save that was killed
@@ -169,4 +228,4 @@ class Family:
         levels = [Level.load(one, own.pop(name, None)) for one, name in zip(folders, about["levels"], strict=True)]
         if own:
             raise ValueError(f"networks= names {next(iter(own))!r}; the levels are {', '.join(about['levels'])}")
-        return Family(levels, Fitted.load(folder), KeptPlans(folder))
+        return Family(levels, Fitted.load(folder), KeptPlans(folder), folder)

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from mlem.files import damaged
+from mlem.guidance import GuidedNetwork
 
 __all__ = ["Ledger", "LevelLedger", "Meter", "Network"]
 
-Network: TypeAlias = Callable[[Tensor, Tensor], Any]
-"""network(x, t): a tensor, or an object with `.sample`, as diffusers' networks return."""
+Network: TypeAlias = Callable[..., Any]
+"""network(x, t, **conditions): a tensor, or an object with `.sample`, as diffusers' networks return."""
 
 
 @dataclass
@@ -94,25 +95,30 @@ def _number(value: Any) -> Any:
 class Meter:
     """Counts the calls of a network, or of a denoiser without one, and the seconds spent in it.
 
-    Calls never wait for a device; only `collect` does.
+    Calls never wait for a device; only `collect` does. A guided network counts as the two that it calls.
+
+    Attributes:
+        images: rows that it was asked for since the last `collect`.
     """
 
     def __init__(self, network: Network, flops: float) -> None:
         self.network, self._flops = network, flops
-        self._images, self._seconds = 0, 0.0
+        self.images, self._twice, self._seconds = 0, 0, 0.0
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
-    def __call__(self, x: Tensor, t: Tensor) -> Any:
-        self._images += len(x)
+    def __call__(self, x: Tensor, t: Tensor, **conditions: Tensor) -> Any:
+        self.images += len(x)
+        if isinstance(self.network, GuidedNetwork):
+            self._twice += self.network.evaluations(t)
         if x.device.type == "cuda":
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()
-            output = self.network(x, t)
+            output = self.network(x, t, **conditions)
             end.record()
             self._events.append((start, end))
             return output
         begin = time.perf_counter()
-        output = self.network(x, t)
+        output = self.network(x, t, **conditions)
         self._seconds += time.perf_counter() - begin
         return output
 
@@ -121,6 +127,11 @@ class Meter:
         for start, end in self._events:
             end.synchronize()
             self._seconds += start.elapsed_time(end) / 1000
-        cost = LevelLedger(self._images, self._images, self._seconds, self._images * self._flops)
-        self._images, self._seconds, self._events = 0, 0.0, []
+        flops = self.images * self._flops
+        if isinstance(self.network, GuidedNetwork):
+            share = self.network.weak_share
+            flops = self._flops * (self.images * (1 - share) + self._twice * share)
+        calls = self.images + self._twice
+        cost = LevelLedger(calls, calls, self._seconds, flops)
+        self.images, self._twice, self._seconds, self._events = 0, 0, 0.0, []
         return cost

@@ -16,9 +16,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from mlem import networks
+from mlem.conditions import ConditionSource, conditions_of, described
 from mlem.denoiser import NetworkDenoiser, check_prediction
 from mlem.files import check_format, damaged, read_object, sha256, write_json, write_record
 from mlem.schedule import NoiseSchedule
@@ -37,8 +38,8 @@ class Level:
 
     Args:
         name: a file name without separators.
-        network: `network(x, timestep)` gives a tensor like x, or an object that has it as `.sample`; x: (B, *shape),
-            timestep: (B,) float32.
+        network: `network(x, timestep, **conditions)` gives a tensor like x, or an object that has it as `.sample`; x:
+            (B, *shape), timestep: (B,) float32.
         schedule: of the noise.
         shape: of one sample: (C, H, W) for images, (D,), (T, D) or any other.
         prediction: what the network predicts: "v", "eps" or "x0".
@@ -46,6 +47,8 @@ class Level:
         measured: plain numbers, such as `error` (held-out denoising error), `seconds` (per image) and `steps` (of
             training).
         flops: floating-point operations to evaluate one sample; None: torch counts them.
+        conditions: what the network is told beside x and t: name of its argument -> number of classes, or shape of a
+            sample's row, such as {"class_labels": 10} or {"encoder_hidden_states": (77, 768)}.
 
     Raises:
         ValueError: names an argument that is out of range.
@@ -62,6 +65,7 @@ class Level:
         measured: Mapping[str, Any] | None = None,
         *,
         flops: int | None = None,
+        conditions: Mapping[str, int | Sequence[int]] | None = None,
     ) -> None:
         check_prediction(prediction)
         check_name("level name", name)
@@ -71,6 +75,7 @@ class Level:
         self.shape = _checked_shape(shape)
         self.prediction, self.data = prediction, data
         self.measured: dict[str, Any] = dict({} if measured is None else measured)
+        self.conditions = described(conditions)
         self._flops = flops
         if len(self.shape) == 3:
             networks.to_channels_last(network)
@@ -78,7 +83,7 @@ class Level:
     @cached_property
     def flops(self) -> int:
         """Floating-point operations for one sample. Raises ValueError when torch cannot count them."""
-        found = self._flops or networks.flops(self.network, self.shape)
+        found = self._flops or networks.flops(self.network, self.shape, self.conditions)
         if not found:
             raise ValueError(
                 f"torch counts no FLOPs in level {self.name} ({type(self.network).__name__}); say how many one sample "
@@ -95,6 +100,10 @@ class Level:
     def denoiser(self) -> NetworkDenoiser:
         """The network as a denoiser."""
         return NetworkDenoiser(self.network, self.schedule, self.prediction)
+
+    def denoiser_for(self, indices: Tensor, conditions: ConditionSource | None = None) -> NetworkDenoiser:
+        """The network as a denoiser of the samples with these indices (B,), told what it is told of them."""
+        return self.denoiser.given(conditions_of([self], conditions, indices)[0])
 
     def __repr__(self) -> str:
         kind = type(self.network).__name__
@@ -113,6 +122,7 @@ class Level:
         """Write the level's folder; every file atomically, `mlem.json` (with the checksum) last."""
         folder = Path(folder)
         own = {"format": FORMAT, "name": self.name, "flops": self.flops, "parameters": self.parameters}
+        own |= {"conditions": self.conditions} if self.conditions else {}
         write_weights(folder / WEIGHTS, self.network.state_dict())
         write_json(folder / "config.json", networks.config_of(self.network))
         config = sha256(folder / "config.json")
@@ -163,6 +173,7 @@ class Level:
             schedule = NoiseSchedule.from_config(about["schedule"])
             own = {name: about[name] for name in ("name", "prediction", "data", "measured")}
             own["flops"] = None if known else about.get("flops")  # which may have been given: torch cannot count all
+            own["conditions"] = about.get("conditions")
             level = Level(network=network.eval(), schedule=schedule, shape=shape, **own)
         if schedule.fingerprint != about["schedule_hash"]:
             raise ValueError(

@@ -12,10 +12,10 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from mlem.brownian import BrownianPath, NoisePath
-from mlem.denoiser import Denoiser
+from mlem.denoiser import Denoiser, of_rows
 from mlem.noise import NoiseStream, noise_dtype
 from mlem.schedule import NoiseSchedule
-from mlem.solvers import EvaluationPoint, GridPoint, GridPoints, NoiseEstimate, Solver, model_input
+from mlem.solvers import EvaluationPoint, GridPoint, GridPoints, NoiseEstimate, ScatteredPoints, Solver, model_input
 
 __all__ = ["SIGNAL_LEFT", "noise_estimate", "samples", "starting_noise", "trajectory", "warn_of_signal"]
 
@@ -51,7 +51,8 @@ def noise_estimate(denoiser: Denoiser, schedule: NoiseSchedule) -> NoiseEstimate
     """The denoiser as a solver calls it, in float64."""
 
     def eps(y: Tensor, place: EvaluationPoint) -> Tensor:
-        return denoiser(*model_input(schedule, y, place)).double()
+        own = of_rows(denoiser, place.rows) if isinstance(place, ScatteredPoints) else denoiser
+        return own(*model_input(schedule, y, place)).double()
 
     return eps
 

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from mlem.brownian import BrownianPath
-from mlem.denoiser import Denoiser
+from mlem.conditions import ConditionSource
+from mlem.denoiser import Denoiser, of_rows
 from mlem.family import Family
 from mlem.grids import TimeGrid
 from mlem.multilevel.calibration import Calibration, LinearResponse
@@ -37,6 +38,7 @@ def calibrate(
     seed: int = 0,
     batch_sizes: Sequence[int] = (64,),
     device: str | torch.device = "cpu",
+    conditions: ConditionSource | None = None,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Calibration:
     """Measure a family.
@@ -46,6 +48,7 @@ def calibrate(
         times: T, the noise levels at which levels are compared.
         batch_sizes: at which levels are timed.
         device: where the family's networks are moved, and stay.
+        conditions: of the trajectories; by default classes take turns.
         progress: told what is being measured.
 
     Raises: ValueError for a family of one level, and for fewer than 2 images or 3 times.
@@ -65,11 +68,11 @@ def calibrate(
     with torch.inference_mode(), evaluating(networks):
         for size in batch_sizes:
             progress(f"time of each level, batches of {size}")
-            seconds[size], outside[size] = time_levels(family, size, index.device)
-        denoisers: list[Denoiser] = [level.denoiser for level in family.levels]
+            seconds[size], outside[size] = time_levels(family, size, index.device, conditions)
+        denoisers = family.denoisers_for(index, conditions)
         # perturbations are carried by the largest level that is ten times cheaper than the top, or the cheapest
-        cheap = [level for level in family.levels if 10 * level.flops <= family.level().flops] or [family.levels[0]]
-        carrier = cheap[-1].denoiser
+        cheap = [level.name for level in family.levels if 10 * level.flops <= family.level().flops]
+        carrier = denoisers[family.names.index(cheap[-1] if cheap else family.names[0])]
         measured = measure(
             denoisers, family.schedule, family.shape, index, carrier=carrier, times=times, seed=seed, progress=progress
         )
@@ -143,14 +146,14 @@ class _Probes:
         self, denoisers: Sequence[Denoiser], carrier: Denoiser, points: GridPoints, x_T: Tensor, path: _Repeated
     ) -> None:
         self._levels = [noise_estimate(denoiser, points.schedule) for denoiser in denoisers]
-        self._carrier = noise_estimate(carrier, points.schedule)
+        self._carrier, self._copied = carrier, noise_estimate(carrier, points.schedule)
         self._points, self._path, self._rows, self._step = points, path, len(x_T), 0
         self.outputs: list[Tensor] = []
         self.scales: list[float] = []
 
     def estimate(self, y: Tensor, place: EvaluationPoint) -> Tensor:
         """eps at y (B + copies, ...)."""
-        return torch.cat([self._levels[-1](y[: self._rows], place), self._carrier(y[self._rows :], place)])
+        return torch.cat([self._levels[-1](y[: self._rows], place), self._copied(y[self._rows :], place)])
 
     def revise(self, y: Tensor, here: GridPoint) -> Tensor:
         """y with more copies, where this point has some."""
@@ -163,6 +166,8 @@ class _Probes:
             self.scales.append(-here.kappa / width)
             y = torch.cat([y, own, *(own - width * g for g in self.outputs[-1].diff(dim=0))])
             self._path.copies = len(y) // self._rows
+            rows = torch.arange(len(y) - self._rows, device=y.device) % self._rows
+            self._copied = noise_estimate(of_rows(self._carrier, rows), self._points.schedule)
         return y
 
 

@@ -9,8 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
-from mlem.denoiser import Denoiser, NetworkDenoiser
+from mlem.conditions import ConditionSource, conditions_of
+from mlem.denoiser import Conditional, Denoiser, NetworkDenoiser
 from mlem.family import Family
+from mlem.level import Level
 from mlem.multilevel.estimators import ESTIMATORS
 from mlem.multilevel.evaluators import Evaluator, OwnCoinsEvaluator
 from mlem.multilevel.plan import Plan
@@ -42,8 +44,9 @@ class MultilevelDenoiser:
     def __init__(
         self, model: Family | Sequence[Denoiser], plan: Plan, *, schedule: NoiseSchedule | None = None
     ) -> None:
+        self._levels: list[Level] = []
         if isinstance(model, Family):
-            levels = [model.level(name) for name in plan.levels] if plan.levels else list(model.levels)
+            self._levels = levels = [model.level(name) for name in plan.levels] if plan.levels else list(model.levels)
             self.names = [level.name for level in levels]
             denoisers: list[Denoiser] = [level.denoiser for level in levels]
             schedule = model.schedule
@@ -72,17 +75,23 @@ class MultilevelDenoiser:
         metered._denoisers, metered._trajectory = denoisers, None
         return metered
 
-    def begin(self, indices: Tensor | None = None, quadrature: Sequence[float] | None = None) -> MultilevelTrajectory:
+    def begin(
+        self,
+        indices: Tensor | None = None,
+        quadrature: Sequence[float] | None = None,
+        conditions: ConditionSource | None = None,
+    ) -> MultilevelTrajectory:
         """Begin a trajectory.
 
         Args:
-            indices: (B,), of the samples; needed where every sample has coins of its own.
+            indices: (B,), of the samples; needed where every sample has coins or conditions of its own.
             quadrature: the weights of `mlem.solvers.quadrature_weights`; needed where the state is moved.
+            conditions: of the samples, for the levels of a family.
 
         Raises:
             ValueError: one of them is missing.
         """
-        plan, levels = self.plan, self._denoisers
+        plan, levels = self.plan, self._told(indices, conditions)
         if not plan.per_sample:
             evaluator = ESTIMATORS[plan.estimator].evaluator(levels, self.schedule, plan.program, quadrature)
         elif indices is None:
@@ -91,9 +100,28 @@ class MultilevelDenoiser:
             evaluator = OwnCoinsEvaluator(levels, plan.sample_weights(indices), indices.device)
         return MultilevelTrajectory(plan, self.schedule, evaluator)
 
-    def start(self, indices: Tensor | None = None, quadrature: Sequence[float] | None = None) -> None:
+    def _told(self, indices: Tensor | None, conditions: ConditionSource | None) -> list[Denoiser]:
+        """The levels, told their conditions. Raises ValueError where these are not known."""
+        if not self._levels:
+            if conditions is not None:
+                raise ValueError("conditions= are told to the levels of a family, and these are bare denoisers")
+            return self._denoisers
+        if indices is None:
+            if any(level.conditions for level in self._levels):
+                raise ValueError("these levels are told conditions: call start(indices) before the first step")
+            return self._denoisers
+        told = conditions_of(self._levels, conditions, indices)
+        pairs = zip(self._denoisers, told, strict=True)
+        return [one.given(own) if own and isinstance(one, Conditional) else one for one, own in pairs]
+
+    def start(
+        self,
+        indices: Tensor | None = None,
+        quadrature: Sequence[float] | None = None,
+        conditions: ConditionSource | None = None,
+    ) -> None:
         """Begin the trajectory of the calls that follow; see `begin`."""
-        self._trajectory = self.begin(indices, quadrature)
+        self._trajectory = self.begin(indices, quadrature, conditions)
 
     def revise(self, y: Tensor, here: GridPoint) -> Tensor:
         """`MultilevelTrajectory.revise` of the trajectory that `start` began."""

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mlem.denoiser import Denoiser
+from mlem.denoiser import Denoiser, of_rows
 from mlem.multilevel.holding import Holding, Measurement
 from mlem.schedule import NoiseSchedule, expand_like
 from mlem.solvers import GridPoint
@@ -98,7 +98,7 @@ class OwnCoinsEvaluator(Evaluator):
         total = torch.zeros_like(x)
         for level, share in zip(self._levels, self._shares[row], strict=True):
             if share is not None:
-                output = level(x[share.positions], t[share.positions])
+                output = of_rows(level, share.positions)(x[share.positions], t[share.positions])
                 total = total.index_add(0, share.positions, output * expand_like(share.weights, output))
         return total
 

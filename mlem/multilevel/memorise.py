@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mlem.arguments import MOST_STEPS, check_whole
+from mlem.conditions import ConditionSource
 from mlem.family import Family
 from mlem.grids import TimeGrid
 from mlem.multilevel.identity import identity
@@ -35,6 +36,7 @@ def memorise(
     images: int = 16,
     reference_steps: int = 1000,
     device: str | torch.device = "cpu",
+    conditions: ConditionSource | None = None,
 ) -> Plan:
     """The best of `draws` plans, by the mean squared error on a training set of `images` samples.
 
@@ -44,6 +46,7 @@ def memorise(
         images: samples to choose by, and as many others to judge by.
         reference_steps: steps of the run of the largest level that errors are measured against.
         device: where the family's networks are moved, and stay.
+        conditions: of the samples; by default classes take turns.
 
     Returns: the plan. Its `about` has the error that it was chosen by (chosen_mse), its error on the other samples
         (judged_mse), and theirs of all draws, mean and standard deviation (others_mse, others_spread).
@@ -64,7 +67,7 @@ def memorise(
     networks = torch.nn.ModuleList(level.network for level in family.levels).to(device)
     with torch.inference_mode(), evaluating(networks):
         parts = [reserved_indices("memorising", images, device, skip=part * images) for part in range(2)]
-        chosen, judged = (_errors(family, plans, method, times, reference_steps, index) for index in parts)
+        chosen, judged = (_errors(family, plans, method, times, reference_steps, index, conditions) for index in parts)
     best = chosen.index(min(chosen))
     found = {"draws": draws, "images": images, "chosen_mse": chosen[best], "judged_mse": judged[best]}
     found |= {"others_mse": statistics.mean(judged), "others_spread": statistics.stdev(judged)}
@@ -73,12 +76,19 @@ def memorise(
 
 
 def _errors(
-    family: Family, plans: list[Plan], solver: Solver, grid: TimeGrid, reference_steps: int, indices: Tensor
+    family: Family,
+    plans: list[Plan],
+    solver: Solver,
+    grid: TimeGrid,
+    reference_steps: int,
+    indices: Tensor,
+    conditions: ConditionSource | None,
 ) -> list[float]:
     """Mean squared error of each plan on these samples, against the many-step run of the largest level."""
     teacher = make_solver(solver.reference)
     fine = GridPoint.of(family.schedule, teacher.grid(family.schedule, reference_steps))
-    truth = samples(family.level().denoiser, teacher, fine, family.shape, indices, 0)
+    denoiser = family.level().denoiser_for(indices, conditions)
+    truth = samples(denoiser, teacher, fine, family.shape, indices, 0)
     points = GridPoint.of(family.schedule, grid)
-    found = (plan_samples(family, plan, solver, points, indices, 0) for plan in plans)
+    found = (plan_samples(family, plan, solver, points, indices, 0, conditions) for plan in plans)
     return [(x - truth).square().mean().item() for x in found]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mlem.arguments import MOST_STEPS, check_whole
+from mlem.conditions import ConditionSource
 from mlem.family import Family
 from mlem.multilevel.calibration import Calibration
 from mlem.multilevel.fitted import Fitted
@@ -42,6 +43,7 @@ def pilot(
     reference_steps: int = 500,
     seed: int = 0,
     device: str | torch.device = "cpu",
+    conditions: ConditionSource | None = None,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Calibration:
     """The calibration with `discretisation` and `pilots`.
@@ -50,13 +52,14 @@ def pilot(
         images: samples, which neither calibration nor a user sees.
         reference_steps: steps of the run that they are compared with.
         device: where the family's networks are moved, and stay.
+        conditions: of the samples; by default classes take turns.
         progress: told what is being measured.
     """
     check_whole("reference_steps", reference_steps, most=MOST_STEPS)
     networks = torch.nn.ModuleList(level.network for level in family.levels).to(device)
     family = Family(family.levels, Fitted(calibration))
     with torch.inference_mode(), evaluating(networks):
-        runs = _Runs(family, reserved_indices("pilots", images, device), reference_steps, seed)
+        runs = _Runs(family, reserved_indices("pilots", images, device), reference_steps, seed, conditions)
         errors = {}
         for name, grid in discretisations():
             progress(f"discretisation error of {name} on the {grid} grid")
@@ -85,8 +88,11 @@ def discretisations() -> list[tuple[str, str]]:
 class _Runs:
     """Runs on fixed samples, against references that are run once."""
 
-    def __init__(self, family: Family, index: Tensor, reference_steps: int, seed: int) -> None:
+    def __init__(
+        self, family: Family, index: Tensor, reference_steps: int, seed: int, conditions: ConditionSource | None
+    ) -> None:
         self.family, self._index, self._reference_steps, self._seed = family, index, reference_steps, seed
+        self._conditions = conditions
         self._references: dict[str, Tensor] = {}
 
     def error(self, solver: Solver, grid: str | None, steps: int, plan: Plan | None = None) -> float:
@@ -103,8 +109,9 @@ class _Runs:
         family = self.family
         points = GridPoint.of(family.schedule, solver.grid(family.schedule, steps, grid))
         if plan is not None:
-            return plan_samples(family, plan, solver, points, self._index, self._seed)
-        return samples(family.level().denoiser, solver, points, family.shape, self._index, self._seed)
+            return plan_samples(family, plan, solver, points, self._index, self._seed, self._conditions)
+        denoiser = family.level().denoiser_for(self._index, self._conditions)
+        return samples(denoiser, solver, points, family.shape, self._index, self._seed)
 
 
 def _pilots(runs: _Runs, spec: PlanSpec, solver: Solver, grid: str, steps: int, draws: int) -> list[list[float]]:

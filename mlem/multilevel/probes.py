@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from mlem.conditions import ConditionSource
 from mlem.family import Family
 from mlem.multilevel.denoiser import MultilevelDenoiser
 from mlem.multilevel.plan import Plan
@@ -13,9 +14,17 @@ from mlem.trajectory import starting_noise, trajectory
 __all__ = ["plan_samples"]
 
 
-def plan_samples(family: Family, plan: Plan, solver: Solver, points: GridPoints, indices: Tensor, seed: int) -> Tensor:
+def plan_samples(
+    family: Family,
+    plan: Plan,
+    solver: Solver,
+    points: GridPoints,
+    indices: Tensor,
+    seed: int,
+    conditions: ConditionSource | None = None,
+) -> Tensor:
     """The samples of a family under a plan with these indices (B,): (B, *shape), float64."""
     weights: list[float] = quadrature_weights(solver, points.schedule, points)[0].tolist()
-    run = MultilevelDenoiser(family, plan).begin(indices, weights)
+    run = MultilevelDenoiser(family, plan).begin(indices, weights, conditions)
     x_T = starting_noise(seed, indices, family.shape)
     return trajectory(run.estimate, solver, points, x_T, indices, seed, revise=run.revise)

@@ -8,6 +8,7 @@ import time
 import torch
 from torch import Tensor
 
+from mlem.conditions import ConditionSource
 from mlem.family import Family
 from mlem.ledger import Meter
 from mlem.level import Level
@@ -24,7 +25,9 @@ CALLS, STEPS = 2, 16
 SOLVERS = dict(zip(KINDS, ("ddim", "ddpm"), strict=True))
 
 
-def time_levels(family: Family, batch_size: int, device: torch.device) -> tuple[tuple[float, ...], dict[str, float]]:
+def time_levels(
+    family: Family, batch_size: int, device: torch.device, conditions: ConditionSource | None = None
+) -> tuple[tuple[float, ...], dict[str, float]]:
     """Medians over short runs of the levels, one after another, in batches of `batch_size` samples.
 
     The networks are taken as they are: on `device`, in the mode in which they are to be timed.
@@ -34,23 +37,25 @@ def time_levels(family: Family, batch_size: int, device: torch.device) -> tuple[
     index = reserved_indices("calibration", batch_size, device)
     seconds: list[float] = []
     for level in family.levels:
-        _run(level, "ddim", 1, index)  # the first call of all is slow
-        networks = [_run(level, "ddim", CALLS, index)[0] for _ in range(REPEATS)]
+        _run(level, "ddim", 1, index, conditions)  # the first call of all is slow
+        networks = [_run(level, "ddim", CALLS, index, conditions)[0] for _ in range(REPEATS)]
         seconds.append(statistics.median(networks) / CALLS / batch_size)
     outside: dict[str, float] = {}
     for kind, solver in SOLVERS.items():
-        _run(family.levels[0], solver, STEPS, index)
-        others = [_run(family.levels[0], solver, STEPS, index)[1] for _ in range(REPEATS)]
+        _run(family.levels[0], solver, STEPS, index, conditions)
+        others = [_run(family.levels[0], solver, STEPS, index, conditions)[1] for _ in range(REPEATS)]
         outside[kind] = statistics.median(others) / STEPS / batch_size
     return tuple(seconds), outside
 
 
-def _run(level: Level, solver: str, steps: int, index: Tensor) -> tuple[float, float]:
+def _run(
+    level: Level, solver: str, steps: int, index: Tensor, conditions: ConditionSource | None
+) -> tuple[float, float]:
     """Seconds of a run in the network and outside of it."""
     meter = Meter(level.network, level.flops)
     points = GridPoint.of(level.schedule, make_solver(solver).grid(level.schedule, steps, "log_snr"))
     begin = time.perf_counter()
-    x = samples(level.denoiser.through(meter), make_solver(solver), points, level.shape, index, 0)
+    x = samples(level.denoiser_for(index, conditions).through(meter), make_solver(solver), points, level.shape, index, 0)
     if x.device.type == "cuda":
         torch.cuda.synchronize(x.device)
     whole = time.perf_counter() - begin

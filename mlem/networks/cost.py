@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import nn
+
+from mlem.conditions import blank
 
 __all__ = ["evaluating", "flops", "parameters", "seconds_per_image", "to_channels_last"]
 
@@ -31,12 +33,15 @@ def parameters(network: nn.Module) -> int:
     return sum(parameter.numel() for parameter in network.parameters())
 
 
-def flops(network: nn.Module, shape: Sequence[int]) -> int:
+def flops(
+    network: nn.Module, shape: Sequence[int], conditions: Mapping[str, int | tuple[int, ...]] | None = None
+) -> int:
     """Floating-point operations (2 for each multiply-add) to evaluate one sample, as torch counts them; 0 if it cannot.
 
     Args:
         network: on any device, the meta device among them.
         shape: of one sample, (C, H, W) for images.
+        conditions: what it is told beside x and t, as `Level` has it.
     """
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -44,7 +49,7 @@ def flops(network: nn.Module, shape: Sequence[int]) -> int:
     x = torch.zeros(1, *shape, device=device, dtype=dtype)
     # eval mode: dropout would draw from the global random numbers
     with FlopCounterMode(display=False) as counter, torch.no_grad(), evaluating(network):
-        network(x, torch.zeros(1, device=device))
+        network(x, torch.zeros(1, device=device), **blank(dict(conditions or {}), 1, device, dtype))
     return counter.get_total_flops()
 
 

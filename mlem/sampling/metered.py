@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from mlem.denoiser import AnyDtype, Denoiser, HoldsNetwork, NetworkDenoiser, Scheduled
+from mlem.conditions import ConditionSource, conditions_of
+from mlem.denoiser import AnyDtype, Conditional, Denoiser, HoldsNetwork, NetworkDenoiser, Scheduled
 from mlem.family import Family
 from mlem.ledger import LevelLedger, Meter, Network
 from mlem.level import Level
@@ -26,8 +27,8 @@ class MeteredModel:
     """A model with meters.
 
     denoiser: the model; multilevel: the same where it runs a plan. schedule: the one that it declares. any_dtype:
-    whether it takes float64. meters: by name of the level, or "model" for a bare denoiser. networks: torch modules
-    among what is metered.
+    whether it takes float64. meters: by name of the level, or "model" for a bare denoiser. level: whose denoiser it
+    is, of one. networks: torch modules among what is metered.
     """
 
     denoiser: Denoiser
@@ -35,6 +36,7 @@ class MeteredModel:
     any_dtype: bool
     meters: dict[str, Meter]
     multilevel: MultilevelDenoiser | None = None
+    level: Level | None = None
     networks: nn.ModuleList = field(init=False)
 
     def __post_init__(self) -> None:
@@ -45,15 +47,15 @@ class MeteredModel:
     @staticmethod
     def of(model: Level | Denoiser) -> MeteredModel:
         """A level, or a bare denoiser."""
-        name, denoiser, flops = "model", model, 0
+        name, denoiser, flops, level = "model", model, 0, None
         if isinstance(model, Level):
-            name, denoiser, flops = model.name, model.denoiser, model.flops
+            name, denoiser, flops, level = model.name, model.denoiser, model.flops, model
         assert not isinstance(denoiser, Level)
         schedule = denoiser.schedule if isinstance(denoiser, Scheduled) else None
         any_dtype = isinstance(denoiser, AnyDtype) and denoiser.any_dtype
         if isinstance(denoiser, NetworkDenoiser):
             meter = Meter(denoiser.network, flops)
-            return MeteredModel(denoiser.through(meter), schedule, any_dtype, {name: meter})
+            return MeteredModel(denoiser.through(meter), schedule, any_dtype, {name: meter}, level=level)
         meter = Meter(denoiser, flops)
         return MeteredModel(meter, schedule, any_dtype, {name: meter})
 
@@ -75,11 +77,35 @@ class MeteredModel:
         parameter = next(self.networks.parameters(), None)
         return torch.device("cpu") if parameter is None else parameter.device
 
+    def denoiser_for(self, indices: Tensor, conditions: ConditionSource | None) -> Denoiser:
+        """The denoiser, told its conditions of the samples with these indices (B,).
+
+        Raises: ValueError for conditions that do not fit, and for those of a denoiser that takes none.
+        """
+        if self.level is not None:
+            own = conditions_of([self.level], conditions, indices)[0]
+        elif conditions is None:
+            return self.denoiser
+        else:
+            own = conditions(indices)
+        if isinstance(self.denoiser, Conditional):
+            return self.denoiser.given(own) if own else self.denoiser
+        if own:
+            raise ValueError(f"conditions= gives {', '.join(own)}, but this denoiser is told nothing beside x and t")
+        return self.denoiser
+
     def collect(self, images: int, plan: Plan | None) -> dict[str, LevelLedger]:
         """What each level cost since the last call, beside what the plan costs on average over its coins."""
+        rows = [meter.images for meter in self.meters.values()]
         levels = {name: meter.collect() for name, meter in self.meters.items()}
         if plan is not None:
             calls: list[float] = plan.expected_calls.tolist()
-            for cost, expected in zip(levels.values(), calls, strict=True):
-                cost.expected_calls = expected * images
+            for cost, count, expected in zip(levels.values(), rows, calls, strict=True):
+                # guidance calls a network twice where it acts
+                cost.expected_calls = expected * images * (cost.calls / count if count else 1)
         return levels
+
+    @property
+    def rows(self) -> int:
+        """Rows that levels were asked for since the last `collect`."""
+        return sum(meter.images for meter in self.meters.values())

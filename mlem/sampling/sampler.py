@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from mlem.arguments import called, check_whole
-from mlem.denoiser import Denoiser
+from mlem.conditions import ConditionSource
+from mlem.denoiser import Denoiser, of_rows
 from mlem.family import Family
 from mlem.grids import TimeGrid
 from mlem.ledger import Ledger
@@ -32,7 +33,7 @@ from mlem.sampling.metered import MeteredModel, Model
 from mlem.sampling.nonfinite import FirstFailure, suspects
 from mlem.sampling.spreading import spread_rows
 from mlem.schedule import NoiseSchedule
-from mlem.solvers import EvaluationPoint, GridPoint, Solver, make_solver, model_input, quadrature_weights
+from mlem.solvers import EvaluationPoint, GridPoint, ScatteredPoints, Solver, make_solver, model_input, quadrature_weights
 from mlem.trajectory import Watch, starting_noise, trajectory, warn_of_signal
 
 __all__ = ["PRECISIONS", "NonFiniteError", "Result", "Sampler", "blocks", "sample", "solver_of"]
@@ -87,6 +88,7 @@ class Sampler:
         device: str | torch.device | None = None,
         precision: str = "fp32",
         spread: bool = False,
+        conditions: ConditionSource | None = None,
     ) -> None:
         _check_choices(model, seed, precision, level, plan)
         if isinstance(model, Family | Level):
@@ -103,7 +105,7 @@ class Sampler:
         _refuse_other_schedule(schedule, self._model.schedule)
         self.device = self._model.device if device is None else torch.device(device)
         self._model.networks.to(self.device)
-        self.precision, self._spread, self._rounds = precision, spread, 0
+        self.precision, self.conditions, self._spread, self._rounds = precision, conditions, spread, 0
         self._input_dtype = torch.float64 if self._model.any_dtype else torch.get_default_dtype()
         self._quadrature: list[float] | None = None
         if self.plan is not None and self.plan.moves_state:
@@ -156,18 +158,21 @@ class Sampler:
             x = self._solve(x_T, index)
             # the one place where the host waits for the device
             finite: list[bool] = torch.isfinite(x.flatten(1)).all(1).tolist()
-            levels = self._model.collect(len(index), self.plan)
             # levels that share a call run one after another
-            rounds = self._rounds if self.plan is None else sum(cost.calls for cost in levels.values()) / len(index)
+            rounds = self._rounds if self.plan is None else self._model.rows / len(index)
+            levels = self._model.collect(len(index), self.plan)
             result = Result(x, Ledger(levels, time.perf_counter() - begin, len(index), rounds), x_T)
             if not all(finite):
                 raise self._non_finite(result, x_T, index, finite)
         return result
 
     def _solve(self, x_T: Tensor, index: Tensor, watch: Watch | None = None) -> Tensor:
-        estimate, revise = partial(self._estimate, lambda _: self._model.denoiser), None
-        if self._model.multilevel is not None:
-            run = self._model.multilevel.begin(index, self._quadrature)
+        revise = None
+        if self._model.multilevel is None:
+            denoiser = self._model.denoiser_for(index, self.conditions)
+            estimate = partial(self._estimate, lambda _: denoiser)
+        else:
+            run = self._model.multilevel.begin(index, self._quadrature, self.conditions)
             estimate, revise = partial(self._estimate, run.denoiser_at), partial(self._revise, run)
         start = x_T.contiguous(memory_format=torch.channels_last) if x_T.dim() == 4 else x_T
         x = trajectory(estimate, self.solver, self.points, start, index, self.seed, revise=revise, watch=watch)
@@ -178,17 +183,21 @@ class Sampler:
     ) -> Tensor:
         self._rounds += 1
         denoiser = denoiser_at(place)
+        if isinstance(place, ScatteredPoints):
+            denoiser = of_rows(denoiser, place.rows)
         x, t = (part.to(self._input_dtype) for part in model_input(self.schedule, y, place))
         if self._spread and torch.distributed.is_initialized():
-            return spread_rows(partial(self._denoise, denoiser), x, t)
+            return spread_rows(lambda mine: self._denoise(of_rows(denoiser, mine), x[mine], t[mine]), len(x))
         return self._denoise(denoiser, x, t)
 
     def _denoise(self, denoiser: Denoiser, x: Tensor, t: Tensor) -> Tensor:
         """eps of all rows, in calls of `solver.chunk` rows at most."""
         chunk = self.solver.chunk or len(x)
         with self._autocast():
-            parts = [denoiser(x[i : i + chunk], t[i : i + chunk]) for i in range(0, len(x), chunk)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+            if chunk >= len(x):
+                return denoiser(x, t)
+            some = [slice(i, i + chunk) for i in range(0, len(x), chunk)]
+            return torch.cat([of_rows(denoiser, part)(x[part], t[part]) for part in some])
 
     def _revise(self, run: MultilevelTrajectory, y: Tensor, point: GridPoint) -> Tensor:
         with self._autocast():
@@ -280,6 +289,7 @@ def sample(
     device: str | torch.device | None = None,
     precision: str = "fp32",
     spread: bool = False,
+    conditions: ConditionSource | None = None,
     return_noise: bool = False,
     progress: bool = False,
 ) -> Result:
@@ -300,6 +310,9 @@ def sample(
         device: where to run; by default where the network is.
         precision: "fp32", "bf16" or "fp16" (autocast of the network).
         spread: under torch.distributed, ranks share the rows of every call.
+        conditions: what networks are told of samples beside x and t: a function of indices (B,) that gives name ->
+            tensor with B rows, such as `lambda indices: {"class_labels": indices % 10}`; see `mlem.conditions`. By
+            default classes take turns.
         return_noise: also give `x_T`.
         progress: show a bar.
 
@@ -322,6 +335,7 @@ def sample(
         device=device,
         precision=precision,
         spread=spread,
+        conditions=conditions,
     )
     results: list[Result] = []
     kept: list[int] = []

@@ -28,6 +28,7 @@ __all__ = [
     "GridPoint",
     "GridPoints",
     "NoiseEstimate",
+    "ScatteredPoints",
     "Solver",
     "model_input",
     "quadrature_weights",
@@ -79,8 +80,20 @@ def _points(schedule: NoiseSchedule, grid: TimeGrid) -> GridPoints:
     return GridPoints(schedule, grid, tuple(points))
 
 
-EvaluationPoint = GridPoint | Tensor
-"""Where a noise estimate is wanted: a point of the grid, or a kappa for each sample, (B,) float64."""
+class ScatteredPoints(NamedTuple):
+    """Points of some samples of a batch, none, one or several of each.
+
+    Args:
+        kappa: (P,), float64.
+        rows: (P,), int64, whose they are: positions in the batch.
+    """
+
+    kappa: Tensor
+    rows: Tensor
+
+
+EvaluationPoint = GridPoint | Tensor | ScatteredPoints
+"""Where a noise estimate is wanted: a point of the grid, or a kappa for each sample, (B,) float64, or scattered ones."""
 
 NoiseEstimate = Callable[[Tensor, EvaluationPoint], Tensor]
 """eps(y, place): the noise estimate at y (B, ...), like y."""
@@ -90,7 +103,7 @@ def model_input(schedule: NoiseSchedule, y: Tensor, place: EvaluationPoint) -> t
     """What a denoiser is asked where a solver is at y (B, ...): x (B, ...) and t (B,), float64."""
     if isinstance(place, GridPoint):
         return (y * place.alpha).double(), torch.full((len(y),), place.t, dtype=torch.float64, device=y.device)
-    t = schedule.time_from_kappa(place)
+    t = schedule.time_from_kappa(place.kappa if isinstance(place, ScatteredPoints) else place)
     return (y * expand_like(schedule.alpha(t), y)).double(), t
 
 
@@ -206,6 +219,7 @@ def quadrature_weights(
 
     def unit(y: Tensor, place: EvaluationPoint) -> Tensor:
         if not isinstance(place, GridPoint):
+            assert isinstance(place, Tensor)
             t = schedule.time_from_kappa(place)
             place = GridPoint(t.item(), schedule.alpha(t).item(), place.item())
         asked.append(place)

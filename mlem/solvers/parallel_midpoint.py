@@ -27,7 +27,7 @@ from torch import Tensor
 from mlem.arguments import check_whole
 from mlem.brownian import NoisePath
 from mlem.noise import NoiseStream
-from mlem.solvers.base import GridPoint, GridPoints, NoiseEstimate, Solver
+from mlem.solvers.base import GridPoint, GridPoints, NoiseEstimate, ScatteredPoints, Solver
 from mlem.solvers.clock import Clock, make_clock
 
 __all__ = ["ParallelMidpoint"]
@@ -203,7 +203,8 @@ class _Flight:
         middles = self._table.middles.gather(1, numbers[..., None].expand(-1, -1, self._parts))  # (B, S, R)
         starting, silent = (mask.to(device, non_blocking=True)[..., None] for mask in (starting, ~asked))
         at = torch.where(starting, edges[..., :1], middles)
-        found = eps(self._places.flatten(0, 2)[rows], at.flatten()[rows]).double()
+        places = ScatteredPoints(at.flatten()[rows], rows // (slots * self._parts))
+        found = eps(self._places.flatten(0, 2)[rows], places).double()
         self._slopes.view(-1, *self.base.shape[1:]).index_copy_(0, rows, found)
         weights = torch.where(starting[..., None], self._table.of_start(edges, middles), self._table.of(edges, middles))
         weights = weights.masked_fill(silent[..., None], 0.0)

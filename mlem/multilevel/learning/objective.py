@@ -22,13 +22,14 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from mlem.denoiser import Denoiser
+from mlem.conditions import Conditions
+from mlem.denoiser import Conditional, Denoiser, of_rows
 from mlem.grids import TimeGrid
 from mlem.multilevel.coins import coins_called
 from mlem.multilevel.learning.law import Law
@@ -60,6 +61,7 @@ class Objective(Law):
         solver, grid: how samples are made.
         costs: (K,), of one evaluation of each level, in any unit.
         seed: of the noise of the samples, which is that of `Sampler`, and of coins and directions.
+        conditions: indices (N,) -> what each denoiser is told of the samples.
 
     Raises: ValueError for a single denoiser.
     """
@@ -74,6 +76,7 @@ class Objective(Law):
         costs: Tensor,
         *,
         seed: int = 0,
+        conditions: Callable[[Tensor], Sequence[Conditions]] | None = None,
     ) -> None:
         if len(denoisers) < 2:
             raise ValueError(
@@ -83,6 +86,7 @@ class Objective(Law):
         asked = quadrature_weights(solver, schedule, self.points)[1]
         super().__init__(schedule, [point.t for point in asked], costs, seed)
         self.denoisers, self.shape = tuple(denoisers), tuple(shape)
+        self._conditions = conditions
         self.solver, self.grid = solver, grid
 
     def reference(self, indices: Tensor, steps: int | None = None) -> Tensor:
@@ -94,7 +98,14 @@ class Objective(Law):
         if steps is not None:
             solver = make_solver(solver.reference)
             points = GridPoint.of(self.schedule, solver.grid(self.schedule, steps))
-        return samples(self.denoisers[-1], solver, points, self.shape, indices, self.seed)
+        return samples(self._told(indices)[-1], solver, points, self.shape, indices, self.seed)
+
+    def _told(self, indices: Tensor) -> Sequence[Denoiser]:
+        """The denoisers, told of the samples with these indices (N,)."""
+        if self._conditions is None:
+            return self.denoisers
+        pairs = zip(self.denoisers, self._conditions(indices), strict=True)
+        return [one.given(own) if isinstance(one, Conditional) else one for one, own in pairs]
 
     def samples(self, weights: Tensor, counts: Tensor, indices: Tensor) -> Tensor:
         """x_0: weights and counts (D, R, K), sample indices (D, B) -> (D, B, *shape), float64.
@@ -108,20 +119,22 @@ class Objective(Law):
         # copied to the device before the first step, not while a step waits
         draws_of = [[one.nonzero().flatten().to(indices.device) for one in row.unbind(1)] for row in runs.unbind(1)]
         row = iter(range(weights.shape[1]))
+        flat = indices.flatten()
+        told, places = self._told(flat), torch.arange(len(flat), device=flat.device).view(draws, size)
 
         def eps(y: Tensor, place: EvaluationPoint) -> Tensor:
             i = next(row)
             x, t = (part.view(draws, size, *part.shape[1:]) for part in model_input(self.schedule, y, place))
             total = torch.zeros_like(x)
-            for k, denoiser in enumerate(self.denoisers):
+            for k, denoiser in enumerate(told):
                 some = draws_of[i][k]
                 if len(some):
-                    output = denoiser(x[some].flatten(0, 1), t[some].flatten()).view(-1, size, *self.shape)
+                    own = of_rows(denoiser, places[some].flatten())
+                    output = own(x[some].flatten(0, 1), t[some].flatten()).view(-1, size, *self.shape)
                     weight = weights[:, i, k][some].view(-1, 1, *[1] * len(self.shape))
                     total = total.index_add(0, some, output * weight)
             return total.flatten(0, 1)
 
-        flat = indices.flatten()
         x_T = starting_noise(self.seed, flat, self.shape)
         x = trajectory(eps, self.solver, self.points, x_T, flat, self.seed)
         return x.view(draws, size, *self.shape)
