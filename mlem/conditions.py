@@ -40,7 +40,9 @@ def described(conditions: Mapping[str, Any] | None) -> Described:
     found: Described = {}
     for name, value in (conditions or {}).items():
         numbers = [value] if isinstance(value, int) else value
-        whole = isinstance(numbers, Sequence) and all(isinstance(n, int) and n > 0 for n in cast(Sequence[Any], numbers))
+        whole = isinstance(numbers, Sequence) and all(
+            isinstance(n, int) and n > 0 for n in cast(Sequence[Any], numbers)
+        )
         if not whole or isinstance(value, bool) or not str(name).isidentifier():
             raise ValueError(
                 f"conditions[{name!r}] must be a number of classes or the shape of a row, such as 10 or (77, 768), "
@@ -104,7 +106,9 @@ def _in_turn(level: _Level, indices: Tensor) -> Conditions:
 def _checked(level: str, name: str, due: int | tuple[int, ...], given: Mapping[str, Any], indices: Tensor) -> Tensor:
     """A condition of one level, on the device of the indices."""
     if name not in given:
-        raise ValueError(f"level {level} is told {name}, which conditions= does not give; it gives {', '.join(given) or 'nothing'}")
+        raise ValueError(
+            f"level {level} is told {name}, which conditions= does not give; it gives {', '.join(given) or 'nothing'}"
+        )
     value = torch.as_tensor(given[name])
     shape = (len(indices),) if isinstance(due, int) else (len(indices), *due)
     if value.shape != shape:

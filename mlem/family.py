@@ -179,7 +179,9 @@ class Family:
         the new `family.json` comes last: cut short in between, there is no family, and never one of old and new levels.
         """
         if any(isinstance(level.network, GuidedNetwork) for level in self.levels):
-            raise ValueError("a family under guidance is not saved; save the one that is guided, and guide it when loaded")
+            raise ValueError(
+                "a family under guidance is not saved; save the one that is guided, and guide it when loaded"
+            )
         folder = Path(folder)
         aside = folder / ".saving"
         shutil.rmtree(aside, ignore_errors=True)  # of a save that was killed

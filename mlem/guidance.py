@@ -55,7 +55,9 @@ class GuidedNetwork(nn.Module):
     @property
     def identity(self) -> dict[str, Any]:
         """What tells guidance apart from others of the same networks; plain data."""
-        null = {name: hashlib.sha256(str(value.tolist()).encode()).hexdigest()[:16] for name, value in self.null.items()}
+        null = {
+            name: hashlib.sha256(str(value.tolist()).encode()).hexdigest()[:16] for name, value in self.null.items()
+        }
         interval = None if self.interval is None else list(self.interval)
         return {"scale": self.scale, "null": null, "weak": self.weak is not None, "interval": interval}
 
@@ -79,9 +81,9 @@ class GuidedNetwork(nn.Module):
             some[name] = value.to(some[name]).expand_as(some[name])
         if self.weak is None:
             both = {name: torch.cat([value, some[name]]) for name, value in conditions.items()}
-            told, null = _output(self.network, torch.cat([x, x[rows]]), torch.cat([time, time[rows]]), both).tensor_split(
-                [len(x)]
-            )
+            told, null = _output(
+                self.network, torch.cat([x, x[rows]]), torch.cat([time, time[rows]]), both
+            ).tensor_split([len(x)])
         else:
             told = _output(self.network, x, time, conditions)
             null = _output(self.weak, x[rows], time[rows], some) if len(x[rows]) else told[:0]
@@ -133,8 +135,10 @@ def _null(level: Level, null: Mapping[str, Any] | None, weak: Level | None) -> M
     if null is None:
         null = classes if weak is None else {}
     if weak is None and not null:
-        told = f"told {', '.join(level.conditions)}: null= says what it is told instead" if level.conditions else (
-            "told nothing that could be left out; weak= names a weaker level instead"
+        told = (
+            f"told {', '.join(level.conditions)}: null= says what it is told instead"
+            if level.conditions
+            else ("told nothing that could be left out; weak= names a weaker level instead")
         )
         raise ValueError(f"guidance of level {level.name}: it is {told}")
     for name in null:

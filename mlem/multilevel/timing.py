@@ -55,7 +55,9 @@ def _run(
     meter = Meter(level.network, level.flops)
     points = GridPoint.of(level.schedule, make_solver(solver).grid(level.schedule, steps, "log_snr"))
     begin = time.perf_counter()
-    x = samples(level.denoiser_for(index, conditions).through(meter), make_solver(solver), points, level.shape, index, 0)
+    x = samples(
+        level.denoiser_for(index, conditions).through(meter), make_solver(solver), points, level.shape, index, 0
+    )
     if x.device.type == "cuda":
         torch.cuda.synchronize(x.device)
     whole = time.perf_counter() - begin

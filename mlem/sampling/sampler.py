@@ -33,7 +33,15 @@ from mlem.sampling.metered import MeteredModel, Model
 from mlem.sampling.nonfinite import FirstFailure, suspects
 from mlem.sampling.spreading import spread_rows
 from mlem.schedule import NoiseSchedule
-from mlem.solvers import EvaluationPoint, GridPoint, ScatteredPoints, Solver, make_solver, model_input, quadrature_weights
+from mlem.solvers import (
+    EvaluationPoint,
+    GridPoint,
+    ScatteredPoints,
+    Solver,
+    make_solver,
+    model_input,
+    quadrature_weights,
+)
 from mlem.trajectory import Watch, starting_noise, trajectory, warn_of_signal
 
 __all__ = ["PRECISIONS", "NonFiniteError", "Result", "Sampler", "blocks", "sample", "solver_of"]

@@ -93,7 +93,7 @@ class ScatteredPoints(NamedTuple):
 
 
 EvaluationPoint = GridPoint | Tensor | ScatteredPoints
-"""Where a noise estimate is wanted: a point of the grid, or a kappa for each sample, (B,) float64, or scattered ones."""
+"""Where a noise estimate is wanted: a point of the grid, a kappa for each sample, (B,) float64, or scattered ones."""
 
 NoiseEstimate = Callable[[Tensor, EvaluationPoint], Tensor]
 """eps(y, place): the noise estimate at y (B, ...), like y."""
