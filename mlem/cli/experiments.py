@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from mlem.cli.compose import compose, plain
+from mlem.cli.conditions import guided
 from mlem.cli.metrics import measure_of, prepared
 from mlem.cli.options import read, rows, value_of
 from mlem.cli.paths import family_folder, out_folder
@@ -143,7 +144,9 @@ def _family(job: Sample) -> Family:
         if value is not None:
             raise ValueError(f"{verb} runs all levels of a family: leave out {name}={value}")
     _refuse_unused(job)
-    return Family.load(family_folder(job.family, job.root, job.data))
+    family = guided(Family.load(family_folder(job.family, job.root, job.data)), job.guidance)
+    assert isinstance(family, Family)
+    return family
 
 
 def _table(found: list[Advantage], comparison: Comparison) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from mlem.cli.conditions import conditions_for, guided, told
 from mlem.cli.experiments import error_against_time, scaling
 from mlem.cli.metrics import measure_folder, measure_of, measure_reference, prepared, report
 from mlem.cli.paths import family_folder, out_folder, run_folder, training_command
@@ -46,6 +47,7 @@ def _sample(job: Sample) -> None:
         raise ValueError(f"folder={job.folder} is what eval=folder scores: add eval=folder, or leave it out")
     indices = parse_indices(job.seeds, "seeds")
     folder, model = find_model(job)
+    model = guided(model, job.guidance)
     measure = measure_of(job.metric, job.data, prepared(job.data)) if job.metric.features is not None else None
     if measure is not None:
         measure.check(len(indices))
@@ -84,6 +86,7 @@ def _sampler(job: Sample, model: Family | Level, device: torch.device) -> tuple[
         device=device,
         precision=job.trainer.precision,
         spread=job.sampler.over == "ranks",
+        conditions=conditions_for(job, model),
     )
     return sampler, model
 
@@ -138,7 +141,7 @@ def _solver(job: Sample, model: Family | Level, device: torch.device) -> Solver:
     if options.get("lipschitz") == "estimate":
         level = model.level() if isinstance(model, Family) else model
         options["lipschitz"] = table = estimate_lipschitz(
-            level.denoiser, level.schedule, level.shape, seed=job.seed, device=device
+            level.denoiser_for, level.schedule, level.shape, seed=job.seed, device=device
         )
         if first_process():
             values = ", ".join(f"{constant:.3g} at t = {t:.3g}" for t, constant in table)
@@ -184,6 +187,7 @@ def _settings(job: Sample, model: Family | Level, folder: Path, sampler: Sampler
     else:
         weights = next(path for path in (folder / f"level_{model.name}", folder) if (path / "mlem.json").exists())
         own = {"level": model.name, "weights": sha256(weights / "diffusion_pytorch_model.safetensors")}
+    own |= told(job)
     return own | {
         "solver": job.sampler.solver,
         "options": job.sampler.options,

@@ -24,6 +24,7 @@ from mlem.cli.values import (
     SHARE,
     SIZES,
     TEXT,
+    TWO_NUMBERS,
     Kind,
     list_of_whole,
     number,
@@ -190,6 +191,19 @@ class SamplerChoice:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Guidance:
+    """Guidance of class-conditional levels, or of any by a weaker one."""
+
+    scale: float | None = option(NUMBER.or_null(), "null + scale (conditioned - null); null: none", None)
+    weak: str | None = option(text(null=True), "autoguidance: the cheapest level, by name; null: by no class", None)
+    interval: list[float] | None = option(
+        TWO_NUMBERS.or_null(),
+        "between which it acts, as [0.2,5]; null: at all noise levels",
+        None,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Verb:
     """Samples to make, a folder to score, or references to compute."""
 
@@ -323,6 +337,16 @@ class Sample:
         text(null=True), "folder of a family; null: the newest of this data set, or the level of model=", None
     )
     level: str | None = option(text(null=True), "the level of the family to run; null: the largest", None)
+    guidance: Guidance = group(Guidance)
+    labels: str | None = option(
+        INDICES.or_null(), "classes that samples take in turn, such as 3 or 0-9; null: every class", None, PLAN_ONLY
+    )
+    conditions: str | None = option(
+        text(null=True),
+        "safetensors file of what levels are told, NAME or LEVEL/NAME, with rows that samples take in turn",
+        None,
+        PLAN_ONLY,
+    )
     shared: dict[str, Any] = field(default_factory=dict, metadata={"plans": True})
     plan: str | None = option(text(null=True), "best (memorised with the family), or a plan's JSON file", None)
     steps: int = option(whole(1, MOST_STEPS), "of the solver", "${sampler.steps}", PLAN_ONLY)

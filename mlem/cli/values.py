@@ -24,6 +24,7 @@ __all__ = [
     "SHARE",
     "SIZES",
     "TEXT",
+    "TWO_NUMBERS",
     "Kind",
     "list_of_whole",
     "number",
@@ -139,6 +140,10 @@ ANY = Kind("anything", lambda value: True)
 BOOL = Kind("true or false", lambda value: isinstance(value, bool))
 NUMBER = Kind("a number", _is_number)
 TEXT = text()
+TWO_NUMBERS = Kind(
+    "a list of two numbers, as in {name}=[0.2,5]",
+    lambda value: isinstance(value, list) and len(value) == 2 and all(map(_is_finite, value)),
+)
 SHARE = Kind("in (0, 1]", lambda value: _is_finite(value) and 0 < value <= 1)
 FRACTION = Kind("in [0, 1)", lambda value: _is_finite(value) and 0 <= value < 1)
 LIST = Kind("a list, as in {name}=[...]", lambda value: isinstance(value, list))

@@ -86,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code: 0, or 2 after one line for bad input."""
     options = _parser().parse_args(arguments)
     try:
-        family = Family.load(options.family)
+        family = _guided(Family.load(options.family), options)
         _check_device(getattr(options, "device", "cpu"))
         {"calibrate": _calibrate, "report": _report, "memorise": _memorise}[options.verb](family, options)
     except (ValueError, OSError) as error:
@@ -108,6 +108,9 @@ def _parser() -> argparse.ArgumentParser:
     def verb(name: str, words: str) -> argparse.ArgumentParser:
         one = verbs.add_parser(name, help=words, description=words, formatter_class=show)
         one.add_argument("family", type=Path, help="folder of a family, such as runs/demo/family")
+        one.add_argument("--guidance", type=float, default=None, help="scale, as guidance.scale of sample.py")
+        one.add_argument("--weak", default=None, help="autoguidance by this level, the cheapest")
+        one.add_argument("--interval", type=float, nargs=2, default=None, help="noise-to-signal ratios where it acts")
         return one
 
     one = verb("calibrate", "measure what the levels cost and how far apart they are: FAMILY/calibration.json")
@@ -135,6 +138,17 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _guided(family: Family, options: argparse.Namespace) -> Family:
+    """The family under the guidance that is asked for, whose fits are kept by themselves."""
+    if options.guidance is None:
+        for name in ("weak", "interval"):
+            if (value := getattr(options, name)) is not None:
+                raise ValueError(f"--{name} {value} needs a scale: add --guidance 2")
+        return family
+    interval = None if options.interval is None else (options.interval[0], options.interval[1])
+    return family.guided(options.guidance, weak=options.weak, interval=interval)
+
+
 def _check_device(name: str) -> None:
     """Raise ValueError for a device that is not here."""
     try:
@@ -146,7 +160,12 @@ def _check_device(name: str) -> None:
 
 def _calibrate(family: Family, options: argparse.Namespace) -> None:
     names = ("images", "times", "batch_sizes", "reference_steps", "seed", "device")
-    calibrate_folder(family, options.family, **{name: getattr(options, name) for name in names})
+    calibrate_folder(family, _folder(family, options), **{name: getattr(options, name) for name in names})
+
+
+def _folder(family: Family, options: argparse.Namespace) -> Path:
+    """Where what is fitted is kept."""
+    return options.family if family.folder is None else family.folder
 
 
 def _report(family: Family, options: argparse.Namespace) -> None:
@@ -157,7 +176,8 @@ def _memorise(family: Family, options: argparse.Namespace) -> None:
     check_name("--name", options.name)
     if options.name.endswith(".json"):
         raise ValueError(f"--name must not end in .json, or plan= would take it for a path, got {options.name!r}")
-    check_writable(options.family / "plans")
+    folder = _folder(family, options)
+    check_writable(folder / "plans")
     levels = None if options.levels is None else tuple(options.levels)
     spec = PlanSpec(
         budget=options.budget, estimator=options.estimator, coins=options.coins, cost=options.cost, levels=levels
@@ -165,11 +185,11 @@ def _memorise(family: Family, options: argparse.Namespace) -> None:
     names = ("solver", "steps", "grid", "draws", "images", "reference_steps", "device")
     plan = memorise(family, spec, **{name: getattr(options, name) for name in names})
     family.fitted = family.fitted.with_plan(options.name, plan)
-    family.save_fitted(options.family)
+    family.save_fitted(folder)
     found = plan.about
     print(
         f"best of {found['draws']} draws: mean squared error {found['chosen_mse']:.3g} on the {found['images']} images "
         f"it was chosen by; on {found['images']} others {found['judged_mse']:.3g}, where all draws have "
         f"{found['others_mse']:.3g} ± {found['others_spread']:.2g}"
     )
-    print(f"kept as {options.family}/plans/{options.name}.json: {command('sample')} plan={options.name} ...")
+    print(f"kept as {folder}/plans/{options.name}.json: {command('sample')} plan={options.name} ...")

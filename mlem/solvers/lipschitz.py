@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -55,7 +55,7 @@ class Lipschitz(NamedTuple):
 
 
 def estimate_lipschitz(
-    denoiser: Denoiser,
+    denoiser_for: Callable[[Tensor], Denoiser],
     schedule: NoiseSchedule,
     shape: Sequence[int],
     *,
@@ -69,8 +69,12 @@ def estimate_lipschitz(
 
     A power iteration on finite differences, `iterations` of them at each of `steps` noise levels: a lower bound of the
     spectral norm at these points, close in practice. Costs `steps (2 iterations + 1)` evaluations of each sample.
+
+    Args:
+        denoiser_for: indices (B,) -> the denoiser of these samples.
     """
     index = reserved_indices("lipschitz", samples, device)
+    denoiser = denoiser_for(index)
     stream = NoiseStream(seed, "lipschitz")
     points = GridPoint.of(schedule, TimeGrid.make("log_snr", schedule, steps))
     y = stream.normal(index, [0], shape, torch.float32)[0].double() / points[0].alpha
