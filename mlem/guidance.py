@@ -103,6 +103,7 @@ def guided_level(
     """A level under guidance; for the arguments see `Family.guided`."""
     if not math.isfinite(scale):
         raise ValueError(f"scale of guidance must be a finite number, got {scale}")
+    scale = float(scale)  # the identity knows 2 and 2.0 as one
     null = _null(level, null, weak)
     if weak is not None:
         _refuse_other_convention(level, weak)

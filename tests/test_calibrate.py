@@ -106,7 +106,10 @@ def test_a_calibration_is_kept_as_json_of_these_weights() -> None:
     found = Calibration.from_dict(plain)
     assert found.to_dict() == plain
     other = Family([level(1, 0.03, 1), level(2, 0.01, 4), level(3, 0.0, 3)], Fitted(found))
-    with pytest.raises(ValueError, match=r"^the calibration is of other weights: python -m mlem\.multilevel calibrate"):
+    with pytest.raises(
+        ValueError,
+        match=r"^the calibration is of other weights or guidance: python -m mlem\.multilevel calibrate",
+    ):
         other.fitted.calibration_for(other)
     with pytest.raises(
         ValueError, match=r"^the calibration has format 0, this version reads 1; calibrate again: python -m"

@@ -108,7 +108,7 @@ def test_a_family_that_is_not_calibrated_gets_one_line(
     plain = read_json(path)
     write_json(path, plain | {"about": plain["about"] | {"weights": "others"}})
     options = (f"family={family}", "budget=0.5", f"out={out}")
-    assert "the calibration is of other weights: python -m" in refused(monkeypatch, capsys, *options)
+    assert "the calibration is of other weights or guidance: python -m" in refused(monkeypatch, capsys, *options)
     path.unlink()
     says = "sample.py: this family of digits is not calibrated: python -m mlem.multilevel calibrate FAMILY\n"
     assert refused(monkeypatch, capsys, *options) == says

@@ -273,7 +273,10 @@ def test_plans_are_found_by_name(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=rf"^{tmp_path}/plans/best\.json is damaged \(no 'counts'\); draw it again: "):
         family.fitted.plan_for(family, "best")
     family.fitted = Fitted(plans={"best": replace(plan, about={"weights": "others"})})
-    with pytest.raises(ValueError, match=r"^plan=best was memorised for other weights: python -m mlem\.multilevel mem"):
+    with pytest.raises(
+        ValueError,
+        match=r"^plan=best was memorised for other weights or guidance: python -m mlem\.multilevel mem",
+    ):
         family.fitted.plan_for(family, "best")
 
 
@@ -337,9 +340,12 @@ def test_what_was_fitted_to_other_weights_is_refused() -> None:
         next(iter(other.levels[0].network.parameters())).view(-1)[0] += 1e-3
     assert other.weights_hash != family.weights_hash
     other.fitted = Fitted(calibration(family), learned)
-    with pytest.raises(ValueError, match=r"^the calibration is of other weights: python -m mlem\.multilevel calibrate"):
+    with pytest.raises(
+        ValueError,
+        match=r"^the calibration is of other weights or guidance: python -m mlem\.multilevel calibrate",
+    ):
         sample(other, indices=[0], steps=4, plan=other.plan(budget=0.5))
-    with pytest.raises(ValueError, match=r"^the coefficients are of other weights; fit them again: "):
+    with pytest.raises(ValueError, match=r"^the coefficients are of other weights or guidance; fit them again: "):
         other.fitted.coefficients_for(other)
 
 

@@ -18,7 +18,7 @@ from mlem.invocation import command as typed
 
 __all__ = ["compose", "plain", "sweep", "without_secrets"]
 
-_INDICES = re.compile(r"^(seeds|evaluation\.indices)=([-\d, ]*,[-\d, ]*)$")
+_INDICES = re.compile(r"^(seeds|labels|evaluation\.indices)=([-\d, ]*,[-\d, ]*)$")
 """Lists of indices, whose commas would be a sweep to Hydra."""
 
 

@@ -74,7 +74,7 @@ class Fitted:
             _refuse_one_level(family)
             raise ValueError(f"this family of {family.data} is not calibrated: {calibrations.COMMAND}")
         if found.about.get("weights") != family.weights_hash:
-            raise ValueError(f"the calibration is of other weights: {calibrations.COMMAND}")
+            raise ValueError(f"the calibration is of other weights or guidance: {calibrations.COMMAND}")
         if found.about.get("schedule") not in (None, family.schedule.fingerprint):
             raise ValueError(f"the calibration is of another noise schedule: {calibrations.COMMAND}")
         return found
@@ -90,7 +90,7 @@ class Fitted:
                 "or take probabilities=calibrated"
             )
         if found.about.get("weights") not in (None, family.weights_hash):
-            raise ValueError(f"the coefficients are of other weights; fit them again: {learned.COMMAND}")
+            raise ValueError(f"the coefficients are of other weights or guidance; fit them again: {learned.COMMAND}")
         return found
 
     def plan_for(self, family: _Family, name: str) -> Plan:
@@ -101,7 +101,7 @@ class Fitted:
             kept = f"there are {', '.join(self.plans)}" if self.plans else "there are none"
             raise ValueError(f"plan={name}: {kept}; memorise one with: {_MEMORISE}")
         if plan.about.get("weights") not in (None, family.weights_hash):
-            raise ValueError(f"plan={name} was memorised for other weights: {_MEMORISE}")
+            raise ValueError(f"plan={name} was memorised for other weights or guidance: {_MEMORISE}")
         return plan
 
     def with_plan(self, name: str, plan: Plan) -> Fitted:

@@ -30,7 +30,7 @@ _WORDS = {
     "steps": "{} steps",
     "times": "other times of the grid",
     "schedule": "another noise schedule",
-    "weights": "other weights",
+    "weights": "other weights or guidance",
 }
 """Part of the identity -> how an error says it."""
 
