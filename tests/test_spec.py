@@ -413,7 +413,7 @@ def test_a_plan_knows_options_schedule_and_weights() -> None:
     assert plan is not None
     with pytest.raises(ValueError, match=r"^the plan was made for other options of the solver, and is used with rand"):
         used(plan, solver=make_solver("randomized_midpoint", midpoints="shared"), steps=3)
-    for part, said in (("schedule", "another noise schedule"), ("weights", "other weights")):
+    for part, said in (("schedule", "another noise schedule"), ("weights", "other weights or guidance")):
         other = replace(plan, about=plan.about | {part: "0"})
         with pytest.raises(ValueError, match=f"^the plan was made for {said}, "):
             used(other, solver="randomized_midpoint", steps=3)
