@@ -47,6 +47,16 @@ class TimeGrid:
         check_whole("steps", steps, most=MOST_STEPS)
         return TimeGrid(name, tuple(GRIDS[name](schedule, steps)))
 
+    def below(self, t: float) -> TimeGrid:
+        """The part of the grid from time t on, for samples that do not begin with pure noise.
+
+        Raises: ValueError where nothing is left.
+        """
+        rest = [time for time in self.times if time < t]
+        if not 0 < t <= 1 or not rest:
+            raise ValueError(f"t must be in (0, 1] and above the end of the grid, {self.times[-1]:g}, got {t}")
+        return TimeGrid(self.name, (t, *rest))
+
 
 def _uniform(schedule: NoiseSchedule, steps: int) -> list[float]:
     """Evenly in t, from 1 to 0."""

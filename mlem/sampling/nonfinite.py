@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mlem.ledger import Meter, Network
+from mlem.sampling.hooks import Step
 
 __all__ = ["FirstFailure", "suspects"]
 
@@ -24,11 +25,11 @@ class FirstFailure:
         self.step: int | None = None
         self.row: int | None = None
 
-    def __call__(self, step: int, y: Tensor) -> None:
+    def __call__(self, step: Step) -> None:
         if self.step is None:
-            bad = ~torch.isfinite(y.flatten(1)).all(1)
+            bad = ~torch.isfinite(step.x.flatten(1)).all(1)
             if bad.any():
-                self.step, self.row = step, int(bad.nonzero()[0])
+                self.step, self.row = step.number - 1, int(bad.nonzero()[0])
 
 
 @contextmanager
@@ -37,8 +38,8 @@ def suspects(meters: Mapping[str, Meter]) -> Generator[list[str], None, None]:
     found: list[str] = []
 
     def watched(name: str, network: Network) -> Network:
-        def call(x: Tensor, t: Tensor) -> Any:
-            output = network(x, t)
+        def call(x: Tensor, t: Tensor, **conditions: Tensor) -> Any:
+            output = network(x, t, **conditions)
             if torch.isfinite(x).all() and not torch.isfinite(getattr(output, "sample", output)).all():
                 found.append(name)
             return output

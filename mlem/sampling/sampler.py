@@ -1,4 +1,4 @@
-"""Sampling: `sample()`, and the `Sampler` that binds a solver to a model and keeps the ledger of what it costs.
+"""The `Sampler`, which binds a solver to a model and keeps the ledger of what it costs.
 
 Denoisers, solvers and noise are known here; files, metrics and training are not.
 """
@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from mlem.arguments import called, check_whole
+from mlem.arguments import called
 from mlem.conditions import ConditionSource
 from mlem.denoiser import Denoiser, of_rows
 from mlem.family import Family
@@ -28,7 +28,7 @@ from mlem.multilevel.planner import check_estimator
 from mlem.multilevel.spec import PlanSpec
 from mlem.networks import evaluating
 from mlem.noise import check_indices
-from mlem.sampling.bars import with_bar
+from mlem.sampling.hooks import Hooks, Revise, Start, Watch, started
 from mlem.sampling.metered import MeteredModel, Model
 from mlem.sampling.nonfinite import FirstFailure, suspects
 from mlem.sampling.spreading import spread_rows
@@ -42,9 +42,9 @@ from mlem.solvers import (
     model_input,
     quadrature_weights,
 )
-from mlem.trajectory import Watch, starting_noise, trajectory, warn_of_signal
+from mlem.trajectory import SIGNAL_LEFT, starting_noise, trajectory, warn_of_signal
 
-__all__ = ["PRECISIONS", "NonFiniteError", "Result", "Sampler", "blocks", "sample", "solver_of"]
+__all__ = ["PRECISIONS", "NonFiniteError", "Result", "Sampler", "solver_of"]
 
 PRECISIONS: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Names of what the network may be computed in (autocast); times, noise and the sum over steps stay full."""
@@ -97,6 +97,9 @@ class Sampler:
         precision: str = "fp32",
         spread: bool = False,
         conditions: ConditionSource | None = None,
+        start: Start | None = None,
+        watch: Watch | None = None,
+        revise: Revise | None = None,
     ) -> None:
         _check_choices(model, seed, precision, level, plan)
         if isinstance(model, Family | Level):
@@ -107,7 +110,11 @@ class Sampler:
         self.schedule, self.shape, self.seed = schedule, tuple(shape), seed
         self.grid = self.solver.grid(schedule, steps, grid)
         self.points = GridPoint.of(schedule, self.grid)
-        warn_of_signal(schedule, self.grid.times[0])
+        self._first, self._watch, self._change = start, watch, revise
+        if start is None:
+            _check_beginning(schedule, self.grid)
+        if not self.solver.sequential and (watch is not None or revise is not None):
+            raise ValueError(f"{self.solver.name} solves for many times at once: leave watch= and revise= out")
         self.plan = None if plan is None else self._fitting(model, plan, spread)
         self._model = self._metered(model, level)
         _refuse_other_schedule(schedule, self._model.schedule)
@@ -146,8 +153,8 @@ class Sampler:
         return list(self._model.meters)
 
     def start(self, indices: Tensor) -> Tensor:
-        """The starting noise x_T ~ N(0, I) of these samples: indices (B,) int64 -> (B, *shape)."""
-        return starting_noise(self.seed, indices, self.shape)
+        """What these samples begin with, noise x_T ~ N(0, I) unless `start` says otherwise: (B,) -> (B, *shape)."""
+        return started(self._first, indices, starting_noise(self.seed, indices, self.shape))
 
     def run(self, indices: Sequence[int]) -> Result:
         """The samples with these indices, as one batch.
@@ -163,7 +170,7 @@ class Sampler:
         with torch.inference_mode(), evaluating(self._model.networks):
             index = torch.as_tensor(check_indices(indices), dtype=torch.int64, device=self.device)
             x_T, self._rounds = self.start(index), 0
-            x = self._solve(x_T, index)
+            x = self._solve(x_T, index, self._watch)
             # the one place where the host waits for the device
             finite: list[bool] = torch.isfinite(x.flatten(1)).all(1).tolist()
             # levels that share a call run one after another
@@ -174,16 +181,18 @@ class Sampler:
                 raise self._non_finite(result, x_T, index, finite)
         return result
 
-    def _solve(self, x_T: Tensor, index: Tensor, watch: Watch | None = None) -> Tensor:
-        revise = None
+    def _solve(self, x_T: Tensor, index: Tensor, watch: Watch | None) -> Tensor:
+        hooks = Hooks(self.points, index, self._change, watch)
+        revise = None if self._change is None else hooks.revise
         if self._model.multilevel is None:
             denoiser = self._model.denoiser_for(index, self.conditions)
             estimate = partial(self._estimate, lambda _: denoiser)
         else:
             run = self._model.multilevel.begin(index, self._quadrature, self.conditions)
-            estimate, revise = partial(self._estimate, run.denoiser_at), partial(self._revise, run)
+            estimate, revise = partial(self._estimate, run.denoiser_at), partial(self._revise, run, revise)
+        seen = None if watch is None else hooks.watch
         start = x_T.contiguous(memory_format=torch.channels_last) if x_T.dim() == 4 else x_T
-        x = trajectory(estimate, self.solver, self.points, start, index, self.seed, revise=revise, watch=watch)
+        x = trajectory(estimate, self.solver, self.points, start, index, self.seed, revise=revise, watch=seen)
         return x.to(x_T.dtype)
 
     def _estimate(
@@ -207,9 +216,16 @@ class Sampler:
             some = [slice(i, i + chunk) for i in range(0, len(x), chunk)]
             return torch.cat([of_rows(denoiser, part)(x[part], t[part]) for part in some])
 
-    def _revise(self, run: MultilevelTrajectory, y: Tensor, point: GridPoint) -> Tensor:
+    def _revise(
+        self,
+        run: MultilevelTrajectory,
+        after: Callable[[Tensor, GridPoint], Tensor] | None,
+        y: Tensor,
+        point: GridPoint,
+    ) -> Tensor:
         with self._autocast():
-            return run.revise(y, point)
+            y = run.revise(y, point)
+        return y if after is None else after(y, point)
 
     def _autocast(self) -> AbstractContextManager[object]:
         dtype = PRECISIONS[self.precision]
@@ -246,6 +262,18 @@ def _check_choices(model: Model, seed: int, precision: str, level: str | None, p
         raise ValueError(f"level={level!r} chooses within a family, but the model is not a Family; leave level out")
 
 
+def _check_beginning(schedule: NoiseSchedule, grid: TimeGrid) -> None:
+    """Warn where pure noise is not quite the law at the grid's first time; refuse a grid that is a part of one."""
+    t = grid.times[0]
+    # the leading grid of diffusers begins below t = 1 in any number of steps, and was chosen by its name
+    if t < 1 and grid.name != "leading" and schedule.alpha(t).item() ** 2 > SIGNAL_LEFT:
+        raise ValueError(
+            f"the grid begins at t = {t:.3g}, where samples are no pure noise: pass start=, what they begin with "
+            "(mlem.sampling.noised for pictures), or take a grid from t = 1"
+        )
+    warn_of_signal(schedule, t)
+
+
 def _refuse_spread(plan: Plan) -> None:
     """Raise ValueError for a plan that needs all rows of a call on one rank."""
     if plan.moves_state or plan.per_sample:
@@ -266,107 +294,3 @@ def solver_of(solver: str | Solver, **options: object) -> Solver:
 
         return DiffusersSolver(solver.removeprefix("diffusers:"), **options)
     return make_solver(solver, **options)
-
-
-def blocks(indices: Sequence[int], batch_size: int) -> list[list[int]]:
-    """`indices` cut into batches.
-
-    Raises: ValueError for no, repeated, reserved, negative or fractional indices, and for no batch.
-    """
-    check_whole("batch_size", batch_size)
-    listed = check_indices(indices)
-    if not listed or len(set(listed)) < len(listed):
-        raise ValueError(f"indices must be different whole numbers >= 0, at least one; got {len(listed)} of them")
-    return [listed[i : i + batch_size] for i in range(0, len(listed), batch_size)]
-
-
-@called("sample")
-def sample(
-    model: Model,
-    *,
-    indices: Sequence[int],
-    solver: str | Solver = "ddim",
-    steps: int = 50,
-    seed: int = 0,
-    batch_size: int = 64,
-    grid: str | TimeGrid | None = None,
-    level: str | None = None,
-    plan: Plan | PlanSpec | None = None,
-    schedule: NoiseSchedule | None = None,
-    shape: Sequence[int] | None = None,
-    device: str | torch.device | None = None,
-    precision: str = "fp32",
-    spread: bool = False,
-    conditions: ConditionSource | None = None,
-    return_noise: bool = False,
-    progress: bool = False,
-) -> Result:
-    """Sample the images with these indices.
-
-    Args:
-        model: a Family (its largest level, or `level`, or several under `plan`), a Level, or any denoiser together
-            with `schedule` and `shape`.
-        indices: sample indices, each in [0, 10**9); index and seed fix an image, whatever the batch size.
-        solver: a name, such as "ddim" or "dpm_solver_pp", or a Solver.
-        steps: of the time grid.
-        seed: fixes all chance, together with the index.
-        batch_size: images at once.
-        grid: name of a time grid, or a TimeGrid, which has steps of its own; by default the solver's choice.
-        level: name of a level of the family.
-        plan: which levels run when: a Plan, or a specification, `family.plan(...)`.
-        schedule, shape: of a bare denoiser, and of one sample.
-        device: where to run; by default where the network is.
-        precision: "fp32", "bf16" or "fp16" (autocast of the network).
-        spread: under torch.distributed, ranks share the rows of every call.
-        conditions: what networks are told of samples beside x and t: a function of indices (B,) that gives name ->
-            tensor with B rows, such as `lambda indices: {"class_labels": indices % 10}`; see `mlem.conditions`. By
-            default classes take turns.
-        return_noise: also give `x_T`.
-        progress: show a bar.
-
-    Returns: the samples, not clipped, and a ledger of what they cost.
-
-    Raises:
-        ValueError: options out of range.
-        NonFiniteError: samples became NaN or infinite; the others are all done, and are in the error's `result`.
-    """
-    sampler = Sampler(
-        model,
-        solver=solver,
-        steps=steps,
-        seed=seed,
-        grid=grid,
-        level=level,
-        plan=plan,
-        schedule=schedule,
-        shape=shape,
-        device=device,
-        precision=precision,
-        spread=spread,
-        conditions=conditions,
-    )
-    results: list[Result] = []
-    kept: list[int] = []
-    error: NonFiniteError | None = None
-    for block in with_bar(blocks(indices, batch_size), progress):
-        try:
-            result, good = sampler.run(block), block
-        except NonFiniteError as caught:
-            error = error or caught
-            result, good = caught.result, caught.indices
-        results.append(result if return_noise else Result(result.x, result.ledger))
-        kept += good
-    whole = _joined(results)
-    if error is not None:
-        error.result, error.indices = whole, kept
-        raise error
-    return whole
-
-
-def _joined(results: Sequence[Result]) -> Result:
-    """The results of several batches as one."""
-    ledger = Ledger()
-    for result in results:
-        ledger.add(result.ledger)
-    noises = [result.x_T for result in results if result.x_T is not None]
-    return Result(torch.cat([result.x for result in results]), ledger, torch.cat(noises) if noises else None)

@@ -1,0 +1,34 @@
+"""Guidance by a gradient (Dhariwal and Nichol, arXiv:2105.05233): samples are pushed to where a loss is small.
+
+    python examples/gradient_guidance.py runs/demo/family
+
+Here the loss asks for dark pictures; any differentiable function of the picture will do.
+"""
+
+import sys
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from mlem import Family, sample
+from mlem.images import image_grid
+from mlem.sampling import Step
+
+
+def guided(family: Family, loss: Callable[[Tensor], Tensor], scale: float = 1.0, count: int = 16) -> Tensor:
+    """Samples (count, C, H, W) pushed downhill; loss: pictures (B, C, H, W) -> (B,)."""
+
+    def revise(step: Step) -> Tensor:
+        with torch.inference_mode(False), torch.enable_grad():
+            x = step.x.clone().requires_grad_()
+            slope = torch.autograd.grad(loss(x / max(step.point.alpha, 1e-2)).sum(), x)[0]
+        # as strong as the noise that is left
+        return step.x - scale * (step.point.alpha * step.point.kappa) ** 2 * slope
+
+    return sample(family, solver="ddim", steps=64, indices=range(count), revise=revise).x
+
+
+if __name__ == "__main__":
+    dark = guided(Family.load(sys.argv[1]), lambda x: x.mean((1, 2, 3)), scale=50.0)
+    image_grid(dark).save("dark.png")

@@ -1,0 +1,97 @@
+"""Hooks of sampling: where samples begin, what may change them on the way, and who watches.
+
+Image-to-image, inpainting, pictures of a trajectory and guidance by a gradient are a few lines each on top of these:
+see `examples/`. All of them see x as the networks do, `x_t = alpha_t x_0 + sigma_t z` with `alpha^2 + sigma^2 = 1`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from mlem.schedule import NoiseSchedule
+from mlem.solvers import GridPoint, GridPoints
+
+__all__ = ["Hooks", "Revise", "Start", "Step", "Watch", "noised", "started"]
+
+
+class Step(NamedTuple):
+    """Where the samples of a batch are.
+
+    Args:
+        number: steps that were made.
+        point: of the time grid: t, alpha and kappa, plain numbers.
+        indices: (B,), int64, of the samples.
+        x: (B, *shape), float64.
+    """
+
+    number: int
+    point: GridPoint
+    indices: Tensor
+    x: Tensor
+
+
+Start: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+"""start(indices, z): x (B, *shape) at the first time of the grid, given the noise z (B, *shape) of these samples."""
+
+Watch: TypeAlias = Callable[[Step], None]
+"""watch(step): sees the samples after each step."""
+
+Revise: TypeAlias = Callable[[Step], Tensor]
+"""revise(step): the x to go on from, given where the samples are before each step. To be a function of its argument."""
+
+
+def noised(pictures: Tensor, schedule: NoiseSchedule, t: float) -> Start:
+    """The start of image-to-image (SDEdit, arXiv:2108.01073): pictures with noise up to time t.
+
+    Args:
+        pictures: (N, *shape), in [-1, 1]; samples take them in turn.
+        schedule: of the family.
+        t: where the grid begins: `TimeGrid.make(...).below(t)`.
+    """
+    alpha, sigma = schedule.alpha(t).item(), schedule.sigma(t).item()
+
+    def start(indices: Tensor, z: Tensor) -> Tensor:
+        own = pictures.to(z)[indices % len(pictures)]
+        return alpha * own + sigma * z
+
+    return start
+
+
+class Hooks:
+    """The hooks of one run, as the solver's loop calls them, with y = x / alpha."""
+
+    def __init__(self, points: GridPoints, indices: Tensor, revise: Revise | None, watch: Watch | None) -> None:
+        self._points, self._indices, self._revise, self._watch = points, indices, revise, watch
+        self._number = 0
+
+    def revise(self, y: Tensor, here: GridPoint) -> Tensor:
+        """y to go on from."""
+        number, self._number = self._number, self._number + 1
+        if self._revise is None:
+            return y
+        x = self._revise(Step(number, here, self._indices, y * here.alpha))
+        if x.shape != y.shape:
+            raise ValueError(f"revise= must give x of shape {tuple(y.shape)}, got {tuple(x.shape)}")
+        return x.to(y) / here.alpha
+
+    def watch(self, number: int, y: Tensor) -> None:
+        """y after a step."""
+        if self._watch is not None:
+            here = self._points[number + 1]
+            self._watch(Step(number + 1, here, self._indices, y * here.alpha))
+
+
+def started(start: Start | None, indices: Tensor, z: Tensor) -> Tensor:
+    """x at the first time. Raises ValueError for a start of another shape, or one that is not finite."""
+    if start is None:
+        return z
+    x = torch.as_tensor(start(indices, z)).to(z)
+    if x.shape != z.shape:
+        raise ValueError(f"start= must give x of shape {tuple(z.shape)}, got {tuple(x.shape)}")
+    if x.device.type == "cpu" and not bool(torch.isfinite(x).all()):
+        raise ValueError("start= gave NaN or infinity")
+    return x
