@@ -2,7 +2,7 @@
 
     python examples/gradient_guidance.py runs/demo/family
 
-Here the loss asks for dark pictures; any differentiable function of the picture will do.
+Here the loss asks for bright pictures; any differentiable function of the picture will do.
 """
 
 import sys
@@ -30,5 +30,5 @@ def guided(family: Family, loss: Callable[[Tensor], Tensor], scale: float = 1.0,
 
 
 if __name__ == "__main__":
-    dark = guided(Family.load(sys.argv[1]), lambda x: x.mean((1, 2, 3)), scale=50.0)
-    image_grid(dark).save("dark.png")
+    bright = guided(Family.load(sys.argv[1]), lambda x: -x.mean((1, 2, 3)), scale=4.0)
+    image_grid(bright).save("bright.png")
