@@ -2,7 +2,7 @@
 
     python examples/gradient_guidance.py runs/demo/family
 
-Here the loss asks for bright pictures; any differentiable function of the picture will do.
+Here the loss asks for bright pictures; any differentiable function of the noisy picture will do.
 """
 
 import sys
@@ -17,12 +17,12 @@ from mlem.sampling import Step
 
 
 def guided(family: Family, loss: Callable[[Tensor], Tensor], scale: float = 1.0, count: int = 16) -> Tensor:
-    """Samples (count, C, H, W) pushed downhill; loss: pictures (B, C, H, W) -> (B,)."""
+    """Samples (count, C, H, W) pushed downhill; loss: noisy pictures (B, C, H, W) -> (B,)."""
 
     def revise(step: Step) -> Tensor:
         with torch.inference_mode(False), torch.enable_grad():
             x = step.x.clone().requires_grad_()
-            slope = torch.autograd.grad(loss(x / max(step.point.alpha, 1e-2)).sum(), x)[0]
+            slope = torch.autograd.grad(loss(x).sum(), x)[0]
         # as strong as the noise that is left
         return step.x - scale * (step.point.alpha * step.point.kappa) ** 2 * slope
 
@@ -30,5 +30,5 @@ def guided(family: Family, loss: Callable[[Tensor], Tensor], scale: float = 1.0,
 
 
 if __name__ == "__main__":
-    bright = guided(Family.load(sys.argv[1]), lambda x: -x.mean((1, 2, 3)), scale=4.0)
+    bright = guided(Family.load(sys.argv[1]), lambda x: -x.mean((1, 2, 3)), scale=1.0)
     image_grid(bright).save("bright.png")
