@@ -22,8 +22,11 @@ ConditionSource: TypeAlias = Callable[[Tensor], Mapping[str, Any]]
 """source(indices): indices (B,) int64 -> name -> (B, ...). Where levels are told different things, the name of a level
 -> such a mapping of its own."""
 
-Described: TypeAlias = dict[str, int | tuple[int, ...]]
-"""Name -> number of classes, or shape of a row."""
+Described: TypeAlias = dict[str, "int | tuple[int | None, ...]"]
+"""Name -> number of classes, or shape of a row, None for any size, such as the number of tokens."""
+
+_TOKENS = 77
+"""What stands for any size where something is counted or timed: the tokens of CLIP."""
 
 
 class _Level(Protocol):
@@ -41,11 +44,11 @@ def described(conditions: Mapping[str, Any] | None) -> Described:
     for name, value in (conditions or {}).items():
         numbers = [value] if isinstance(value, int) else value
         whole = isinstance(numbers, Sequence) and all(
-            isinstance(n, int) and n > 0 for n in cast(Sequence[Any], numbers)
+            n is None or (isinstance(n, int) and n > 0) for n in cast(Sequence[Any], numbers)
         )
         if not whole or isinstance(value, bool) or not str(name).isidentifier():
             raise ValueError(
-                f"conditions[{name!r}] must be a number of classes or the shape of a row, such as 10 or (77, 768), "
+                f"conditions[{name!r}] must be a number of classes or the shape of a row, such as 10 or (None, 768), "
                 f"got {value!r}"
             )
         found[name] = value if isinstance(value, int) else tuple(value)
@@ -57,7 +60,7 @@ def blank(conditions: Described, rows: int, device: torch.device, dtype: torch.d
     return {
         name: torch.zeros(rows, dtype=torch.int64, device=device)
         if isinstance(value, int)
-        else torch.zeros(rows, *value, device=device, dtype=dtype)
+        else torch.zeros(rows, *(size or _TOKENS for size in value), device=device, dtype=dtype)
         for name, value in conditions.items()
     }
 
@@ -103,7 +106,9 @@ def _in_turn(level: _Level, indices: Tensor) -> Conditions:
     return {name: indices % value for name, value in level.conditions.items() if isinstance(value, int)}
 
 
-def _checked(level: str, name: str, due: int | tuple[int, ...], given: Mapping[str, Any], indices: Tensor) -> Tensor:
+def _checked(
+    level: str, name: str, due: int | tuple[int | None, ...], given: Mapping[str, Any], indices: Tensor
+) -> Tensor:
     """A condition of one level, on the device of the indices."""
     if name not in given:
         raise ValueError(
@@ -111,7 +116,7 @@ def _checked(level: str, name: str, due: int | tuple[int, ...], given: Mapping[s
         )
     value = torch.as_tensor(given[name])
     shape = (len(indices),) if isinstance(due, int) else (len(indices), *due)
-    if value.shape != shape:
+    if value.dim() != len(shape) or any(size not in (None, own) for size, own in zip(shape, value.shape, strict=True)):
         raise ValueError(f"conditions[{name!r}] of level {level} must have shape {shape}, got {tuple(value.shape)}")
     if isinstance(due, int):
         if value.is_floating_point():

@@ -14,6 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from mlem.networks import by_position
 from mlem.schedule import NUM_TIMESTEPS, NoiseSchedule, expand_like
 
 __all__ = [
@@ -117,7 +118,8 @@ class NetworkDenoiser:
     any_dtype = True
 
     def __init__(self, network: nn.Module | Callable[..., Any], schedule: NoiseSchedule, prediction: str = "v") -> None:
-        self.network, self.schedule, self.prediction = network, schedule, check_prediction(prediction)
+        self.network, self.schedule = by_position(network), schedule
+        self.prediction = check_prediction(prediction)
         parameter = next(network.parameters(), None) if isinstance(network, nn.Module) else None
         self.dtype = torch.get_default_dtype() if parameter is None else parameter.dtype
         self.conditions: dict[str, Tensor] = {}

@@ -78,6 +78,14 @@ class Family:
                         "train both with the same settings"
                     )
 
+        for level in self.levels:
+            for key, value in level.latents.items():
+                if value != (own := first.latents.get(key, value)):
+                    raise ValueError(
+                        f"levels {first.name} and {level.name} are not of one latent space: {key} {own} and {value}; "
+                        "take networks that were trained with the same decoder"
+                    )
+
     def _check_costs(self) -> None:
         for small, large in zip(self.levels, self.levels[1:], strict=False):
             if small.flops >= large.flops:
@@ -85,6 +93,21 @@ class Family:
                     f"levels must rise in cost, but {small.name} takes {small.flops} FLOPs and {large.name} "
                     f"{large.flops}; list the cheaper one first"
                 )
+
+    @staticmethod
+    def from_diffusers(
+        folders: Mapping[str, str | os.PathLike[str]], *, data: str = "", dtype: torch.dtype | None = None
+    ) -> Family:
+        """A family of networks that diffusers wrote, in the same pictures or latents.
+
+        Args:
+            folders: name of a level -> folder of its model or pipeline, cheapest first; see `Level.from_diffusers`.
+            data: name of the data set.
+            dtype: of the weights; by default as they were saved.
+
+        Raises: as `Level.from_diffusers` and `Family` do.
+        """
+        return Family([Level.from_diffusers(path, name=name, data=data, dtype=dtype) for name, path in folders.items()])
 
     plan = staticmethod(named(PlanSpec, "family.plan"))
 

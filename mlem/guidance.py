@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from mlem.denoiser import NetworkDenoiser
 from mlem.level import Level
+from mlem.networks import by_position
 
 __all__ = ["GuidedNetwork", "guided_level"]
 
@@ -48,7 +49,8 @@ class GuidedNetwork(nn.Module):
         weak_share: float = 0.5,
     ) -> None:
         super().__init__()
-        self.network, self.scale, self.weak = network, scale, weak
+        self.network, self.scale = by_position(network), scale
+        self.weak: nn.Module | None = None if weak is None else by_position(weak)
         self.null: dict[str, Tensor] = {name: torch.as_tensor(value) for name, value in null.items()}
         self.interval, self.weak_share = interval, weak_share
 

@@ -16,6 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from mlem import networks
@@ -48,7 +49,10 @@ class Level:
             training).
         flops: floating-point operations to evaluate one sample; None: torch counts them.
         conditions: what the network is told beside x and t: name of its argument -> number of classes, or shape of a
-            sample's row, such as {"class_labels": 10} or {"encoder_hidden_states": (77, 768)}.
+            sample's row, such as {"class_labels": 10} or {"encoder_hidden_states": (None, 768)}, None for any size.
+
+    Attributes:
+        latents: how the decoder of a pipeline scales latents, `scaling_factor` and `shift_factor`; empty for pictures.
 
     Raises:
         ValueError: names an argument that is out of range.
@@ -65,7 +69,7 @@ class Level:
         measured: Mapping[str, Any] | None = None,
         *,
         flops: int | None = None,
-        conditions: Mapping[str, int | Sequence[int]] | None = None,
+        conditions: Mapping[str, int | Sequence[int | None]] | None = None,
     ) -> None:
         check_prediction(prediction)
         check_name("level name", name)
@@ -76,6 +80,7 @@ class Level:
         self.prediction, self.data = prediction, data
         self.measured: dict[str, Any] = dict({} if measured is None else measured)
         self.conditions = described(conditions)
+        self.latents: dict[str, float] = {}
         self._flops = flops
         if len(self.shape) == 3:
             networks.to_channels_last(network)
@@ -101,6 +106,60 @@ class Level:
         """The network as a denoiser."""
         return NetworkDenoiser(self.network, self.schedule, self.prediction)
 
+    @staticmethod
+    def from_diffusers(
+        folder: str | os.PathLike[str],
+        *,
+        name: str | None = None,
+        shape: Sequence[int] | None = None,
+        schedule: NoiseSchedule | None = None,
+        prediction: str | None = None,
+        conditions: Mapping[str, int | Sequence[int | None]] | None = None,
+        data: str = "",
+        dtype: torch.dtype | None = None,
+    ) -> Level:
+        """A level of a network that diffusers wrote: the folder of a model or of a pipeline, on disk.
+
+        Args:
+            folder: with config.json and safetensors, or with model_index.json.
+            name: by default that of the folder.
+            shape: of one sample; by default what the config says. Of video it says nothing.
+            schedule, prediction: by default what the scheduler says that lies in or beside the folder.
+            conditions: by default what the class of the network is told.
+            data: name of the data set.
+            dtype: of the weights; by default as they were saved.
+
+        Raises:
+            FileNotFoundError: a file is missing; it is named.
+            ValueError: the network is none that can be sampled here, or what is given contradicts its scheduler.
+        """
+        folder = Path(folder)
+        found = networks.read_foreign(folder, dtype)
+        shape = found.shape if shape is None else tuple(shape)
+        if shape is None:
+            raise ValueError(f"{folder} does not say the shape of a sample: pass shape=, such as (16, 5, 60, 104)")
+        if found.scheduler is None and (schedule is None or prediction is None):
+            raise ValueError(f"{folder} has no scheduler_config.json in or beside it: pass schedule= and prediction=")
+        if found.scheduler is not None:
+            said = networks.convention(found.scheduler)
+            if prediction is not None and check_prediction(prediction) != said:
+                raise ValueError(f"prediction={prediction} contradicts the scheduler of {folder}, which says {said}")
+            prediction = said
+            schedule = schedule or NoiseSchedule.from_diffusers(found.scheduler)
+        assert schedule is not None
+        assert prediction is not None
+        level = Level(
+            re.sub(r"[^\w.+-]", "_", folder.resolve().name) if name is None else name,
+            found.network,
+            schedule,
+            shape,
+            prediction,
+            data,
+            conditions=found.conditions if conditions is None else conditions,
+        )
+        level.latents = found.latents
+        return level
+
     def denoiser_for(self, indices: Tensor, conditions: ConditionSource | None = None) -> NetworkDenoiser:
         """The network as a denoiser of the samples with these indices (B,), told what it is told of them."""
         return self.denoiser.given(conditions_of([self], conditions, indices)[0])
@@ -122,7 +181,7 @@ class Level:
         """Write the level's folder; every file atomically, `mlem.json` (with the checksum) last."""
         folder = Path(folder)
         own = {"format": FORMAT, "name": self.name, "flops": self.flops, "parameters": self.parameters}
-        own |= {"conditions": self.conditions} if self.conditions else {}
+        own |= {key: value for key in ("conditions", "latents") if (value := getattr(self, key))}
         write_weights(folder / WEIGHTS, self.network.state_dict())
         write_json(folder / "config.json", networks.config_of(self.network))
         config = sha256(folder / "config.json")
@@ -175,6 +234,7 @@ class Level:
             own["flops"] = None if known else about.get("flops")  # which may have been given: torch cannot count all
             own["conditions"] = about.get("conditions")
             level = Level(network=network.eval(), schedule=schedule, shape=shape, **own)
+        level.latents = dict(about.get("latents", {}))
         if schedule.fingerprint != about["schedule_hash"]:
             raise ValueError(
                 f"{folder}/mlem.json was edited: its schedule does not match its schedule_hash; train it again"

@@ -1,6 +1,8 @@
 """Networks: how they are built by name and size, which classes a file may name, and what they cost."""
 
+from mlem.networks.calling import by_position
 from mlem.networks.cost import evaluating, flops, parameters, seconds_per_image, to_channels_last
+from mlem.networks.foreign import ForeignNetwork, convention, read_foreign
 from mlem.networks.registry import ARCHITECTURES, CLASSES, build, config_of, from_config
 from mlem.networks.unet import SIZES, unet
 
@@ -8,12 +10,16 @@ __all__ = [
     "ARCHITECTURES",
     "CLASSES",
     "SIZES",
+    "ForeignNetwork",
     "build",
+    "by_position",
     "config_of",
+    "convention",
     "evaluating",
     "flops",
     "from_config",
     "parameters",
+    "read_foreign",
     "seconds_per_image",
     "to_channels_last",
     "unet",

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from mlem.conditions import blank
+from mlem.networks.calling import by_position
 
 __all__ = ["evaluating", "flops", "parameters", "seconds_per_image", "to_channels_last"]
 
@@ -34,7 +35,7 @@ def parameters(network: nn.Module) -> int:
 
 
 def flops(
-    network: nn.Module, shape: Sequence[int], conditions: Mapping[str, int | tuple[int, ...]] | None = None
+    network: nn.Module, shape: Sequence[int], conditions: Mapping[str, int | tuple[int | None, ...]] | None = None
 ) -> int:
     """Floating-point operations (2 for each multiply-add) to evaluate one sample, as torch counts them; 0 if it cannot.
 
@@ -49,7 +50,7 @@ def flops(
     x = torch.zeros(1, *shape, device=device, dtype=dtype)
     # eval mode: dropout would draw from the global random numbers
     with FlopCounterMode(display=False) as counter, torch.no_grad(), evaluating(network):
-        network(x, torch.zeros(1, device=device), **blank(dict(conditions or {}), 1, device, dtype))
+        by_position(network)(x, torch.zeros(1, device=device), **blank(dict(conditions or {}), 1, device, dtype))
     return counter.get_total_flops()
 
 

@@ -35,7 +35,14 @@ class LoadableClass(NamedTuple):
 ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {"unet": unet}
 """Name -> function of (size, shape, options) that builds a network with fresh weights."""
 
-CLASSES: dict[str, LoadableClass] = {"UNet2DModel": LoadableClass("diffusers.models.unets.unet_2d", 3)}
+CLASSES: dict[str, LoadableClass] = {
+    "UNet2DModel": LoadableClass("diffusers.models.unets.unet_2d", 3),
+    "UNet2DConditionModel": LoadableClass("diffusers.models.unets.unet_2d_condition", 3),
+    "DiTTransformer2DModel": LoadableClass("diffusers.models.transformers.dit_transformer_2d", 3),
+    "SD3Transformer2DModel": LoadableClass("diffusers.models.transformers.transformer_sd3", 3),
+    "SanaTransformer2DModel": LoadableClass("diffusers.models.transformers.sana_transformer", 3),
+    "WanTransformer3DModel": LoadableClass("diffusers.models.transformers.transformer_wan", 4),
+}
 """The allow-list: diffusers' name of a class -> where it is."""
 
 
