@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from mlem.denoiser import PREDICTIONS
+from mlem.predictions import PREDICTIONS
 from mlem.level import Level
 from mlem.metrics.denoising import NOISE_LEVELS, denoising_errors
 from mlem.networks import unet
