@@ -54,9 +54,11 @@ def to_diffusers(schedule: NoiseSchedule, prediction: Prediction) -> dict[str, A
     names = {"v": "v_prediction", "eps": "epsilon", "x0": "sample"}
     asked = prediction.options.get("timesteps", schedule.num_timesteps)
     if prediction.name not in names or asked != schedule.num_timesteps:
-        kind = schedule.to_config()["kind"]
-        raise ValueError(f"no scheduler of diffusers samples prediction {prediction} on a schedule of kind {kind}")
-    config = {"_class_name": "DDIMScheduler", **_betas(schedule), "prediction_type": names[prediction.name]}
+        path = schedule.to_config()["kind"]
+        raise ValueError(f"no scheduler of diffusers samples prediction {prediction} on a schedule of kind {path}")
+    # DDIM of diffusers clips the data, but not the noise that goes with it
+    kind = "DDIMScheduler" if prediction.clip is None else "DDPMScheduler"
+    config = {"_class_name": kind, **_betas(schedule), "prediction_type": names[prediction.name]}
     config |= {"timestep_spacing": "trailing", "clip_sample": prediction.clip is not None}
     return config if prediction.clip is None else config | {"clip_sample_range": prediction.clip}
 
