@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from mlem.networks import by_position
-from mlem.schedule import NUM_TIMESTEPS, NoiseSchedule, expand_like
+from mlem.predictions import Named, NoiseLevel, make_prediction
+from mlem.schedule import NoiseSchedule, expand_like
 
 __all__ = [
-    "PREDICTIONS",
     "AnyDtype",
     "Conditional",
     "Denoiser",
@@ -26,15 +26,9 @@ __all__ = [
     "MixtureDenoiser",
     "NetworkDenoiser",
     "Scheduled",
-    "check_prediction",
     "gaussian_denoiser",
     "of_rows",
-    "prediction_to_eps",
-    "training_target",
 ]
-
-PREDICTIONS = ("v", "eps", "x0")
-"""What a network may predict: `v = alpha eps - sigma x_0` (Salimans and Ho, arXiv:2202.00512), the noise, the data."""
 
 
 class Denoiser(Protocol):
@@ -82,44 +76,36 @@ def of_rows(denoiser: Denoiser, positions: Tensor | slice) -> Denoiser:
     return denoiser.rows(positions) if isinstance(denoiser, Conditional) else denoiser
 
 
-def check_prediction(prediction: str) -> str:
-    """`prediction` itself; raises ValueError when it is not one of PREDICTIONS."""
-    if prediction not in PREDICTIONS:
-        raise ValueError(f"prediction must be one of {', '.join(PREDICTIONS)}, got {prediction!r}")
-    return prediction
-
-
-def training_target(prediction: str, x_0: Tensor, z: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """What the network should predict for data x_0 and noise z, both (B, ...); alpha, sigma: (B,)."""
-    alpha, sigma = expand_like(alpha, x_0), expand_like(sigma, x_0)
-    return {"v": alpha * z - sigma * x_0, "eps": z, "x0": x_0}[prediction]
-
-
-def prediction_to_eps(prediction: str, output: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """The noise estimate that a network's output stands for; output, x: (B, ...), alpha, sigma: (B,).
-
-    x0 prediction divides by sigma: t = 0 is out of range there.
-    """
-    if prediction == "eps":
-        return output
-    alpha, sigma = expand_like(alpha, x), expand_like(sigma, x)
-    return sigma * x + alpha * output if prediction == "v" else (x - alpha * output) / sigma
-
-
 class NetworkDenoiser:
-    """A network under a schedule.
+    """A network under a schedule, asked and understood as its prediction says.
 
-    network(x, timestep, **conditions) may return a tensor or an object with `.sample` (diffusers).
+    network(input, time, **conditions) may return a tensor or an object with `.sample` (diffusers). Where it answers
+    with twice the channels, the second half, a learned variance, is dropped.
 
     The network is fed in its own dtype; its output is turned into eps in the dtype of x. In float64 that loses
     nothing: `x_0 = y - kappa eps` would magnify a float32 rounding of eps by kappa, up to 400.
+
+    Args:
+        network: what is asked.
+        schedule: that x and t are under.
+        prediction: how it is asked, and what it answers.
+        own: the schedule that the network was trained under, where that is another; it is asked at its own time of the
+            same kappa.
     """
 
     any_dtype = True
 
-    def __init__(self, network: nn.Module | Callable[..., Any], schedule: NoiseSchedule, prediction: str = "v") -> None:
-        self.network, self.schedule = by_position(network), schedule
-        self.prediction = check_prediction(prediction)
+    def __init__(
+        self,
+        network: nn.Module | Callable[..., Any],
+        schedule: NoiseSchedule,
+        prediction: Named = "v",
+        own: NoiseSchedule | None = None,
+    ) -> None:
+        self.network = by_position(network)
+        self.schedule, self.prediction = schedule, make_prediction(prediction)
+        same = own is None or own.fingerprint == schedule.fingerprint
+        self.own = schedule if same or own is None else own
         parameter = next(network.parameters(), None) if isinstance(network, nn.Module) else None
         self.dtype = torch.get_default_dtype() if parameter is None else parameter.dtype
         self.conditions: dict[str, Tensor] = {}
@@ -145,13 +131,32 @@ class NetworkDenoiser:
         return self.given({name: value[positions] for name, value in self.conditions.items()})
 
     def predict(self, x: Tensor, t: Tensor) -> Tensor:
-        """The network's raw output at t: like x. The timestep `N t - 1` stays in full precision under autocast."""
-        output = self.network(x.to(self.dtype), t.float() * NUM_TIMESTEPS - 1, **self.conditions)
-        return getattr(output, "sample", output).to(x.dtype)
+        """The network's raw output at t: like x."""
+        return self._answer(x, NoiseLevel.of(self.own, self._own_time(t)))
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
-        alpha, sigma = self.schedule.scales(t)
-        return prediction_to_eps(self.prediction, self.predict(x, t), x, alpha, sigma)
+        at = NoiseLevel.of(self.own, self._own_time(t))
+        eps = self.prediction.eps(self._answer(x, at), x, at)
+        return eps if self.own is self.schedule else self._beyond(eps, x, t, at)
+
+    def _own_time(self, t: Tensor) -> Tensor:
+        return t if self.own is self.schedule else self.own.time_from_kappa(self.schedule.kappa(t))
+
+    def _answer(self, x: Tensor, at: NoiseLevel) -> Tensor:
+        asked, time = self.prediction.ask(x, at, self.own.num_timesteps)
+        # the time stays in full precision under autocast
+        output = self.network(asked.to(self.dtype), time, **self.conditions)
+        output = getattr(output, "sample", output).to(x.dtype)
+        if output.dim() > 1 and output.shape[1] == 2 * x.shape[1] and output.shape[2:] == x.shape[2:]:
+            output = output[:, : x.shape[1]]
+        return output
+
+    def _beyond(self, eps: Tensor, x: Tensor, t: Tensor, at: NoiseLevel) -> Tensor:
+        """The noise estimate at t, where the network knew less noise: of the same x_0."""
+        alpha, sigma = (expand_like(scale, x) for scale in self.schedule.scales(t))
+        own_alpha, own_sigma = at.like(x)
+        ratio = alpha / own_alpha
+        return x * ((1 - ratio) / sigma) + eps * (ratio * own_sigma / sigma)
 
 
 class MixtureDenoiser:

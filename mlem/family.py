@@ -37,6 +37,9 @@ __all__ = ["Family"]
 class Family:
     """Levels in order of rising cost.
 
+    Schedules and predictions may differ: noise is that of the largest level's schedule, and every other level is asked
+    at the time of its own at which there is as much.
+
     Args:
         levels: one or more.
         fitted: what was fitted to these levels.
@@ -44,8 +47,8 @@ class Family:
         folder: where what is fitted is kept, if anywhere.
 
     Raises:
-        ValueError: levels disagree on schedule, prediction, shape or data set, share a name, or are out of order of
-            cost; both sides are named.
+        ValueError: levels disagree on shape or data set, share a name, or are out of order of cost; both sides are
+            named.
     """
 
     def __init__(
@@ -67,16 +70,23 @@ class Family:
                 raise ValueError(f"two levels are called {name!r}; name each level once")
         self._check_common()
         self._check_costs()
+        if len({level.schedule.fingerprint for level in self.levels}) > 1:
+            self.levels = tuple(level.under(self.schedule) for level in self.levels)
 
     def _check_common(self) -> None:
         first = self.levels[0]
         for level in self.levels[1:]:
-            for key, value in level.common().items():
-                if value != first.common()[key]:
+            for key, one, other in (("shape", first.shape, level.shape), ("data", first.data, level.data)):
+                if one != other:
                     raise ValueError(
-                        f"levels {first.name} and {level.name} differ in {key}: {first.common()[key]} and {value}; "
+                        f"levels {first.name} and {level.name} differ in {key}: {one} and {other}; "
                         "train both with the same settings"
                     )
+        if len(self.levels) > 1 and (clipped := [level for level in self.levels if level.prediction.clip is not None]):
+            raise ValueError(
+                f"level {clipped[0].name} clips its estimate of the data, which must not be summed over levels: leave "
+                "clip out, or make a family of that level alone"
+            )
 
         for level in self.levels:
             for key, value in level.latents.items():
@@ -113,8 +123,8 @@ class Family:
 
     @property
     def schedule(self) -> NoiseSchedule:
-        """The noise schedule that all levels share."""
-        return self.levels[0].schedule
+        """The noise schedule that is sampled: the largest level's."""
+        return self.levels[-1].schedule
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -137,6 +147,8 @@ class Family:
         if self._weights_hash is None:
             digest = hashlib.sha256()
             for level in self.levels:
+                if own := _convention(level, self):
+                    digest.update(own.encode())
                 if isinstance(level.network, GuidedNetwork):
                     digest.update(json.dumps(level.network.identity, sort_keys=True).encode())
                 for name, tensor in level.network.state_dict().items():
@@ -221,7 +233,7 @@ class Family:
             os.replace(new, folder / new.name)
         aside.rmdir()
         self.save_fitted(folder)
-        write_record(folder / "family.json", {"format": FORMAT, "levels": self.names, **self.levels[0].common()})
+        write_record(folder / "family.json", {"format": FORMAT, "levels": self.names, **self.levels[-1].common()})
 
     def save_fitted(self, folder: str | os.PathLike[str]) -> None:
         """Write what was fitted beside the levels; see `Fitted.save`."""
@@ -254,3 +266,11 @@ class Family:
         if own:
             raise ValueError(f"networks= names {next(iter(own))!r}; the levels are {', '.join(about['levels'])}")
         return Family(levels, Fitted.load(folder), KeptPlans(folder), folder)
+
+
+def _convention(level: Level, family: Family) -> str:
+    """What belongs to a level's identity beside its weights; nothing where it is asked as all levels once were."""
+    plain: list[Any] = [] if level.prediction.to_config() in ("v", "eps", "x0") else [level.prediction.to_config()]
+    if level.schedule.fingerprint != family.schedule.fingerprint:
+        plain.append(level.schedule.to_config())
+    return json.dumps(plain, sort_keys=True) if plain else ""

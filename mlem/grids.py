@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mlem.arguments import MOST_STEPS, check_whole
-from mlem.schedule import NUM_TIMESTEPS, NoiseSchedule
+from mlem.schedule import NoiseSchedule
 
 __all__ = ["GRIDS", "TimeGrid"]
 
@@ -69,13 +69,25 @@ def _down_to_zero(schedule: NoiseSchedule, kappas: Tensor) -> list[float]:
 
 
 def _kappa_range(schedule: NoiseSchedule) -> tuple[float, float]:
-    """Largest kappa, and the smallest before 0: that of the first of the N timesteps."""
-    return schedule.kappa(1.0).item(), schedule.kappa(1.0 / NUM_TIMESTEPS).item()
+    """Largest kappa, and the smallest before 0: that of the first of the N timesteps.
+
+    Of a schedule that ends in pure noise that of the last but one: between them nothing happens.
+    """
+    n = schedule.num_timesteps
+    last = 1 - 1 / n if schedule.ends_in_noise else 1.0
+    return schedule.kappa(last).item(), schedule.kappa(1.0 / n).item()
+
+
+def _ou_range(schedule: NoiseSchedule) -> tuple[float, float]:
+    """The same for OU time."""
+    n = schedule.num_timesteps
+    last = 1 - 1 / n if schedule.ends_in_noise else 1.0
+    return schedule.ou_time(last).item(), schedule.ou_time(1.0 / n).item()
 
 
 def _ou_uniform(schedule: NoiseSchedule, steps: int) -> list[float]:
     """Evenly in OU time down to t = 1/N, then 0."""
-    high, low = schedule.ou_time(1.0).item(), schedule.ou_time(1.0 / NUM_TIMESTEPS).item()
+    high, low = _ou_range(schedule)
     times = torch.linspace(high, low, steps, dtype=torch.float64)
     return [1.0, *schedule.time_from_ou_time(times[1:]).tolist(), 0.0]
 
@@ -85,7 +97,7 @@ def _ou_halving(schedule: NoiseSchedule, steps: int) -> list[float]:
 
     The steps of Algorithm 3, arXiv:2406.00924v2. Of few steps at most half are halvings.
     """
-    whole, least = schedule.ou_time(1.0).item(), schedule.ou_time(1.0 / NUM_TIMESTEPS).item()
+    whole, least = _ou_range(schedule)
     enough = (count for count in range(steps) if whole / (steps - count) / 2**count <= least)
     halvings = min(next(enough, steps), steps // 2)
     even = steps - halvings
@@ -107,22 +119,35 @@ def _karras(schedule: NoiseSchedule, steps: int, rho: float = 7.0) -> list[float
     return _down_to_zero(schedule, (high + fractions * (low - high)) ** rho)
 
 
-def _refuse_more_than_timesteps(name: str, steps: int) -> None:
-    if steps > NUM_TIMESTEPS:
-        raise ValueError(f"steps must be in [1, {NUM_TIMESTEPS}] on the {name} grid, got {steps}")
+def _flow(schedule: NoiseSchedule, steps: int) -> list[float]:
+    """The sigmas of diffusers' FlowMatchEulerDiscreteScheduler, r of rectified flow, then 0.
+
+    Evenly in the r before its shift, down to that after the shift of the first of the N timesteps.
+    """
+    high, low = schedule.kappa(1.0).item(), schedule.kappa(1.0 / schedule.num_timesteps).item()
+    ratios = torch.linspace(high / (schedule.shift + high), low / (1 + low), steps, dtype=torch.float64)
+    return _down_to_zero(schedule, schedule.shift * ratios / (1 - ratios))
+
+
+def _timesteps(name: str, schedule: NoiseSchedule, steps: int) -> int:
+    """N; raises ValueError for more steps."""
+    n = schedule.num_timesteps
+    if steps > n:
+        raise ValueError(f"steps must be in [1, {n}] on the {name} grid, got {steps}")
+    return n
 
 
 def _trailing(schedule: NoiseSchedule, steps: int) -> list[float]:
     """The timesteps of diffusers' `timestep_spacing="trailing"`, then 0."""
-    _refuse_more_than_timesteps("trailing", steps)
-    return [round(NUM_TIMESTEPS - i * NUM_TIMESTEPS / steps) / NUM_TIMESTEPS for i in range(steps)] + [0.0]
+    n = _timesteps("trailing", schedule, steps)
+    return [round(n - i * n / steps) / n for i in range(steps)] + [0.0]
 
 
 def _leading(schedule: NoiseSchedule, steps: int) -> list[float]:
     """The timesteps of diffusers' `timestep_spacing="leading"`, then 0; it starts below t = 1."""
-    _refuse_more_than_timesteps("leading", steps)
-    stride = NUM_TIMESTEPS // steps
-    return [(i * stride + 1) / NUM_TIMESTEPS for i in reversed(range(steps))] + [0.0]
+    n = _timesteps("leading", schedule, steps)
+    stride = n // steps
+    return [(i * stride + 1) / n for i in reversed(range(steps))] + [0.0]
 
 
 GRIDS: dict[str, Callable[[NoiseSchedule, int], list[float]]] = {
@@ -131,6 +156,7 @@ GRIDS: dict[str, Callable[[NoiseSchedule, int], list[float]]] = {
     "ou_halving": _ou_halving,
     "log_snr": _log_snr,
     "karras": _karras,
+    "flow": _flow,
     "trailing": _trailing,
     "leading": _leading,
 }

@@ -3,12 +3,15 @@
     level_xs/mlem.json           schedule, prediction, shape of a sample, data set, what was measured
     level_xs/config.json         the two files of a diffusers model; for another module, the name of its class
     level_xs/diffusion_pytorch_model.safetensors
+    level_xs/scheduler_config.json      with which diffusers samples it, where one of its schedulers can; not read
 
 There are no pickles. A file may name a class of `mlem.networks.CLASSES`, and nothing else is built by a name in it.
 """
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -21,9 +24,11 @@ from torch import Tensor, nn
 
 from mlem import networks
 from mlem.conditions import ConditionSource, conditions_of, described
-from mlem.denoiser import NetworkDenoiser, check_prediction
+from mlem.denoiser import NetworkDenoiser
 from mlem.files import check_format, damaged, read_object, sha256, write_json, write_record
-from mlem.schedule import NoiseSchedule
+from mlem.predictions import Named, make_prediction
+from mlem.schedule import NUM_TIMESTEPS, NoiseSchedule
+from mlem.scheduler_configs import prediction_of, to_diffusers
 from mlem.weights import read_weights, write_weights
 
 __all__ = ["Level", "check_name"]
@@ -41,9 +46,10 @@ class Level:
         name: a file name without separators.
         network: `network(x, timestep, **conditions)` gives a tensor like x, or an object that has it as `.sample`; x:
             (B, *shape), timestep: (B,) float32.
-        schedule: of the noise.
+        schedule: of the noise that it was trained on.
         shape: of one sample: (C, H, W) for images, (D,), (T, D) or any other.
-        prediction: what the network predicts: "v", "eps" or "x0".
+        prediction: how the network is asked, and what it answers: a name in `mlem.predictions.PREDICTIONS`, one of
+            diffusers, or an object with options such as `EDM(sigma_data=1.0)`.
         data: name of the data set.
         measured: plain numbers, such as `error` (held-out denoising error), `seconds` (per image) and `steps` (of
             training).
@@ -64,24 +70,26 @@ class Level:
         network: nn.Module,
         schedule: NoiseSchedule,
         shape: Sequence[int],
-        prediction: str = "v",
+        prediction: Named = "v",
         data: str = "",
         measured: Mapping[str, Any] | None = None,
         *,
         flops: int | None = None,
         conditions: Mapping[str, int | Sequence[int | None]] | None = None,
     ) -> None:
-        check_prediction(prediction)
+        self.prediction = make_prediction(prediction)
+        self.prediction.check(schedule)
         check_name("level name", name)
         if flops is not None and flops < 1:
             raise ValueError(f"flops must be >= 1, got {flops}")
         self.name, self.network, self.schedule = name, network, schedule
         self.shape = _checked_shape(shape)
-        self.prediction, self.data = prediction, data
+        self.data = data
         self.measured: dict[str, Any] = dict({} if measured is None else measured)
         self.conditions = described(conditions)
         self.latents: dict[str, float] = {}
         self._flops = flops
+        self._asked = schedule
         if len(self.shape) == 3:
             networks.to_channels_last(network)
 
@@ -104,7 +112,13 @@ class Level:
     @property
     def denoiser(self) -> NetworkDenoiser:
         """The network as a denoiser."""
-        return NetworkDenoiser(self.network, self.schedule, self.prediction)
+        return NetworkDenoiser(self.network, self._asked, self.prediction, self.schedule)
+
+    def under(self, schedule: NoiseSchedule) -> Level:
+        """The same level whose denoiser is asked under another schedule: the network stays with its own."""
+        other = copy.copy(self)
+        other._asked = schedule
+        return other
 
     @staticmethod
     def from_diffusers(
@@ -113,7 +127,7 @@ class Level:
         name: str | None = None,
         shape: Sequence[int] | None = None,
         schedule: NoiseSchedule | None = None,
-        prediction: str | None = None,
+        prediction: Named | None = None,
         conditions: Mapping[str, int | Sequence[int | None]] | None = None,
         data: str = "",
         dtype: torch.dtype | None = None,
@@ -141,10 +155,10 @@ class Level:
         if found.scheduler is None and (schedule is None or prediction is None):
             raise ValueError(f"{folder} has no scheduler_config.json in or beside it: pass schedule= and prediction=")
         if found.scheduler is not None:
-            said = networks.convention(found.scheduler)
-            if prediction is not None and check_prediction(prediction) != said:
+            said = prediction_of(found.scheduler)
+            if prediction is not None and make_prediction(prediction).name != said.name:
                 raise ValueError(f"prediction={prediction} contradicts the scheduler of {folder}, which says {said}")
-            prediction = said
+            prediction = said if prediction is None else prediction
             schedule = schedule or NoiseSchedule.from_diffusers(found.scheduler)
         assert schedule is not None
         assert prediction is not None
@@ -166,13 +180,15 @@ class Level:
 
     def __repr__(self) -> str:
         kind = type(self.network).__name__
-        return f"Level({self.name!r}, {kind}, shape={self.shape}, prediction={self.prediction!r}, data={self.data!r})"
+        return (
+            f"Level({self.name!r}, {kind}, shape={self.shape}, prediction={str(self.prediction)!r}, data={self.data!r})"
+        )
 
     def common(self) -> dict[str, Any]:
-        """What all levels of a family must agree on."""
+        """What the files of a level and of its family say alike."""
         return {
             "schedule": self.schedule.to_config(),
-            "prediction": self.prediction,
+            "prediction": self.prediction.to_config(),
             "shape": list(self.shape),
             "data": self.data,
         }
@@ -181,9 +197,12 @@ class Level:
         """Write the level's folder; every file atomically, `mlem.json` (with the checksum) last."""
         folder = Path(folder)
         own = {"format": FORMAT, "name": self.name, "flops": self.flops, "parameters": self.parameters}
+        own["timesteps"] = self.schedule.num_timesteps
         own |= {key: value for key in ("conditions", "latents") if (value := getattr(self, key))}
         write_weights(folder / WEIGHTS, self.network.state_dict())
         write_json(folder / "config.json", networks.config_of(self.network))
+        with contextlib.suppress(ValueError):
+            write_json(folder / "scheduler_config.json", to_diffusers(self.schedule, self.prediction))
         config = sha256(folder / "config.json")
         checked = {
             "config_sha256": config,
@@ -230,7 +249,8 @@ class Level:
             read_weights(folder / WEIGHTS, network, about["sha256"], owner=ours, remedy=remedy)
         with damaged(folder / "mlem.json", _REMEDY):
             schedule = NoiseSchedule.from_config(about["schedule"])
-            own = {name: about[name] for name in ("name", "prediction", "data", "measured")}
+            own = {name: about[name] for name in ("name", "data", "measured")}
+            own["prediction"] = _prediction(about, schedule)
             own["flops"] = None if known else about.get("flops")  # which may have been given: torch cannot count all
             own["conditions"] = about.get("conditions")
             level = Level(network=network.eval(), schedule=schedule, shape=shape, **own)
@@ -258,6 +278,14 @@ def _about(folder: Path) -> dict[str, Any]:
         if field not in about:
             raise ValueError(f"{folder}/mlem.json has no {field}; {_REMEDY}")
     return about
+
+
+def _prediction(about: Mapping[str, Any], schedule: NoiseSchedule) -> Any:
+    """What mlem.json says of the prediction. Files of old have no timesteps: networks were asked at 1000 then."""
+    found = about["prediction"]
+    if "timesteps" in about or schedule.num_timesteps == NUM_TIMESTEPS:
+        return found
+    return {"kind": found, "timesteps": NUM_TIMESTEPS}
 
 
 def _checked_shape(shape: Sequence[Any], axes: int | None = None) -> tuple[int, ...]:

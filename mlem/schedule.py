@@ -1,7 +1,8 @@
-"""The noise schedule.
+"""The noise schedule: how the noise grows with time, on any Gaussian path.
 
 Forward process `x_t = alpha_t x_0 + sigma_t z` with `alpha^2 + sigma^2 = 1`, time t in [0, 1], t = 0 clean.
-Discrete timesteps n = 0 .. N-1 of other libraries sit at `t = (n + 1) / N`.
+Discrete timesteps n = 0 .. N-1 of other libraries sit at `t = (n + 1) / N`. Paths in which data and noise have other
+scales (EDM, rectified flow) are brought to these; how a network of theirs is asked is its prediction's matter.
 
 A schedule is one increasing function, t -> OU time `s = -ln alpha`; everything else follows from s:
 `alpha = e^-s`, `sigma^2 = 1 - e^-2s`, `kappa = sigma / alpha`, `kappa^2 = e^2s - 1`, `log_snr = -2 ln kappa`.
@@ -21,10 +22,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["NUM_TIMESTEPS", "CosineSchedule", "NoiseSchedule", "TabulatedSchedule", "expand_like"]
+__all__ = [
+    "NUM_TIMESTEPS",
+    "PURE_NOISE",
+    "CosineSchedule",
+    "EDMSchedule",
+    "FlowSchedule",
+    "NoiseSchedule",
+    "TabulatedSchedule",
+    "expand_like",
+]
 
 NUM_TIMESTEPS = 1000
 """N: how many discrete timesteps the unit interval stands for, as in DDPM."""
+PURE_NOISE = 2.0**27
+"""kappa where there is no signal, of rectified flow at r = 1 and with zero terminal SNR.
+
+Networks see the same as at infinity: x and their times round to it in float32. Solvers can tell: in float64 it leaves
+eight digits of `x_0 = y - kappa eps`.
+"""
 
 
 def _float64(value: Tensor | float) -> tuple[Tensor, torch.dtype]:
@@ -47,7 +63,13 @@ def expand_like(coefficient: Tensor, x: Tensor) -> Tensor:
 
 
 class NoiseSchedule(ABC):
-    """A variance-preserving noise schedule; make one with `cosine`, `linear` or `from_diffusers`."""
+    """A noise schedule; make one with `cosine`, `linear`, `edm`, `flow` or `from_diffusers`.
+
+    num_timesteps: N, in which networks are told the time. shift: of the flow that it comes from; else 1.
+    """
+
+    num_timesteps: int = NUM_TIMESTEPS
+    shift: float = 1.0
 
     @abstractmethod
     def _ou_time(self, t: Tensor) -> Tensor:
@@ -80,29 +102,43 @@ class NoiseSchedule(ABC):
         return TabulatedSchedule(-0.5 * torch.log1p(-betas).cumsum(0), config)
 
     @staticmethod
-    def from_diffusers(config: Mapping[str, Any]) -> NoiseSchedule:
-        """The schedule of a diffusers scheduler config (DDPM's betas in any of their forms).
+    def edm(sigma_min: float = 0.002, sigma_max: float = 80.0) -> NoiseSchedule:
+        """The noise of Karras et al., arXiv:2206.00364: kappa up to `sigma_max`, even in kappa^(1/7).
 
-        Raises ValueError for schedulers that are not variance preserving (EDM, flow matching), and for other numbers
-        of timesteps than the 1000 that networks are asked at.
+        Of N timesteps the first has `sigma_min`; from there it falls linearly to 0.
+        """
+        return EDMSchedule(sigma_min, sigma_max)
+
+    @staticmethod
+    def flow(shift: float = 1.0) -> NoiseSchedule:
+        """Rectified flow, `x = (1 - r) x_0 + r z` with `r = shift t / (1 + (shift - 1) t)`; t = 1 is pure noise."""
+        return FlowSchedule(shift)
+
+    @staticmethod
+    def from_diffusers(config: Mapping[str, Any]) -> NoiseSchedule:
+        """The schedule of a diffusers scheduler config: DDPM's betas in any of their forms, EDM or flow matching.
+
+        Raises ValueError for schedulers that are none of these, and options that move their noise levels.
         """
         kind = str(config.get("_class_name", ""))
-        # EDM, flow-matching and consistency schedulers have no betas; the multistep ones can be switched to flows
-        has_betas = not kind or any(key in config for key in ("beta_start", "beta_schedule", "trained_betas"))
-        flow = config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction"
-        if flow or not has_betas:
-            raise ValueError(f"{kind or 'this config'} is not variance preserving; use that of a DDPM-type scheduler")
+        if "FlowMatch" in kind or config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction":
+            for option in ("use_dynamic_shifting", "shift_terminal", "invert_sigmas"):
+                if config.get(option):
+                    raise ValueError(
+                        f"{option} of {kind} depends on the picture; write its noise as NoiseSchedule.flow(shift=)"
+                    )
+            return NoiseSchedule.flow(config.get("shift", config.get("flow_shift", 1.0)))
+        if kind.startswith("EDM"):
+            return NoiseSchedule.edm(config.get("sigma_min", 0.002), config.get("sigma_max", 80.0))
+        if kind and not any(key in config for key in ("beta_start", "beta_schedule", "trained_betas")):
+            raise ValueError(f"{kind} has no betas, and is no EDM or flow-matching scheduler; use one of these")
         from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
         names = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "rescale_betas_zero_snr")
         fields = {name: config[name] for name in names if name in config}
         if config.get("trained_betas") is not None:
             fields["trained_betas"] = [float(beta) for beta in config["trained_betas"]]
-        # 2^-24 is what diffusers itself puts in the place of a zero signal
-        signal = DDPMScheduler(**fields).alphas_cumprod.double().clamp(min=2.0**-24)
-        if len(signal) != NUM_TIMESTEPS:
-            asked = f"networks are asked at {NUM_TIMESTEPS} timesteps here"
-            raise ValueError(f"num_train_timesteps is {len(signal)}, but {asked}; take a model of that many")
+        signal = DDPMScheduler(**fields).alphas_cumprod.double().clamp(min=1 / (1 + PURE_NOISE**2))
         return TabulatedSchedule(-0.5 * signal.log(), {"kind": "diffusers", "config": fields})
 
     @staticmethod
@@ -111,6 +147,8 @@ class NoiseSchedule(ABC):
         makers: dict[str, Callable[..., NoiseSchedule]] = {
             "cosine": NoiseSchedule.cosine,
             "linear": NoiseSchedule.linear,
+            "edm": NoiseSchedule.edm,
+            "flow": NoiseSchedule.flow,
             "diffusers": NoiseSchedule.from_diffusers,
         }
         if not isinstance(config, Mapping):
@@ -133,6 +171,11 @@ class NoiseSchedule(ABC):
     def fingerprint(self) -> str:
         """Hash of the schedule: levels of one family must agree on it."""
         return hashlib.sha256(json.dumps(self.to_config(), sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def ends_in_noise(self) -> bool:
+        """Whether no signal is left at t = 1."""
+        return self.kappa(1.0).item() > PURE_NOISE / 2
 
     def ou_time(self, t: Tensor | float) -> Tensor:
         """t: any shape, in [0, 1]. Returns `s = -ln alpha >= 0`."""
@@ -232,6 +275,57 @@ class CosineSchedule(NoiseSchedule):
         return {"kind": "cosine", "offset": self.offset, "log_snr_min": self.log_snr_min}
 
 
+def _ou_time_of(kappa: Tensor) -> Tensor:
+    return 0.5 * torch.log1p(kappa.square())
+
+
+class EDMSchedule(NoiseSchedule):
+    """See `NoiseSchedule.edm`."""
+
+    def __init__(self, sigma_min: float, sigma_max: float) -> None:
+        if not 0 < sigma_min < sigma_max < PURE_NOISE:
+            raise ValueError(f"edm needs 0 < sigma_min < sigma_max < 2^27, got {sigma_min} and {sigma_max}")
+        self.sigma_min, self.sigma_max = sigma_min, sigma_max
+        self._low, self._high = sigma_min ** (1 / 7), sigma_max ** (1 / 7)
+        self._first = 1 / self.num_timesteps
+
+    def _ou_time(self, t: Tensor) -> Tensor:
+        share = ((t - self._first) / (1 - self._first)).clamp(min=0)
+        kappa = (self._low + share * (self._high - self._low)) ** 7
+        return _ou_time_of(torch.where(t < self._first, self.sigma_min * t / self._first, kappa))
+
+    def _time(self, s: Tensor) -> Tensor:
+        kappa = torch.expm1(2 * s).sqrt()
+        share = (kappa ** (1 / 7) - self._low) / (self._high - self._low)
+        below = self._first * kappa / self.sigma_min
+        return torch.where(kappa < self.sigma_min, below, self._first + share * (1 - self._first))
+
+    def to_config(self) -> dict[str, Any]:
+        return {"kind": "edm", "sigma_min": self.sigma_min, "sigma_max": self.sigma_max}
+
+
+class FlowSchedule(NoiseSchedule):
+    """See `NoiseSchedule.flow`. r is smaller by a factor of `1 - 2^-27`, so that kappa is finite."""
+
+    _most = PURE_NOISE / (1 + PURE_NOISE)
+
+    def __init__(self, shift: float) -> None:
+        if not 0 < shift < 1000:
+            raise ValueError(f"shift of a flow must be in (0, 1000), got {shift}")
+        self.shift = shift
+
+    def _ou_time(self, t: Tensor) -> Tensor:
+        # r / (1 - r), without the cancellation at 1
+        return _ou_time_of(self._most * self.shift * t / (1 - t + self.shift * t / (1 + PURE_NOISE)))
+
+    def _time(self, s: Tensor) -> Tensor:
+        kappa = torch.expm1(2 * s).sqrt().clamp(max=PURE_NOISE)
+        return kappa / (kappa * (1 - self.shift / (1 + PURE_NOISE)) + self._most * self.shift)
+
+    def to_config(self) -> dict[str, Any]:
+        return {"kind": "flow", "shift": self.shift}
+
+
 class TabulatedSchedule(NoiseSchedule):
     """OU times at t = 1/N .. 1, linear in between, and 0 at t = 0. See `linear` and `from_diffusers`."""
 
@@ -241,6 +335,7 @@ class TabulatedSchedule(NoiseSchedule):
         if not bool((knots.diff() > 0).all()):
             raise ValueError("the noise must grow with every timestep; this scheduler config has betas <= 0")
         self._config = config
+        self.num_timesteps = len(ou_times)
         self._knots = {knots.device: knots}
 
     def _knots_on(self, device: torch.device) -> Tensor:

@@ -34,6 +34,8 @@ DIFFUSERS_CONFIGS: dict[str, dict[str, Any]] = {
 SCHEDULES: dict[str, Callable[[], NoiseSchedule]] = {
     "cosine": NoiseSchedule.cosine,
     "linear": NoiseSchedule.linear,
+    "edm": NoiseSchedule.edm,
+    "flow": lambda: NoiseSchedule.flow(3.0),
     **{
         name: (lambda config=config: NoiseSchedule.from_diffusers(config)) for name, config in DIFFUSERS_CONFIGS.items()
     },

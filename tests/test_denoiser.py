@@ -10,14 +10,12 @@ from torch import Tensor
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
 
 from mlem.denoiser import (
-    PREDICTIONS,
     MixtureDenoiser,
     NetworkDenoiser,
     gaussian_denoiser,
-    prediction_to_eps,
-    training_target,
 )
 from mlem.grids import TimeGrid
+from mlem.predictions import PREDICTIONS, NoiseLevel, make_prediction
 from mlem.schedule import NoiseSchedule
 from tests.problems import COVARIANCE, MEAN, SCHEDULES, gaussian, level, mixture
 
@@ -95,38 +93,47 @@ def test_mixture_shapes_must_agree() -> None:
         MixtureDenoiser(COSINE, torch.ones(3), torch.zeros(2, 3), torch.ones(2))
 
 
-def noised(t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """x_0, z, x_t, alpha and sigma at the times t."""
+def noised(t: Tensor) -> tuple[Tensor, Tensor, Tensor, NoiseLevel]:
+    """x_0, z, x_t and what is known of the times t."""
     x_0, z = normals(len(t), 1, 4, 4, seed=1), normals(len(t), 1, 4, 4, seed=2)
     alpha, sigma = COSINE.alpha(t), COSINE.sigma(t)
     x = alpha.view(-1, 1, 1, 1) * x_0 + sigma.view(-1, 1, 1, 1) * z
-    return x_0, z, x, alpha, sigma
+    return x_0, z, x, NoiseLevel(t, alpha, sigma)
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_the_training_target_is_the_noise(prediction: str) -> None:
-    x_0, z, x, alpha, sigma = noised(torch.linspace(0.01, 1, 9, dtype=torch.float64))
-    target = training_target(prediction, x_0, z, alpha, sigma)
-    torch.testing.assert_close(prediction_to_eps(prediction, target, x, alpha, sigma), z, rtol=1e-10, atol=1e-10)
+    x_0, z, x, at = noised(torch.linspace(0.01, 1, 9, dtype=torch.float64))
+    found = make_prediction(prediction)
+    torch.testing.assert_close(found.eps(found.target(x_0, z, at), x, at), z, rtol=1e-10, atol=1e-10)
 
 
 def test_targets_are_the_published_ones() -> None:
-    x_0, z, _, alpha, sigma = noised(torch.tensor([0.3], dtype=torch.float64))
-    assert training_target("eps", x_0, z, alpha, sigma) is z
-    assert training_target("x0", x_0, z, alpha, sigma) is x_0
-    assert torch.equal(training_target("v", x_0, z, alpha, sigma), alpha * z - sigma * x_0)
+    x_0, z, x, at = noised(torch.tensor([0.3], dtype=torch.float64))
+    alpha, sigma = at.like(x)
+    target = {name: make_prediction(name).target(x_0, z, at) for name in PREDICTIONS}
+    assert target["eps"] is z
+    assert target["x0"] is x_0
+    assert target["edm_denoised"] is x_0
+    assert torch.equal(target["v"], alpha * z - sigma * x_0)
+    assert torch.equal(target["flow"], z - x_0)
+    assert torch.equal(target["sit"], x_0 - z)
+    # table 1 of Karras et al., as written there
+    y, kappa, d = x / alpha, sigma / alpha, 0.5
+    c_skip, c_out = d**2 / (kappa**2 + d**2), kappa * d / (kappa**2 + d**2) ** 0.5
+    torch.testing.assert_close(c_skip * y + c_out * target["edm"], x_0, rtol=1e-12, atol=1e-12)
 
 
 def test_sums_with_weights_adding_to_one_may_be_taken_in_any_parametrisation() -> None:
     t = torch.linspace(0.01, 1, 9, dtype=torch.float64)
-    _, _, x, alpha, sigma = noised(t)
+    _, _, x, at = noised(t)
     weights = torch.tensor([3.0, -5.5, 3.5], dtype=torch.float64)
     data = normals(3, *x.shape, seed=3)  # three levels' estimates of x_0
-    a, s = alpha.view(-1, 1, 1, 1), sigma.view(-1, 1, 1, 1)
+    a, s = at.like(x)
     levels = {"x0": data, "eps": (x - a * data) / s, "v": (a * (x - a * data) / s) - s * data}
     sums = {name: torch.einsum("k,k...->...", weights, values) for name, values in levels.items()}
-    eps = {name: prediction_to_eps(name, total, x, alpha, sigma) for name, total in sums.items()}
-    for name in PREDICTIONS:
+    eps = {name: make_prediction(name).eps(total, x, at) for name, total in sums.items()}
+    for name in levels:
         torch.testing.assert_close(eps[name], eps["eps"], rtol=1e-10, atol=1e-10)
 
 
@@ -143,7 +150,9 @@ def test_the_three_predictions_of_one_network_give_one_eps() -> None:
 
 
 def test_unknown_prediction_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"^prediction must be one of v, eps, x0, got 'noise'$"):
+    with pytest.raises(
+        ValueError, match=r"^prediction must be one of v, eps, x0, edm, edm_denoised, flow, sit, got 'noise'$"
+    ):
         NetworkDenoiser(lambda x, t: x, COSINE, "noise")
 
 

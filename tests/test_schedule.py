@@ -9,12 +9,12 @@ import re
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlem.grids import GRIDS, TimeGrid
-from mlem.schedule import NUM_TIMESTEPS, NoiseSchedule
+from mlem.schedule import NUM_TIMESTEPS, PURE_NOISE, NoiseSchedule
 from tests.problems import DIFFUSERS_CONFIGS, SCHEDULES
 
 COORDINATES = ("ou_time", "alpha", "sigma", "kappa", "log_snr")
@@ -30,9 +30,10 @@ def schedule(request: pytest.FixtureRequest) -> NoiseSchedule:
 
 @pytest.mark.parametrize("name", COORDINATES)
 def test_round_trip(schedule: NoiseSchedule, name: str) -> None:
-    there = getattr(schedule, name)(TIMES)
-    back = getattr(schedule, f"time_from_{name}")(there)
-    torch.testing.assert_close(back, TIMES, rtol=0, atol=1e-10)
+    # sigma rounds to 1 near pure noise, and says no more there
+    times = TIMES[schedule.kappa(TIMES) < 1e4] if name == "sigma" else TIMES
+    back = getattr(schedule, f"time_from_{name}")(getattr(schedule, name)(times))
+    torch.testing.assert_close(back, times, rtol=0, atol=1e-10)
 
 
 @settings(deadline=None, derandomize=True)
@@ -73,7 +74,7 @@ def test_cosine_is_the_published_formula() -> None:
 @pytest.mark.parametrize("name", DIFFUSERS_CONFIGS)
 def test_from_diffusers_has_its_alphas_cumprod(name: str) -> None:
     config = {key: value for key, value in DIFFUSERS_CONFIGS[name].items() if key != "_class_name"}
-    theirs = DDPMScheduler(**config).alphas_cumprod.double().clamp(min=2.0**-24)
+    theirs = DDPMScheduler(**config).alphas_cumprod.double().clamp(min=1 / (1 + PURE_NOISE**2))
     ours = NoiseSchedule.from_diffusers(DIFFUSERS_CONFIGS[name]).alpha(TIMESTEPS) ** 2
     torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=0)
 
@@ -141,24 +142,80 @@ def test_fingerprints_tell_schedules_apart() -> None:
 
 
 @pytest.mark.parametrize(
-    "config",
+    ("config", "due"),
     [
-        {"_class_name": "EDMEulerScheduler", "sigma_min": 0.002},
-        {"_class_name": "EDMDPMSolverMultistepScheduler", "sigma_min": 0.002},
-        {"_class_name": "CosineDPMSolverMultistepScheduler", "sigma_min": 0.3},
-        {"_class_name": "CMStochasticIterativeScheduler", "sigma_min": 0.002},
-        {"_class_name": "KarrasVeScheduler"},
-        {"_class_name": "ScoreSdeVeScheduler"},
-        {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0},
-        {"_class_name": "FlowMapEulerDiscreteScheduler"},
-        {"_class_name": "UniPCMultistepScheduler", "beta_schedule": "linear", "use_flow_sigmas": True},
-        {"_class_name": "UniPCMultistepScheduler", "beta_schedule": "linear", "prediction_type": "flow_prediction"},
+        ({"_class_name": "EDMEulerScheduler", "sigma_max": 50.0}, NoiseSchedule.edm(0.002, 50.0)),
+        ({"_class_name": "EDMDPMSolverMultistepScheduler", "sigma_min": 0.01}, NoiseSchedule.edm(0.01)),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}, NoiseSchedule.flow(3.0)),
+        ({"_class_name": "FlowMatchHeunDiscreteScheduler"}, NoiseSchedule.flow()),
+        (
+            {"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True, "flow_shift": 5.0},
+            NoiseSchedule.flow(5.0),
+        ),
+        ({"_class_name": "DPMSolverMultistepScheduler", "prediction_type": "flow_prediction"}, NoiseSchedule.flow()),
     ],
-    ids=lambda config: config["_class_name"],
+    ids=lambda given: given.get("_class_name") if isinstance(given, dict) else "",
 )
-def test_edm_and_flow_configs_are_refused(config: dict[str, object]) -> None:
-    with pytest.raises(ValueError, match=rf"^{config['_class_name']} is not variance preserving; use .*$"):
+def test_edm_and_flow_configs_are_read(config: dict[str, object], due: NoiseSchedule) -> None:
+    assert NoiseSchedule.from_diffusers(config).to_config() == due.to_config()
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"_class_name": "CosineDPMSolverMultistepScheduler", "sigma_min": 0.3}, "has no betas, and is no EDM"),
+        ({"_class_name": "CMStochasticIterativeScheduler", "sigma_min": 0.002}, "has no betas, and is no EDM"),
+        ({"_class_name": "FlowMapEulerDiscreteScheduler"}, "has no betas, and is no EDM"),
+        (
+            {"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True},
+            "use_dynamic_shifting of FlowMatchEulerDiscreteScheduler depends on the picture",
+        ),
+    ],
+)
+def test_other_schedulers_are_refused(config: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         NoiseSchedule.from_diffusers(config)
+
+
+def test_other_numbers_of_timesteps() -> None:
+    """Timestep n of N is at (n + 1) / N, and the grids of timesteps have as many."""
+    config = {"num_train_timesteps": 4000, "beta_schedule": "linear", "beta_start": 2.5e-5, "beta_end": 0.005}
+    schedule, theirs = NoiseSchedule.from_diffusers(config), DDIMScheduler(**config, timestep_spacing="trailing")
+    t = torch.arange(1, 4001, dtype=torch.float64) / 4000
+    torch.testing.assert_close(schedule.alpha(t) ** 2, theirs.alphas_cumprod.double(), rtol=1e-10, atol=0)
+    theirs.set_timesteps(7)
+    ours = [round(4000 * t) - 1 for t in TimeGrid.make("trailing", schedule, 7).times[:-1]]
+    assert ours == theirs.timesteps.tolist()
+    assert TimeGrid.make("log_snr", schedule, 7).times[-2] == pytest.approx(1 / 4000, rel=1e-9)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+@pytest.mark.parametrize("steps", [1, 4, 50])
+def test_the_flow_grid_is_that_of_diffusers(shift: float, steps: int) -> None:
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    scheduler.set_timesteps(steps)
+    schedule = NoiseSchedule.flow(shift)
+    kappa = schedule.kappa(torch.tensor(TimeGrid.make("flow", schedule, steps).times, dtype=torch.float64))
+    torch.testing.assert_close((kappa / (1 + kappa)).float(), scheduler.sigmas, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("steps", [2, 18])
+def test_the_karras_grid_of_edm_is_the_published_one(steps: int) -> None:
+    """Eq. 5 of Karras et al., arXiv:2206.00364, with sigma_min 0.002, sigma_max 80 and rho 7."""
+    schedule = NoiseSchedule.edm()
+    kappa = schedule.kappa(torch.tensor(TimeGrid.make("karras", schedule, steps).times, dtype=torch.float64))
+    ends = 80 ** (1 / 7), 0.002 ** (1 / 7)
+    due = [(ends[0] + i / (steps - 1) * (ends[1] - ends[0])) ** 7 for i in range(steps)] + [0.0]
+    torch.testing.assert_close(kappa, torch.tensor(due, dtype=torch.float64), rtol=1e-10, atol=0)
+
+
+def test_pure_noise_is_infinity_to_float32() -> None:
+    flow = NoiseSchedule.flow()
+    assert flow.ends_in_noise
+    assert not COSINE.ends_in_noise
+    alpha, sigma = flow.scales(1.0)
+    assert sigma.float() == 1
+    assert (1000 * sigma / (alpha + sigma)).float() == 1000
 
 
 @pytest.mark.parametrize(
@@ -168,10 +225,14 @@ def test_edm_and_flow_configs_are_refused(config: dict[str, object]) -> None:
         (lambda: NoiseSchedule.cosine(log_snr_min=1), "log_snr_min must be in [-30, 0), got 1"),
         (lambda: NoiseSchedule.linear(beta_start=0.1, beta_end=0.01), "got 0.1 and 0.01"),
         (lambda: NoiseSchedule.from_diffusers({"trained_betas": [0.1, 0.0] * 500}), "betas <= 0"),
-        (lambda: NoiseSchedule.from_diffusers({"num_train_timesteps": 4000}), "num_train_timesteps is 4000, but"),
-        (lambda: NoiseSchedule.from_config({"kind": "sine"}), "one of cosine, linear, diffusers, got 'sine'"),
+        (lambda: NoiseSchedule.edm(1.0, 0.5), "0 < sigma_min < sigma_max < 2^27, got 1.0 and 0.5"),
+        (lambda: NoiseSchedule.flow(0.0), "shift of a flow must be in (0, 1000), got 0.0"),
+        (
+            lambda: NoiseSchedule.from_config({"kind": "sine"}),
+            "one of cosine, linear, edm, flow, diffusers, got 'sine'",
+        ),
         (lambda: NoiseSchedule.from_config({}), "got None"),
-        (lambda: NoiseSchedule.from_config({"kind": []}), "one of cosine, linear, diffusers, got []"),
+        (lambda: NoiseSchedule.from_config({"kind": []}), "one of cosine, linear, edm, flow, diffusers, got []"),
         (lambda: NoiseSchedule.from_config(["cosine"]), "an object with its kind, such as cosine, got ['cosine']"),
         (
             lambda: NoiseSchedule.from_config({"kind": "cosine", "ofset": 1}),
@@ -215,7 +276,8 @@ def test_grids_are_even_in_their_coordinate(
         values = times
     else:
         assert times[-2].item() == pytest.approx(1 / NUM_TIMESTEPS, rel=1e-9)
-        values = getattr(schedule, coordinate)(times[:-1]) ** power
+        # from pure noise the first step goes further
+        values = getattr(schedule, coordinate)(times[int(schedule.ends_in_noise) : -1]) ** power
     expected = torch.linspace(values[0].item(), values[-1].item(), len(values), dtype=torch.float64)
     torch.testing.assert_close(values, expected, rtol=1e-9, atol=1e-9)
 

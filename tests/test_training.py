@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from mlem.denoiser import PREDICTIONS
 from mlem.level import Level
 from mlem.metrics.denoising import NOISE_LEVELS, denoising_errors
 from mlem.networks import unet
+from mlem.predictions import PREDICTIONS
 from mlem.schedule import NoiseSchedule
 from mlem.training.averaging import averaged_state, make_average
 from mlem.training.denoising import DenoisingModule

@@ -141,7 +141,7 @@ def _solver(job: Sample, model: Family | Level, device: torch.device) -> Solver:
     if options.get("lipschitz") == "estimate":
         level = model.level() if isinstance(model, Family) else model
         options["lipschitz"] = table = estimate_lipschitz(
-            level.denoiser_for, level.schedule, level.shape, seed=job.seed, device=device
+            level.denoiser_for, level.denoiser.schedule, level.shape, seed=job.seed, device=device
         )
         if first_process():
             values = ", ".join(f"{constant:.3g} at t = {t:.3g}" for t, constant in table)

@@ -37,7 +37,7 @@ def held_out_errors(family: Family, images: Tensor, index: Tensor, seed: int = 0
         parts = []
         with torch.inference_mode(), evaluating(level.network):
             for part, own in zip(images.split(batch_size), index.split(batch_size), strict=True):
-                errors = denoising_errors(level.denoiser, level.schedule, part, own, seed)
+                errors = denoising_errors(level.denoiser, level.denoiser.schedule, part, own, seed)
                 parts.append(torch.stack(list(errors.values())).mean(0))
         table.append(torch.cat(parts).double())
     return torch.stack(table).numpy()

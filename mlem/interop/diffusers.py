@@ -21,7 +21,7 @@ from torch import Tensor
 from mlem.arguments import hint
 from mlem.brownian import BrownianPath, NoisePath
 from mlem.grids import TimeGrid
-from mlem.schedule import NUM_TIMESTEPS, NoiseSchedule
+from mlem.schedule import NoiseSchedule
 from mlem.solvers.base import GridPoint, GridPoints, NoiseEstimate, Solver
 
 __all__ = ["PREFIX", "DiffusersSolver", "SchedulerGrid"]
@@ -31,6 +31,8 @@ _PROBE_STEPS = 4
 """Steps of the run that shows whether a scheduler draws noise: the last step of most draws none."""
 _MOST_LEAST = 16
 """Up to how many steps the least number is looked for, where a scheduler fails in fewer."""
+_LEAST_SIGNAL = 2.0**-24
+"""alpha^2 that schedulers begin with where there is none, as in diffusers itself: they compute in float32."""
 _BETAS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
 _RANGE = ("snr_shift_scale", "sigma_min", "sigma_max")
 _FLOWS = ("use_flow_sigmas", "flow_shift", "use_dynamic_shifting", "time_shift_type", "shift_terminal")
@@ -81,9 +83,15 @@ class DiffusersSolver(Solver):
         self.linear = self.coupled and not clips
 
     def _scheduler(self, schedule: NoiseSchedule, steps: int) -> Any:
-        signal = schedule.alpha(torch.arange(NUM_TIMESTEPS + 1, dtype=torch.float64) / NUM_TIMESTEPS) ** 2
+        n = schedule.num_timesteps
+        signal = schedule.alpha(torch.arange(n + 1, dtype=torch.float64) / n).square().clamp(min=_LEAST_SIGNAL)
         betas: list[float] = (1 - signal[1:] / signal[:-1]).tolist()
-        options: dict[str, object] = {"trained_betas": betas, "prediction_type": "epsilon", "snr_shift_scale": 1.0}
+        options: dict[str, object] = {
+            "num_train_timesteps": n,
+            "trained_betas": betas,
+            "prediction_type": "epsilon",
+            "snr_shift_scale": 1.0,
+        }
         options |= {"timestep_spacing": "trailing", "clip_sample": False, "thresholding": False} | self._options
         try:
             scheduler: Any = self._class(**{key: value for key, value in options.items() if key in self._accepted})
@@ -197,7 +205,9 @@ def _check_options(class_name: str, options: dict[str, object], accepted: Iterab
 
 def _times(scheduler: Any, schedule: NoiseSchedule) -> list[float]:
     """The times at which a scheduler that has its timesteps wants the network, in (0, 1]."""
-    times = (scheduler.timesteps.double() + 1) / NUM_TIMESTEPS
+    n = schedule.num_timesteps
+    most = schedule.time_from_alpha(_LEAST_SIGNAL**0.5).item()
+    times = ((scheduler.timesteps.double() + 1) / n).clamp(max=most)
     sigmas = getattr(scheduler, "sigmas", None)
     if sigmas is None or len(sigmas) <= len(times):
         return times.tolist()
@@ -206,7 +216,7 @@ def _times(scheduler: Any, schedule: NoiseSchedule) -> list[float]:
         sigmas = torch.where(second, scheduler.sigmas_interpol, sigmas)
     # what it steps from; its timesteps may be rounded. Where they are not, float32 sigmas know them less well
     exact = schedule.time_from_kappa(sigmas[: len(times)].double())
-    return torch.where((exact - times).abs() < 0.02 / NUM_TIMESTEPS, times, exact).tolist()
+    return torch.where((exact - times).abs() < 0.02 / n, times, exact).tolist()
 
 
 def _generator(seed: int, index: int) -> torch.Generator:

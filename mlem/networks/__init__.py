@@ -2,7 +2,7 @@
 
 from mlem.networks.calling import by_position
 from mlem.networks.cost import evaluating, flops, parameters, seconds_per_image, to_channels_last
-from mlem.networks.foreign import ForeignNetwork, convention, read_foreign
+from mlem.networks.foreign import ForeignNetwork, read_foreign
 from mlem.networks.registry import ARCHITECTURES, CLASSES, build, config_of, from_config
 from mlem.networks.unet import SIZES, unet
 
@@ -14,7 +14,6 @@ __all__ = [
     "build",
     "by_position",
     "config_of",
-    "convention",
     "evaluating",
     "flops",
     "from_config",

@@ -13,7 +13,7 @@ from torch import nn
 from mlem.files import read_object
 from mlem.networks.registry import CLASSES
 
-__all__ = ["ForeignNetwork", "convention", "read_foreign"]
+__all__ = ["ForeignNetwork", "read_foreign"]
 
 _Conditions: TypeAlias = dict[str, "int | tuple[int | None, ...]"]
 
@@ -56,23 +56,6 @@ def read_foreign(folder: Path, dtype: torch.dtype | None) -> ForeignNetwork:
     network: nn.Module = cls.from_pretrained(own, torch_dtype=dtype, use_safetensors=True, local_files_only=True)
     found = read_object(scheduler) if scheduler is not None else None
     return ForeignNetwork(network.eval(), _shape(config, kind), about, found, _latents(folder))
-
-
-_PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0", "flow_prediction": "flow"}
-
-
-def convention(scheduler: Mapping[str, Any]) -> str:
-    """What a network predicts, by the config of its scheduler. Raises ValueError where that is not known here."""
-    kind, said = str(scheduler.get("_class_name", "")), scheduler.get("prediction_type", "epsilon")
-    if "FlowMatch" in kind:
-        return "flow"
-    if kind.startswith("EDM"):
-        if said != "epsilon":
-            raise ValueError(f"{kind} with prediction_type {said}: its output has the other sign; epsilon is known")
-        return "edm"
-    if said not in _PREDICTIONS:
-        raise ValueError(f"prediction_type {said} of {kind} is not known; there are {', '.join(_PREDICTIONS)}")
-    return _PREDICTIONS[said]
 
 
 def _folders(folder: Path) -> tuple[Path, Path | None]:

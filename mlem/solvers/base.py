@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mlem.brownian import NoisePath
 from mlem.grids import TimeGrid
-from mlem.schedule import NoiseSchedule, expand_like
+from mlem.schedule import PURE_NOISE, NoiseSchedule, expand_like
 
 __all__ = [
     "SOLVERS",
@@ -41,6 +41,11 @@ class GridPoint(NamedTuple):
     t: float
     alpha: float
     kappa: float
+
+    @property
+    def pure_noise(self) -> bool:
+        """Whether no signal is left here: kappa stands for infinity then, and a step must be the limit of its like."""
+        return self.kappa > PURE_NOISE / 2
 
     @staticmethod
     def of(schedule: NoiseSchedule, grid: TimeGrid) -> GridPoints:

@@ -1,7 +1,8 @@
 """DPM-Solver++ (2M) for the ODE and the SDE (Lu et al., arXiv:2211.01095, Algorithm 2 and Appendix on SDEs).
 
 With `lambda = -ln kappa` and `h` the step in lambda, both step from the extrapolated data estimate
-`D = x0_i + (h_i / h_{i-1}) (x0_i - x0_{i-1}) / 2`. The first step, and the step to kappa' = 0, take `D = x0_i`.
+`D = x0_i + (h_i / h_{i-1}) (x0_i - x0_{i-1}) / 2`. The first step, and the step to kappa' = 0, take `D = x0_i`; so
+does the one after a step from pure noise, for which h is infinite.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def _extrapolated(
     data = y - here.kappa * eps(y, here)
     if there.kappa == 0:
         return data, _Previous(data, math.inf)
-    step = math.log(here.kappa / there.kappa)
+    step = math.inf if here.pure_noise else math.log(here.kappa / there.kappa)
     if previous is None:
         return data, _Previous(data, step)
     return data + (data - previous.data) * (step / (2 * previous.step)), _Previous(data, step)

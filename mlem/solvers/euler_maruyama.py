@@ -8,12 +8,16 @@ from torch import Tensor
 
 from mlem.brownian import NoisePath
 from mlem.solvers.base import GridPoint, NoiseEstimate, Solver
+from mlem.solvers.ddpm import ancestral_step
 
 __all__ = ["EulerMaruyama"]
 
 
 class EulerMaruyama(Solver):
-    """`y' = y + 2 (kappa' - kappa) eps + B(kappa^2) - B(kappa'^2)`; strong order 1, since the noise is additive."""
+    """`y' = y + 2 (kappa' - kappa) eps + B(kappa^2) - B(kappa'^2)`; strong order 1, since the noise is additive.
+
+    It has no limit at pure noise: a step from there is an ancestral one.
+    """
 
     name = "euler_maruyama"
     order = 1.0
@@ -24,5 +28,7 @@ class EulerMaruyama(Solver):
     def step(
         self, eps: NoiseEstimate, y: Tensor, state: Any, here: GridPoint, there: GridPoint, path: NoisePath
     ) -> tuple[Tensor, Any]:
+        if here.pure_noise:
+            return ancestral_step(eps(y, here), y, here, there, path), state
         noise = path.at(here.t) - path.at(there.t)
         return y + 2 * (there.kappa - here.kappa) * eps(y, here) + noise, state

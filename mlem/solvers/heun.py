@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 from torch import Tensor
@@ -13,7 +14,7 @@ __all__ = ["Heun"]
 
 
 class Heun(Solver):
-    """Euler to kappa', then the mean of both slopes; the step to kappa' = 0 is Euler's alone."""
+    """Euler to kappa', then the mean of both slopes; the steps to kappa' = 0 and from pure noise are Euler's alone."""
 
     name = "heun"
     order = 2.0
@@ -22,13 +23,18 @@ class Heun(Solver):
     default_grid = "log_snr"
 
     def evaluations(self, points: GridPoints) -> int:
-        return 2 * points.steps - (points[-1].kappa == 0)
+        return sum(1 if _single(*pair) else 2 for pair in itertools.pairwise(points))
 
     def step(
         self, eps: NoiseEstimate, y: Tensor, state: Any, here: GridPoint, there: GridPoint, path: NoisePath
     ) -> tuple[Tensor, Any]:
         slope = eps(y, here)
         euler = y + (there.kappa - here.kappa) * slope
-        if there.kappa == 0:
+        if _single(here, there):
             return euler, state
         return y + (there.kappa - here.kappa) / 2 * (slope + eps(euler, there)), state
+
+
+def _single(here: GridPoint, there: GridPoint) -> bool:
+    """Whether a step is Euler's alone: at 0 there is no slope, and at infinity the second one has no weight."""
+    return there.kappa == 0 or here.pure_noise

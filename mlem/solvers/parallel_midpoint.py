@@ -41,7 +41,8 @@ class ParallelMidpoint(Solver):
     every sample stops by itself, so that it knows no batch. window: midpoints in flight, whole blocks of them: each
     follows one round behind the one before it, so that n blocks take about n + rounds calls in a row instead of
     n (1 + rounds). chunk: the most rows of one network call. Memory holds a window,
-    whatever the number of steps. Raises ValueError for options out of range.
+    whatever the number of steps. A block that begins in pure noise is one step of DDIM. Raises ValueError for options out
+    of range.
     """
 
     name = "parallel_midpoint"
@@ -84,6 +85,8 @@ class ParallelMidpoint(Solver):
         self, eps: NoiseEstimate, y: Tensor, state: Any, here: GridPoint, there: GridPoint, path: NoisePath
     ) -> tuple[Tensor, Any]:
         """One block by itself; state: its number."""
+        if here.pure_noise:
+            return y + (there.kappa - here.kappa) * eps(y, here), (*state[:2], state[2] + 1)
         y = self._fly(eps, y, _Table.draw(self.clock, self.midpoints, [here, there], *state), None)
         return y, (*state[:2], state[2] + 1)
 
@@ -101,9 +104,25 @@ class ParallelMidpoint(Solver):
     ) -> Tensor:
         if revise is not None:
             raise ValueError("parallel_midpoint evaluates many times at once: nothing can be revised in between")
-        return self._fly(eps, y, _Table.draw(self.clock, self.midpoints, points, indices, seed), watch)
+        first = 0
+        if points[0].pure_noise:
+            y, (_, _, first) = self.step(eps, y, (indices, seed, 0), points[0], points[1], path)
+            if watch is not None:
+                watch(0, y)
+        if first == points.steps:
+            return y
+        return self._fly(
+            eps, y, _Table.draw(self.clock, self.midpoints, points[first:], indices, seed, first), watch, first
+        )
 
-    def _fly(self, eps: NoiseEstimate, y: Tensor, table: _Table, watch: Callable[[int, Tensor], None] | None) -> Tensor:
+    def _fly(
+        self,
+        eps: NoiseEstimate,
+        y: Tensor,
+        table: _Table,
+        watch: Callable[[int, Tensor], None] | None,
+        first: int = 0,
+    ) -> Tensor:
         flight = _Flight(table, y, self.window // self.midpoints)
         while flight.unfinished:
             moved = flight.round(eps, measure=self.tolerance is not None)
@@ -114,7 +133,7 @@ class ParallelMidpoint(Solver):
                 done |= (flight.age > 1) & (moved <= self.tolerance).cpu()
             flight.move_on(done)
             if watch is not None:
-                watch(max(0, int(flight.front.min()) - 1), flight.base)
+                watch(first + max(0, int(flight.front.min()) - 1), flight.base)
         return flight.base
 
 

@@ -18,6 +18,7 @@ from mlem.noise import NoiseStream
 from mlem.schedule import expand_like
 from mlem.solvers.base import GridPoint, GridPoints, NoiseEstimate, Solver
 from mlem.solvers.clock import make_clock
+from mlem.solvers.ddpm import ancestral_step
 
 __all__ = ["MIDPOINTS", "RandomizedMidpoint", "SDERandomizedMidpoint", "draw_midpoints"]
 
@@ -33,7 +34,10 @@ def draw_midpoints(indices: Tensor, seed: int, count: int, midpoints: str) -> Te
 
 
 class _TwoCalls(Solver):
-    """What both methods share. State: the fractions of the steps to come, (steps, B)."""
+    """What both methods share. State: the fractions of the steps to come, (steps, B).
+
+    A step from pure noise has no midpoint: it is one of DDIM, or an ancestral one, with one evaluation.
+    """
 
     midpoints: str
     default_grid = "log_snr"
@@ -45,7 +49,7 @@ class _TwoCalls(Solver):
         return midpoints
 
     def evaluations(self, points: GridPoints) -> int:
-        return 2 * points.steps
+        return 2 * points.steps - points[0].pure_noise
 
     def init(self, points: GridPoints, indices: Tensor, seed: int) -> Tensor:
         return draw_midpoints(indices, seed, points.steps, self.midpoints)
@@ -71,6 +75,8 @@ class RandomizedMidpoint(_TwoCalls):
     def step(
         self, eps: NoiseEstimate, y: Tensor, state: Tensor, here: GridPoint, there: GridPoint, path: NoisePath
     ) -> tuple[Tensor, Tensor]:
+        if here.pure_noise:
+            return y + (there.kappa - here.kappa) * eps(y, here), state[1:]
         middle = self.clock.place(here.kappa, there.kappa, state[0])
         y_mid = y + expand_like(self.clock.drift(here.kappa, middle, here.kappa), y) * eps(y, here)
         weight = self.clock.weight(here.kappa, there.kappa, middle)
@@ -100,6 +106,8 @@ class SDERandomizedMidpoint(_TwoCalls):
     def step(
         self, eps: NoiseEstimate, y: Tensor, state: Tensor, here: GridPoint, there: GridPoint, path: NoisePath
     ) -> tuple[Tensor, Tensor]:
+        if here.pure_noise:
+            return ancestral_step(eps(y, here), y, here, there, path), state[1:]
         middle = here.kappa + (there.kappa - here.kappa) * state[0]
         at_here = path.at(here.t)
         at_middle, at_there = path.between(there.t, middle)

@@ -15,13 +15,13 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
-from mlem.denoiser import NetworkDenoiser, training_target
+from mlem.denoiser import NetworkDenoiser
 from mlem.family import Family
 from mlem.level import Level
 from mlem.metrics.denoising import denoising_errors
 from mlem.noise import NoiseStream
 from mlem.plots import error_by_noise_level
-from mlem.schedule import expand_like
+from mlem.predictions import NoiseLevel
 from mlem.training.optimizers import renew_options
 
 __all__ = ["DenoisingModule", "FamilyModule", "noise_level_figure"]
@@ -75,21 +75,24 @@ class DenoisingModule(pl.LightningModule):
         return Level(network=self.network, measured=dict(measured), **self._level)  # type: ignore[arg-type]
 
     def times(self, position: Tensor) -> Tensor:
-        """Training times of the samples at these positions of the endless sequence: (B,) -> (B,) in [0, 1).
+        """Training times of the samples at these positions of the endless sequence: (B,) -> (B,) in [0, 1].
 
-        Stratified over the global batch (Kingma et al., arXiv:2107.00630): `(u + i / batch) mod 1`, u for the batch.
+        Of the prediction's law, stratified over the global batch (Kingma et al., arXiv:2107.00630):
+        `(u + i / batch) mod 1`, u for the batch.
         """
         batch = position // self.batch_size
         shift = self._stream.uniform(batch, [1], torch.float64)[0]
-        return ((shift + (position % self.batch_size) / self.batch_size) % 1.0).float()
+        shares = ((shift + (position % self.batch_size) / self.batch_size) % 1.0).float()
+        return self.prediction.training_times(shares, self.schedule)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         x_0, position = batch["image"], batch["position"]
         t = self.times(position)
         z = self._stream.normal(position, [0], x_0.shape[1:], x_0.dtype)[0]
-        alpha, sigma = self.schedule.scales(t)
-        x_t = expand_like(alpha, x_0) * x_0 + expand_like(sigma, x_0) * z
-        target = training_target(self.prediction, x_0, z, alpha, sigma)
+        at = NoiseLevel.of(self.schedule, t)
+        alpha, sigma = at.like(x_0)
+        x_t = alpha * x_0 + sigma * z
+        target = self.prediction.target(x_0, z, at)
         if self._has_dropout:
             # keyed by the first position of this rank's share, so it differs between ranks and survives a resume
             torch.manual_seed((self.seed * 0x9E3779B1 + int(position[0])) % 2**63)
@@ -154,7 +157,7 @@ class FamilyModule(pl.LightningModule):
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         images = batch["image"]
         for level in self._family.levels:
-            errors = denoising_errors(level.denoiser, level.schedule, images, batch["index"], self.seed)
+            errors = denoising_errors(level.denoiser, self._family.schedule, images, batch["index"], self.seed)
             options: dict[str, Any] = {"sync_dist": True, "batch_size": len(images), "on_epoch": True}
             for time, error in errors.items():
                 self.log(f"test/{level.name}/error_t{time:.2f}", error.mean(), **options)

@@ -30,7 +30,7 @@ def frozen(family: Family, device: str | torch.device = "cpu") -> list[NetworkDe
     for level in family.levels:
         network = copy.deepcopy(level.network).eval().requires_grad_(False)
         network.to(device=device, memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
-        denoisers.append(NetworkDenoiser(network, level.schedule, level.prediction))
+        denoisers.append(NetworkDenoiser(network, family.schedule, level.prediction, level.schedule))
     return denoisers
 
 

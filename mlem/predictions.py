@@ -1,0 +1,342 @@
+"""Predictions: how a network is asked, and what it answers.
+
+The state of sampling is `x = alpha x_0 + sigma z` with `alpha^2 + sigma^2 = 1`, whatever path a network was trained on:
+all Gaussian paths visit the same `y = x / alpha` at the same noise-to-signal ratio `kappa = sigma / alpha`. They differ
+in the scale of the network's input, the name of its time and the meaning of its output. With `r = kappa / (1 + kappa)`,
+data deviation d and `q^2 = kappa^2 + d^2`:
+
+| prediction     | input       | time            | output                                                             |
+|----------------|-------------|-----------------|--------------------------------------------------------------------|
+| `v`            | x           | N t - 1         | alpha z - sigma x_0 (Salimans and Ho, arXiv:2202.00512)            |
+| `eps`          | x           | N t - 1         | z                                                                  |
+| `x0`           | x           | N t - 1         | x_0                                                                |
+| `edm`          | y / q       | ln(kappa) / 4   | (x_0 - d^2 y / q^2) q / (kappa d), F of table 1, arXiv:2206.00364  |
+| `edm_denoised` | y           | kappa           | x_0, D of the same                                                 |
+| `flow`         | (1 - r) y   | N r             | z - x_0                                                            |
+| `sit`          | (1 - r) y   | 1 - r           | x_0 - z: time runs the other way (arXiv:2401.08740)                |
+
+Users write a name, or an object where it has options: `prediction="edm"`, `prediction=EDM(sigma_data=1.0)`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple, TypeAlias, cast
+
+import torch
+from torch import Tensor
+
+from mlem.arguments import hint
+from mlem.schedule import NoiseSchedule, expand_like
+
+__all__ = [
+    "EDM",
+    "PREDICTIONS",
+    "SIT",
+    "X0",
+    "EDMDenoised",
+    "Eps",
+    "Flow",
+    "NoiseLevel",
+    "Prediction",
+    "V",
+    "make_prediction",
+]
+
+_LEAST_SHARE = 1e-6
+"""Of the training times that are drawn from a normal law: its outermost quantiles are not finite."""
+P_MEAN, P_STD = -1.2, 1.2
+"""ln kappa of `edm` in training is normal with this mean and deviation; table 1, arXiv:2206.00364."""
+
+
+class NoiseLevel(NamedTuple):
+    """Where a network is asked.
+
+    Args:
+        t: (B,), times in [0, 1].
+        alpha, sigma: scales of data and noise in x, `alpha^2 + sigma^2 = 1`: (B,), or numbers where all samples agree.
+    """
+
+    t: Tensor
+    alpha: Tensor | float
+    sigma: Tensor | float
+
+    @staticmethod
+    def of(schedule: NoiseSchedule, t: Tensor) -> NoiseLevel:
+        """That of a schedule at t (B,)."""
+        return NoiseLevel(t, *schedule.scales(t))
+
+    def like(self, x: Tensor) -> tuple[Tensor | float, Tensor | float]:
+        """alpha and sigma, to be multiplied with x (B, ...)."""
+        alpha, sigma = (expand_like(one, x) if isinstance(one, Tensor) else one for one in self[1:])
+        return alpha, sigma
+
+    def time(self, value: Tensor | float) -> Tensor:
+        """A time of the network, (B,) float32."""
+        return value.float() if isinstance(value, Tensor) else torch.full_like(self.t, value, dtype=torch.float32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction(ABC):
+    """One convention.
+
+    Args:
+        clip: bound of the data: the estimate of x_0 is cut off at +-clip, as diffusers' `clip_sample` does. That is not
+            affine, so that no sum over levels may be made of it. None: it is not.
+    """
+
+    name: ClassVar[str]
+    clip: float | None = None
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value is None and field.default is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+                raise ValueError(f"{field.name} of prediction {self.name} must be a positive number, got {value!r}")
+
+    @abstractmethod
+    def ask(self, x: Tensor, at: NoiseLevel, timesteps: int) -> tuple[Tensor, Tensor]:
+        """The network's input, like x (B, ...), and its time, (B,) float32; timesteps: N of the schedule."""
+
+    @abstractmethod
+    def _noise(self, output: Tensor, x: Tensor, at: NoiseLevel) -> Tensor: ...
+
+    @abstractmethod
+    def target(self, x_0: Tensor, z: Tensor, at: NoiseLevel) -> Tensor:
+        """What the network should answer for data x_0 and noise z, both (B, ...)."""
+
+    def eps(self, output: Tensor, x: Tensor, at: NoiseLevel) -> Tensor:
+        """The noise estimate that an output stands for; output, x: (B, ...)."""
+        eps = self._noise(output, x, at)
+        if self.clip is None:
+            return eps
+        alpha, sigma = at.like(x)
+        return (x - alpha * ((x - sigma * eps) / alpha).clamp(-self.clip, self.clip)) / sigma
+
+    def training_times(self, shares: Tensor, schedule: NoiseSchedule) -> Tensor:
+        """Times of training, (B,), from shares (B,) that are uniform in [0, 1)."""
+        return shares
+
+    def check(self, schedule: NoiseSchedule) -> None:
+        """Raise ValueError where this cannot be sampled under a schedule."""
+
+    @property
+    def options(self) -> dict[str, float]:
+        """Those that are not the defaults."""
+        fields = dataclasses.fields(self)
+        return {field.name: value for field in fields if (value := getattr(self, field.name)) != field.default}
+
+    def to_config(self) -> str | dict[str, Any]:
+        """Plain data from which `make_prediction` makes this again: its name, where it has no other options."""
+        return {"kind": self.name} | self.options if self.options else self.name
+
+    def __str__(self) -> str:
+        options = ", ".join(f"{name}={value:g}" for name, value in self.options.items())
+        return f"{self.name}({options})" if options else self.name
+
+
+def _normal(shares: Tensor) -> Tensor:
+    """Standard normal numbers from uniform ones, which stay evenly spread."""
+    return torch.special.ndtri(shares.double().clamp(_LEAST_SHARE, 1 - _LEAST_SHARE))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _OfTimesteps(Prediction):
+    """A network that sees x and timesteps.
+
+    Args:
+        timesteps: N, how many the network knows; None: those of its schedule.
+    """
+
+    timesteps: int | None = None
+
+    def ask(self, x: Tensor, at: NoiseLevel, timesteps: int) -> tuple[Tensor, Tensor]:
+        return x, at.t.float() * (self.timesteps or timesteps) - 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class V(_OfTimesteps):
+    """See the module docstring."""
+
+    name = "v"
+
+    def _noise(self, output: Tensor, x: Tensor, at: NoiseLevel) -> Tensor:
+        alpha, sigma = at.like(x)
+        return sigma * x + alpha * output
+
+    def target(self, x_0: Tensor, z: Tensor, at: NoiseLevel) -> Tensor:
+        alpha, sigma = at.like(x_0)
+        return alpha * z - sigma * x_0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Eps(_OfTimesteps):
+    """See the module docstring. Of pure noise it says nothing, so that no schedule may end there."""
+
+    name = "eps"
+
+    def _noise(self, output: Tensor, x: Tensor, at: NoiseLevel) -> Tensor:
+        return output
+
+    def target(self, x_0: Tensor, z: Tensor, at: NoiseLevel) -> Tensor:
+        return z
+
+    def check(self, schedule: NoiseSchedule) -> None:
+        if schedule.ends_in_noise:
+            raise ValueError(
+                "prediction eps says nothing of the data where there is no signal, and this schedule ends with none "
+                "(flow, or zero terminal SNR); take v, x0 or flow, or another schedule"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class X0(_OfTimesteps):
+    """See the module docstring. The noise estimate divides by sigma: t = 0 is out of range."""
+
+    name = "x0"
+
+    def _noise(self, output: Tensor, x: Tensor, at: NoiseLevel) -> Tensor:
+        alpha, sigma = at.like(x)
+        return (x - alpha * output) / sigma
+
+    def target(self, x_0: Tensor, z: Tensor, at: NoiseLevel) -> Tensor:
+        return x_0
+
+
+@dataclass(frozen=True, kw_only=True)
+class EDM(Prediction):
+    """The raw network F of Karras et al., without its preconditioning.
+
+    Args:
+        sigma_data: d, the deviation of the data.
+    """
+
+    name = "edm"
+    sigma_data: float = 0.5
+
+    def _norm(self, alpha: Tensor | float, sigma: Tensor | float) -> Tensor | float:
+        """alpha q."""
+        return (sigma**2 + (self.sigma_data * alpha) ** 2) ** 0.5
+
+    def ask(self, x: Tensor, at: NoiseLevel, timesteps: int) -> tuple[Tensor, Tensor]:
+        kappa = at.sigma / at.alpha
+        time = kappa.log() / 4 if isinstance(kappa, Tensor) else math.log(kappa) / 4
+        return x / self._norm(*at.like(x)), at.time(time)
+
+    def _noise(self, output: Tensor, x: Tensor, at: NoiseLevel) -> Tensor:
+        alpha, sigma = at.like(x)
+        norm = self._norm(alpha, sigma)
+        return sigma * x / norm**2 - self.sigma_data * alpha * output / norm
+
+    def target(self, x_0: Tensor, z: Tensor, at: NoiseLevel) -> Tensor:
+        alpha, sigma = at.like(x_0)
+        return (sigma * x_0 / self.sigma_data - self.sigma_data * alpha * z) / self._norm(alpha, sigma)
+
+    def training_times(self, shares: Tensor, schedule: NoiseSchedule) -> Tensor:
+        """ln kappa is normal: with weight 1 on F, section 5 of Karras et al."""
+        return schedule.time_from_kappa(torch.exp(P_MEAN + P_STD * _normal(shares))).to(shares.dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EDMDenoised(Prediction):
+    """A network that brings the preconditioning of Karras et al. itself: D(y, kappa)."""
+
+    name = "edm_denoised"
+
+    def ask(self, x: Tensor, at: NoiseLevel, timesteps: int) -> tuple[Tensor, Tensor]:
+        return x / at.like(x)[0], at.time(at.sigma / at.alpha)
+
+    def _noise(self, output: Tensor, x: Tensor, at: NoiseLevel) -> Tensor:
+        alpha, sigma = at.like(x)
+        return (x - alpha * output) / sigma
+
+    def target(self, x_0: Tensor, z: Tensor, at: NoiseLevel) -> Tensor:
+        return x_0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flow(Prediction):
+    """The velocity of rectified flow, `x = (1 - r) x_0 + r z`.
+
+    Args:
+        timesteps: N: the network's time is N r.
+    """
+
+    name = "flow"
+    timesteps: float = 1000
+
+    def ask(self, x: Tensor, at: NoiseLevel, timesteps: int) -> tuple[Tensor, Tensor]:
+        alpha, sigma = at.like(x)
+        return x / (alpha + sigma), at.time(self._time(at.sigma / (at.alpha + at.sigma)))
+
+    def _time(self, r: Tensor | float) -> Tensor | float:
+        return self.timesteps * r
+
+    def _noise(self, output: Tensor, x: Tensor, at: NoiseLevel) -> Tensor:
+        alpha, sigma = at.like(x)
+        return (x + alpha * output) / (alpha + sigma)
+
+    def target(self, x_0: Tensor, z: Tensor, at: NoiseLevel) -> Tensor:
+        return z - x_0
+
+    def training_times(self, shares: Tensor, schedule: NoiseSchedule) -> Tensor:
+        """r is logit-normal, so that ln kappa is normal (Esser et al., arXiv:2403.03206)."""
+        return schedule.time_from_kappa(torch.exp(_normal(shares))).to(shares.dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SIT(Flow):
+    """The same with time and velocity reversed.
+
+    Args:
+        timesteps: N: the network's time is N (1 - r).
+    """
+
+    name = "sit"
+    timesteps: float = 1
+
+    def _time(self, r: Tensor | float) -> Tensor | float:
+        return self.timesteps * (1 - r)
+
+    def _noise(self, output: Tensor, x: Tensor, at: NoiseLevel) -> Tensor:
+        return super()._noise(-output, x, at)
+
+    def target(self, x_0: Tensor, z: Tensor, at: NoiseLevel) -> Tensor:
+        return x_0 - z
+
+
+PREDICTIONS: dict[str, type[Prediction]] = {kind.name: kind for kind in (V, Eps, X0, EDM, EDMDenoised, Flow, SIT)}
+"""Name -> class."""
+_ALIASES = {"v_prediction": "v", "epsilon": "eps", "sample": "x0", "flow_prediction": "flow"}
+"""Names of diffusers -> ours."""
+
+Named: TypeAlias = str | Prediction
+"""What users write."""
+
+
+def make_prediction(prediction: Named | Mapping[str, Any]) -> Prediction:
+    """The prediction that a name or `Prediction.to_config` says, or the one that it is.
+
+    Raises:
+        ValueError: there is none of this name, or it has no such option.
+    """
+    if isinstance(prediction, Prediction):
+        return prediction
+    options = dict(prediction) if isinstance(prediction, Mapping) else {"kind": prediction}
+    name = options.pop("kind", None)
+    kind = PREDICTIONS.get(_ALIASES.get(name, name)) if isinstance(name, str) else None
+    if kind is None:
+        raise ValueError(f"prediction must be one of {', '.join(PREDICTIONS)}, got {name!r}")
+    known = [field.name for field in dataclasses.fields(kind)]
+    for option in options:
+        if option not in known:
+            raise ValueError(
+                f"prediction {name} has no option {option!r}; its options are {', '.join(known)}{hint(option, known)}"
+            )
+    return kind(**cast(dict[str, Any], options))
