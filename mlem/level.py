@@ -35,6 +35,8 @@ __all__ = ["Level", "check_name"]
 
 FORMAT = 1
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+_HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+"""Name in mlem.json -> dtype of weights; networks of others are built in float32."""
 _REMEDY = "copy it again or train this level again"
 _FIELDS = ("name", "prediction", "shape", "data", "measured", "schedule", "schedule_hash", "sha256")
 
@@ -199,6 +201,8 @@ class Level:
         own = {"format": FORMAT, "name": self.name, "flops": self.flops, "parameters": self.parameters}
         own["timesteps"] = self.schedule.num_timesteps
         own |= {key: value for key in ("conditions", "latents") if (value := getattr(self, key))}
+        dtype = self.denoiser.dtype
+        own |= {"dtype": str(dtype).removeprefix("torch.")} if dtype in _HALVES.values() else {}
         write_weights(folder / WEIGHTS, self.network.state_dict())
         write_json(folder / "config.json", networks.config_of(self.network))
         with contextlib.suppress(ValueError):
@@ -241,6 +245,7 @@ class Level:
         if known:
             with damaged(folder / "config.json", _REMEDY):
                 network = networks.from_config(kind, config)
+                network.to(_HALVES[about["dtype"]] if "dtype" in about else torch.float32)
             read_weights(folder / WEIGHTS, network, about["sha256"])
         else:
             assert network is not None

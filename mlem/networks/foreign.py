@@ -55,6 +55,8 @@ def read_foreign(folder: Path, dtype: torch.dtype | None) -> ForeignNetwork:
     cls = getattr(importlib.import_module(CLASSES[kind].module), kind)
     network: nn.Module = cls.from_pretrained(own, torch_dtype=dtype, use_safetensors=True, local_files_only=True)
     found = read_object(scheduler) if scheduler is not None else None
+    if kind in FLOWS and found is not None and not _of_flows(found):
+        raise ValueError(f"{own} holds a {kind}, trained on a flow, and {scheduler} is of no flow; save them together")
     return ForeignNetwork(network.eval(), _shape(config, kind), about, found, _latents(folder))
 
 
@@ -78,6 +80,10 @@ def _folders(folder: Path) -> tuple[Path, Path | None]:
         raise FileNotFoundError(f"{own} has no config.json; name the folder of a diffusers model or pipeline")
     places = [own / "scheduler_config.json", own.parent / "scheduler" / "scheduler_config.json"]
     return own, next((place for place in places if place.is_file()), None)
+
+
+def _of_flows(scheduler: Mapping[str, Any]) -> bool:
+    return "FlowMatch" in str(scheduler.get("_class_name")) or bool(scheduler.get("use_flow_sigmas"))
 
 
 def _refuse(folder: Path, kind: str, config: Mapping[str, Any]) -> None:
@@ -123,6 +129,9 @@ def _text(config: Mapping[str, Any]) -> _Conditions:
         found |= {"text_embeds": (pooled,), "time_ids": (ids,)}
     return found | _labels(config)
 
+
+FLOWS = ("SD3Transformer2DModel", "SanaTransformer2DModel", "WanTransformer3DModel")
+"""Classes whose networks were trained on rectified flows, whatever a scheduler beside them says."""
 
 _ABOUT: dict[str, Callable[[Mapping[str, Any]], _Conditions]] = {
     "UNet2DModel": _labels,
