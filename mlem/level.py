@@ -245,7 +245,8 @@ class Level:
         if known:
             with damaged(folder / "config.json", _REMEDY):
                 network = networks.from_config(kind, config)
-                network.to(_HALVES[about["dtype"]] if "dtype" in about else torch.float32)
+                if "dtype" in about:
+                    network.to(_HALVES[about["dtype"]])
             read_weights(folder / WEIGHTS, network, about["sha256"])
         else:
             assert network is not None
