@@ -94,15 +94,17 @@ def training_target(prediction: str, x_0: Tensor, z: Tensor, alpha: Tensor, sigm
     return {"v": alpha * z - sigma * x_0, "eps": z, "x0": x_0}[prediction]
 
 
-def prediction_to_eps(prediction: str, output: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """The noise estimate that a network's output stands for; output, x: (B, ...), alpha, sigma: (B,).
+def prediction_to_eps(
+    prediction: str, output: Tensor, x: Tensor, alpha: Tensor | float, sigma: Tensor | float
+) -> Tensor:
+    """The noise estimate that a network's output stands for; output, x: (B, ...), alpha, sigma: (B,), or numbers.
 
     x0 prediction divides by sigma: t = 0 is out of range there.
     """
     if prediction == "eps":
         return output
     alpha, sigma = expand_like(alpha, x), expand_like(sigma, x)
-    return sigma * x + alpha * output if prediction == "v" else (x - alpha * output) / sigma
+    return (sigma * x).add_(alpha * output) if prediction == "v" else (x - alpha * output) / sigma
 
 
 class NetworkDenoiser:
@@ -121,6 +123,7 @@ class NetworkDenoiser:
         parameter = next(network.parameters(), None) if isinstance(network, nn.Module) else None
         self.dtype = torch.get_default_dtype() if parameter is None else parameter.dtype
         self.conditions: dict[str, Tensor] = {}
+        self._scales: tuple[float, float] | None = None
 
     def through(self, network: Callable[..., Any]) -> NetworkDenoiser:
         """The same denoiser calling `network` instead: something that stands before its own, such as a meter."""
@@ -147,8 +150,14 @@ class NetworkDenoiser:
         output = self.network(x.to(self.dtype), t.float() * NUM_TIMESTEPS - 1, **self.conditions)
         return getattr(output, "sample", output).to(x.dtype)
 
+    def at(self, alpha: float, sigma: float) -> NetworkDenoiser:
+        """The same denoiser for calls at one time, whose scales are known."""
+        other = copy.copy(self)
+        other._scales = alpha, sigma
+        return other
+
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
-        alpha, sigma = self.schedule.scales(t)
+        alpha, sigma = self._scales or self.schedule.scales(t)
         return prediction_to_eps(self.prediction, self.predict(x, t), x, alpha, sigma)
 
 

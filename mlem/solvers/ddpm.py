@@ -14,7 +14,7 @@ __all__ = ["DDPM", "ancestral_noise"]
 
 def ancestral_noise(path: NoisePath, here: GridPoint, there: GridPoint) -> Tensor:
     """The noise of an ancestral step, of variance `kappa'^2 (1 - (kappa'/kappa)^2)`; see `BrownianPath`."""
-    return path.at(here.t) * -((there.kappa / here.kappa) ** 2) + path.at(there.t)
+    return (path.at(here.t) * -((there.kappa / here.kappa) ** 2)).add_(path.at(there.t))
 
 
 class DDPM(Solver):
@@ -31,4 +31,4 @@ class DDPM(Solver):
     ) -> tuple[Tensor, Any]:
         # y - x_0 = kappa eps, so the mean is y + (r^2 - 1) kappa eps
         drift = ((there.kappa / here.kappa) ** 2 - 1) * here.kappa
-        return y + drift * eps(y, here) + ancestral_noise(path, here, there), state
+        return (y + drift * eps(y, here)).add_(ancestral_noise(path, here, there)), state
