@@ -257,7 +257,9 @@ def _commands(work: Path) -> Items:
     few = ["sample.py", "-m", *READ, "seeds=0-2", "batch_size=2"]
     names = ["em" if name == "euler_maruyama" else name for name in SOLVERS]
     run(work, *few, f"sampler={','.join(names)},diffusers", "steps=5", "out=out/${sampler.name}")
-    run(work, *few, "sampler=ddpm,ddim", "steps=8", "plan=best,held", "out=out/${sampler.name}_${plan}")
+    for solver, plan in (("ddpm", "best"), ("ddim", "held")):
+        options = [f"sampler={solver}", "steps=8", "grid=log_snr", f"plan={plan}", f"out=out/{solver}_{plan}"]
+        run(work, *few, *options)
     midpoints = ["sampler=randomized_midpoint,randomized_midpoint_sde", "sampler.options.midpoints=shared"]
     run(work, *few, *midpoints, "steps=4", "out=out/${sampler.name}_shared")
     kinds = {"predictor": "randomized_midpoint,parallel_midpoint", "corrector": "underdamped,midpoint,parallel"}

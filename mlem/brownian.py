@@ -246,7 +246,8 @@ class BrownianPath:
         """B at the time of the split, given B at the ends of its cell."""
         weight, spread = _bridging(self._schedule, split)
         at_left, at_right = self._values[split.left], self._values[split.right]
-        return at_left * (1 - weight) + at_right * weight + self._ready.pop(split) * spread
+        value = (at_left * (1 - weight)).add_(at_right * weight)
+        return value.add_(self._ready.pop(split).mul_(spread))
 
 
 def _step(t: float) -> float:

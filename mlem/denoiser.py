@@ -109,6 +109,7 @@ class NetworkDenoiser:
         parameter = next(network.parameters(), None) if isinstance(network, nn.Module) else None
         self.dtype = torch.get_default_dtype() if parameter is None else parameter.dtype
         self.conditions: dict[str, Tensor] = {}
+        self._scales: tuple[float, float] | None = None
 
     def through(self, network: Callable[..., Any]) -> NetworkDenoiser:
         """The same denoiser calling `network` instead: something that stands before its own, such as a meter."""
@@ -134,10 +135,17 @@ class NetworkDenoiser:
         """The network's raw output at t: like x."""
         return self._answer(x, NoiseLevel.of(self.own, self._own_time(t)))
 
+    def at(self, alpha: float, sigma: float) -> NetworkDenoiser:
+        """The same denoiser for calls at one time, whose scales are known."""
+        other = copy.copy(self)
+        other._scales = alpha, sigma
+        return other
+
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
-        at = NoiseLevel.of(self.own, self._own_time(t))
+        same = self.own is self.schedule
+        at = NoiseLevel(t, *self._scales) if same and self._scales else NoiseLevel.of(self.own, self._own_time(t))
         eps = self.prediction.eps(self._answer(x, at), x, at)
-        return eps if self.own is self.schedule else self._beyond(eps, x, t, at)
+        return eps if same else self._beyond(eps, x, t, at)
 
     def _own_time(self, t: Tensor) -> Tensor:
         return t if self.own is self.schedule else self.own.time_from_kappa(self.schedule.kappa(t))

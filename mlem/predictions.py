@@ -168,7 +168,7 @@ class V(_OfTimesteps):
 
     def _noise(self, output: Tensor, x: Tensor, at: NoiseLevel) -> Tensor:
         alpha, sigma = at.like(x)
-        return sigma * x + alpha * output
+        return (sigma * x).add_(alpha * output)
 
     def target(self, x_0: Tensor, z: Tensor, at: NoiseLevel) -> Tensor:
         alpha, sigma = at.like(x_0)

@@ -17,7 +17,7 @@ import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -57,8 +57,18 @@ def _refuse_outside(name: str, value: Tensor, low: float, high: float) -> None:
         raise ValueError(f"{name} must be in [{low:g}, {high:g}], got {bad:g}")
 
 
-def expand_like(coefficient: Tensor, x: Tensor) -> Tensor:
-    """coefficient: (B,) -> (B, 1, ...) in the dtype of x: (B, ...)."""
+@overload
+def expand_like(coefficient: Tensor, x: Tensor) -> Tensor: ...
+
+
+@overload
+def expand_like(coefficient: Tensor | float, x: Tensor) -> Tensor | float: ...
+
+
+def expand_like(coefficient: Tensor | float, x: Tensor) -> Tensor | float:
+    """coefficient: (B,) -> (B, 1, ...) in the dtype of x: (B, ...). A plain number stays one."""
+    if not isinstance(coefficient, Tensor):
+        return coefficient
     return coefficient.to(x.dtype).view(-1, *[1] * (x.dim() - 1))
 
 

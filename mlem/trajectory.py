@@ -15,7 +15,16 @@ from mlem.brownian import BrownianPath, NoisePath
 from mlem.denoiser import Denoiser, of_rows
 from mlem.noise import NoiseStream, noise_dtype
 from mlem.schedule import NoiseSchedule
-from mlem.solvers import EvaluationPoint, GridPoint, GridPoints, NoiseEstimate, ScatteredPoints, Solver, model_input
+from mlem.solvers import (
+    EvaluationPoint,
+    GridPoint,
+    GridPoints,
+    NoiseEstimate,
+    ScatteredPoints,
+    Solver,
+    denoiser_at,
+    model_input,
+)
 
 __all__ = ["SIGNAL_LEFT", "noise_estimate", "samples", "starting_noise", "trajectory", "warn_of_signal"]
 
@@ -51,7 +60,7 @@ def noise_estimate(denoiser: Denoiser, schedule: NoiseSchedule) -> NoiseEstimate
     """The denoiser as a solver calls it, in float64."""
 
     def eps(y: Tensor, place: EvaluationPoint) -> Tensor:
-        own = of_rows(denoiser, place.rows) if isinstance(place, ScatteredPoints) else denoiser
+        own = of_rows(denoiser, place.rows) if isinstance(place, ScatteredPoints) else denoiser_at(denoiser, place)
         return own(*model_input(schedule, y, place)).double()
 
     return eps

@@ -13,10 +13,12 @@ from mlem.denoiser import (
     MixtureDenoiser,
     NetworkDenoiser,
     gaussian_denoiser,
+    of_rows,
 )
 from mlem.grids import TimeGrid
 from mlem.predictions import PREDICTIONS, NoiseLevel, make_prediction
 from mlem.schedule import NoiseSchedule
+from mlem.solvers import GridPoint, denoiser_at
 from tests.problems import COVARIANCE, MEAN, SCHEDULES, gaussian, level, mixture
 
 COSINE = NoiseSchedule.cosine()
@@ -147,6 +149,26 @@ def test_the_three_predictions_of_one_network_give_one_eps() -> None:
     for name, output in outputs.items():
         eps = NetworkDenoiser(lambda x, timestep, output=output: output, COSINE, name)(x, t)
         torch.testing.assert_close(eps, truth, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_at_a_point_of_the_grid_the_bits_are_those_of_any_call(prediction: str, name: str) -> None:
+    schedule = SCHEDULES[name]()
+    denoiser = NetworkDenoiser(lambda x, timestep: torch.sin(x + timestep[:, None]), schedule, prediction)
+    x = normals(5, 3)
+    for t in (0.001, 1 / 3, 0.77, 1.0):
+        here = denoiser_at(denoiser, GridPoint.at(schedule, t))
+        times = torch.full((5,), t, dtype=torch.float64)
+        assert torch.equal(here(x, times), denoiser(x, times))
+    assert denoiser_at(denoiser, times) is denoiser
+
+
+def test_a_denoiser_at_a_point_keeps_its_conditions_and_gives_those_of_some_rows() -> None:
+    denoiser = NetworkDenoiser(lambda x, timestep, shift: x + shift[:, None], NoiseSchedule.cosine(), "eps")
+    here = denoiser_at(denoiser.given({"shift": torch.arange(5.0)}), GridPoint.at(denoiser.schedule, 0.5))
+    eps = of_rows(here, slice(3, 5))(torch.zeros(2, 1), torch.full((2,), 0.5))
+    assert eps.flatten().tolist() == [3.0, 4.0]
 
 
 def test_unknown_prediction_is_refused() -> None:

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("float64")
 
 
 def point(t: float) -> GridPoint:
-    return GridPoint(t, COSINE.alpha(t).item(), COSINE.kappa(t).item())
+    return GridPoint.at(COSINE, t)
 
 
 # --- the corrector -------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ STILL: Any = None
 
 
 def point(t: float) -> GridPoint:
-    return GridPoint(t, COSINE.alpha(t).item(), COSINE.kappa(t).item())
+    return GridPoint.at(COSINE, t)
 
 
 # --- unbiased ------------------------------------------------------------------------------------------------------

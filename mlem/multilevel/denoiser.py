@@ -174,4 +174,5 @@ class MultilevelTrajectory:
         """y (B, ...) moved to where it should be before the step from `point`; y itself where nothing was revised."""
         if not self._revised or not self._revised[self.row]:
             return y
-        return y + self._evaluator.revise(self.row, *model_input(self._schedule, y, point), point)
+        move = self._evaluator.revise(self.row, *model_input(self._schedule, y, point), point)
+        return y if move is None else y + move

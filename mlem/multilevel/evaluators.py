@@ -13,7 +13,7 @@ from torch import Tensor
 from mlem.denoiser import Denoiser, of_rows
 from mlem.multilevel.holding import Holding, Measurement
 from mlem.schedule import NoiseSchedule, expand_like
-from mlem.solvers import GridPoint
+from mlem.solvers import GridPoint, denoiser_at
 
 __all__ = [
     "Evaluator",
@@ -63,9 +63,9 @@ class Evaluator(ABC):
     def evaluate(self, row: int, x: Tensor, t: Tensor, point: GridPoint | None) -> Tensor:
         """The noise estimate at x (B, ...) and t (B,), which is at a point of the grid if one is given: like x."""
 
-    def revise(self, row: int, x: Tensor, t: Tensor, point: GridPoint) -> Tensor | float:
-        """What to move the state y = x / alpha by before the evaluation of this row."""
-        return 0.0
+    def revise(self, row: int, x: Tensor, t: Tensor, point: GridPoint) -> Tensor | None:
+        """What to move the state y = x / alpha by before the evaluation of this row, if anything."""
+        return None
 
 
 class JumpEvaluator(Evaluator):
@@ -75,7 +75,7 @@ class JumpEvaluator(Evaluator):
         self._levels, self._program = levels, program
 
     def evaluate(self, row: int, x: Tensor, t: Tensor, point: GridPoint | None) -> Tensor:
-        outputs = _outputs(self._levels, self._program.evaluated[row], x, t)
+        outputs = _outputs(self._levels, self._program.evaluated[row], x, t, point)
         return _weighted(outputs, self._program.weights[row], x)
 
 
@@ -121,13 +121,14 @@ class HeldEvaluator(Evaluator):
 
     def evaluate(self, row: int, x: Tensor, t: Tensor, point: GridPoint | None) -> Tensor:
         moment = Moment.of(self._schedule, x, t, point)
-        outputs = _outputs(self._levels, self._program.evaluated[row], x, t)
+        outputs = _outputs(self._levels, self._program.evaluated[row], x, t, point)
         self._measure(row, outputs, moment)
-        return _weighted(outputs, self._program.weights[row], x) + self._corrections(row, moment, fresh=False)
+        estimate = _weighted(outputs, self._program.weights[row], x)
+        return self._corrected(estimate, row, moment, fresh=False)
 
-    def _measure(self, row: int, outputs: Sequence[Tensor | None], moment: Moment) -> Tensor | float:
-        """Keep the corrections that are measured at this row. Returns what to move the state by."""
-        move: Tensor | float = 0.0
+    def _measure(self, row: int, outputs: Sequence[Tensor | None], moment: Moment) -> Tensor | None:
+        """Keep the corrections that are measured at this row. Returns what to move the state by, if anything."""
+        move: Tensor | None = None
         for level, due in enumerate(self._program.measured[row]):
             if level == 0 or not due or not self._keeps(row, level):
                 continue
@@ -135,7 +136,7 @@ class HeldEvaluator(Evaluator):
             assert above is not None
             assert below is not None
             self._measured[level].append(Measurement(moment.time, (above - below) / moment.alpha))
-            move = move + self._look_back(level, moment)
+            move = _sum(move, self._look_back(level, moment))
             del self._measured[level][: -(self._program.holding.order + 1)]
         return move
 
@@ -143,13 +144,13 @@ class HeldEvaluator(Evaluator):
         """Whether what is measured here is used again."""
         return self._program.stored[row][level]
 
-    def _look_back(self, level: int, now: Moment) -> Tensor | float:
-        """What to move the state by, now that a correction was measured again."""
-        return 0.0
+    def _look_back(self, level: int, now: Moment) -> Tensor | None:
+        """What to move the state by, if anything, now that a correction was measured again."""
+        return None
 
-    def _corrections(self, row: int, moment: Moment, fresh: bool) -> Tensor | float:
-        """The sum of the corrections at this row; without `fresh`, of those that are not measured at it."""
-        total: Tensor | float = 0.0
+    def _corrected(self, estimate: Tensor, row: int, moment: Moment, fresh: bool) -> Tensor:
+        """`estimate` and the corrections at this row; without `fresh`, those that are not measured at it."""
+        total: Tensor | None = None
         for level, due in enumerate(self._program.measured[row]):
             if level == 0 or (due and not fresh):
                 continue
@@ -157,8 +158,8 @@ class HeldEvaluator(Evaluator):
             value = self._program.holding.extrapolated(points, moment.time)
             if not due:
                 self._stands_in(level, row, moment, value)
-            total = total + value * moment.alpha
-        return total
+            total = _sum(total, value * moment.alpha)
+        return estimate if total is None else estimate + total
 
     def _stands_in(self, level: int, row: int, moment: Moment, value: Tensor) -> None:
         """Told of each stand-in."""
@@ -182,27 +183,29 @@ class HindsightEvaluator(HeldEvaluator):
         self._quadrature = quadrature
         self._stand_ins: list[list[_StandIn]] = [[] for _ in levels]
 
-    def revise(self, row: int, x: Tensor, t: Tensor, point: GridPoint) -> Tensor | float:
-        outputs = _outputs(self._levels, self._program.revising[row], x, t)
+    def revise(self, row: int, x: Tensor, t: Tensor, point: GridPoint) -> Tensor | None:
+        outputs = _outputs(self._levels, self._program.revising[row], x, t, point)
         return self._measure(row, outputs, Moment.of(self._schedule, x, t, point))
 
     def evaluate(self, row: int, x: Tensor, t: Tensor, point: GridPoint | None) -> Tensor:
         if not any(self._program.revising[row]):
             return super().evaluate(row, x, t, point)
-        return self._levels[0](x, t) + self._corrections(row, Moment.of(self._schedule, x, t, point), fresh=True)
+        estimate, moment = denoiser_at(self._levels[0], point)(x, t), Moment.of(self._schedule, x, t, point)
+        return self._corrected(estimate, row, moment, fresh=True)
 
     def _keeps(self, row: int, level: int) -> bool:
         # what is measured at a revision is added to the cheapest level in the evaluation that follows
         return super()._keeps(row, level) or any(self._program.revising[row])
 
-    def _look_back(self, level: int, now: Moment) -> Tensor | float:
+    def _look_back(self, level: int, now: Moment) -> Tensor | None:
         """`sum_i c_i (interpolated_i - stand-in_i)` over the rows since the last measurement."""
-        move: Tensor | float = 0.0
+        move: Tensor | None = None
         for row, then, value in self._stand_ins[level]:
             before, after = self._measured[level][-2:]
-            error = self._program.holding.interpolated(before, after, then.time) - value
+            error = self._program.holding.interpolated(before, after, then.time).sub_(value)
             # what entered there has shrunk since, about as it would with frozen data
-            move = move + error * then.alpha * (now.kappa / then.kappa) * self._quadrature[row]
+            error.mul_(then.alpha).mul_(now.kappa / then.kappa).mul_(self._quadrature[row])
+            move = _sum(move, error)
         self._stand_ins[level] = []
         return move
 
@@ -210,9 +213,16 @@ class HindsightEvaluator(HeldEvaluator):
         self._stand_ins[level].append(_StandIn(row, moment, value))
 
 
-def _outputs(levels: Sequence[Denoiser], runs: Sequence[bool], x: Tensor, t: Tensor) -> list[Tensor | None]:
+def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    """The sum of what there is."""
+    return other if one is None else one if other is None else one + other
+
+
+def _outputs(
+    levels: Sequence[Denoiser], runs: Sequence[bool], x: Tensor, t: Tensor, point: GridPoint | None
+) -> list[Tensor | None]:
     """The noise estimates of the levels that run; None of the others."""
-    return [level(x, t) if run else None for level, run in zip(levels, runs, strict=True)]
+    return [denoiser_at(level, point)(x, t) if run else None for level, run in zip(levels, runs, strict=True)]
 
 
 def _weighted(outputs: Sequence[Tensor | None], weights: Sequence[float], x: Tensor) -> Tensor:

@@ -128,7 +128,7 @@ def _line(passed: Numbers, span: Numbers) -> tuple[Numbers, Numbers]:
 
 def _combined(one: Measurement, other: Measurement, weights: tuple[Any, Any]) -> Tensor:
     a, b = (weight if isinstance(weight, Tensor) else float(weight) for weight in weights)
-    return one.value * a + other.value * b
+    return (one.value * a).add_(other.value * b)
 
 
 def _chosen(which: NDArray[np.bool_], yes: tuple[Any, Any], no: tuple[Any, Any]) -> tuple[Any, Any]:

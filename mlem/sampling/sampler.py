@@ -38,6 +38,7 @@ from mlem.solvers import (
     GridPoint,
     ScatteredPoints,
     Solver,
+    denoiser_at,
     make_solver,
     model_input,
     quadrature_weights,
@@ -186,7 +187,7 @@ class Sampler:
         revise = None if self._change is None else hooks.revise
         if self._model.multilevel is None:
             denoiser = self._model.denoiser_for(index, self.conditions)
-            estimate = partial(self._estimate, lambda _: denoiser)
+            estimate = partial(self._estimate, partial(denoiser_at, denoiser))
         else:
             run = self._model.multilevel.begin(index, self._quadrature, self.conditions)
             estimate, revise = partial(self._estimate, run.denoiser_at), partial(self._revise, run, revise)
@@ -195,11 +196,9 @@ class Sampler:
         x = trajectory(estimate, self.solver, self.points, start, index, self.seed, revise=revise, watch=seen)
         return x.to(x_T.dtype)
 
-    def _estimate(
-        self, denoiser_at: Callable[[EvaluationPoint], Denoiser], y: Tensor, place: EvaluationPoint
-    ) -> Tensor:
+    def _estimate(self, at: Callable[[EvaluationPoint], Denoiser], y: Tensor, place: EvaluationPoint) -> Tensor:
         self._rounds += 1
-        denoiser = denoiser_at(place)
+        denoiser = at(place)
         if isinstance(place, ScatteredPoints):
             denoiser = of_rows(denoiser, place.rows)
         x, t = (part.to(self._input_dtype) for part in model_input(self.schedule, y, place))

@@ -16,6 +16,7 @@ from mlem.solvers.base import (
     NoiseEstimate,
     ScatteredPoints,
     Solver,
+    denoiser_at,
     model_input,
     quadrature_weights,
 )
@@ -31,6 +32,7 @@ __all__ = [
     "NoiseEstimate",
     "ScatteredPoints",
     "Solver",
+    "denoiser_at",
     "make_solver",
     "model_input",
     "quadrature_weights",

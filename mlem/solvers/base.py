@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from mlem.brownian import NoisePath
+from mlem.denoiser import Denoiser, NetworkDenoiser
 from mlem.grids import TimeGrid
 from mlem.schedule import PURE_NOISE, NoiseSchedule, expand_like
 
@@ -30,6 +31,7 @@ __all__ = [
     "NoiseEstimate",
     "ScatteredPoints",
     "Solver",
+    "denoiser_at",
     "model_input",
     "quadrature_weights",
 ]
@@ -40,12 +42,19 @@ class GridPoint(NamedTuple):
 
     t: float
     alpha: float
+    sigma: float
     kappa: float
 
     @property
     def pure_noise(self) -> bool:
         """Whether no signal is left here: kappa stands for infinity then, and a step must be the limit of its like."""
         return self.kappa > PURE_NOISE / 2
+
+    @staticmethod
+    def at(schedule: NoiseSchedule, t: float) -> GridPoint:
+        """The point at time t."""
+        alpha, sigma = schedule.scales(t)
+        return GridPoint(t, alpha.item(), sigma.item(), schedule.kappa(t).item())
 
     @staticmethod
     def of(schedule: NoiseSchedule, grid: TimeGrid) -> GridPoints:
@@ -81,8 +90,7 @@ class GridPoints(Sequence[GridPoint]):
 
 @functools.lru_cache(32)
 def _points(schedule: NoiseSchedule, grid: TimeGrid) -> GridPoints:
-    points = (GridPoint(t, schedule.alpha(t).item(), schedule.kappa(t).item()) for t in grid.times)
-    return GridPoints(schedule, grid, tuple(points))
+    return GridPoints(schedule, grid, tuple(GridPoint.at(schedule, t) for t in grid.times))
 
 
 class ScatteredPoints(NamedTuple):
@@ -110,6 +118,13 @@ def model_input(schedule: NoiseSchedule, y: Tensor, place: EvaluationPoint) -> t
         return (y * place.alpha).double(), torch.full((len(y),), place.t, dtype=torch.float64, device=y.device)
     t = schedule.time_from_kappa(place.kappa if isinstance(place, ScatteredPoints) else place)
     return (y * expand_like(schedule.alpha(t), y)).double(), t
+
+
+def denoiser_at(denoiser: Denoiser, place: EvaluationPoint | None) -> Denoiser:
+    """The denoiser for calls at one place: at a point of the grid alpha and sigma are known."""
+    if isinstance(place, GridPoint) and isinstance(denoiser, NetworkDenoiser):
+        return denoiser.at(place.alpha, place.sigma)
+    return denoiser
 
 
 SOLVERS: dict[str, type[Solver]] = {}
@@ -225,8 +240,8 @@ def quadrature_weights(
     def unit(y: Tensor, place: EvaluationPoint) -> Tensor:
         if not isinstance(place, GridPoint):
             assert isinstance(place, Tensor)
-            t = schedule.time_from_kappa(place)
-            place = GridPoint(t.item(), schedule.alpha(t).item(), place.item())
+            point = GridPoint.at(schedule, schedule.time_from_kappa(place).item())
+            place = point._replace(kappa=place.item())
         asked.append(place)
         return torch.zeros_like(nothing).index_fill_(2, torch.tensor([len(asked) - 1]), 1.0)
 

@@ -14,14 +14,14 @@ __all__ = ["DDPM", "ancestral_noise", "ancestral_step"]
 
 def ancestral_noise(path: NoisePath, here: GridPoint, there: GridPoint) -> Tensor:
     """The noise of an ancestral step, of variance `kappa'^2 (1 - (kappa'/kappa)^2)`; see `BrownianPath`."""
-    return path.at(here.t) * -((there.kappa / here.kappa) ** 2) + path.at(there.t)
+    return (path.at(here.t) * -((there.kappa / here.kappa) ** 2)).add_(path.at(there.t))
 
 
 def ancestral_step(eps: Tensor, y: Tensor, here: GridPoint, there: GridPoint, path: NoisePath) -> Tensor:
     """y at `there`, given y (B, ...) and its noise estimate at `here`."""
     # y - x_0 = kappa eps, so the mean is y + (r^2 - 1) kappa eps
     drift = ((there.kappa / here.kappa) ** 2 - 1) * here.kappa
-    return y + drift * eps + ancestral_noise(path, here, there)
+    return (y + drift * eps).add_(ancestral_noise(path, here, there))
 
 
 class DDPM(Solver):

@@ -34,7 +34,8 @@ def _extrapolated(
     step = math.inf if here.pure_noise else math.log(here.kappa / there.kappa)
     if previous is None:
         return data, _Previous(data, step)
-    return data + (data - previous.data) * (step / (2 * previous.step)), _Previous(data, step)
+    slope = (data - previous.data).mul_(step / (2 * previous.step))
+    return slope.add_(data), _Previous(data, step)
 
 
 class _DPMSolver(Solver):
@@ -55,8 +56,8 @@ class _DPMSolver(Solver):
     ) -> tuple[Tensor, _Previous]:
         data, state = _extrapolated(eps, y, state, here, there)
         ratio = (there.kappa / here.kappa) ** self.power
-        y = ratio * y + (1 - ratio) * data
-        return (y + ancestral_noise(path, here, there) if self.stochastic else y), state
+        y = (ratio * y).add_((1 - ratio) * data)
+        return (y.add_(ancestral_noise(path, here, there)) if self.stochastic else y), state
 
 
 class DPMSolverPP(_DPMSolver):
