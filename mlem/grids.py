@@ -69,20 +69,13 @@ def _down_to_zero(schedule: NoiseSchedule, kappas: Tensor) -> list[float]:
 
 
 def _kappa_range(schedule: NoiseSchedule) -> tuple[float, float]:
-    """Largest kappa, and the smallest before 0: that of the first of the N timesteps.
-
-    Of a schedule that ends in pure noise that of the last but one: between them nothing happens.
-    """
-    n = schedule.num_timesteps
-    last = 1 - 1 / n if schedule.ends_in_noise else 1.0
-    return schedule.kappa(last).item(), schedule.kappa(1.0 / n).item()
+    """Largest kappa that has a signal, and the smallest before 0: that of the first of the N timesteps."""
+    return schedule.kappa(schedule.last).item(), schedule.kappa(1.0 / schedule.num_timesteps).item()
 
 
 def _ou_range(schedule: NoiseSchedule) -> tuple[float, float]:
     """The same for OU time."""
-    n = schedule.num_timesteps
-    last = 1 - 1 / n if schedule.ends_in_noise else 1.0
-    return schedule.ou_time(last).item(), schedule.ou_time(1.0 / n).item()
+    return schedule.ou_time(schedule.last).item(), schedule.ou_time(1.0 / schedule.num_timesteps).item()
 
 
 def _ou_uniform(schedule: NoiseSchedule, steps: int) -> list[float]:

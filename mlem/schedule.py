@@ -187,6 +187,11 @@ class NoiseSchedule(ABC):
         """Whether no signal is left at t = 1."""
         return self.kappa(1.0).item() > PURE_NOISE / 2
 
+    @property
+    def last(self) -> float:
+        """The last time at which there is a signal: 1, or that of the last but one timestep."""
+        return 1 - 1 / self.num_timesteps if self.ends_in_noise else 1.0
+
     def ou_time(self, t: Tensor | float) -> Tensor:
         """t: any shape, in [0, 1]. Returns `s = -ln alpha >= 0`."""
         value, dtype = _float64(t)

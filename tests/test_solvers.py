@@ -81,14 +81,13 @@ FIRST, LAST = 896, 128
 """Ends of the interval, in 1024ths, which the Brownian path bridges between thousandths."""
 
 
-def interval(steps: int) -> list[float]:
-    return [(FIRST - (FIRST - LAST) * i / steps) / 1024 for i in range(steps + 1)]
+def interval(steps: int, first: int = FIRST) -> list[float]:
+    return [(first - (first - LAST) * i / steps) / 1024 for i in range(steps + 1)]
 
 
-def start(count: int) -> Tensor:
+def start(count: int, kappa: float = COSINE.kappa(FIRST / 1024).item()) -> Tensor:
     """y at the start of the interval, with the law that it should have there, for `count` samples."""
     z = torch.randn(count, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    kappa = COSINE.kappa(FIRST / 1024).item()
     return MEAN + z @ torch.linalg.cholesky(COVARIANCE + kappa**2 * torch.eye(3, dtype=torch.float64)).T
 
 
@@ -117,6 +116,22 @@ def test_order_of_ode_solvers(name: str) -> None:
     measured = slope(counts, [rms(end - exact) for end in ends])
     order = SOLVERS[name].order
     assert abs(measured - order) <= 0.1 * order, f"{name}: slope {measured:.3f}"
+
+
+@pytest.mark.parametrize(
+    ("schedule", "first", "off"),
+    [(NoiseSchedule.edm(), FIRST, 0.15), (NoiseSchedule.flow(), FIRST, 0.15), (NoiseSchedule.flow(), 1024, 0.4)],
+    ids=["edm", "flow", "pure noise"],
+)
+@pytest.mark.parametrize("name", ["ddim", "heun", "dpm_solver_pp"])
+def test_order_of_ode_solvers_on_other_paths(name: str, schedule: NoiseSchedule, first: int, off: float) -> None:
+    """Also from pure noise, where the first step is the limit of one of order 1: it is short in r = 1 - t."""
+    counts = [24, 48, 96, 192]
+    ends = [schedule.kappa(t / 1024).item() for t in (first, LAST)]
+    y = start(16, ends[0])
+    found = [solve(make_solver(name), gaussian(schedule), schedule, interval(n, first), y, path(16)) for n in counts]
+    measured = slope(counts, [rms(end - gaussian_flow(y, *ends)) for end in found])
+    assert abs(measured - SOLVERS[name].order) <= off, f"{name}: slope {measured:.3f}"
 
 
 @functools.cache

@@ -48,7 +48,8 @@ __all__ = [
     "Training",
 ]
 
-GRIDS = "uniform, log_snr, karras, ou_uniform, ou_halving, trailing, leading; null: the solver's own choice"
+GRIDS = "uniform, log_snr, karras, flow, ou_uniform, ou_halving, trailing, leading; null: the solver's own choice"
+PREDICTIONS = ("v", "eps", "x0", "edm", "flow")
 PLAN_ONLY = ("benchmark", "scaling")
 """The `eval`s that make no samples, and refuse the options of samples."""
 
@@ -71,7 +72,7 @@ class Network:
     several: ClassVar = False  # whether a family comes of it
     name: str = option(TEXT)
     size: str = option(TEXT)
-    prediction: str = option(one_of("v", "eps", "x0"), "what a network predicts: v, eps or x0")
+    prediction: str = option(one_of(*PREDICTIONS), f"what a network predicts: {', '.join(PREDICTIONS)}")
     dropout: float = option(FRACTION, "share of activations that training drops")
 
     @property
@@ -87,7 +88,7 @@ class Networks:
     several: ClassVar = True
     name: str = option(TEXT)
     levels: list[str] = option(SIZES)
-    prediction: str = option(one_of("v", "eps", "x0"), "what a network predicts: v, eps or x0")
+    prediction: str = option(one_of(*PREDICTIONS), f"what a network predicts: {', '.join(PREDICTIONS)}")
     dropout: float = option(FRACTION, "share of activations that training drops")
 
     @property
@@ -134,6 +135,9 @@ class Schedule:
     beta_start: float | None = option(NUMBER, "of the linear schedule", None)
     beta_end: float | None = option(NUMBER, "of the linear schedule", None)
     num_timesteps: int | None = option(whole(2), "of the linear schedule", None)
+    sigma_min: float | None = option(NUMBER, "of schedule=edm: noise-to-signal ratio of the first timestep", None)
+    sigma_max: float | None = option(NUMBER, "of schedule=edm: that of the last", None)
+    shift: float | None = option(NUMBER, "of schedule=flow: above 1 there is more noise", None)
     file: str | None = option(TEXT, "of schedule=diffusers: path of a scheduler_config.json", None)
 
 

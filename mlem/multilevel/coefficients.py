@@ -30,7 +30,7 @@ CERTAIN = 40.0
 
 def feature(schedule: NoiseSchedule, times: Sequence[float] | Tensor) -> Tensor:
     """u(t): times (R,) in (0, 1] -> (R,) float64."""
-    high, low = schedule.log_snr(1 / schedule.num_timesteps).item(), schedule.log_snr(1.0).item()
+    high, low = (schedule.log_snr(t).item() for t in (1 / schedule.num_timesteps, schedule.last))
     log_snr = schedule.log_snr(torch.as_tensor(times, dtype=torch.float64))
     return (log_snr - (high + low) / 2) / ((high - low) / math.sqrt(12))
 

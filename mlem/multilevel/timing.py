@@ -53,7 +53,8 @@ def _run(
 ) -> tuple[float, float]:
     """Seconds of a run in the network and outside of it."""
     meter = Meter(level.network, level.flops)
-    points = GridPoint.of(level.schedule, make_solver(solver).grid(level.schedule, steps, "log_snr"))
+    schedule = level.denoiser.schedule
+    points = GridPoint.of(schedule, make_solver(solver).grid(schedule, steps, "log_snr"))
     begin = time.perf_counter()
     x = samples(
         level.denoiser_for(index, conditions).through(meter), make_solver(solver), points, level.shape, index, 0

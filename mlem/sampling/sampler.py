@@ -104,7 +104,8 @@ class Sampler:
     ) -> None:
         _check_choices(model, seed, precision, level, plan)
         if isinstance(model, Family | Level):
-            schedule, shape = schedule or model.schedule, shape or model.shape
+            own = model.denoiser.schedule if isinstance(model, Level) else model.schedule
+            schedule, shape = schedule or own, shape or model.shape
         if schedule is None or shape is None:
             raise ValueError("a bare denoiser says nothing of its schedule and sample shape; pass schedule= and shape=")
         self.solver = solver_of(solver)
