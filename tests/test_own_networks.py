@@ -145,10 +145,10 @@ def test_a_name_in_a_file_builds_and_imports_nothing(tmp_path: Path, monkeypatch
     monkeypatch.syspath_prepend(tmp_path)
     folder = tmp_path / "level"
     unet_level().save(folder)
-    for name in ("mlem_hostile.Network", "UNet2DConditionModel", "os.system", "../UNet2DModel", None, ["UNet2DModel"]):
+    for name in ("mlem_hostile.Network", "UNet1DModel", "os.system", "../UNet2DModel", None, ["UNet2DModel"]):
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(config | {"_class_name": name}))
-        with pytest.raises(ValueError, match="and only UNet2DModel, .* are built from a file"):
+        with pytest.raises(ValueError, match=r"and only UNet2DModel, .* are built from a file"):
             Level.load(folder)
     assert "mlem_hostile" not in sys.modules
 
