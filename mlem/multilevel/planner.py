@@ -185,9 +185,11 @@ class _Planner:
             plan = self._best(_without_largest(self._spec, tuple(self._family.names)), budget)
         if plan is None:
             share = self._spec.budget or 1.0
+            outside = f", and {self._outside:.3g} pass outside the networks" if budget < 0 else ""
             raise ValueError(
-                f"budget={self._spec.budget} of {self._rows} evaluations is {share * self._rows:.3g} evaluations of "
-                "the largest level: no plan costs so little; raise it, or take fewer steps"
+                f"budget={self._spec.budget} of {self._rows + self._outside:.3g} evaluations is "
+                f"{share * (self._rows + self._outside):.3g} evaluations of the largest level{outside}: no plan costs "
+                "so little; raise it, or take fewer steps"
             )
         return plan
 
