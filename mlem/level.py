@@ -121,7 +121,9 @@ class Level:
 
     def __repr__(self) -> str:
         kind = type(self.network).__name__
-        return f"Level({self.name!r}, {kind}, shape={self.shape}, prediction={str(self.prediction)!r}, data={self.data!r})"
+        return (
+            f"Level({self.name!r}, {kind}, shape={self.shape}, prediction={str(self.prediction)!r}, data={self.data!r})"
+        )
 
     def common(self) -> dict[str, Any]:
         """What the files of a level and of its family say alike."""

@@ -28,13 +28,15 @@ def prediction_of(config: Mapping[str, Any]) -> Prediction:
         return Flow(timesteps=n)
     if kind.startswith("EDM"):
         if name not in (None, "epsilon"):
-            raise ValueError(f"prediction_type of {kind} is {name!r}, but EDM networks answer F, which it calls epsilon")
+            raise ValueError(
+                f"prediction_type of {kind} is {name!r}, but EDM networks answer F, which it calls epsilon"
+            )
         return EDM(sigma_data=config.get("sigma_data", 0.5))
     flow = bool(config.get("use_flow_sigmas"))
     if flow != (name == "flow_prediction"):
         raise ValueError(
-            f"prediction_type of {kind} is {name!r}, which contradicts use_flow_sigmas={flow}: flow_prediction goes with "
-            "the sigmas of flows, and nothing else does"
+            f"prediction_type of {kind} is {name!r}, which contradicts use_flow_sigmas={flow}: flow_prediction goes "
+            "with the sigmas of flows, and nothing else does"
         )
     return Flow(timesteps=n) if flow else make_prediction(name or "epsilon")
 

@@ -227,7 +227,10 @@ def test_pure_noise_is_infinity_to_float32() -> None:
         (lambda: NoiseSchedule.from_diffusers({"trained_betas": [0.1, 0.0] * 500}), "betas <= 0"),
         (lambda: NoiseSchedule.edm(1.0, 0.5), "0 < sigma_min < sigma_max < 2^27, got 1.0 and 0.5"),
         (lambda: NoiseSchedule.flow(0.0), "shift of a flow must be in (0, 1000), got 0.0"),
-        (lambda: NoiseSchedule.from_config({"kind": "sine"}), "one of cosine, linear, edm, flow, diffusers, got 'sine'"),
+        (
+            lambda: NoiseSchedule.from_config({"kind": "sine"}),
+            "cosine, linear, edm, flow, diffusers, got 'sine'",
+        ),
         (lambda: NoiseSchedule.from_config({}), "got None"),
         (lambda: NoiseSchedule.from_config({"kind": []}), "one of cosine, linear, edm, flow, diffusers, got []"),
         (lambda: NoiseSchedule.from_config(["cosine"]), "an object with its kind, such as cosine, got ['cosine']"),

@@ -86,7 +86,12 @@ class DiffusersSolver(Solver):
         n = schedule.num_timesteps
         signal = schedule.alpha(torch.arange(n + 1, dtype=torch.float64) / n).square().clamp(min=_LEAST_SIGNAL)
         betas: list[float] = (1 - signal[1:] / signal[:-1]).tolist()
-        options: dict[str, object] = {"num_train_timesteps": n, "trained_betas": betas, "prediction_type": "epsilon", "snr_shift_scale": 1.0}
+        options: dict[str, object] = {
+            "num_train_timesteps": n,
+            "trained_betas": betas,
+            "prediction_type": "epsilon",
+            "snr_shift_scale": 1.0,
+        }
         options |= {"timestep_spacing": "trailing", "clip_sample": False, "thresholding": False} | self._options
         try:
             scheduler: Any = self._class(**{key: value for key, value in options.items() if key in self._accepted})
