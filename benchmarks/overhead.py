@@ -29,10 +29,10 @@ import torch
 from measuring import processor, spread
 
 from mlem.data import BatchSource, Shards, ensure, train_loader
-from mlem.denoiser import expand_like, training_target
 from mlem.files import write_json
 from mlem.level import Level
 from mlem.networks import unet
+from mlem.predictions import NoiseLevel, make_prediction
 from mlem.sampling import Sampler
 from mlem.schedule import NUM_TIMESTEPS, NoiseSchedule
 from mlem.training.averaging import make_average
@@ -185,10 +185,11 @@ def _bare_rate(shards: Shards, device: str, steps: int) -> float:
         x_0 = batch["image"].to(device)
         t = torch.rand(len(x_0), device=device)
         z = torch.randn_like(x_0)
-        alpha, sigma = schedule.alpha(t), schedule.sigma(t)
-        x_t = expand_like(alpha, x_0) * x_0 + expand_like(sigma, x_0) * z
+        at = NoiseLevel.of(schedule, t)
+        alpha, sigma = at.like(x_0)
+        x_t = alpha * x_0 + sigma * z
         output = network(x_t.contiguous(memory_format=torch.channels_last), t * NUM_TIMESTEPS - 1).sample
-        loss = torch.nn.functional.mse_loss(output, training_target("v", x_0, z, alpha, sigma))
+        loss = torch.nn.functional.mse_loss(output, make_prediction("v").target(x_0, z, at))
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)

@@ -123,7 +123,7 @@ class Prediction(ABC):
         """Times of training, (B,), from shares (B,) that are uniform in [0, 1)."""
         return shares
 
-    def check(self, schedule: NoiseSchedule) -> None:
+    def check(self, schedule: NoiseSchedule) -> None:  # noqa: B027  (most go with any)
         """Raise ValueError where this cannot be sampled under a schedule."""
 
     @property

@@ -35,8 +35,8 @@ def prediction_of(config: Mapping[str, Any]) -> Prediction:
     flow = bool(config.get("use_flow_sigmas"))
     if flow != (name == "flow_prediction"):
         raise ValueError(
-            f"prediction_type of {kind} is {name!r}, which contradicts use_flow_sigmas={flow}: flow_prediction goes with "
-            "the sigmas of flows, and nothing else does"
+            f"prediction_type of {kind} is {name!r}, which contradicts use_flow_sigmas={flow}: flow_prediction goes "
+            "with the sigmas of flows, and nothing else does"
         )
     return Flow(timesteps=n) if flow else make_prediction(name or "epsilon")
 

@@ -341,6 +341,13 @@ def test_a_late_mistake_leaves_nothing_behind(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_prediction_that_contradicts_the_schedule_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"^prediction eps says nothing of the data where there is no signal, "):
+        run_here("train", *TINY, "schedule=flow", "model.prediction=eps")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_missing_schedule_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"scheduler_config\.json"):

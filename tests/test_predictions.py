@@ -16,7 +16,11 @@ from torch import Tensor, nn
 from mlem.denoiser import NetworkDenoiser
 from mlem.family import Family
 from mlem.level import Level
+from mlem.multilevel.calibrate import calibrate
+from mlem.multilevel.fitted import Fitted
+from mlem.multilevel.plan import Plan
 from mlem.predictions import EDM, PREDICTIONS, Eps, Flow, Prediction, V, make_prediction
+from mlem.sampling import sample
 from mlem.schedule import NoiseSchedule
 from mlem.scheduler_configs import prediction_of, to_diffusers
 from mlem.solvers import GridPoint, make_solver
@@ -173,7 +177,7 @@ class Exact(nn.Module):
             kappa = own.kappa((time + 1) / 1000)
             y = x * (1 + kappa**2).sqrt()
         else:
-            r = time / 1000 if self.name == "flow" else 1 - time
+            r = (time / 1000 if self.name == "flow" else 1 - time).clamp(max=1 - 1e-8)
             kappa = {"edm": (4 * time).exp(), "edm_denoised": time}.get(self.name, r / (1 - r))
             y = {"edm": x * (kappa**2 + 0.25).sqrt(), "edm_denoised": x}.get(self.name, x / (1 - r))
         alpha = (1 + kappa**2).rsqrt()
@@ -229,6 +233,63 @@ def test_timesteps_are_those_of_the_schedule_or_of_the_network() -> None:
         NetworkDenoiser(network, schedule, prediction)(torch.zeros(1, 3), t)
     kappa = schedule.kappa(t).item()
     assert seen == pytest.approx([249, 499, 10 * kappa / (1 + kappa), 1 / (1 + kappa)], rel=1e-6)
+
+
+def mixed_family() -> Family:
+    """The same law as a v network of the cosine schedule and as a flow: what differs is how they are asked."""
+    small = Level("small", Exact("v"), COSINE, (3,), "v", flops=1)
+    return Family([small, Level("large", Exact("flow"), FLOW, (3,), "flow", flops=10)])
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("solver", ["ddim", "ddpm", "dpm_solver_pp"])
+def test_levels_of_one_family_may_have_other_conventions(solver: str) -> None:
+    """Sampled on the largest one's schedule; both are exact, so that any plan gives the same samples."""
+    family = mixed_family()
+    assert family.schedule is FLOW
+    options: dict[str, Any] = {"solver": solver, "steps": 12, "indices": range(8)}
+    top = sample(family, **options).x
+    for probabilities in ([1.0, 1.0], [1.0, 0.4]):
+        plan = Plan.draw(torch.tensor(probabilities, dtype=torch.float64).repeat(12, 1), seed=1)
+        found = sample(family, plan=plan, **options).x
+        if probabilities == [1.0, 1.0]:
+            assert torch.equal(found, top)
+        torch.testing.assert_close(found, top, rtol=0, atol=0.02)
+    torch.testing.assert_close(sample(family.level("small"), **options).x, top, rtol=0, atol=0.02)
+
+
+def test_a_noise_estimate_in_float32_is_refused_at_pure_noise() -> None:
+    with pytest.raises(ValueError, match=r"^sampling begins where there is no signal, and a noise estimate in float32"):
+        sample(lambda x, t: x, schedule=FLOW, shape=(3,), steps=4, indices=range(2))
+
+
+def test_a_mixed_family_is_calibrated() -> None:
+    family = mixed_family()
+    calibration = calibrate(family, images=2, times=4, batch_sizes=(2,))
+    fitted = Family(family.levels, Fitted(calibration))
+    plan = fitted.plan(budget=0.5, cost="flops", levels=("small", "large"))
+    top, found = (sample(fitted, solver="ddpm", steps=10, indices=range(4), plan=one).x for one in (None, plan))
+    torch.testing.assert_close(found, top, rtol=0, atol=0.02)
+
+
+def test_a_mixed_family_is_saved_and_loaded(tmp_path: Path) -> None:
+    old = Family([level("xs", prediction="eps"), level("s", prediction="flow", schedule=NoiseSchedule.flow(3.0))])
+    old.save(tmp_path)
+    new = Family.load(tmp_path)
+    assert [str(one.prediction) for one in new.levels] == ["eps", "flow"]
+    assert [one.schedule.fingerprint for one in new.levels] == [one.schedule.fingerprint for one in old.levels]
+    assert new.weights_hash == old.weights_hash
+    other = Family([level("xs", prediction="eps", schedule=NoiseSchedule.linear()), old.levels[1]])
+    assert other.weights_hash != old.weights_hash
+    for name in ("xs", "s"):
+        one, two = (sample(family, level=name, steps=3, indices=range(2)).x for family in (old, new))
+        assert torch.equal(one, two)
+
+
+def test_equal_schedules_are_asked_as_ever() -> None:
+    """Two objects of one schedule are no detour."""
+    family = Family([level("xs", schedule=NoiseSchedule.cosine()), level("s", schedule=NoiseSchedule.cosine())])
+    assert all(one.denoiser.own is one.denoiser.schedule is one.schedule for one in family.levels)
 
 
 CONVENTIONS: list[tuple[Any, NoiseSchedule, str]] = [

@@ -229,7 +229,7 @@ def test_pure_noise_is_infinity_to_float32() -> None:
         (lambda: NoiseSchedule.flow(0.0), "shift of a flow must be in (0, 1000), got 0.0"),
         (
             lambda: NoiseSchedule.from_config({"kind": "sine"}),
-            "one of cosine, linear, edm, flow, diffusers, got 'sine'",
+            "cosine, linear, edm, flow, diffusers, got 'sine'",
         ),
         (lambda: NoiseSchedule.from_config({}), "got None"),
         (lambda: NoiseSchedule.from_config({"kind": []}), "one of cosine, linear, edm, flow, diffusers, got []"),

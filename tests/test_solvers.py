@@ -213,6 +213,29 @@ def test_exact_for_data_of_one_point(name: str, grid: str, steps: int) -> None:
 
 
 @pytest.mark.usefixtures("float64")
+@SHORT
+@pytest.mark.parametrize("schedule", [NoiseSchedule.edm(), NoiseSchedule.flow(3.0)], ids=["edm", "flow"])
+@pytest.mark.parametrize("name", SOLVERS)
+def test_other_paths(name: str, schedule: NoiseSchedule) -> None:
+    """As many evaluations as promised, on all grids in few steps, from pure noise too; one point is hit."""
+    calls: list[int] = []
+
+    def eps(x: Tensor, t: Tensor) -> Tensor:
+        calls.append(len(x))
+        return point_mass(schedule, MEAN)(x, t)
+
+    for grid, steps in itertools.product(GRIDS, (1, 2, 5)):
+        sampler = Sampler(eps, solver=name, schedule=schedule, shape=(3,), steps=steps, grid=grid)
+        calls.clear()
+        x = sampler.run(range(5)).x
+        promised = sampler.solver.evaluations(sampler.points)
+        assert sum(calls) == 5 * promised if sampler.solver.sequential else sum(calls) <= 5 * promised
+        assert torch.isfinite(x).all()
+        if sampler.solver.exact_on_a_point:
+            assert (x - MEAN).abs().max() < 1e-6, (grid, steps)
+
+
+@pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("grid", GRIDS)
 def test_euler_maruyama_ends_at_one_point_as_its_law_says(grid: str) -> None:
     """It is not exact there: its last step doubles the estimated noise, and leaves `sum of q` around the point.

@@ -367,3 +367,16 @@ def test_too_few_steps_of_a_scheduler_get_the_least_number(monkeypatch: pytest.M
     monkeypatch.setattr(DDIMScheduler, "set_timesteps", fails_below_3)
     with pytest.raises(ValueError, match=r"^DDIMScheduler cannot make 1 steps; it needs at least 3$"):
         solver.grid(SCHEDULE, 1)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("schedule", [NoiseSchedule.edm(), NoiseSchedule.flow(3.0)], ids=["edm", "flow"])
+def test_schedulers_sample_other_paths_too(schedule: NoiseSchedule) -> None:
+    """By the betas of the same noise-to-signal ratios; of a flow they begin at 4096, as in diffusers itself."""
+    data, options = uneven_gaussian(schedule), {"indices": range(8), "schedule": schedule, "shape": (1, 2, 2)}
+    ours = sample(data, solver="ddim", steps=20, grid="trailing", **options).x
+    theirs = sample(data, solver="diffusers:DDIMScheduler", steps=20, **options).x
+    torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5)
+    exact = sample(data, solver="dpm_solver_pp", steps=400, **options).x
+    best = sample(data, solver="diffusers:UniPCMultistepScheduler", steps=100, **options).x
+    torch.testing.assert_close(best, exact, rtol=0, atol=2e-2)

@@ -23,9 +23,12 @@ SHAPE = (1, 8, 8)
 OPTIONS: dict[str, Any] = {"seed": 3, "steps": 100, "learning_rate": 1e-3, "warmup_steps": 10, "weight_decay": 0.0}
 
 
-def _module(batch_size: int, prediction: str = "v") -> DenoisingModule:
+COSINE = NoiseSchedule.cosine()
+
+
+def _module(batch_size: int, prediction: str = "v", schedule: NoiseSchedule = COSINE) -> DenoisingModule:
     torch.manual_seed(0)
-    level = Level("xs", unet("xs", SHAPE), NoiseSchedule.cosine(), SHAPE, prediction=prediction)
+    level = Level("xs", unet("xs", SHAPE), schedule, SHAPE, prediction=prediction)
     module = DenoisingModule(level, batch_size=batch_size, **OPTIONS)
     module.log = lambda *args, **kwargs: None  # type: ignore[method-assign]  # there is no trainer here
     module.on_fit_start()
@@ -62,6 +65,24 @@ def test_noise_and_times_differ_between_positions_and_batches() -> None:
         assert sorted((times * 8 + 1e-4).int().tolist()) != [0] * 8
         gaps = times.sort().values.diff()
         torch.testing.assert_close(gaps, torch.full((7,), 0.125))
+
+
+@pytest.mark.parametrize(
+    ("prediction", "schedule", "mean", "deviation"),
+    [("edm", NoiseSchedule.edm(), -1.2, 1.2), ("flow", NoiseSchedule.flow(), 0.0, 1.0)],
+)
+def test_noise_levels_of_training(prediction: str, schedule: NoiseSchedule, mean: float, deviation: float) -> None:
+    """ln kappa is normal, stratified over the batch; what is to be learned has the variance of the paper."""
+    module = _module(1000, prediction, schedule)
+    log_kappa = schedule.kappa(module.times(torch.arange(1000))).log()
+    assert log_kappa.mean().item() == pytest.approx(mean, abs=0.01)
+    assert log_kappa.std().item() == pytest.approx(deviation, rel=0.02)
+    # a network that says 0 errs by all of it: F has variance 1 for data of deviation 0.5, and z - x_0 has 1 + 0.25
+    module.network = nn.Identity()
+    module.network.forward = lambda x, time: 0 * x  # type: ignore[method-assign]
+    images = 0.5 * torch.randn(1000, *SHAPE, generator=torch.Generator().manual_seed(0))
+    loss = module.training_step({"image": images, "position": torch.arange(1000)}, 0).item()
+    assert loss == pytest.approx(1.0 if prediction == "edm" else 1.25, rel=0.02)
 
 
 def test_learns_a_point_mass(tmp_path: Path) -> None:

@@ -124,6 +124,11 @@ class Sampler:
         self._model.networks.to(self.device)
         self.precision, self.conditions, self._spread, self._rounds = precision, conditions, spread, 0
         self._input_dtype = torch.float64 if self._model.any_dtype else torch.get_default_dtype()
+        if self.points[0].pure_noise and self._input_dtype != torch.float64:
+            raise ValueError(
+                "sampling begins where there is no signal, and a noise estimate in float32 says nothing of the data "
+                "there; give the denoiser any_dtype = True and compute in float64, or take a grid that begins below t = 1"
+            )
         self._quadrature: list[float] | None = None
         if self.plan is not None and self.plan.moves_state:
             self._quadrature = quadrature_weights(self.solver, schedule, self.points)[0].tolist()

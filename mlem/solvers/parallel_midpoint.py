@@ -41,8 +41,8 @@ class ParallelMidpoint(Solver):
     every sample stops by itself, so that it knows no batch. window: midpoints in flight, whole blocks of them: each
     follows one round behind the one before it, so that n blocks take about n + rounds calls in a row instead of
     n (1 + rounds). chunk: the most rows of one network call. Memory holds a window,
-    whatever the number of steps. A block that begins in pure noise is one step of DDIM. Raises ValueError for options out
-    of range.
+    whatever the number of steps. A block that begins in pure noise is one step of DDIM.
+    Raises ValueError for options out of range.
     """
 
     name = "parallel_midpoint"
