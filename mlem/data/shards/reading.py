@@ -275,6 +275,7 @@ def _remembered(folder: Path, stamp: str) -> dict[str, np.ndarray] | None:
 def _remember(folder: Path, stamp: str, index: dict[str, np.ndarray]) -> None:
     try:
         with atomic_write(folder / _INDEX) as file:
-            np.savez(file, stamp=np.array(stamp), **index)
+            keys, offsets, sizes, labels = (index[name] for name in ("keys", "offsets", "sizes", "labels"))
+            np.savez(file, stamp=np.array(stamp), keys=keys, offsets=offsets, sizes=sizes, labels=labels)
     except OSError:  # a read-only folder: the next open verifies again
         return
