@@ -13,7 +13,7 @@ from typing import Any, Protocol, TypeAlias, cast
 import torch
 from torch import Tensor
 
-__all__ = ["ConditionSource", "Conditions", "Described", "blank", "conditions_of", "described"]
+__all__ = ["ConditionSource", "Conditions", "Described", "blank", "conditions_of", "described", "of_labels"]
 
 Conditions: TypeAlias = dict[str, Tensor]
 """Name of an argument of the network -> (B, ...), a row for each sample."""
@@ -63,6 +63,24 @@ def blank(conditions: Described, rows: int, device: torch.device, dtype: torch.d
         else torch.zeros(rows, *(size or _TOKENS for size in value), device=device, dtype=dtype)
         for name, value in conditions.items()
     }
+
+
+def of_labels(conditions: Described, batch: Mapping[str, Tensor]) -> Conditions:
+    """What a level that is told classes, or nothing, is told of the images of a batch.
+
+    Args:
+        conditions: as the level describes them; where there is one class, it is that of every image.
+        batch: of a data set, with "label" (B,) where images have labels.
+
+    Raises:
+        ValueError: images have no labels, or the level is told something else.
+    """
+    told: Conditions = {}
+    for name, classes in conditions.items():
+        if classes != 1 and (isinstance(classes, tuple) or "label" not in batch):
+            raise ValueError(f"the network is told {name}, which the images of this data set do not have")
+        told[name] = torch.zeros_like(batch["index"]) if classes == 1 else batch["label"]
+    return told
 
 
 def conditions_of(levels: Sequence[_Level], source: ConditionSource | None, indices: Tensor) -> list[Conditions]:

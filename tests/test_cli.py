@@ -369,7 +369,7 @@ def test_a_level_is_evaluated_where_it_was_trained(monkeypatch: pytest.MonkeyPat
     asked = job("train", "model=unet_xs", "model.size=s")
     with pytest.raises(InterruptedError):
         evaluating.evaluate_family(asked, SimpleNamespace(names=["s"]), None)  # type: ignore[arg-type]
-    assert places == [run_folder(asked.root, "s") / "evaluation"] == [Path("runs/digits/unet_s/evaluation")]
+    assert places == [run_folder(asked, "s") / "evaluation"] == [Path("runs/digits/unet_s/evaluation")]
     assert folders(asked) == [Path("runs/digits/unet_s")]
 
 

@@ -252,7 +252,7 @@ def test_wrong_command_gets_one_line(arguments, message, capsys, tmp_path, monke
 def test_command_prints_a_summary(tmp_path, capsys):
     assert main(["digits", "--out", str(tmp_path), "--shard-size", "900"]) == 0
     out = capsys.readouterr().out
-    assert out.startswith(f"{tmp_path}: 1797 images, 1.9 MB, ")
+    assert out.startswith(f"{tmp_path}: 1797 images in 10 classes (0, 1, 2, 3, 4, 5, 6, 7, 8, 9), 3.7 MB, ")
     assert out.endswith(" images/s\n")
     assert len(Shards.open(tmp_path).manifest.shards) == 2
 

@@ -63,6 +63,8 @@ def test_cifar10_is_exact(home, tmp_path):
     np.testing.assert_array_equal(pixels_of(train), expected[:50])
     np.testing.assert_array_equal(pixels_of(test), expected[50:])
     assert len(train.manifest.shards) == 3
+    assert train.classes[3] == "cat"
+    assert train.labels(range(50)).tolist() == [*range(10)] * 5
 
 
 def test_cifar10_pickled_by_python_3_is_the_same(tmp_path):
@@ -202,6 +204,11 @@ def python3(value: Any) -> bytes:
     return pickle.dumps(value, protocol=2)
 
 
+def labelled(labels: list[Any]) -> bytes:
+    """A batch of two images with these labels."""
+    return python3({b"data": np.zeros((2, 3072), np.uint8), b"labels": labels})
+
+
 HOSTILE = {
     "os.system": (lambda path: python3({b"data": Touch(path)}), "names posix.system: refused, not executed"),
     "eval": (lambda path: b"cbuiltins\neval\n(S'1'\ntR.", r"names builtins\.eval: refused"),
@@ -213,6 +220,10 @@ HOSTILE = {
     "other numbers": (lambda path: python3({b"data": np.zeros((2, 3072))}), "an array of 'f8'"),
     "by column": (lambda path: python3({b"data": np.zeros((2, 3072), np.uint8, order="F")}), "row by row"),
     "other size": (lambda path: python3({b"data": np.zeros((2, 3071), np.uint8)}), "cannot reshape"),
+    "no labels": (lambda path: python3({b"data": np.zeros((2, 3072), np.uint8)}), "labels"),
+    "too few labels": (lambda path: labelled([1]), "must be 2 whole numbers"),
+    "labels that are none": (lambda path: labelled([b"a", b"b"]), "must be 2 whole numbers"),
+    "label of no class": (lambda path: labelled([0, 10]), r"labels must be in \[0, 9\], got 0 to 10"),
     "too few values": (lambda path: make.python2_pickle(make.batch(np.zeros((2, 32, 32, 3), np.uint8)))[:300], "."),
     "codec": (lambda path: b"c_codecs\nencode\n(X\1\0\0\0aX\3\0\0\0zipt(R.", "."),
     "persistent": (lambda path: b"Pabc\n.", "persistent"),

@@ -15,9 +15,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from omegaconf import OmegaConf
 
-from mlem.data import DATASETS, Shards, count_of, ensure, make_source, prepare
+from mlem.data import DATASETS, Shards, classes_of, count_of, ensure, held_out_batches, make_source, prepare
 from mlem.data.command import main
 from mlem.data.datasets import celeba, cifar10
 from mlem.data.options import Option, options_of
@@ -148,6 +149,25 @@ def test_the_shards_hold_the_images_of_the_source(example: Example) -> None:
     expected = checked(example.source.images, 0, len(shards))[0]
     for i in range(0, len(shards), max(1, len(shards) // 50)):
         np.testing.assert_array_equal(shards.read(i).permute(1, 2, 0).numpy(), expected[i])
+
+
+@every
+def test_labels_travel_with_the_images(example: Example) -> None:
+    shards, labels = Shards.open(example.whole), example.source.labels
+    (batch,) = held_out_batches(shards, np.arange(len(shards))[::-3], len(shards))
+    assert shards.classes == example.source.classes
+    if labels is None:
+        assert "label" not in batch
+        with pytest.raises(ValueError, match=r"have no labels$"):
+            shards.labels([0])
+        with pytest.raises(ValueError, match=r"was prepared without labels$"):
+            classes_of(example.name, example.whole, **example.options)
+        return
+    assert classes_of(example.name, example.whole, **example.options) == labels.names
+    expected = labels.checked(0, len(shards))
+    assert len(np.unique(expected)) == len(labels.names), "an example needs every class"
+    assert batch["label"].dtype == torch.int64
+    np.testing.assert_array_equal(batch["label"], expected[batch["index"]])
 
 
 # --- the same bytes ---

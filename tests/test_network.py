@@ -1,14 +1,25 @@
-"""The UNet presets: cost from size to size, forward-mode differentiation, and what is refused."""
+"""The presets of UNets and transformers: cost from size to size, forward-mode differentiation, and what is refused."""
 
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
 
-from mlem.networks import SIZES, flops, parameters, unet
+from mlem.networks import DIT_SIZES, SIZES, build, dit, flops, parameters, told, unet
 from tests.problems import level
+
+PUBLISHED = {
+    **{"block_out_channels": (128, 256, 256, 256), "layers_per_block": 2, "mid_block_scale_factor": 1},
+    **{"down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D")},
+    **{"up_block_types": ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D")},
+    **{"attention_head_dim": None, "norm_num_groups": 32, "norm_eps": 1e-6, "act_fn": "silu"},
+    **{"downsample_padding": 0, "flip_sin_to_cos": False, "freq_shift": 1, "center_input_sample": False},
+    **{"time_embedding_type": "positional", "in_channels": 3, "out_channels": 3, "dropout": 0.1},
+}
+"""The config.json of google/ddpm-cifar10-32, and the dropout of the paper."""
 
 SHAPES = [(1, 8, 8), (3, 16, 16), (3, 32, 32), (3, 64, 64)]
 
@@ -24,10 +35,80 @@ def test_each_size_costs_about_four_times_the_one_before(shape: tuple[int, int, 
     assert all(3.5 <= ratio <= 4.5 for ratio in ratios), ratios
 
 
-def test_flops_are_those_of_the_real_device() -> None:
+@pytest.mark.parametrize(
+    ("name", "size", "shape", "options"),
+    [
+        ("unet", "xs", (1, 8, 8), {}),
+        ("unet", "xs", (3, 32, 32), {"attention": True, "classes": 2}),
+        ("dit", "s", (1, 8, 8), {"classes": 3}),
+    ],
+)
+def test_flops_are_those_of_the_real_device(
+    name: str, size: str, shape: tuple[int, int, int], options: dict[str, Any]
+) -> None:
+    """Attention too: the kernel that the CPU takes is one that torch does not count."""
+    conditions = told(name, options.get("classes", 0))
     with torch.device("meta"):
-        shadow = unet("xs", (1, 8, 8))
-    assert flops(shadow, (1, 8, 8)) == flops(unet("xs", (1, 8, 8)), (1, 8, 8))
+        shadow = build(name, size, shape, **options)
+    assert flops(shadow, shape, conditions) == flops(build(name, size, shape, **options), shape, conditions)
+
+
+def test_the_published_network_of_cifar10() -> None:
+    """Ho et al., arXiv:2006.11239: 35.7 million parameters."""
+    with torch.device("meta"):
+        network = unet("xl", (3, 32, 32), dropout=0.1, attention=True)
+    assert parameters(network) == 35_746_307
+    assert {name: network.config[name] for name in PUBLISHED} == PUBLISHED
+
+
+@pytest.mark.parametrize(("side", "at"), [(32, 1), (40, 2), (64, 2), (128, 3), (256, 3)])
+def test_attention_is_at_16_pixels(side: int, at: int) -> None:
+    with torch.device("meta"):
+        network = unet("xs", (3, side, side), attention=True)
+    assert [kind.startswith("Attn") for kind in network.config.down_block_types] == [i == at for i in range(4)]
+    assert [kind.startswith("Attn") for kind in network.config.up_block_types][::-1] == [i == at for i in range(4)]
+
+
+def test_each_transformer_costs_four_times_the_one_before() -> None:
+    costs = []
+    for size in DIT_SIZES:
+        with torch.device("meta"):
+            costs.append(flops(dit(size, (1, 8, 8)), (1, 8, 8), told("dit", 0)))
+    assert all(3.5 <= large / small <= 4.5 for small, large in itertools.pairwise(costs)), costs
+
+
+@pytest.mark.parametrize(("name", "size", "shape"), [("unet", "xs", (1, 8, 8)), ("dit", "s", (3, 8, 8))])
+def test_classes_and_none_of_them_are_told_apart(name: str, size: str, shape: tuple[int, int, int]) -> None:
+    network = build(name, size, shape, classes=2).eval()
+    for weights in network.parameters():
+        torch.nn.init.normal_(weights, std=0.1)
+    labels = torch.tensor([0, 1, 2])
+    with torch.no_grad():
+        out = network(torch.ones(3, *shape), torch.full((3,), 500.0), class_labels=labels).sample
+    assert out.shape == (3, *shape)
+    assert min((out[0] - out[1]).abs().max(), (out[1] - out[2]).abs().max(), (out[0] - out[2]).abs().max()) > 1e-3
+    with pytest.raises(IndexError), torch.no_grad():
+        network(torch.ones(1, *shape), torch.zeros(1), class_labels=torch.tensor([3]))
+
+
+def test_a_transformer_drops_no_labels_by_global_chance() -> None:
+    """As diffusers builds it, it does in training."""
+    network = dit("s", (1, 8, 8), classes=2).train()
+    for weights in network.parameters():
+        torch.nn.init.normal_(weights, std=0.1)
+    x, t, labels = torch.ones(32, 1, 8, 8), torch.zeros(32), torch.zeros(32, dtype=torch.int64)
+    with torch.no_grad():
+        out = network(x, t, class_labels=labels).sample
+    torch.testing.assert_close(out, out[:1].expand_as(out))
+    assert out.abs().max() > 0
+
+
+def test_a_new_transformer_says_nothing() -> None:
+    """adaLN-zero: the blocks begin as the identity, and the output is 0."""
+    network = dit("s", (1, 8, 8))
+    with torch.no_grad():
+        out = network(torch.ones(1, 1, 8, 8), torch.zeros(1), class_labels=torch.zeros(1, dtype=torch.int64)).sample
+    assert not out.any()
 
 
 @pytest.mark.parametrize("shape", [*SHAPES, (1, 4, 4), (2, 6, 10), (3, 28, 28), (4, 18, 16)])
@@ -89,3 +170,29 @@ def test_dropout_is_asked_for() -> None:
 def test_bad_networks_are_refused(size: str, shape: tuple[int, ...], dropout: float, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         unet(size, shape, dropout)
+
+
+@pytest.mark.parametrize(
+    ("size", "shape", "dropout", "message"),
+    [
+        ("xs", (1, 8, 8), 0.0, r"^network size must be one of s, m, l, got 'xs'$"),
+        (
+            "s",
+            (1, 8, 10),
+            0.0,
+            r"^image shape must be \(channels, n, n\), n even, for patches of 2x2, got \(1, 8, 10\)$",
+        ),
+        ("s", (1, 9, 9), 0.0, r"n even, for patches of 2x2, got \(1, 9, 9\)$"),
+        ("s", (1, 8, 8), 1.0, r"^dropout must be in \[0, 1\), got 1.0$"),
+    ],
+)
+def test_bad_transformers_are_refused(size: str, shape: tuple[int, ...], dropout: float, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        dit(size, shape, dropout)
+
+
+@pytest.mark.parametrize("shape", [(3, 16, 16), (3, 36, 36)])
+def test_attention_needs_large_images(shape: tuple[int, int, int]) -> None:
+    message = r"^attention needs images of 32x32 or more, height and width multiples of 8, got \d+ and \d+$"
+    with pytest.raises(ValueError, match=message):
+        unet("xs", shape, attention=True)

@@ -121,9 +121,9 @@ def test_a_family_of_own_networks_is_calibrated_and_sampled_with_hindsight(
 
 def test_without_network_one_line_says_what_to_pass(tmp_path: Path) -> None:
     pair("tokens").save(tmp_path)
-    says = rf"^{tmp_path}/level_s holds a network of class '{__name__}.Perceptron', and only UNet2DModel, .* are built from "
+    says = rf"^{tmp_path}/level_s holds a network of class '{__name__}.Perceptron', and only UNet2DModel, .* are built "
     with pytest.raises(
-        ValueError, match=says + r"a file; build it and pass it: Level.load\('.*level_s', network=...\)$"
+        ValueError, match=says + r"from a file; build it and pass it: Level.load\('.*level_s', network=...\)$"
     ):
         Family.load(tmp_path)
     with pytest.raises(ValueError, match=r"^networks= names 'xl'; the levels are s, l$"):

@@ -12,7 +12,7 @@ from torch import nn
 
 from mlem.level import Level
 from mlem.metrics.denoising import NOISE_LEVELS, denoising_errors
-from mlem.networks import unet
+from mlem.networks import told, unet
 from mlem.predictions import PREDICTIONS
 from mlem.schedule import NoiseSchedule
 from mlem.training.averaging import averaged_state, make_average
@@ -26,10 +26,14 @@ OPTIONS: dict[str, Any] = {"seed": 3, "steps": 100, "learning_rate": 1e-3, "warm
 COSINE = NoiseSchedule.cosine()
 
 
-def _module(batch_size: int, prediction: str = "v", schedule: NoiseSchedule = COSINE) -> DenoisingModule:
+def _module(
+    batch_size: int, prediction: str = "v", schedule: NoiseSchedule = COSINE, *, classes: int = 0, **options: Any
+) -> DenoisingModule:
     torch.manual_seed(0)
-    level = Level("xs", unet("xs", SHAPE), schedule, SHAPE, prediction=prediction)
-    module = DenoisingModule(level, batch_size=batch_size, **OPTIONS)
+    conditions = told("unet", classes)
+    network = unet("xs", SHAPE, classes=classes)
+    level = Level("xs", network, schedule, SHAPE, prediction=prediction, conditions=conditions)
+    module = DenoisingModule(level, batch_size=batch_size, **OPTIONS | options)
     module.log = lambda *args, **kwargs: None  # type: ignore[method-assign]  # there is no trainer here
     module.on_fit_start()
     return module
@@ -38,15 +42,18 @@ def _module(batch_size: int, prediction: str = "v", schedule: NoiseSchedule = CO
 def _batch(first: int, count: int) -> dict[str, torch.Tensor]:
     images = torch.rand(64, *SHAPE, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 2 - 1
     position = torch.arange(first, first + count)
-    return {"image": images[position], "position": position, "index": position}
+    return {"image": images[position], "position": position, "index": position, "label": position % 3}
 
 
-@pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_gradient_does_not_depend_on_the_cut(prediction: str) -> None:
+CONDITIONAL: dict[str, Any] = {"classes": 3, "label_dropout": 0.5, "flip": True}
+
+
+@pytest.mark.parametrize(("prediction", "options"), [*((one, {}) for one in PREDICTIONS), ("v", CONDITIONAL)])
+def test_gradient_does_not_depend_on_the_cut(prediction: str, options: dict[str, Any]) -> None:
     """8 images in one batch, as 2 shares of a rank, and as 4 accumulated parts of equal size, in float64."""
     gradients = []
     for share in (8, 4, 2):
-        module = _module(8, prediction).double()
+        module = _module(8, prediction, **options).double()
         for first in range(8, 16, share):
             loss = module.training_step(_batch(first, share), 0)
             (loss * share / 8).backward()
@@ -83,6 +90,64 @@ def test_noise_levels_of_training(prediction: str, schedule: NoiseSchedule, mean
     images = 0.5 * torch.randn(1000, *SHAPE, generator=torch.Generator().manual_seed(0))
     loss = module.training_step({"image": images, "position": torch.arange(1000)}, 0).item()
     assert loss == pytest.approx(1.0 if prediction == "edm" else 1.25, rel=0.02)
+
+
+def test_labels_are_told_or_dropped_by_position() -> None:
+    module = _module(8, classes=3, label_dropout=0.25)
+    position = torch.arange(4000)
+    batch = {"position": position, "index": position, "label": position % 3}
+    told = module.told(batch)["class_labels"]
+    dropped = told == 3
+    assert torch.equal(told[~dropped], batch["label"][~dropped])
+    # four standard errors
+    assert abs(dropped.float().mean() - 0.25) < 4 * (0.25 * 0.75 / 4000) ** 0.5
+    part = {name: values[100:110] for name, values in batch.items()}
+    assert torch.equal(module.told(part)["class_labels"], told[100:110])
+    assert not torch.equal(_module(8, classes=3, label_dropout=0.25, seed=4).told(batch)["class_labels"], told)
+    assert torch.equal(_module(8, classes=3).told(batch)["class_labels"], batch["label"])
+
+
+def test_one_class_is_told_without_labels_and_never_dropped() -> None:
+    module = _module(8, classes=1, label_dropout=0.5)
+    position = torch.arange(64)
+    assert not module.told({"position": position, "index": position})["class_labels"].any()
+    with pytest.raises(
+        ValueError, match=r"^the network is told class_labels, which the images of this data set do not"
+    ):
+        _module(8, classes=2).told({"position": position, "index": position})
+
+
+def test_images_are_mirrored_by_position() -> None:
+    module, position = _module(8, flip=True), torch.arange(2000)
+    images = torch.arange(64.0).view(1, *SHAPE).expand(2000, *SHAPE)
+    seen = module.mirrored(images, position)
+    turned = (seen == images.flip(3)).flatten(1).all(1)
+    assert torch.equal(seen[~turned], images[~turned])
+    assert abs(turned.float().mean() - 0.5) < 4 * (0.25 / 2000) ** 0.5
+    assert torch.equal(module.mirrored(images[50:60], position[50:60]), seen[50:60])
+    dropped = _module(8, classes=3, label_dropout=0.5).told(
+        {"position": position, "index": position, "label": position % 3}
+    )
+    assert abs(((dropped["class_labels"] == 3) == turned).float().mean() - 0.5) < 0.05  # chances of their own
+
+
+def test_the_network_is_trained_on_what_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step and the validation: labels, mirrored images."""
+    module, seen = _module(8, classes=3, label_dropout=0.5, flip=True), []
+    forward = module.network.forward
+
+    def watched(x: torch.Tensor, t: torch.Tensor, class_labels: torch.Tensor) -> Any:
+        seen.append(class_labels)
+        return forward(x, t, class_labels)
+
+    monkeypatch.setattr(module.network, "forward", watched)
+    batch = _batch(0, 8)
+    batch["image"] = batch["image"].float()
+    module.training_step(batch, 0)
+    module.validation_step(batch, 0)
+    assert torch.equal(seen[0], module.told(batch)["class_labels"])
+    assert len(seen) == 1 + len(NOISE_LEVELS)
+    assert all(torch.equal(labels, batch["label"]) for labels in seen[1:])
 
 
 def test_learns_a_point_mass(tmp_path: Path) -> None:
@@ -155,6 +220,8 @@ def test_learning_rate_rises_and_falls() -> None:
     assert factors[9] == factors[10] == pytest.approx(1.0)
     assert factors[100] == pytest.approx(0.1)
     assert all(a >= b for a, b in pairwise(factors[10:]))
+    constant = _module(8, final_rate=1.0)
+    assert [constant._learning_rate_factor(step) for step in (9, 50, 100)] == pytest.approx([1.0] * 3)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

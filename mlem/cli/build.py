@@ -15,10 +15,10 @@ from mlem.cli.metrics import measure_of
 from mlem.cli.schema import Data, Network, Networks, Train, Training
 from mlem.cli.values import parse_indices
 from mlem.comparison.entry import Entry, refuse_duplicates
-from mlem.data import BatchSource, Shards, held_out_batches, make_source, train_loader
+from mlem.data import BatchSource, Shards, classes_of, held_out_batches, make_source, train_loader
 from mlem.files import first_process, read_object, write_json, write_text
 from mlem.level import Level
-from mlem.networks import build
+from mlem.networks import build, told
 from mlem.provenance import provenance
 from mlem.schedule import NoiseSchedule
 from mlem.training.evaluation import SamplerEvaluation
@@ -43,13 +43,30 @@ def _schedule(options: dict[str, Any]) -> NoiseSchedule:
 
 
 def new_level(job: Train, size: str) -> Level:
-    """A level with fresh weights, drawn from the seed."""
+    """A level with fresh weights, drawn from the seed. Raises ValueError for one that data or size do not admit."""
     model, shape = job.model, image_shape(job.data)
     assert isinstance(model, (Network, Networks))
+    classes = _number_of_classes(job.data) if model.conditional else 0
+    options: dict[str, Any] = {"attention": True} if model.attention else {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(job.seed)
-        network = build("unet", size, shape, dropout=model.dropout)
-    return Level(size, network, _schedule(job.schedule), shape, prediction=model.prediction, data=job.data.name)
+        network = build(model.architecture, size, shape, dropout=model.dropout, classes=classes, **options)
+    return Level(
+        size,
+        network,
+        _schedule(job.schedule),
+        shape,
+        prediction=model.prediction,
+        data=job.data.name,
+        conditions=told(model.architecture, classes),
+    )
+
+
+def _number_of_classes(data: Data) -> int:
+    try:
+        return len(classes_of(data.source, data.folder, **data.options))
+    except ValueError as error:
+        raise ValueError(f"model.conditional=true: {error}") from error
 
 
 def loggers(job: Train, folder: Path, name: str, step: int | None) -> list[Any]:

@@ -20,6 +20,7 @@ from mlem.cli.paths import family_folder
 from mlem.cli.ranks import world_size_of
 from mlem.cli.resume import changes, check_resume, note_settings, resume_point
 from mlem.cli.schema import Learning, Train
+from mlem.conditions import conditions_of
 from mlem.family import Family
 from mlem.files import clear_leftovers, first_process, folder_lock, read_object, write_json
 from mlem.multilevel.coefficients import Coefficients
@@ -118,7 +119,16 @@ def _objective(options: Learning, family: Family, seed: int) -> Objective:
     except ValueError as error:
         raise ValueError(f"model.{error}") from error
     flops = torch.tensor([level.flops for level in family.levels], dtype=torch.float64)
-    return Objective(frozen(family), family.schedule, family.shape, solver, grid, flops / flops[-1], seed=seed)
+    return Objective(
+        frozen(family),
+        family.schedule,
+        family.shape,
+        solver,
+        grid,
+        flops / flops[-1],
+        seed=seed,
+        conditions=lambda indices: conditions_of(family.levels, None, indices),
+    )
 
 
 def _settings(job: Train, family: Family, start: Tensor, world_size: int) -> dict[str, Any]:

@@ -31,7 +31,7 @@ __all__ = ["evaluate_family"]
 def evaluate_family(job: Train, family: Family, shards: Shards) -> None:
     """Every sampler on every level; pictures, figures, a table, and where to look."""
     whole = getattr(job.model, "several", False)
-    folder = Path(job.root) if whole else run_folder(job.root, family.names[0]) / "evaluation"
+    folder = Path(job.root) if whole else run_folder(job, family.names[0]) / "evaluation"
     samplers = evaluation(job, shards, folder)
     trainer = pl.Trainer(
         **job.trainer.place(),

@@ -98,7 +98,8 @@ def scaling(job: Sample) -> None:
     index = torch.as_tensor(list(shards.split(job.data.held_out)[1]))
     if len(index) < 2:
         raise ValueError(f"data.held_out must be >= 2 for a scaling law, got {job.data.held_out}")
-    errors = held_out_errors(family, shards.images(index.tolist()), index, job.seed)
+    labels = shards.labels(index.tolist()) if shards.classes else None
+    errors = held_out_errors(family, shards.images(index.tolist()), index, job.seed, labels=labels)
     unit = options.cost
     fits = scaling_fits(family, errors, unit, options.replicates)
     for line in draw_scaling(family, fits, len(index), out / "scaling_law.png", unit):

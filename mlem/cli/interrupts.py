@@ -46,7 +46,7 @@ def _of_samples(job: Sample) -> str:
 def _runs(job: Train) -> list[Path]:
     if isinstance(job.model, Learning):
         return [Path(job.root) / "coefficients"]
-    return [run_folder(job.root, size) for size in job.model.sizes]
+    return [run_folder(job, size) for size in job.model.sizes]
 
 
 def _newest_checkpoint(folders: list[Path]) -> Path | None:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from mlem.cli.choices import usual_options
-from mlem.cli.schema import Data, Learning, Sample, Train
+from mlem.cli.schema import Data, Learning, Network, Networks, Sample, Train
 from mlem.cli.values import written
 from mlem.files import read_object
 from mlem.invocation import command
@@ -19,9 +19,10 @@ _SHARED = ("seeds", "format", "metric", "debug")
 """What jobs of `eval=samples` may differ in that write into one folder."""
 
 
-def run_folder(root: str, size: str) -> Path:
+def run_folder(job: Train | Sample, size: str) -> Path:
     """The run folder of the level of this size."""
-    return Path(root) / f"unet_{size}"
+    assert isinstance(job.model, (Network, Networks))
+    return Path(job.root) / f"{job.model.architecture}_{size}"
 
 
 def out_folder(job: Sample) -> Path:
@@ -39,7 +40,7 @@ def folders(job: Train | Sample) -> list[Path]:
         return []
     if isinstance(job.model, Learning):
         return [Path(job.root) / "coefficients"]
-    runs = [run_folder(job.root, size) for size in job.model.sizes]
+    runs = [run_folder(job, size) for size in job.model.sizes]
     return [Path(job.root) / "family", *runs] if job.model.several else runs
 
 

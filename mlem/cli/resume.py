@@ -9,10 +9,12 @@ from typing import Any
 
 from torch import Tensor
 
+from mlem.cli.schema import Train
 from mlem.files import first_process, read_object, write_json
+from mlem.level import Level
 from mlem.training.checkpoint_files import check, saved, steps_of
 
-__all__ = ["WORDS", "changes", "check_resume", "note_settings", "resume_point"]
+__all__ = ["WORDS", "changes", "check_resume", "level_settings", "note_settings", "resume_point"]
 
 WORDS = ("auto", "force")
 """What `resume` may be, when it is not a path."""
@@ -44,6 +46,35 @@ def changes(resume: str, folder: Path, settings: dict[str, Any]) -> list[str]:
             "root=, or continue all the same with resume=force"
         )
     return found
+
+
+def level_settings(job: Train, level: Level, world_size: int) -> dict[str, Any]:
+    """What decides the weights of a level that comes out: a resumed run must agree on all of it."""
+    plain = job.told
+    training = {key: value for key, value in plain["training"].items() if key not in ("workers", "checkpoint_every")}
+    model = {key: value for key, value in plain["model"].items() if key not in ("name", "levels", "size")}
+    return {
+        "model": _without_later(model),
+        "level": level.name,
+        "data": {key: plain["data"][key] for key in ("source", "held_out", "options")},
+        "schedule": level.schedule.to_config(),
+        "seed": job.seed,
+        "training": _without_later(training),
+        "precision": job.trainer.precision,
+        "world_size": world_size,
+    }
+
+
+_LATER = {
+    **{"architecture": "unet", "attention": False, "conditional": False},
+    **{"beta2": 0.99, "final_rate": 0.1, "flip": False, "label_dropout": 0.1},
+}
+"""Options that older runs do not have, and what these did."""
+
+
+def _without_later(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings as an older run wrote them, which must agree."""
+    return {key: value for key, value in settings.items() if key not in _LATER or value != _LATER[key]}
 
 
 def _differences(old: Any, new: Any, name: str = "") -> list[str]:

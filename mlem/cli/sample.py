@@ -172,9 +172,9 @@ def find_model(job: Sample) -> tuple[Path, Family | Level]:
             raise ValueError(f"model={model.name} is one level by itself: leave out {name}={value}")
     if not isinstance(model, Network):
         raise ValueError(f"model={model.name} is no level by itself: leave it out, and family= or data= name a family")
-    folder = run_folder(job.root, model.size) / "level"
+    folder = run_folder(job, model.size) / "level"
     if not folder.is_dir():
-        remedy = training_command(f"unet_{model.size}", job.root, job.data)
+        remedy = training_command(f"{model.architecture}_{model.size}", job.root, job.data)
         raise FileNotFoundError(f"{folder} does not exist; make it with: {remedy}")
     return folder, Level.load(folder)
 

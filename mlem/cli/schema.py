@@ -32,6 +32,7 @@ from mlem.cli.values import (
     text,
     whole,
 )
+from mlem.cli.verbs import Benchmark, Scaling, Verb
 
 __all__ = [
     "Benchmark",
@@ -66,14 +67,23 @@ class Data:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Network:
+class _Architecture:
+    """What levels are."""
+
+    name: str = option(TEXT)
+    prediction: str = option(one_of(*PREDICTIONS), f"what a network predicts: {', '.join(PREDICTIONS)}")
+    dropout: float = option(FRACTION, "share of activations that training drops")
+    architecture: str = option(one_of("unet", "dit"), "unet or dit", "unet")
+    conditional: bool = option(BOOL, "whether networks are told the classes of the data set, and none of them", False)
+    attention: bool = option(BOOL, "of UNets: the network of Ho et al. (2020), for images of 32x32 or more", False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Network(_Architecture):
     """One level."""
 
     several: ClassVar = False  # whether a family comes of it
-    name: str = option(TEXT)
     size: str = option(TEXT)
-    prediction: str = option(one_of(*PREDICTIONS), f"what a network predicts: {', '.join(PREDICTIONS)}")
-    dropout: float = option(FRACTION, "share of activations that training drops")
 
     @property
     def sizes(self) -> list[str]:
@@ -82,14 +92,11 @@ class Network:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Networks:
+class Networks(_Architecture):
     """Several levels, trained in turn."""
 
     several: ClassVar = True
-    name: str = option(TEXT)
     levels: list[str] = option(SIZES)
-    prediction: str = option(one_of(*PREDICTIONS), f"what a network predicts: {', '.join(PREDICTIONS)}")
-    dropout: float = option(FRACTION, "share of activations that training drops")
 
     @property
     def sizes(self) -> list[str]:
@@ -208,42 +215,6 @@ class Guidance:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verb:
-    """Samples to make, a folder to score, or references to compute."""
-
-    name: str = option(one_of("samples", "folder", "ref", "benchmark", "scaling"))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Benchmark(Verb):
-    """Error against time of a list of samplers."""
-
-    names: ClassVar = ("benchmark",)
-
-    solver: str = option(TEXT, "of the list; ddim for the ODE")
-    steps: list[int] = option(LIST, "of every level by itself")
-    reference_steps: int = option(whole(1, MOST_STEPS), "of the largest level, from the same noise")
-    plan_steps: int = option(whole(1, MOST_STEPS), "of levels together")
-    budget: float = option(SHARE, "their share of the largest level's cost at every step (FLOPs) where delta is 0")
-    deltas: list[float] = option(LIST, "added to the logit of every p_k but the first")
-    trials: int = option(whole(1), "draws of the coins at every delta")
-    coins: str = option(one_of("systematic", "bernoulli", "nested", "poisson"), "how the coins are tossed")
-    draws: int = option(whole(1), "bootstrap samples of the images")
-    shown: int = option(whole(0), "images of a row of samples; 0: none")
-    samplers: list[Any] = option(LIST, "name, solver, steps; grid, options; levels: each alone; or plan: together")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Scaling(Verb):
-    """The scaling law of a family."""
-
-    names: ClassVar = ("scaling",)
-
-    cost: str = option(one_of("flops", "seconds"), "flops or seconds")
-    replicates: int = option(whole(100), "bootstrap samples of the images")
-
-
-@dataclass(frozen=True, kw_only=True)
 class Training:
     """How a level is trained."""
 
@@ -255,6 +226,10 @@ class Training:
     weight_decay: float = option(number(least=0), "of AdamW", 0.01)
     gradient_clip: float = option(number(least=0), "largest norm of the gradient; 0: off", 1.0)
     average_decay: float = option(FRACTION, "of the averaged weights", 0.995)
+    beta2: float = option(FRACTION, "of Adam, how long it averages squared gradients", 0.99)
+    final_rate: float = option(SHARE, "share of the learning rate that is left at the end; 1: it does not fall", 0.1)
+    label_dropout: float = option(FRACTION, "of model.conditional: share of the images whose class is not told", 0.1)
+    flip: bool = option(BOOL, "mirror every image with probability 1/2, left to right", False)
     epoch_steps: int = option(whole(1), "optimizer steps from one validation to the next", 200)
     checkpoint_every: int = option(whole(1), "optimizer steps; before each validation too", 200)
     workers: int = option(whole(0), "processes that read data ahead", 0)

@@ -22,7 +22,7 @@ from mlem.cli.evaluation import evaluate_family
 from mlem.cli.metrics import check_measure, new_fid
 from mlem.cli.paths import run_folder
 from mlem.cli.ranks import fail_together, new_fabric, world_size_of
-from mlem.cli.resume import changes, check_resume, note_settings, resume_point
+from mlem.cli.resume import changes, check_resume, level_settings, note_settings, resume_point
 from mlem.cli.schema import Calibration, Learning, Train
 from mlem.cli.values import parse_indices
 from mlem.data import Shards, count_of, ensure
@@ -61,7 +61,7 @@ def train(job: Train) -> None:
     levels = [new_level(job, size) for size in job.model.sizes]
     # an odd list of levels is refused before anything is trained
     family = Family(levels)
-    check_resume(job.resume, [run_folder(job.root, level.name) for level in levels])
+    check_resume(job.resume, [run_folder(job, level.name) for level in levels])
     _check_job(job, family)
     if job.dry_run:
         _dry_run(job, levels)
@@ -69,7 +69,7 @@ def train(job: Train) -> None:
     shards = ensure(job.data.source, job.data.folder, **job.data.options)
     for level in levels:
         train_level(job, level, shards)
-    family = Family([Level.load(run_folder(job.root, level.name) / "level") for level in levels])
+    family = Family([Level.load(run_folder(job, level.name) / "level") for level in levels])
     if job.model.several:
         _save_together(job, family)
         family = Family.load(Path(job.root) / "family")  # every rank knows what the first one fitted
@@ -204,12 +204,12 @@ def _check_learned(folder: Path, names: list[str]) -> None:
 
 def train_level(job: Train, level: Level, shards: Shards) -> None:
     """Train one level in its run folder, resuming what is there; nothing to do when it is finished."""
-    folder = run_folder(job.root, level.name)
+    folder = run_folder(job, level.name)
     # only rank 0 takes the lock: the others belong to it
     with folder_lock(folder) if first_process() else nullcontext():
         if first_process():
             clear_leftovers(folder)
-        settings = _settings(job, level)
+        settings = level_settings(job, level, _world_size(job))
         changed = changes(job.resume, folder, settings)
         if not changed and _trained(folder, job.training.steps):
             if first_process():
@@ -245,6 +245,10 @@ def _module(job: Train, level: Level) -> DenoisingModule:
         learning_rate=options.learning_rate,
         warmup_steps=options.warmup_steps,
         weight_decay=options.weight_decay,
+        beta2=options.beta2,
+        final_rate=options.final_rate,
+        label_dropout=options.label_dropout,
+        flip=options.flip,
     )
     if job.trainer.compile:
         level.network.compile()  # in place: the names of the weights stay
@@ -299,27 +303,12 @@ def _export(trainer: pl.Trainer, module: DenoisingModule, folder: Path) -> None:
     log_at_last_step(trainer)
     error = trainer.validate(module, datamodule=trainer.datamodule, verbose=False)[0]["val/error"]  # type: ignore[attr-defined]
     if trainer.is_global_zero:
-        cost = seconds_per_image(module.network.eval(), module.level({}).shape, 64)
+        level = module.level({})
+        cost = seconds_per_image(module.network.eval(), level.shape, 64, conditions=level.conditions)
         measured = {"error": error, "seconds": cost, "batch_size": 64, "device": trainer.strategy.root_device.type}
         module.level(measured | {"steps": trainer.global_step, "training_seconds": seconds}).save(folder / "level")
         write_report(folder)
     trainer.strategy.barrier("level written")
-
-
-def _settings(job: Train, level: Level) -> dict[str, Any]:
-    """What decides the weights that come out: a resumed run must agree on all of it."""
-    plain = job.told
-    training = {key: value for key, value in plain["training"].items() if key not in ("workers", "checkpoint_every")}
-    return {
-        "model": {key: value for key, value in plain["model"].items() if key not in ("name", "levels", "size")},
-        "level": level.name,
-        "data": {key: plain["data"][key] for key in ("source", "held_out", "options")},
-        "schedule": level.schedule.to_config(),
-        "seed": job.seed,
-        "training": training,
-        "precision": job.trainer.precision,
-        "world_size": _world_size(job),
-    }
 
 
 def _dry_run(job: Train, levels: list[Level]) -> None:
@@ -332,7 +321,8 @@ def _dry_run(job: Train, levels: list[Level]) -> None:
         seconds = []
         for _ in range(3):
             begin = time.perf_counter()
-            level.denoiser.predict(images, torch.zeros(len(images), device=device)).square().mean().backward()
+            denoiser = level.denoiser_for(torch.arange(len(images), device=device))
+            denoiser.predict(images, torch.zeros(len(images), device=device)).square().mean().backward()
             if device.type == "cuda":
                 torch.cuda.synchronize()
             seconds.append(time.perf_counter() - begin)

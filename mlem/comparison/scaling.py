@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mlem.conditions import of_labels
 from mlem.family import Family
 from mlem.metrics.denoising import denoising_errors
 from mlem.multilevel.scaling import ScalingFit, fit_differences, fit_errors
@@ -22,7 +23,14 @@ ERRORS = "denoising error - floor"
 """Name of the fit of floor and gamma jointly."""
 
 
-def held_out_errors(family: Family, images: Tensor, index: Tensor, seed: int = 0, batch_size: int = 256) -> np.ndarray:
+def held_out_errors(
+    family: Family,
+    images: Tensor,
+    index: Tensor,
+    seed: int = 0,
+    batch_size: int = 256,
+    labels: Tensor | None = None,
+) -> np.ndarray:
     """Mean squared error of the noise estimate of each level on each image: (K, N), all levels from the same noise.
 
     Args:
@@ -31,13 +39,17 @@ def held_out_errors(family: Family, images: Tensor, index: Tensor, seed: int = 0
         index: (N,); it keys the noise, as in the test of a family after training.
         seed: of the noise.
         batch_size: images in a batch.
+        labels: (N,), where images have them.
     """
+    whole = {"image": images, "index": index} | ({} if labels is None else {"label": labels})
     table = []
     for level in family.levels:
         parts = []
         with torch.inference_mode(), evaluating(level.network):
-            for part, own in zip(images.split(batch_size), index.split(batch_size), strict=True):
-                errors = denoising_errors(level.denoiser, level.denoiser.schedule, part, own, seed)
+            for rows in torch.arange(len(images)).split(batch_size):
+                part = {name: values[rows] for name, values in whole.items()}
+                denoiser = level.denoiser.given(of_labels(level.conditions, part))
+                errors = denoising_errors(denoiser, denoiser.schedule, part["image"], part["index"], seed)
                 parts.append(torch.stack(list(errors.values())).mean(0))
         table.append(torch.cat(parts).double())
     return torch.stack(table).numpy()

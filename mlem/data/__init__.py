@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 os.environ["WDS_SECURE"] = "1"  # before any import of webdataset: it would run `pipe:` addresses in a shell
 
 from mlem.data.datasets import DATASETS
-from mlem.data.preparing import SHARD_SIZE, count_of, ensure, make_source, prepare
+from mlem.data.preparing import SHARD_SIZE, classes_of, count_of, ensure, make_source, prepare
 from mlem.data.shards.writing import write_shards
-from mlem.data.sources import DataSet, Source, Stored
+from mlem.data.sources import DataSet, Labels, Source, Stored
 
 if TYPE_CHECKING:
     from mlem.data.shards.loading import Batch as Batch
@@ -32,9 +32,11 @@ __all__ = [
     "Batch",
     "BatchSource",
     "DataSet",
+    "Labels",
     "Shards",
     "Source",
     "Stored",
+    "classes_of",
     "count_of",
     "ensure",
     "held_out_batches",

@@ -46,11 +46,19 @@ def _run(name: str, out: str, options: dict[str, Any]) -> None:
     manifest = Manifest.read(plain_folder(out) / MANIFEST)
     size = sum(record.bytes for record in manifest.shards)
     kept = f" ({manifest.count - made} were there)" if made < manifest.count else ""
-    rate = f"{made / seconds:.0f} images/s"
-    print(f"{out}: {manifest.count} images{kept}, {size / 1e6:.1f} MB, {seconds:.1f} s, {rate}")
+    what = f"{manifest.count} images{kept}{_in_classes(manifest.classes)}"
+    print(f"{out}: {what}, {size / 1e6:.1f} MB, {seconds:.1f} s, {made / seconds:.0f} images/s")
     if manifest.left_out:
         named = "; ".join(list(manifest.left_out.values())[:3])
         print(f"{len(manifest.left_out)} broken images are left out, named in {MANIFEST}: {named}", file=sys.stderr)
+
+
+def _in_classes(names: Sequence[str]) -> str:
+    """Their number and names, some of them where they are many."""
+    if not names:
+        return ""
+    shown = [*names[:10], "..", names[-1]] if len(names) > 12 else names
+    return f" in {len(names)} class{'es' * (len(names) > 1)} ({', '.join(shown)})"
 
 
 def _parser() -> _Parser:

@@ -16,7 +16,7 @@ from mlem.data.sources import Source, Stored
 if TYPE_CHECKING:
     from mlem.data.shards.reading import Shards
 
-__all__ = ["SHARD_SIZE", "count_of", "ensure", "make_source", "prepare"]
+__all__ = ["SHARD_SIZE", "classes_of", "count_of", "ensure", "make_source", "prepare"]
 
 SHARD_SIZE = 1000
 """Images in a shard, unless told otherwise."""
@@ -67,6 +67,7 @@ def prepare(
         total=source.count,
         shard_size=shard_size,
         shape=made.shape,
+        labels=source.labels,
         tolerance=source.tolerance,
         workers=workers,
         progress=progress,
@@ -90,7 +91,7 @@ def ensure(name: str, folder: str | os.PathLike[str], *, progress: bool = True, 
         wanted = replace(found, name=name, shape=made.shape, info=found.info | made.info)
     else:
         source = made.open()
-        wanted = Manifest(name, found.shape, source.info, source.count, found.shard_size)
+        wanted = Manifest(name, found.shape, source.info, source.count, found.shard_size, classes=source.classes)
     same_data(folder, found, wanted, shard_size=False)
     from mlem.data.shards.reading import Shards
 
@@ -104,6 +105,27 @@ def count_of(name: str, folder: str | os.PathLike[str], **options: Value) -> int
     if isinstance(made, Stored) and (folder / MANIFEST).is_file():
         return Manifest.read(folder / MANIFEST).count
     return _opened(made, name, folder, options).count
+
+
+def classes_of(name: str, folder: str | os.PathLike[str], **options: Value) -> tuple[str, ...]:
+    """Names of the classes of data set `name`: those in `folder` where it is prepared, else those of its source.
+
+    Raises:
+        ValueError: its images have no labels; it says why.
+    """
+    made = make_source(name, **options)
+    folder = plain_folder(folder)
+    if (folder / MANIFEST).is_file():
+        classes = Manifest.read(folder / MANIFEST).classes
+        why = f"{folder} was prepared without labels"
+        if isinstance(made, Source) and made.classes:
+            why = f"{why}: make them with: python -m mlem.data {name} --out {folder}"
+    else:
+        classes = _opened(made, name, folder, options).classes
+        why = f"data set {name} has no labels"
+    if not classes:
+        raise ValueError(why)
+    return classes
 
 
 def _opened(made: Source | Stored, name: str, folder: Path, given: dict[str, Value]) -> Source:

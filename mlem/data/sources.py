@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["DataSet", "Images", "Partial", "Source", "Stored", "checked", "shape_of"]
+__all__ = ["DataSet", "Images", "Labels", "Partial", "Source", "Stored", "checked", "shape_of"]
 
 
 class DataSet(ABC):
@@ -48,6 +48,30 @@ Images = Callable[[int, int], np.ndarray | Partial]
 
 
 @dataclass(frozen=True)
+class Labels:
+    """The classes of images.
+
+    Args:
+        names: of the classes, one or more; label n is of the class names[n].
+        values: `values(start, stop)` gives the labels of these images, whole numbers (stop - start,).
+    """
+
+    names: tuple[str, ...]
+    values: Callable[[int, int], np.ndarray]
+
+    def checked(self, start: int, stop: int) -> np.ndarray:
+        """What `values(start, stop)` gives. Raises ValueError for another kind or number, or a label of no class."""
+        found = self.values(start, stop)
+        if found.shape != (stop - start,) or found.dtype.kind not in "iu":
+            raise ValueError(
+                f"labels({start}, {stop}) must be {stop - start} whole numbers, got {found.dtype} {found.shape}"
+            )
+        if len(found) and not 0 <= found.min() <= found.max() < len(self.names):
+            raise ValueError(f"labels must be in [0, {len(self.names) - 1}], got {found.min()} to {found.max()}")
+        return found
+
+
+@dataclass(frozen=True)
 class Source:
     """Images to be prepared.
 
@@ -58,12 +82,19 @@ class Source:
         info: what decides the pixels, seed included: two sources with the same `info` and `count` must give the same
             images, however the range is cut.
         tolerance: how many images may be left out as unreadable, in a `Partial`.
+        labels: the classes of the images, if they have any; decided by `info` like the pixels.
     """
 
     images: Images
     count: int
     info: dict[str, Any]
     tolerance: int = 0
+    labels: Labels | None = None
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes; none where images have no labels."""
+        return () if self.labels is None else self.labels.names
 
     @property
     def shape(self) -> tuple[int, int, int]:

@@ -2,18 +2,21 @@
 
 from mlem.networks.calling import by_position
 from mlem.networks.cost import evaluating, flops, parameters, seconds_per_image, to_channels_last
+from mlem.networks.dit import DIT_SIZES, dit
 from mlem.networks.foreign import ForeignNetwork, read_foreign
-from mlem.networks.registry import ARCHITECTURES, CLASSES, build, config_of, from_config
+from mlem.networks.registry import ARCHITECTURES, CLASSES, build, config_of, from_config, told
 from mlem.networks.unet import SIZES, unet
 
 __all__ = [
     "ARCHITECTURES",
     "CLASSES",
+    "DIT_SIZES",
     "SIZES",
     "ForeignNetwork",
     "build",
     "by_position",
     "config_of",
+    "dit",
     "evaluating",
     "flops",
     "from_config",
@@ -21,5 +24,6 @@ __all__ = [
     "read_foreign",
     "seconds_per_image",
     "to_channels_last",
+    "told",
     "unet",
 ]

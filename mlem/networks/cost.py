@@ -44,17 +44,26 @@ def flops(
         shape: of one sample, (C, H, W) for images.
         conditions: what it is told beside x and t, as `Level` has it.
     """
+    from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
     device, dtype = _placed(network)
     x = torch.zeros(1, *shape, device=device, dtype=dtype)
-    # eval mode: dropout would draw from the global random numbers
-    with FlopCounterMode(display=False) as counter, torch.no_grad(), evaluating(network):
+    # the plain kernel of attention: torch does not count those of every device; eval mode: dropout would draw from the
+    # global random numbers
+    counting = FlopCounterMode(display=False)
+    with counting as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad(), evaluating(network):
         by_position(network)(x, torch.zeros(1, device=device), **blank(dict(conditions or {}), 1, device, dtype))
     return counter.get_total_flops()
 
 
-def seconds_per_image(network: nn.Module, shape: Sequence[int], batch_size: int, repeats: int = 5) -> float:
+def seconds_per_image(
+    network: nn.Module,
+    shape: Sequence[int],
+    batch_size: int,
+    repeats: int = 5,
+    conditions: Mapping[str, int | tuple[int | None, ...]] | None = None,
+) -> float:
     """Median time to evaluate a batch, over its size, on the network's device; the first call does not count.
 
     Args:
@@ -62,17 +71,19 @@ def seconds_per_image(network: nn.Module, shape: Sequence[int], batch_size: int,
         shape: of one sample, (C, H, W) for images.
         batch_size: samples in a call.
         repeats: number of calls that count.
+        conditions: what it is told beside x and t, as `Level` has it.
     """
     device, dtype = _placed(network)
     x = torch.zeros(batch_size, *shape, device=device, dtype=dtype)
     if x.dim() == 4:
         x = x.contiguous(memory_format=torch.channels_last)
     t = torch.zeros(batch_size, device=device)
-    times = []
+    told = blank(dict(conditions or {}), batch_size, device, dtype)
+    ask, times = by_position(network), []
     with torch.inference_mode():
         for _ in range(repeats + 1):
             begin = time.perf_counter()
-            network(x, t)
+            ask(x, t, **told)
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             times.append(time.perf_counter() - begin)

@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from mlem.networks.dit import dit
 from mlem.networks.unet import unet
 
-__all__ = ["ARCHITECTURES", "CLASSES", "LoadableClass", "build", "config_of", "from_config"]
+__all__ = ["ARCHITECTURES", "CLASSES", "LoadableClass", "build", "config_of", "from_config", "told"]
 
 
 class LoadableClass(NamedTuple):
@@ -32,7 +33,7 @@ class LoadableClass(NamedTuple):
     axes: int
 
 
-ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {"unet": unet}
+ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {"unet": unet, "dit": dit}
 """Name -> function of (size, shape, options) that builds a network with fresh weights."""
 
 CLASSES: dict[str, LoadableClass] = {
@@ -65,6 +66,14 @@ def build(name: str, size: str, shape: Sequence[int], **options: float | int | s
         if option not in known:
             raise ValueError(f"{name} has no option {option!r}; its options are {', '.join(known)}")
     return ARCHITECTURES[name](size, shape, **options)
+
+
+def told(name: str, classes: int) -> dict[str, int]:
+    """What a network that `build` gave is told beside x and t: name of its argument -> number of classes.
+
+    A transformer is always told a class: without any, the one that all images have.
+    """
+    return {"class_labels": max(1, classes)} if classes or name == "dit" else {}
 
 
 def config_of(network: nn.Module) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The UNets: sizes xs to xl, set by the channels at full resolution.
+"""The UNets: sizes xs to xl, set by the channels at full resolution, of convolutions alone or with attention.
 
 A network is a diffusers `UNet2DModel` and nothing else, so that its folder on disk is one that diffusers reads.
 """
@@ -6,7 +6,7 @@ A network is a diffusers `UNet2DModel` and nothing else, so that its folder on d
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from diffusers.models.unets.unet_2d import UNet2DModel
@@ -17,17 +17,25 @@ SIZES: dict[str, int] = {"xs": 8, "s": 16, "m": 32, "l": 64, "xl": 128}
 """Name of a size -> channels at full resolution. Twice the channels are about 4 times the FLOPs."""
 
 
-def unet(size: str, shape: Sequence[int], dropout: float = 0.0) -> UNet2DModel:
+def unet(
+    size: str, shape: Sequence[int], dropout: float = 0.0, attention: bool = False, classes: int = 0
+) -> UNet2DModel:
     """Build a UNet with fresh weights.
 
-    Full resolution has SIZES[size] channels, and each of the one or two halvings that the image allows (no
-    lower than 4 pixels) twice as many. Convolutions only: forward-mode differentiation passes through, as long as
-    the weights and the images are not in channels_last (torch's group norm cannot do both).
+    Full resolution has SIZES[size] channels, and each halving twice as many. Of convolutions alone there are as many
+    halvings as the image allows, one or two (no lower than 4 pixels). With attention it is the network of Ho et al.
+    (arXiv:2006.11239) for CIFAR-10, which size xl is exactly: three halvings, two blocks at each resolution, and
+    attention in one head at the first resolution of 16x16 pixels or fewer.
+
+    Forward-mode differentiation passes through, as long as the weights and the images are not in channels_last
+    (torch's group norm cannot do both).
 
     Args:
         size: a key of SIZES.
-        shape: (C, H, W) of an image; H and W even, at least 4.
+        shape: (C, H, W) of an image; H and W even, at least 4; with attention multiples of 8, at least 32.
         dropout: share of the values that are set to 0 in training, in [0, 1).
+        attention: the network of Ho et al. instead of convolutions alone.
+        classes: above 0: it is told `class_labels`, (B,) int64 in [0, classes], of which the last means "no class".
 
     Raises:
         ValueError: the size is not known, the image cannot be halved, or dropout is out of range.
@@ -41,19 +49,51 @@ def unet(size: str, shape: Sequence[int], dropout: float = 0.0) -> UNet2DModel:
         raise ValueError(f"image height and width must be even and at least 4, got {height} and {width}")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+    if attention and (height % 8 or width % 8 or min(height, width) < 32):
+        raise ValueError(
+            f"attention needs images of 32x32 or more, height and width multiples of 8, got {height} and {width}"
+        )
     from diffusers.models.unets.unet_2d import UNet2DModel
 
-    halvings = 2 if height % 4 == 0 and width % 4 == 0 and min(height, width) >= 16 else 1
-    stages = halvings + 1
+    design = _with_attention(SIZES[size], min(height, width)) if attention else _plain(SIZES[size], height, width)
     return UNet2DModel(
         sample_size=(height, width),
         in_channels=channels,
         out_channels=channels,
-        block_out_channels=tuple(SIZES[size] * 2 ** min(i, 1) for i in range(stages)),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D",) * stages,
-        up_block_types=("UpBlock2D",) * stages,
-        add_attention=False,
-        norm_num_groups=4,
         dropout=dropout,
+        num_class_embeds=classes + 1 if classes else None,
+        **design,
     )
+
+
+def _plain(channels: int, height: int, width: int) -> dict[str, Any]:
+    """What diffusers is told of a network of convolutions alone."""
+    halvings = 2 if height % 4 == 0 and width % 4 == 0 and min(height, width) >= 16 else 1
+    stages = halvings + 1
+    return {
+        "block_out_channels": tuple(channels * 2 ** min(i, 1) for i in range(stages)),
+        "layers_per_block": 1,
+        "down_block_types": ("DownBlock2D",) * stages,
+        "up_block_types": ("UpBlock2D",) * stages,
+        "add_attention": False,
+        "norm_num_groups": 4,
+    }
+
+
+def _with_attention(channels: int, side: int) -> dict[str, Any]:
+    """What diffusers is told of a network of Ho et al.; side: the smaller one of the image."""
+    at = next((i for i in range(4) if side // 2**i <= 16), 3)
+    attends = [i == at for i in range(4)]
+    return {
+        "block_out_channels": (channels, 2 * channels, 2 * channels, 2 * channels),
+        "layers_per_block": 2,
+        "down_block_types": tuple("AttnDownBlock2D" if here else "DownBlock2D" for here in attends),
+        "up_block_types": tuple("AttnUpBlock2D" if here else "UpBlock2D" for here in reversed(attends)),
+        "attention_head_dim": None,  # one head
+        "norm_num_groups": max(4, channels // 4),
+        "norm_eps": 1e-6,
+        # as TensorFlow has it, which the published weights need
+        "downsample_padding": 0,
+        "flip_sin_to_cos": False,
+        "freq_shift": 1,
+    }

@@ -60,7 +60,7 @@ def run_logs(folder: Path) -> Iterator[RunLog]:
     order = []
     if family.exists():
         with damaged(family):
-            order = [f"unet_{level}" for level in read_object(family)["levels"]]
+            order = [f"{kind}_{level}" for level in read_object(family)["levels"] for kind in ("unet", "dit")]
     inside = sorted(folder.glob("*/metrics.jsonl"))
     inside.sort(key=lambda path: order.index(path.parent.name) if path.parent.name in order else len(order))
     for path in [folder / "metrics.jsonl", *inside]:

@@ -15,6 +15,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
+from mlem.conditions import Conditions, of_labels
 from mlem.denoiser import NetworkDenoiser
 from mlem.family import Family
 from mlem.level import Level
@@ -27,6 +28,10 @@ from mlem.training.optimizers import renew_options
 __all__ = ["DenoisingModule", "FamilyModule", "noise_level_figure"]
 
 
+_FLIPS, _LABELS = 3, 2
+"""Slots of the stream of training beside those of noise, 0, and times, 1."""
+
+
 class DenoisingModule(pl.LightningModule):
     """A network that learns to denoise. It is the only part of the module, so that averaging covers nothing else.
 
@@ -35,9 +40,13 @@ class DenoisingModule(pl.LightningModule):
         seed: of times, noise and dropout.
         batch_size: images in a step, all ranks together.
         steps: optimizer steps in all.
-        learning_rate: at the end of the warm-up; it falls to a tenth by a half cosine.
+        learning_rate: at the end of the warm-up; it falls to `final_rate` of it by a half cosine.
         warmup_steps: over which the learning rate rises linearly.
         weight_decay: of AdamW.
+        beta2: of AdamW.
+        final_rate: share of the learning rate at the end.
+        label_dropout: share of the images of which the network is told that they have no class.
+        flip: whether images are mirrored with probability 1/2.
     """
 
     def __init__(
@@ -50,15 +59,22 @@ class DenoisingModule(pl.LightningModule):
         learning_rate: float,
         warmup_steps: int,
         weight_decay: float,
+        beta2: float = 0.99,
+        final_rate: float = 0.1,
+        label_dropout: float = 0.0,
+        flip: bool = False,
     ) -> None:
         super().__init__()
         self.network: nn.Module = level.network
         self._level = {"name": level.name, "schedule": level.schedule, "shape": level.shape}
-        self._level |= {"prediction": level.prediction, "data": level.data}
+        self._level |= {"prediction": level.prediction, "data": level.data, "conditions": level.conditions}
+        self.conditions = level.conditions
         self.schedule = level.schedule
         self.prediction = level.prediction
         self.seed, self.batch_size, self.steps = seed, batch_size, steps
         self.learning_rate, self.warmup_steps, self.weight_decay = learning_rate, warmup_steps, weight_decay
+        self._betas, self.final_rate = (0.9, beta2), final_rate
+        self.label_dropout, self.flip = label_dropout, flip
         self._stream = NoiseStream(seed, "training")
 
     @property
@@ -85,8 +101,25 @@ class DenoisingModule(pl.LightningModule):
         shares = ((shift + (position % self.batch_size) / self.batch_size) % 1.0).float()
         return self.prediction.training_times(shares, self.schedule)
 
+    def mirrored(self, images: Tensor, position: Tensor) -> Tensor:
+        """The images at these positions, (B, C, H, W), each of them mirrored or not."""
+        if not self.flip:
+            return images
+        turned = self._stream.uniform(position, [_FLIPS], torch.float32)[0] < 0.5
+        return torch.where(turned.view(-1, 1, 1, 1), images.flip(3), images)
+
+    def told(self, batch: dict[str, Tensor]) -> Conditions:
+        """What the network is told of a batch in training: classes, or for some of the images "no class"."""
+        told = of_labels(self.conditions, batch)
+        if not told or not self.label_dropout:
+            return told
+        kept = self._stream.uniform(batch["position"], [_LABELS], torch.float32)[0] >= self.label_dropout
+        several = {name: n for name, n in self.conditions.items() if isinstance(n, int) and n > 1}
+        return told | {name: torch.where(kept, told[name], n) for name, n in several.items()}
+
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        x_0, position = batch["image"], batch["position"]
+        position = batch["position"]
+        x_0 = self.mirrored(batch["image"], position)
         t = self.times(position)
         z = self._stream.normal(position, [0], x_0.shape[1:], x_0.dtype)[0]
         at = NoiseLevel.of(self.schedule, t)
@@ -96,7 +129,7 @@ class DenoisingModule(pl.LightningModule):
         if self._has_dropout:
             # keyed by the first position of this rank's share, so it differs between ranks and survives a resume
             torch.manual_seed((self.seed * 0x9E3779B1 + int(position[0])) % 2**63)
-        output = self.denoiser.predict(x_t.contiguous(memory_format=torch.channels_last), t)
+        output = self.denoiser.given(self.told(batch)).predict(x_t.contiguous(memory_format=torch.channels_last), t)
         loss = nn.functional.mse_loss(output, target)
         self.log("train/loss", loss, prog_bar=True)
         return loss
@@ -107,11 +140,12 @@ class DenoisingModule(pl.LightningModule):
     def on_train_start(self) -> None:
         optimizer: Any = self.optimizers(use_pl_optimizer=False)
         scheduler: Any = self.lr_schedulers()
-        renew_options(optimizer, scheduler, self.learning_rate, weight_decay=self.weight_decay)
+        renew_options(optimizer, scheduler, self.learning_rate, weight_decay=self.weight_decay, betas=self._betas)
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         images = batch["image"]
-        errors = denoising_errors(self.denoiser, self.schedule, images, batch["index"], self.seed)
+        denoiser = self.denoiser.given(of_labels(self.conditions, batch))
+        errors = denoising_errors(denoiser, self.schedule, images, batch["index"], self.seed)
         options: dict[str, Any] = {"sync_dist": True, "batch_size": len(images), "on_epoch": True}
         for time, error in errors.items():
             self.log(f"val/error_t{time:.2f}", error.mean(), **options)
@@ -123,7 +157,7 @@ class DenoisingModule(pl.LightningModule):
         optimizer = torch.optim.AdamW(
             self.network.parameters(),
             lr=self.learning_rate,
-            betas=(0.9, 0.99),
+            betas=self._betas,
             weight_decay=self.weight_decay,
             fused=fused,
         )
@@ -134,7 +168,8 @@ class DenoisingModule(pl.LightningModule):
         if step < self.warmup_steps:
             return (step + 1) / self.warmup_steps
         progress = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
-        return 0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, progress)))
+        half_cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+        return self.final_rate + (1 - self.final_rate) * half_cosine
 
 
 class FamilyModule(pl.LightningModule):
@@ -157,7 +192,8 @@ class FamilyModule(pl.LightningModule):
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         images = batch["image"]
         for level in self._family.levels:
-            errors = denoising_errors(level.denoiser, self._family.schedule, images, batch["index"], self.seed)
+            denoiser = level.denoiser.given(of_labels(level.conditions, batch))
+            errors = denoising_errors(denoiser, denoiser.schedule, images, batch["index"], self.seed)
             options: dict[str, Any] = {"sync_dist": True, "batch_size": len(images), "on_epoch": True}
             for time, error in errors.items():
                 self.log(f"test/{level.name}/error_t{time:.2f}", error.mean(), **options)

@@ -8,7 +8,9 @@ from torch.optim.lr_scheduler import LambdaLR
 __all__ = ["renew_options"]
 
 
-def renew_options(optimizer: Optimizer, scheduler: LambdaLR, learning_rate: float, **options: float) -> None:
+def renew_options(
+    optimizer: Optimizer, scheduler: LambdaLR, learning_rate: float, **options: float | tuple[float, float]
+) -> None:
     """Give the optimizer these options: after a resume it has those of the checkpoint.
 
     Args:

@@ -19,14 +19,15 @@ from typing import Any
 import numpy as np
 
 from mlem.data.archives import checked_md5, download, located
-from mlem.data.sources import DataSet, Source, Stored
+from mlem.data.sources import DataSet, Labels, Source, Stored
 
-__all__ = ["ARCHIVE", "BATCHES", "CIFAR10", "MD5", "SHAPE", "URL"]
+__all__ = ["ARCHIVE", "BATCHES", "CIFAR10", "CLASSES", "MD5", "SHAPE", "URL"]
 
 ARCHIVE = "cifar-10-python.tar.gz"
 URL = f"https://www.cs.toronto.edu/~kriz/{ARCHIVE}"
 MD5 = "c58f30108f718f92721af3b95e74349a"
 BATCHES = {"train": [f"data_batch_{n}" for n in range(1, 6)], "test": ["test_batch"]}
+CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 SHAPE = (3, 32, 32)
 _FOLDER = "cifar-10-batches-py"
 _MAX_BYTES = 64 * 2**20  # of a batch; the official ones have 31 MB
@@ -36,7 +37,7 @@ _MAX_BYTES = 64 * 2**20  # of a batch; the official ones have 31 MB
 class CIFAR10(DataSet):
     """The 60,000 photographs of CIFAR-10, 32x32 RGB, from the official python archive.
 
-    Images are (32, 32, 3), in the order of the archive.
+    Images are (32, 32, 3), in the order of the archive; the ten classes are those of the archive.
 
     Args:
         source: cifar-10-python.tar.gz, or the folder that holds it
@@ -65,12 +66,14 @@ def _open(path: Path, *, split: str, fetch: bool, any_checksum: bool) -> Source:
     if fetch:
         download(URL, path, MD5)
     md5 = checked_md5(path, MD5, origin=URL, any_checksum=any_checksum)
-    pixels = np.concatenate([_pixels(path, name, batch) for name, batch in _members(path, BATCHES[split]).items()])
-    return Source(partial(_rows, pixels), len(pixels), {"split": split, "md5": md5})
+    batches = [_batch(path, name, batch) for name, batch in _members(path, BATCHES[split]).items()]
+    pixels, labels = (np.concatenate(parts) for parts in zip(*batches, strict=True))
+    known = Labels(CLASSES, partial(_rows, labels))
+    return Source(partial(_rows, pixels), len(pixels), {"split": split, "md5": md5}, labels=known)
 
 
-def _rows(pixels: np.ndarray, start: int, stop: int) -> np.ndarray:
-    return pixels[start:stop]
+def _rows(rows: np.ndarray, start: int, stop: int) -> np.ndarray:
+    return rows[start:stop]
 
 
 def _members(path: Path, names: list[str]) -> dict[str, bytes]:
@@ -93,12 +96,18 @@ def _members(path: Path, names: list[str]) -> dict[str, bytes]:
     return {name: found[name] for name in names}
 
 
-def _pixels(path: Path, name: str, batch: bytes) -> np.ndarray:
-    """The images of a batch, (n, 32, 32, 3) uint8: rows of 1024 red, 1024 green and 1024 blue values."""
+def _batch(path: Path, name: str, batch: bytes) -> tuple[np.ndarray, np.ndarray]:
+    """The images of a batch, (n, 32, 32, 3) uint8, from rows of 1024 red, 1024 green and 1024 blue values; labels (n,).
+
+    Raises ValueError for what is no batch.
+    """
     try:
-        data = _Unpickler(io.BytesIO(batch), encoding="bytes").load()[b"data"]
-        values = np.frombuffer(data.values, np.uint8).reshape(data.shape)
-        return values.reshape(len(values), *SHAPE).transpose(0, 2, 3, 1)
+        held = _Unpickler(io.BytesIO(batch), encoding="bytes").load()
+        values = np.frombuffer(held[b"data"].values, np.uint8).reshape(held[b"data"].shape)
+        pixels = values.reshape(len(values), *SHAPE).transpose(0, 2, 3, 1)
+        labels = np.array(held[b"labels"])
+        Labels(CLASSES, lambda start, stop: labels).checked(0, len(values))
+        return pixels, labels
     except Exception as error:  # bytes that were made to be odd can raise anything
         raise ValueError(f"{path}: {_FOLDER}/{name} is not a batch of CIFAR-10 ({error}); get it from {URL}") from error
 

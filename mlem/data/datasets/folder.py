@@ -14,7 +14,7 @@ from PIL import Image
 
 from mlem.data.pictures import FILTERS, SUFFIXES, centre_square, opened, picture_files, to_rgb
 from mlem.data.shards.manifest import plain_folder
-from mlem.data.sources import DataSet, Partial, Source, Stored
+from mlem.data.sources import DataSet, Labels, Partial, Source, Stored
 
 __all__ = ["Folder"]
 
@@ -23,7 +23,8 @@ __all__ = ["Folder"]
 class Folder(DataSet):
     """The PNG, JPEG and WebP images of a folder, any sizes, cut to squares and scaled, RGB.
 
-    Images are (size, size, 3), in the order of their paths; other files, hidden ones and links are ignored.
+    Images are (size, size, 3), in the order of their paths; other files, hidden ones and links are ignored. Where every
+    image lies in a sub-folder, the sub-folders at the top are the classes.
 
     Args:
         source: the folder; it is searched with all folders in it
@@ -57,7 +58,9 @@ class Folder(DataSet):
     @classmethod
     def example(cls, folder: Path) -> dict[str, Any]:
         for number in range(30):
-            Image.new("RGB", (12, 10), (8 * number, 90, 200)).save(folder / f"{number:02d}.png")
+            path = folder / ("dark", "light")[number // 15] / f"{number:02d}.png"
+            path.parent.mkdir(exist_ok=True)
+            Image.new("RGB", (12, 10), (8 * number, 90, 200)).save(path)
         return {"source": str(folder), "size": 8}
 
 
@@ -76,7 +79,17 @@ def _open(root: Path, *, info: dict[str, Any], max_broken: float) -> Source:
     for name, size in sizes.items():
         listing.update(name + b"\0%d\0" % size)
     images = partial(_images, root, list(sizes), **info)
-    return Source(images, len(sizes), {**info, "listing": listing.hexdigest()}, int(max_broken * len(sizes) + 1e-9))
+    info, tolerance = {**info, "listing": listing.hexdigest()}, int(max_broken * len(sizes) + 1e-9)
+    return Source(images, len(sizes), info, tolerance, _labels(list(sizes)))
+
+
+def _labels(names: list[bytes]) -> Labels | None:
+    """The sub-folders at the top as classes, in the order of their names; none where an image lies at the top."""
+    folders = [name.partition(b"/")[0] for name in names if b"/" in name]
+    if len(folders) < len(names):
+        return None
+    classes, values = np.unique(np.array(folders, dtype=object), return_inverse=True)
+    return Labels(tuple(name.decode(errors="replace") for name in classes), lambda start, stop: values[start:stop])
 
 
 def _links(root: Path) -> int:

@@ -33,8 +33,8 @@ class BatchSource(IterableDataset[Batch]):
     batches with (b - start) % W == w, so the order does not depend on the number of workers.
 
     A batch is {"image": (n, C, H, W) float32 in [-1, 1], "index": (n,) int64, the data set index,
-    "position": (n,) int64, the place in the endless sequence}, n = batch_size / world_size. No two images of a run
-    share a position: key noise by it.
+    "position": (n,) int64, the place in the endless sequence}, n = batch_size / world_size; and "label": (n,) int64
+    where images have labels. No two images of a run share a position: key noise by it.
 
     Args:
         shards: the data set.
@@ -167,7 +167,8 @@ class _HeldOut(Dataset[Batch]):
 
 
 def _batch(shards: Shards, index: np.ndarray, positions: np.ndarray) -> Batch:
-    return {"image": shards.images(index), "index": torch.from_numpy(index), "position": torch.tensor(positions)}
+    batch = {"image": shards.images(index), "index": torch.from_numpy(index), "position": torch.tensor(positions)}
+    return batch | {"label": shards.labels(index)} if shards.classes else batch
 
 
 def _loader(batches: Dataset[Batch], workers: int) -> DataLoader[Batch]:

@@ -43,6 +43,7 @@ class Manifest:
         shard_size: images of the source in a shard.
         shards: those that are finished.
         left_out: key -> file and fault of each image of the source that could not be read; not in `count`.
+        classes: names of the classes, where every image has a label.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Manifest:
     shard_size: int
     shards: tuple[ShardRecord, ...] = ()
     left_out: dict[str, str] = field(default_factory=dict)
+    classes: tuple[str, ...] = ()
 
     @property
     def total(self) -> int:
@@ -59,8 +61,9 @@ class Manifest:
         return self.count + len(self.left_out)
 
     def write(self, path: Path) -> None:
-        """Write to `path` atomically."""
-        write_json(path, {"format": _FORMAT, **asdict(self)})
+        """Write to `path` atomically; without labels, the same bytes as before there were any."""
+        plain = {"format": _FORMAT, **asdict(self)}
+        write_json(path, plain if self.classes else {key: plain[key] for key in plain if key != "classes"})
 
     @classmethod
     def read(cls, path: Path) -> Manifest:
@@ -76,7 +79,9 @@ class Manifest:
             channels, height, width = (int(n) for n in value["shape"])
             info, count, shard_size = dict(value["info"]), int(value["count"]), int(value["shard_size"])
             left_out = {str(key): str(why) for key, why in dict(value.get("left_out", {})).items()}
-            manifest = cls(str(value["name"]), (channels, height, width), info, count, shard_size, records, left_out)
+            classes = tuple(str(name) for name in list(value.get("classes", ())))
+            shape = (channels, height, width)
+            manifest = cls(str(value["name"]), shape, info, count, shard_size, records, left_out, classes)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is not a manifest ({error!r}); prepare the data set again") from error
         for record in records:
@@ -96,6 +101,8 @@ class Manifest:
 def same_data(folder: Path, found: Manifest, wanted: Manifest, *, shard_size: bool) -> None:
     """Refuse a folder that holds other data.
 
+    A folder of images without labels is the same data as one with them: it was prepared before labels were kept.
+
     Args:
         folder: named in the error.
         found: the manifest in it.
@@ -106,6 +113,8 @@ def same_data(folder: Path, found: Manifest, wanted: Manifest, *, shard_size: bo
         ValueError: names each difference, both sides.
     """
     sides = [{"name": m.name, "shape": list(m.shape), "count": m.total, **m.info} for m in (found, wanted)]
+    if found.classes:
+        sides = [{**side, "classes": list(m.classes)} for side, m in zip(sides, (found, wanted), strict=True)]
     if shard_size:
         sides = [{**side, "shard_size": m.shard_size} for side, m in zip(sides, (found, wanted), strict=True)]
     there, here = (json.loads(json.dumps(side)) for side in sides)

@@ -2,7 +2,8 @@
 
 Plain sequential tar reading ends cleanly at about a third of all cut points, so a damaged shard gives a silently
 short epoch. Here bytes, SHA-256 and count are compared with the manifest first, and nothing is ever unpacked or
-unpickled: members are pixels (or small side files that are left alone).
+unpickled: members are pixels, labels (`.cls`, a whole number as text) where the manifest names classes, or small side
+files that are left alone.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import tarfile
 import zipfile
 from collections.abc import Iterable
@@ -31,6 +33,7 @@ __all__ = ["SUFFIXES", "Shards", "decode"]
 SUFFIXES = (*IMAGE_SUFFIXES, "json", "txt", "cls")
 _INDEX = ".index.npz"  # what a verification found, with the sizes and times of the files it saw
 _OPEN_FILES = 32
+_LABEL_BYTES = 16
 _REMEDY = "prepare the data set again: only damaged shards are remade"
 
 
@@ -67,7 +70,7 @@ class Shards:
         if not manifest.count or manifest.count != sum(record.count for record in manifest.shards):
             held = sum(record.count for record in manifest.shards)
             raise ValueError(f"{folder / MANIFEST}: count is {manifest.count}, its shards hold {held}; {_REMEDY}")
-        stamp = json.dumps([_stamp(folder, record) for record in manifest.shards])
+        stamp = json.dumps([_stamp(folder, record) for record in manifest.shards] + [*manifest.classes])
         index = _remembered(folder, stamp)
         if index is None:
             if verify:
@@ -85,6 +88,17 @@ class Shards:
     def shape(self) -> tuple[int, int, int]:
         """(C, H, W) of every image."""
         return self.manifest.shape
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes, one for each label; none where images have no labels."""
+        return self.manifest.classes
+
+    def labels(self, indices: Iterable[int]) -> Tensor:
+        """The labels at `indices`, (n,) int64 in [0, len(classes)). ValueError where images have none."""
+        if not self.classes:
+            raise ValueError(f"the images of {self.folder} have no labels")
+        return torch.from_numpy(self._index["labels"][np.asarray([*indices], dtype=np.int64)])
 
     def key(self, i: int) -> str:
         """The name of image `i` inside its shard, unique in the data set."""
@@ -167,25 +181,50 @@ def _verify(path: Path, record: ShardRecord) -> None:
 
 
 def _build_index(folder: Path, manifest: Manifest) -> dict[str, np.ndarray]:
-    """`keys` (N,) strings, `offsets` and `sizes` (N,) int64: where each image lies inside its shard."""
+    """`keys` (N,) strings, `offsets` and `sizes` (N,) int64: where each image lies inside its shard; `labels` (N,).
+
+    Without classes there are no labels, (0,).
+    """
     home: dict[str, str] = {}
     places: list[tuple[int, int]] = []
+    labels: list[int] = []
     for record in manifest.shards:
         samples = _scan(folder / record.file)
         if len(samples) != record.count:
             found = f"holds {len(samples)} images that can be read, the manifest says {record.count}"
             raise ValueError(f"{folder / record.file} {found}; {_REMEDY}")
-        for key, place in samples.items():
+        for key, places_of in samples.items():
             if key in home:
                 raise ValueError(f"{folder / record.file}: key {key!r} is also in {home[key]}; keys must be unique")
             home[key] = record.file
-            places.append(place)
+            places.append(places_of["image"])
+        if manifest.classes:
+            labels += _labels(folder / record.file, samples, len(manifest.classes))
     offsets, sizes = np.array(places, dtype=np.int64).T.copy()
-    return {"keys": np.array(list(home)), "offsets": offsets, "sizes": sizes}
+    index = {"keys": np.array(list(home)), "offsets": offsets, "sizes": sizes}
+    return index | {"labels": np.array(labels, dtype=np.int64)}
 
 
-def _scan(path: Path) -> dict[str, tuple[int, int]]:
-    """Read a shard's headers: key -> (offset, size) of its image, in the order of the file.
+def _labels(path: Path, samples: dict[str, dict[str, tuple[int, int]]], classes: int) -> list[int]:
+    """The label of each image of a shard. ValueError for one that is missing, no whole number, or of no class."""
+    found: list[int] = []
+    with open(path, "rb") as file:
+        for key, places in samples.items():
+            if "cls" not in places:
+                raise ValueError(f"{path}: key {key!r} has no cls member, the manifest names classes; {_REMEDY}")
+            offset, size = places["cls"]
+            file.seek(offset)
+            text = file.read(min(size, _LABEL_BYTES))
+            if size > _LABEL_BYTES or not re.fullmatch(rb"[0-9]+\s*", text) or int(text) >= classes:
+                raise ValueError(
+                    f"{path}: key {key!r} has label {text!r}, the manifest has classes 0 to {classes - 1}; {_REMEDY}"
+                )
+            found.append(int(text))
+    return found
+
+
+def _scan(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
+    """Read a shard's headers: key -> kind of a member -> its (offset, size), in the order of the file.
 
     Refused, with shard and key: members that are no plain files or lead outside, suffixes not in SUFFIXES (pickles
     among them), a key that is repeated or interleaved with others, members missing from one sample and not others.
@@ -206,7 +245,7 @@ def _scan(path: Path) -> dict[str, tuple[int, int]]:
     for key, sample in samples.items():
         if missing := kinds - sample.keys():
             raise ValueError(f"{path}: key {key!r} has no {sorted(missing)[0]} member; write the shard again with it")
-    return {key: sample["image"] for key, sample in samples.items()}
+    return samples
 
 
 def _key_and_kind(path: Path, member: tarfile.TarInfo) -> tuple[str, str]:
@@ -227,7 +266,8 @@ def _remembered(folder: Path, stamp: str) -> dict[str, np.ndarray] | None:
     """The index of the last verification, if it was of these very files."""
     try:
         with open(folder / _INDEX, "rb") as file, np.load(file, allow_pickle=False) as saved:
-            return {name: saved[name] for name in ("keys", "offsets", "sizes")} if saved["stamp"] == stamp else None
+            index = {name: saved[name] for name in ("keys", "offsets", "sizes", "labels")}
+            return index if saved["stamp"] == stamp else None
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
 
@@ -235,6 +275,7 @@ def _remembered(folder: Path, stamp: str) -> dict[str, np.ndarray] | None:
 def _remember(folder: Path, stamp: str, index: dict[str, np.ndarray]) -> None:
     try:
         with atomic_write(folder / _INDEX) as file:
-            np.savez(file, stamp=np.array(stamp), keys=index["keys"], offsets=index["offsets"], sizes=index["sizes"])
+            keys, offsets, sizes, labels = (index[name] for name in ("keys", "offsets", "sizes", "labels"))
+            np.savez(file, stamp=np.array(stamp), keys=keys, offsets=offsets, sizes=sizes, labels=labels)
     except OSError:  # a read-only folder: the next open verifies again
         return

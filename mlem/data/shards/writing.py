@@ -10,6 +10,7 @@ import fcntl
 import io
 import json
 import os
+import sys
 import tarfile
 from collections.abc import Callable, Generator, Iterable
 from contextlib import closing, contextmanager
@@ -27,7 +28,7 @@ from rich.text import Text
 
 from mlem.data.shards.manifest import MANIFEST, UNFINISHED, Manifest, ShardRecord, plain_folder, same_data
 from mlem.data.shards.parallel import in_order
-from mlem.data.sources import Images, checked, shape_of
+from mlem.data.sources import Images, Labels, checked, shape_of
 from mlem.files import atomic_write, sha256, writing
 
 __all__ = ["write_shards"]
@@ -49,6 +50,7 @@ def write_shards(
     total: int,
     shard_size: int,
     shape: tuple[int, int, int] | None = None,
+    labels: Labels | None = None,
     tolerance: int = 0,
     workers: int = 1,
     progress: bool = True,
@@ -56,8 +58,9 @@ def write_shards(
 ) -> int:
     """Write images 0 .. total-1 into `folder` as shards; return how many had to be made.
 
-    Whole shards that are already there are kept, so an interrupted call goes on and a damaged shard is remade. The
-    bytes depend neither on interruptions nor on the number of processes.
+    Whole shards that are already there are kept, so an interrupted call goes on and a damaged shard is remade; so is,
+    which is said, a shard that was written without its labels. The bytes depend neither on interruptions nor on the
+    number of processes.
 
     Args:
         folder: to write; one call at a time.
@@ -67,6 +70,7 @@ def write_shards(
         total: number of images.
         shard_size: images in a shard.
         shape: (C, H, W); None: that of image 0.
+        labels: the classes of all images; None: they have no labels.
         tolerance: how many images may be unreadable; they are left out and named in the manifest.
         workers: processes that call `images`.
         progress: whether to show a bar.
@@ -83,7 +87,9 @@ def write_shards(
     if workers < 1:
         raise ValueError(f"workers must be >= 1, got {workers}")
     folder = plain_folder(folder)
-    wanted = Manifest(name, shape or shape_of(images), json.loads(json.dumps(info)), total, shard_size)
+    classes = () if labels is None else labels.names
+    shape, info = shape or shape_of(images), json.loads(json.dumps(info))
+    wanted = Manifest(name, shape, info, total, shard_size, classes=classes)
     with _lock(folder, wait):
         state = _finished(folder, wanted)
         there = {record.file: record.count for record in state.shards}
@@ -96,7 +102,7 @@ def write_shards(
             closing(in_order(partial(_encode, images, wanted.shape), chain(*shards), workers)) as encoded,
         ):
             for chunks in shards:
-                state = _write_shard(folder, state, chunks, encoded, tolerance, advance)
+                state = _write_shard(folder, state, chunks, encoded, labels, tolerance, advance)
                 state.write(folder / UNFINISHED)
         state.write(folder / MANIFEST)
         (folder / UNFINISHED).unlink(missing_ok=True)
@@ -120,20 +126,28 @@ def _chunks(start: int, manifest: Manifest) -> list[tuple[int, int]]:
 
 
 def _finished(folder: Path, wanted: Manifest) -> Manifest:
-    """`wanted` with the shards in `folder` that can be kept; starts the unfinished manifest if there is none."""
+    """`wanted` with the shards in `folder` that can be kept; starts the unfinished manifest if there is none.
+
+    Shards without the labels that are wanted are not kept: their manifests are taken away, and it is said.
+    """
     for leftover in folder.glob(".*.tmp"):  # of a killed preparation
         leftover.unlink()
     records: dict[str, ShardRecord] = {}
     left_out: dict[str, str] = {}
     started = [folder / file for file in (UNFINISHED, MANIFEST) if (folder / file).exists()]
-    for path in started:
+    if not started and (foreign := sorted(folder.glob("*.tar"))):
+        raise ValueError(f"{folder} holds {foreign[0].name} but no {MANIFEST}; choose an empty folder")
+    for path in [*started]:
         found = Manifest.read(path)
         same_data(folder, found, wanted, shard_size=True)
+        if found.classes != wanted.classes:
+            print(f"{folder} was prepared without labels: its shards are made again, with them", file=sys.stderr)
+            path.unlink()
+            started.remove(path)
+            continue
         records |= {record.file: record for record in found.shards}
         left_out |= found.left_out
     if not started:
-        if foreign := sorted(folder.glob("*.tar")):
-            raise ValueError(f"{folder} holds {foreign[0].name} but no {MANIFEST}; choose an empty folder")
         wanted.write(folder / UNFINISHED)
     state = wanted
     size = wanted.shard_size
@@ -161,6 +175,7 @@ def _write_shard(
     state: Manifest,
     chunks: list[tuple[int, int]],
     encoded: Iterable[_Encoded],
+    labels: Labels | None,
     tolerance: int,
     advance: Callable[[int], None],
 ) -> Manifest:
@@ -171,11 +186,18 @@ def _write_shard(
         for (first, last), (pngs, faults) in zip(chunks, encoded, strict=False):
             left_out |= faults
             _tolerate(replace(state, left_out=state.left_out | left_out, count=state.count - len(left_out)), tolerance)
+            cls = {} if labels is None else _members(labels, first, last)
             for key, png in pngs.items():
-                write({"__key__": key, "png": png})
+                write({"__key__": key, "png": png} | cls.get(key, {}))
             count += len(pngs)
             advance(last - first)
     return _with_shard(state, ShardRecord(path.name, count, path.stat().st_size, sha256(path)), left_out)
+
+
+def _members(labels: Labels, start: int, stop: int) -> dict[str, dict[str, bytes]]:
+    """Key -> the member that holds the label of an image, as WebDataset names it."""
+    values = labels.checked(start, stop)
+    return {_key(i): {"cls": b"%d" % value} for i, value in enumerate(values, start)}
 
 
 def _tolerate(state: Manifest, tolerance: int) -> None:

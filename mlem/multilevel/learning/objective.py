@@ -27,6 +27,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mlem.conditions import Conditions
 from mlem.denoiser import Conditional, Denoiser, of_rows
@@ -192,7 +193,8 @@ class Objective(Law):
             return self.errors(weights, counts, indices, truth).mean(1)
 
         def along(tangent: Tensor) -> tuple[Tensor, Tensor]:
-            return torch.func.jvp(error, (weights,), (tangent,))  # type: ignore[return-value]
+            with sdpa_kernel(SDPBackend.MATH):  # the one kernel of attention that has a forward mode
+                return torch.func.jvp(error, (weights,), (tangent,))  # type: ignore[return-value]
 
         with warnings.catch_warnings():
             # torch compiles its rules of forward mode with what it has deprecated

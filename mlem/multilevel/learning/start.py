@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mlem.denoiser import NetworkDenoiser
 from mlem.family import Family
@@ -24,12 +24,16 @@ LARGEST = 0.99
 def frozen(family: Family, device: str | torch.device = "cpu") -> list[NetworkDenoiser]:
     """Copies of the levels for forward mode: in eval mode, without gradients, and in contiguous memory format.
 
-    (torch's group norm has no forward mode in channels_last.) The family's own networks stay as they are.
+    (torch's group norm has no forward mode in channels_last, nor where attention hands it a transposed tensor.) The
+    family's own networks stay as they are.
     """
     denoisers: list[NetworkDenoiser] = []
     for level in family.levels:
         network = copy.deepcopy(level.network).eval().requires_grad_(False)
         network.to(device=device, memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
+        for part in network.modules():
+            if isinstance(part, nn.GroupNorm):
+                part.register_forward_pre_hook(lambda norm, given: (given[0].contiguous(),))
         denoisers.append(NetworkDenoiser(network, family.schedule, level.prediction, level.schedule))
     return denoisers
 

@@ -1,0 +1,48 @@
+"""What `eval=` makes of `sample.py`: each choice with the options of its own. Nothing here imports torch or Hydra."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from mlem.arguments import MOST_STEPS
+from mlem.cli.fields import option
+from mlem.cli.values import LIST, SHARE, TEXT, one_of, whole
+
+__all__ = ["Benchmark", "Scaling", "Verb"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verb:
+    """Samples to make, a folder to score, or references to compute."""
+
+    name: str = option(one_of("samples", "folder", "ref", "benchmark", "scaling"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Benchmark(Verb):
+    """Error against time of a list of samplers."""
+
+    names: ClassVar = ("benchmark",)
+
+    solver: str = option(TEXT, "of the list; ddim for the ODE")
+    steps: list[int] = option(LIST, "of every level by itself")
+    reference_steps: int = option(whole(1, MOST_STEPS), "of the largest level, from the same noise")
+    plan_steps: int = option(whole(1, MOST_STEPS), "of levels together")
+    budget: float = option(SHARE, "their share of the largest level's cost at every step (FLOPs) where delta is 0")
+    deltas: list[float] = option(LIST, "added to the logit of every p_k but the first")
+    trials: int = option(whole(1), "draws of the coins at every delta")
+    coins: str = option(one_of("systematic", "bernoulli", "nested", "poisson"), "how the coins are tossed")
+    draws: int = option(whole(1), "bootstrap samples of the images")
+    shown: int = option(whole(0), "images of a row of samples; 0: none")
+    samplers: list[Any] = option(LIST, "name, solver, steps; grid, options; levels: each alone; or plan: together")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scaling(Verb):
+    """The scaling law of a family."""
+
+    names: ClassVar = ("scaling",)
+
+    cost: str = option(one_of("flops", "seconds"), "flops or seconds")
+    replicates: int = option(whole(100), "bootstrap samples of the images")
