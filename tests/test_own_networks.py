@@ -212,7 +212,7 @@ def test_a_shape_must_be_whole_numbers(shape: tuple[int, ...]) -> None:
 def test_networks_are_built_by_name() -> None:
     network = build("unet", "xs", (1, 8, 8), dropout=0.25)
     assert type(network).__name__ in CLASSES
-    with pytest.raises(ValueError, match=r"^network must be one of unet, got 'unt'; did you mean unet\?$"):
+    with pytest.raises(ValueError, match=r"^network must be one of unet, dit, got 'unt'; did you mean unet\?$"):
         build("unt", "xs", (1, 8, 8))
     with pytest.raises(ValueError, match=r"^unet has no option 'drop'; its options are dropout$"):
         build("unet", "xs", (1, 8, 8), drop=0.1)

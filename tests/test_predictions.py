@@ -172,8 +172,9 @@ class Exact(nn.Module):
         self.name = name
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        time, own = time.double()[:, None], COSINE
+        time, own = time.double()[:, None], FLOW
         if self.name in ("v", "eps", "x0"):
+            own = COSINE
             kappa = own.kappa((time + 1) / 1000)
             y = x * (1 + kappa**2).sqrt()
         else:

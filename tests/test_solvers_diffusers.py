@@ -377,6 +377,3 @@ def test_schedulers_sample_other_paths_too(schedule: NoiseSchedule) -> None:
     ours = sample(data, solver="ddim", steps=20, grid="trailing", **options).x
     theirs = sample(data, solver="diffusers:DDIMScheduler", steps=20, **options).x
     torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5)
-    exact = sample(data, solver="dpm_solver_pp", steps=400, **options).x
-    best = sample(data, solver="diffusers:UniPCMultistepScheduler", steps=100, **options).x
-    torch.testing.assert_close(best, exact, rtol=0, atol=2e-2)

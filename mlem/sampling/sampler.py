@@ -127,7 +127,7 @@ class Sampler:
         if self.points[0].pure_noise and self._input_dtype != torch.float64:
             raise ValueError(
                 "sampling begins where there is no signal, and a noise estimate in float32 says nothing of the data "
-                "there; give the denoiser any_dtype = True and compute in float64, or let the grid begin below t = 1"
+                "there; give the denoiser any_dtype = True and compute in float64, or take a grid from below t = 1"
             )
         self._quadrature: list[float] | None = None
         if self.plan is not None and self.plan.moves_state:
