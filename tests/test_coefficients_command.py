@@ -130,7 +130,7 @@ def test_a_plan_with_learned_probabilities_samples(learned: tuple[Path, str]) ->
     assert torch.isfinite(result.x).all()
     family.levels[0].network.conv_in.weight.data += 1  # type: ignore[operator, union-attr]
     with pytest.raises(
-        ValueError, match=r"other weights or guidance; fit them again: python train\.py model=coefficients"
+        ValueError, match=r"weights or guidance; fit them again: python train\.py model=coefficients"
     ):
         Sampler(Family(family.levels, family.fitted), solver="ddpm", steps=4, plan=plan)
 

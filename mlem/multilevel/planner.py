@@ -204,7 +204,7 @@ class _Planner:
     def _spending(self, levels: tuple[str, ...], budget: float) -> Plan | None:
         """The plan of coins on these levels that spends `budget`; None where none costs so little.
 
-        Coins can be as rare as one likes: where levels may be left out, a plan runs its largest once a sample on average.
+        Coins can be as rare as one likes: where levels may be left out, a plan runs its largest once a sample (mean).
         """
         costs = self._costs_of(levels)
 
