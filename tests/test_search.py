@@ -198,6 +198,12 @@ def test_where_nothing_else_fits_the_largest_level_is_left_out(estimator: str) -
         )
 
 
+def test_a_search_that_takes_long_shows_a_bar(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr("mlem.waiting.PATIENCE", -1.0)
+    plan("ddpm", 12, budget=0.5)
+    assert "searching for a plan of 12 evaluations" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("coins", ["systematic", "bernoulli"])
 def test_coins_too_rare_for_the_largest_level_leave_it_out(coins: str) -> None:
     """A probability of 1e-9 fits into any budget: what such a coin counts is never tossed, and 1e9 once it is."""
