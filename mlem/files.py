@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import IO, Any
 
 __all__ = [
+    "CHECKSUM",
     "atomic_write",
     "check_format",
     "check_writable",
+    "checksum",
     "clear_leftovers",
     "damaged",
     "first_process",
@@ -34,7 +36,8 @@ __all__ = [
     "writing",
 ]
 
-_CHECKSUM = "checksum"
+CHECKSUM = "checksum"
+"""The key, or the column, of what was written with its own checksum."""
 _REMEDY = "restore it or delete it and make it again"
 _OF_ANOTHER_KIND = (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError, RuntimeError)
 
@@ -163,10 +166,11 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
 
 def write_record(path: str | os.PathLike[str], value: Mapping[str, Any]) -> None:
     """Write a JSON object with its own checksum, which `read_json` compares: no flipped digit goes unnoticed."""
-    write_json(path, {**value, _CHECKSUM: _checksum(json.loads(json.dumps(value, allow_nan=False)))})
+    write_json(path, {**value, CHECKSUM: checksum(json.loads(json.dumps(value, allow_nan=False)))})
 
 
-def _checksum(value: Any) -> str:
+def checksum(value: Any) -> str:
+    """SHA-256 of plain data, whatever the order of its keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
@@ -176,10 +180,10 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}); {_REMEDY}") from error
-    if isinstance(value, dict) and _CHECKSUM in value and value.pop(_CHECKSUM) != _checksum(value):
+    if isinstance(value, dict) and CHECKSUM in value and value.pop(CHECKSUM) != checksum(value):
         raise ValueError(
             f"{path} differs from its checksum: it is damaged, or was edited; {_REMEDY} (or remove its line "
-            f'"{_CHECKSUM}" if you meant the edit)'
+            f'"{CHECKSUM}" if you meant the edit)'
         )
     return value
 

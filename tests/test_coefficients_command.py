@@ -129,7 +129,7 @@ def test_a_plan_with_learned_probabilities_samples(learned: tuple[Path, str]) ->
     result = Sampler(family, solver="ddpm", steps=4, grid="log_snr", plan=plan).run(range(2))
     assert torch.isfinite(result.x).all()
     family.levels[0].network.conv_in.weight.data += 1  # type: ignore[operator, union-attr]
-    with pytest.raises(ValueError, match=r"other weights; fit them again: python train\.py model=coefficients"):
+    with pytest.raises(ValueError, match=r"weights or guidance; fit them again: python train\.py model=coefficients"):
         Sampler(Family(family.levels, family.fitted), solver="ddpm", steps=4, plan=plan)
 
 
@@ -144,6 +144,17 @@ def test_a_finished_run_is_left_alone(learned: tuple[Path, str]) -> None:
     assert _learned(folder) == read_json(folder / RUN / "coefficients.json")
     with pytest.raises(ValueError, match=r"model\.learning_rate: 0\.05 there, 0\.1 now"):
         _run_in(folder, "model.learning_rate=0.1")
+
+
+def test_a_flipped_digit_of_learned_coefficients_is_noticed(learned: tuple[Path, str]) -> None:
+    """They are read back when the run is asked for again."""
+    path = learned[0] / RUN / "coefficients.json"
+    whole = path.read_text()
+    number = repr(read_json(path)["alpha"][1])
+    path.write_text(whole.replace(number, number[:-1] + str(9 - int(number[-1]))))
+    with pytest.raises(ValueError, match=r"coefficients\.json differs from its checksum"):
+        _run_in(learned[0])
+    path.write_text(whole)
 
 
 def test_force_leaves_finished_coefficients_alone(learned: tuple[Path, str]) -> None:

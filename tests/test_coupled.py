@@ -83,7 +83,7 @@ def test_a_row_for_each_run(measured: tuple[Path, str]) -> None:
     folder, printed = measured
     rows = read_rows(folder / "runs.csv")
     costs = ["calls_xs", "calls_s", "flops", *SECONDS, "mse", "mse_stderr", "image_mse"]
-    assert list(table(folder / "runs.csv")[0]) == [*KEY, *costs]
+    assert list(table(folder / "runs.csv")[0]) == [*KEY, *costs, "checksum"]
     assert len(rows) == ROWS
     assert [(row.levels, row.steps) for row in rows[:6]] == [(n, k) for k in (2, 4, 6) for n in ("xs", "s")]
     for row in rows[6:]:
@@ -159,7 +159,18 @@ def test_killed_and_restarted_gives_the_same_rows(measured: tuple[Path, str], fa
     monkeypatch.chdir(family)
     run_here("sample", *OPTIONS, "out=cut")
     assert table(path)[: len(cut)] == cut
-    assert table(path, *SECONDS) == table(measured[0] / "runs.csv", *SECONDS)
+    assert table(path, *SECONDS, "checksum") == table(measured[0] / "runs.csv", *SECONDS, "checksum")
+
+
+def test_a_flipped_digit_of_a_row_is_noticed(measured: tuple[Path, str], tmp_path: Path) -> None:
+    """And a row that was written without a checksum is read as ever."""
+    whole, path = (measured[0] / "runs.csv").read_text(), tmp_path / "runs.csv"
+    number = str(read_rows(measured[0] / "runs.csv")[2].mse)
+    path.write_text(whole.replace(number, number[:-1] + str(9 - int(number[-1])), 1))
+    with pytest.raises(ValueError, match=rf"^{path} was edited \(a row differs from its checksum\); restore it, or"):
+        read_rows(path)
+    path.write_text("".join(line.rpartition(",")[0] + "\n" for line in whole.splitlines()))
+    assert read_rows(path) == read_rows(measured[0] / "runs.csv")
 
 
 @pytest.mark.parametrize(

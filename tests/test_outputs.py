@@ -211,6 +211,17 @@ def test_partial_runs_merge_into_the_whole(whole: Path, tmp_path: Path) -> None:
     assert Ledger.from_dict(json.loads((tmp_path / "out/ledger.json").read_text())).images == 12
 
 
+def test_a_flipped_digit_of_a_ledger_is_noticed(copy: Path, tmp_path: Path) -> None:
+    """It would be added to the cost of every later run, and of every merge."""
+    path = copy / "ledger.json"
+    other = path.read_text().replace('"images": 12', '"images": 13')
+    assert other != path.read_text()
+    path.write_text(other)
+    for use in (lambda: make(copy, range(14)), lambda: merge(tmp_path / "out", [copy])):
+        with pytest.raises(ValueError, match=rf"^{path} differs from its checksum"):
+            use()
+
+
 def test_an_interrupted_merge_goes_on(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = sys.modules[merge.__module__]  # the package gives the function's name
     parts, calls, write = [whole, make(tmp_path / "a", range(12, 16))], [], module.atomic_write

@@ -198,6 +198,29 @@ def test_where_nothing_else_fits_the_largest_level_is_left_out(estimator: str) -
         )
 
 
+def test_a_search_that_takes_long_shows_a_bar(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr("mlem.waiting.PATIENCE", -1.0)
+    plan("ddpm", 12, budget=0.5)
+    assert "searching for a plan of 12 evaluations" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("coins", ["systematic", "bernoulli"])
+def test_coins_too_rare_for_the_largest_level_leave_it_out(coins: str) -> None:
+    """A probability of 1e-9 fits into any budget: what such a coin counts is never tossed, and 1e9 once it is."""
+    spec = family().plan(budget=0.05, cost="flops", estimator="jump", coins=coins)
+    with pytest.warns(UserWarning, match=r"^budget=0.05 is less than any plan with level 3 costs; with 1") as caught:
+        result = sample(family(), indices=range(2), solver="ddpm", steps=24, plan=spec)
+    assert "3" not in result.ledger.levels
+    assert float(str(caught[0].message).rpartition(" ")[2]) == pytest.approx(
+        plan("ddpm", 24, **vars(spec)).about["predicted_mse_of_plan"], rel=0.05
+    )
+    asked = plan("ddpm", 24, **vars(spec) | {"levels": ("1", "3")})
+    assert asked.levels == ("1", "3")
+    enough = plan("ddpm", 24, **vars(spec) | {"budget": 0.3})
+    assert enough.levels[-1] == "3"
+    assert enough.expected_calls[-1] >= 1
+
+
 def test_seconds_outside_the_networks_count() -> None:
     """A budget in seconds is a share of all that the largest level alone takes, of which steps take some anyway."""
     found = family().fitted.calibration_for(family())

@@ -22,7 +22,7 @@ from mlem.cli.resume import changes, check_resume, note_settings, resume_point
 from mlem.cli.schema import Learning, Train
 from mlem.conditions import conditions_of
 from mlem.family import Family
-from mlem.files import clear_leftovers, first_process, folder_lock, read_object, write_json
+from mlem.files import clear_leftovers, first_process, folder_lock, read_object, write_record
 from mlem.multilevel.coefficients import Coefficients
 from mlem.multilevel.fitted import Fitted
 from mlem.multilevel.learning import Objective, first_coefficients, frozen
@@ -176,7 +176,7 @@ def _learn(
         learned = module.objective.coefficients(module.theta)
         about = _about(module, family) | {"held_out": judged, "seconds": seconds}
         plain = Coefficients(learned.alpha, learned.beta, tuple(family.names), about).to_dict()
-        write_json(folder / "coefficients.json", plain)
+        write_record(folder / "coefficients.json", plain)
     trainer.strategy.barrier("coefficients written")
     return trainer.loggers
 

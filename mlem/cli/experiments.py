@@ -23,7 +23,7 @@ from mlem.comparison.equal_error import Advantage, Ratio
 from mlem.comparison.scaling import ERRORS, draw_scaling, held_out_errors, plain_fits, scaling_fits
 from mlem.comparison.summary import draw, ratios
 from mlem.family import Family
-from mlem.files import folder_lock, write_json
+from mlem.files import folder_lock, write_json, write_record
 from mlem.invocation import command
 from mlem.report import write_report
 
@@ -66,7 +66,7 @@ def error_against_time(job: Sample) -> None:
         found = ratios(comparison, runs, options.draws)
         draw(comparison, runs, out / "error_vs_time.png", options.shown)
         plain_ratios = [advantage.to_dict() for advantage in found]
-        write_json(out / "summary.json", {"caption": comparison.caption, "ratios": plain_ratios})
+        write_record(out / "summary.json", {"caption": comparison.caption, "ratios": plain_ratios})
     if out.parent == Path(job.root) and (out.parent / "report.html").exists():
         write_report(out.parent)  # which shows it too
     for message in dict.fromkeys(str(warning.message) for warning in caught):

@@ -17,7 +17,7 @@ from mlem.comparison.figures import error_vs_time, quality_vs_evaluations
 from mlem.comparison.row import MULTILEVEL, Row
 from mlem.comparison.setup import Setup
 from mlem.comparison.tally import Tally
-from mlem.files import atomic_write, write_json
+from mlem.files import atomic_write, write_record
 from mlem.images import image_grid
 
 __all__ = ["FIGURES", "Lineup", "write_evaluation"]
@@ -72,7 +72,7 @@ def write_evaluation(folder: Path, rows: Sequence[Row], pictures: dict[str, Tens
     for name, samples in pictures.items():
         with atomic_write(folder / "grids" / f"{name}.png") as file:
             image_grid(samples).save(file, format="PNG")
-    write_json(folder / "evaluation.json", {"caption": caption, "rows": [row.to_json() for row in rows]})
+    write_record(folder / "evaluation.json", {"caption": caption, "rows": [row.to_json() for row in rows]})
     # the reference itself, of no error, has no place on a logarithmic axis
     if drawable := [row for row in rows if row.mse > 0]:
         error_vs_time(drawable, folder / "error_vs_time.png", caption)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from mlem.files import damaged
+from mlem.files import CHECKSUM, checksum, damaged
 
 __all__ = ["KEY", "MULTILEVEL", "Row"]
 
@@ -145,11 +145,15 @@ class Row:
         cells |= {column: getattr(self, name) for name, column in _CSV.items()}
         cells |= {name: value for name, value in self.scores.items() if not name.endswith(_SPREAD)}
         cells["image_mse"] = " ".join(map(str, self.image_mse))
-        return {name: "" if value is None else str(value) for name, value in cells.items()}
+        plain = {name: "" if value is None else str(value) for name, value in cells.items()}
+        return {**plain, CHECKSUM: checksum(plain)}
 
     @staticmethod
     def from_csv(cells: Mapping[str, str]) -> Row:
-        """The row that `to_csv` wrote. Raises KeyError or ValueError for other cells."""
+        """The row that `to_csv` wrote, of older versions too. Raises KeyError or ValueError for other cells."""
+        cells = dict(cells)
+        if CHECKSUM in cells and cells.pop(CHECKSUM) != checksum(cells):
+            raise ValueError(f"a row differs from its {CHECKSUM}")
         texts = {name: cells[name] for name in ("sampler", "solver", "levels", "grid", "coins", "plan")}
         numbers: dict[str, Any] = {name: float(cells[column]) for name, column in _CSV.items()}
         calls = {name.removeprefix("calls_"): float(cells[name]) for name in cells if name.startswith("calls_")}

@@ -57,8 +57,7 @@ def plan_for_use(plan: Plan | PlanSpec, family: Family, solver: Solver, points: 
         asked |= own | {"spec": asdict(spec)}
         slow = spec.searched or spec.mse is not None
         made = family.kept.plan(asked, lambda: make_plan(spec, family, solver, points.grid), on_disk=slow)
-        free = spec.levels is None and spec.probabilities == "calibrated"
-        if free and made.levels and made.levels[-1] != family.names[-1]:
+        if spec.chooses_levels and made.levels and made.levels[-1] != family.names[-1]:
             _warn_of_missing_level(made, spec, family)
         return replace(made, about=made.about | own)
     if plan.about.keys() & _WORDS.keys():

@@ -94,8 +94,7 @@ def _subsets(spec: PlanSpec, levels: tuple[str, ...]) -> list[tuple[str, ...]]:
 
 def _without_largest(spec: PlanSpec, levels: tuple[str, ...]) -> list[tuple[str, ...]]:
     """The subsets that a plan may take where none with the largest level costs so little."""
-    free = spec.levels is None and spec.probabilities == "calibrated"
-    return _parts(levels[:-1])[1:] if free else []
+    return _parts(levels[:-1])[1:] if spec.chooses_levels else []
 
 
 def _parts(levels: tuple[str, ...]) -> list[tuple[str, ...]]:
@@ -205,7 +204,10 @@ class _Planner:
         return min(plans, key=predictor.choice)
 
     def _spending(self, levels: tuple[str, ...], budget: float) -> Plan | None:
-        """The plan of coins on these levels that spends `budget`; None where none costs so little."""
+        """The plan of coins on these levels that spends `budget`; None where none costs so little.
+
+        Coins can be as rare as one likes: where levels may be left out, a plan runs its largest once a sample (mean).
+        """
         costs = self._costs_of(levels)
 
         def spent(factor: float) -> float:
@@ -217,7 +219,9 @@ class _Planner:
         for _ in range(60):
             middle = math.sqrt(low * high)
             low, high = (middle, high) if spent(middle) <= budget else (low, middle)
-        return self._draw(levels, low)
+        plan = self._draw(levels, low)
+        never = self._spec.chooses_levels and plan.probabilities[:, -1].sum() < 1
+        return None if never else plan
 
     def _draw(self, levels: tuple[str, ...], factor: float) -> Plan:
         spec = self._spec

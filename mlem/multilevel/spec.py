@@ -99,6 +99,11 @@ class PlanSpec:
         return [name for name in TARGETS if getattr(self, name) is not None]
 
     @property
+    def chooses_levels(self) -> bool:
+        """Whether any set of levels may be taken, one without the largest where nothing else fits."""
+        return self.levels is None and self.probabilities == "calibrated"
+
+    @property
     def searched(self) -> bool:
         """Whether the evaluations that measure are searched for: no coin is tossed, every seed gives the same plan."""
         return ESTIMATORS[self.estimator].holds and self.probabilities == "calibrated" and self.coins is None

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mlem.files import atomic_write, read_object, write_json, write_record
+from mlem.files import atomic_write, read_object, write_record
 from mlem.images import image_grid, quantise
 from mlem.ledger import Ledger
 from mlem.outputs.images import read_png, sample_path, write_png
@@ -117,7 +117,7 @@ def finish(folder: Path, indices: Sequence[int], ledger: Ledger, hashes: Mapping
     if path.exists():
         total.add(Ledger.from_dict(read_object(path), str(path)))
     if ledger.images:
-        write_json(path, total.to_dict())
+        write_record(path, total.to_dict())
     return total.to_dict()
 
 

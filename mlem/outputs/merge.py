@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mlem.files import atomic_write, clear_leftovers, folder_lock, read_object, write_json
+from mlem.files import atomic_write, clear_leftovers, folder_lock, read_object, write_record
 from mlem.ledger import Ledger
 from mlem.outputs.folder import claim, differences, write_grid
 from mlem.outputs.images import sample_path
@@ -48,7 +48,7 @@ def merge(out: Path, parts: Sequence[Path]) -> int:
                     file.write(sample_path(part, index).read_bytes())
         hashes = there.noted | there.sound | {index: digest for index, (_, digest) in sources.items()}
         write_grid(out, sorted(hashes))
-        write_json(ledger, total.to_dict() | {"merged": [str(part) for part in parts]})
+        write_record(ledger, total.to_dict() | {"merged": [str(part) for part in parts]})
         write_manifest(out, hashes)
     return len(hashes)
 
