@@ -214,5 +214,5 @@ def test_networks_are_built_by_name() -> None:
     assert type(network).__name__ in CLASSES
     with pytest.raises(ValueError, match=r"^network must be one of unet, dit, got 'unt'; did you mean unet\?$"):
         build("unt", "xs", (1, 8, 8))
-    with pytest.raises(ValueError, match=r"^unet has no option 'drop'; its options are dropout$"):
+    with pytest.raises(ValueError, match=r"^unet has no option 'drop'; its options are dropout, attention, classes$"):
         build("unet", "xs", (1, 8, 8), drop=0.1)
