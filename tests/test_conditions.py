@@ -21,7 +21,7 @@ from mlem.sampling import sample
 from mlem.sampling.spreading import spread_rows
 from mlem.schedule import NoiseSchedule
 from mlem.solvers import SOLVERS, make_solver
-from tests.labelled import DEVIATIONS, gaussian_factor, labelled_family, labels, shrunk
+from tests.labelled import DEVIATIONS, PATHS, gaussian_factor, labelled_family, labels, shrunk
 
 COUNT = 32
 
@@ -33,20 +33,21 @@ def in_float64() -> Iterator[None]:
     torch.set_default_dtype(torch.float32)
 
 
-@pytest.fixture(scope="module")
-def calibrated() -> Family:
-    """A family of labelled Gaussians, calibrated."""
+@pytest.fixture(scope="module", params=PATHS)
+def calibrated(request: pytest.FixtureRequest) -> Family:
+    """A family of labelled Gaussians on each path, calibrated."""
     torch.set_default_dtype(torch.float64)
-    family = labelled_family()
+    family = labelled_family(path=request.param)
     found = pilot(family, calibrate(family, images=6, times=8, batch_sizes=[8]), images=3, reference_steps=64)
     family.fitted = Fitted(found)
     return family
 
 
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("value", range(4))
-def test_samples_of_a_class_have_its_law(value: int) -> None:
-    found = shrunk(labelled_family(), value)
-    assert torch.allclose(found, gaussian_factor(DEVIATIONS[value].item()), rtol=1e-3)
+def test_samples_of_a_class_have_its_law(value: int, path: str) -> None:
+    found = shrunk(labelled_family(path=path), value)
+    assert torch.allclose(found, gaussian_factor(DEVIATIONS[value].item(), path=path), rtol=2e-3)
 
 
 def test_without_conditions_classes_take_turns() -> None:
@@ -55,10 +56,11 @@ def test_without_conditions_classes_take_turns() -> None:
     assert torch.equal(sample(family, indices=range(7, 20), steps=5).x, given.x)
 
 
-@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize(("path", "guided"), [("vp", False), ("vp", True), ("edm", False), ("flow", True)])
 @pytest.mark.parametrize("solver", SOLVERS)
-def test_an_index_has_one_image_in_any_batch_by_every_solver(solver: str, guided: bool) -> None:
-    family = labelled_family().guided(1.5) if guided else labelled_family()
+def test_an_index_has_one_image_in_any_batch_by_every_solver(solver: str, path: str, guided: bool) -> None:
+    family = labelled_family(path=path)
+    family = family.guided(1.5) if guided else family
     options: dict[str, Any] = {"solver": solver, "steps": 6, "conditions": labels([2, 0, 3, 1, 1])}
     whole = sample(family, indices=range(COUNT), batch_size=COUNT, **options).x
     for size in (1, 7):
@@ -132,8 +134,9 @@ def test_levels_may_be_told_different_things() -> None:
         sample(family, indices=range(2), steps=2)
 
 
-def test_with_certain_coins_the_levels_give_the_largest_one() -> None:
-    family = labelled_family()
+@pytest.mark.parametrize("path", PATHS)
+def test_with_certain_coins_the_levels_give_the_largest_one(path: str) -> None:
+    family = labelled_family(path=path)
     plan = Plan.draw(torch.ones(6, 2, dtype=torch.float64), levels=tuple(family.names))
     options: dict[str, Any] = {"indices": range(9), "steps": 6, "conditions": labels([2, 0, 3, 1, 1])}
     assert torch.equal(sample(family, plan=plan, **options).x, sample(family, **options).x)
@@ -153,7 +156,8 @@ def test_calibrated_plans_and_coins_of_each_sample_keep_conditions_apart(calibra
 
 def test_a_calibration_depends_on_its_conditions_alone(calibrated: Family) -> None:
     def measured(**options: Any) -> Tensor:
-        return calibrate(labelled_family(), images=6, times=8, batch_sizes=[8], **options).responses["ode"].inner
+        levels = calibrated.levels
+        return calibrate(Family(levels), images=6, times=8, batch_sizes=[8], **options).responses["ode"].inner
 
     assert calibrated.fitted.calibration is not None
     turns = calibrated.fitted.calibration.responses["ode"].inner

@@ -19,7 +19,7 @@ from mlem.multilevel.plan import Plan
 from mlem.networks import flops
 from mlem.sampling import sample
 from mlem.schedule import NoiseSchedule
-from tests.labelled import CLASSES, DEVIATIONS, gaussian_factor, labelled_family, labels, shrunk
+from tests.labelled import CLASSES, DEVIATIONS, PATHS, gaussian_factor, labelled_family, labels, shrunk
 
 SCALE = 1.5
 
@@ -31,20 +31,23 @@ def in_float64() -> Iterator[None]:
     torch.set_default_dtype(torch.float32)
 
 
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("value", range(CLASSES))
-def test_classifier_free_guidance_has_the_law_of_the_guided_score(value: int) -> None:
-    found = shrunk(labelled_family().guided(SCALE), value)
-    truth = gaussian_factor(DEVIATIONS[value].item(), SCALE) * gaussian_factor(DEVIATIONS[-1].item(), 1 - SCALE)
+def test_classifier_free_guidance_has_the_law_of_the_guided_score(value: int, path: str) -> None:
+    found = shrunk(labelled_family(path=path).guided(SCALE), value)
+    truth = gaussian_factor(DEVIATIONS[value].item(), SCALE, path=path)
+    truth *= gaussian_factor(DEVIATIONS[-1].item(), 1 - SCALE, path=path)
     assert torch.allclose(found, truth, rtol=2e-3)
 
 
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("value", range(CLASSES))
-def test_autoguidance_has_the_law_of_the_guided_score(value: int) -> None:
-    family = labelled_family()
+def test_autoguidance_has_the_law_of_the_guided_score(value: int, path: str) -> None:
+    family = labelled_family(path=path)
     by_name = family.guided(SCALE, weak="1")
     found = shrunk(by_name, value)
     own = DEVIATIONS[value].item()
-    truth = gaussian_factor(own, SCALE) * gaussian_factor(1.3 * own, 1 - SCALE)
+    truth = gaussian_factor(own, SCALE, path=path) * gaussian_factor(1.3 * own, 1 - SCALE, path=path)
     assert torch.allclose(found, truth, rtol=2e-3)
     assert by_name.level("1") is family.level("1")
     assert torch.equal(shrunk(Family([family.level("2")]).guided(SCALE, weak=family.level("1")), value), found)
