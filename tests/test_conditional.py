@@ -18,7 +18,7 @@ from mlem.files import read_json
 from mlem.level import Level
 from mlem.metrics.denoising import denoising_errors
 from mlem.multilevel.learning import Objective, frozen
-from mlem.networks import dit, told, unet
+from mlem.networks import build, dit, parameters, told, unet
 from mlem.sampling import sample
 from mlem.schedule import NoiseSchedule
 from mlem.solvers import make_solver
@@ -167,6 +167,19 @@ def test_classes_that_are_not_there_are_said(options: tuple[str, ...], message: 
 def test_dry_run_of_conditional_networks(tmp_path: Path) -> None:
     printed = run_in(tmp_path, lambda: run_here("train", "model=unet_xs", "model.conditional=true", "dry_run=true"))
     assert "xs: 40,841 parameters, 1.9 MFLOPs for an image, about " in printed
+
+
+def test_the_top_of_cifar10_is_the_published_network_and_recipe() -> None:
+    """Ho et al., arXiv:2006.11239, section 4 and appendix B."""
+    asked = job("train", "experiment=cifar10")
+    with torch.device("meta"):
+        network = build(asked.model.architecture, asked.model.sizes[-1], (3, 32, 32), attention=asked.model.attention)
+    assert parameters(network) == 35_746_307
+    model, training = asked.model, asked.training
+    assert (model.attention, model.dropout, model.prediction, asked.schedule["kind"]) == (True, 0.1, "eps", "linear")
+    assert (training.batch_size, training.steps, training.learning_rate) == (128, 800_000, 2e-4)
+    assert (training.warmup_steps, training.final_rate, training.gradient_clip) == (5000, 1.0, 1.0)
+    assert (training.beta2, training.weight_decay, training.average_decay, training.flip) == (0.999, 0.0, 0.9999, True)
 
 
 def test_settings_of_older_runs_agree() -> None:
