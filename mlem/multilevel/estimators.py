@@ -215,7 +215,7 @@ def _revised(measured: Table) -> Table:
     begun = np.logical_or.accumulate(measured, axis=-2)[..., :-1, :]  # it was measured before
     again[..., 1:, :] &= begun
     again[..., 0, :] = False
-    return again[..., 1:].any(-1)
+    return np.logical_or.reduce(again[..., 1:], axis=-1)
 
 
 def _level_above(table: Table) -> Table:
