@@ -3,8 +3,9 @@
     python benchmarks/budgets.py FAMILY ... [--rounds 5] [--out FILE]
 
 Of calibrated families, in batches of 64 (the size that was timed): the wall seconds of a plan over what its calibration
-predicts, and over `budget` times those of the largest level alone at every step, run in turns. Run it on a machine that
-does nothing else.
+predicts, and over `budget` times those of the largest level alone at every step, run in turns. The table at the end has
+the shares outside, also of a hindsight plan with measurements at fixed rows: of the second level at every 6th, of the
+third at every 12th, and so on. Run it on a machine that does nothing else.
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from measuring import processor, spread
 
 from mlem.family import Family
 from mlem.files import write_json
+from mlem.multilevel.plan import Plan
 from mlem.sampling import Sampler
 
 BATCH = 64
@@ -28,9 +31,15 @@ CASES = (("ddpm", 32), ("ddpm", 128), ("dpm_solver_pp", 32), ("dpm_solver_pp", 1
 BUDGETS = (0.5, 0.7)
 
 
-def row_of(family: Family, solver: str, steps: int, budget: float, rounds: int) -> dict[str, Any]:
-    """One plan against the largest level alone."""
-    plan = family.plan(budget=budget)
+def fixed_plan(levels: int, steps: int) -> Plan:
+    """The hindsight plan with measurements at fixed rows."""
+    every = torch.tensor([1, *(6 * 2**k for k in range(levels - 1))])
+    return Plan.given(torch.arange(steps)[:, None] % every == 0)
+
+
+def row_of(family: Family, solver: str, steps: int, budget: float | None, rounds: int) -> dict[str, Any]:
+    """One plan against the largest level alone: of this budget, or with measurements at fixed rows."""
+    plan = fixed_plan(len(family.levels), steps) if budget is None else family.plan(budget=budget)
     samplers = {"plan": Sampler(family, solver=solver, steps=steps, plan=plan)}
     samplers["alone"] = Sampler(family, solver=solver, steps=steps)
     about = samplers["plan"].plan.about if samplers["plan"].plan is not None else {}
@@ -43,17 +52,14 @@ def row_of(family: Family, solver: str, steps: int, budget: float, rounds: int) 
             ledger = sampler.run(range(BATCH)).ledger
             wall[name].append(ledger.wall_seconds)
             outside[name].append(100 * (1 - ledger.network_seconds / ledger.wall_seconds))
-    promised = [budget * alone for alone in wall["alone"]]
-    return {
-        "family": family.data,
-        "solver": solver,
-        "steps": steps,
-        "budget": budget,
-        "wall over promised": spread([a / b for a, b in zip(wall["plan"], promised, strict=True)]),
-        "wall over predicted": spread([a / (BATCH * about["predicted_seconds"]) for a in wall["plan"]]),
-        "percent outside, plan": spread(outside["plan"]),
-        "percent outside, largest level": spread(outside["alone"]),
-    }
+    row: dict[str, Any] = {"family": family.data, "solver": solver, "steps": steps, "budget": budget or "fixed rows"}
+    if budget is not None:
+        promised = [budget * alone for alone in wall["alone"]]
+        row["wall over promised"] = spread([a / b for a, b in zip(wall["plan"], promised, strict=True)])
+        row["wall over predicted"] = spread([a / (BATCH * about["predicted_seconds"]) for a in wall["plan"]])
+    row["percent outside, plan"] = spread(outside["plan"])
+    row["percent outside, largest level"] = spread(outside["alone"])
+    return row
 
 
 def main() -> None:
@@ -66,9 +72,12 @@ def main() -> None:
     for folder in options.families:
         family = Family.load(folder)
         for solver, steps in CASES:
-            for budget in BUDGETS:
+            for budget in (None, *BUDGETS):
                 rows.append(row_of(family, solver, steps, budget, options.rounds))
                 print(json.dumps(rows[-1]), flush=True)
+    for row in rows:
+        shares = (f"{row[f'percent outside, {what}']['median']:5.1f}" for what in ("plan", "largest level"))
+        print(f"{row['family']:16s} {row['solver']:14s} {row['steps']:4d} {row['budget']!s:11s}", *shares)
     write_json(options.out, {"machine": processor(), "rounds": options.rounds, "rows": rows})
 
 

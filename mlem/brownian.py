@@ -56,7 +56,7 @@ class _Split(NamedTuple):
 
 _SPANS = (500, 100, 20, 10, 5, 1)
 
-AT_ONCE = 1 << 16
+AT_ONCE = 1 << 17
 """Numbers that are drawn at once: more would leave the cache, fewer be all overhead."""
 
 

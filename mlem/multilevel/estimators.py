@@ -14,7 +14,8 @@ Weights are collected before anything is evaluated: `F = sum_k w_k f^k` with `w_
 `g^k`; and a level of weight zero is not run, unless a held correction has to be measured.
 
 Lives here: which levels run, what is predicted of the error, and which evaluator makes a trajectory. The evaluators
-themselves stand in `evaluators.py`. Tables are (R, K): R evaluations, K levels; of held corrections also (.., R, K).
+themselves stand in `evaluators.py`. Tables are (R, K): R evaluations, K levels. Those of which levels run may be many
+at once, (.., R, K), and are numpy's, as a search asks for thousands of small ones.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -39,6 +41,7 @@ __all__ = ["ESTIMATORS", "Estimator", "Held", "Hindsight", "Jump", "collect", "e
 Levels = Sequence[Denoiser]
 Quadrature = Sequence[float] | None
 Array = NDArray[Any]
+Table = NDArray[np.bool_]
 
 
 class Estimator(ABC):
@@ -68,22 +71,21 @@ class Estimator(ABC):
     def correction_weights(self, counts: Tensor, probabilities: Tensor) -> Tensor:
         """W_k, the weights of the corrections: float64."""
 
-    def stored(self, counts: Tensor, order: int) -> Tensor:
-        """Where a correction is measured and used again at a later row: bool."""
-        return torch.zeros_like(counts, dtype=torch.bool)
+    def stored(self, measured: Table, order: int) -> Table:
+        """Where a correction is measured and used again at a later row."""
+        return np.zeros_like(measured)
 
-    def revising(self, counts: Tensor) -> Tensor:
-        """The levels that run to move the state before a row is evaluated: bool."""
-        return torch.zeros_like(counts, dtype=torch.bool)
+    def revising(self, measured: Table) -> Table:
+        """The levels that run to move the state before a row is evaluated."""
+        return np.zeros_like(measured)
 
-    def evaluated(self, counts: Tensor, weights: Tensor, order: int) -> Tensor:
-        """The levels that run at each evaluation, whose collected weights these are: bool."""
-        return weights != 0
+    def evaluated(self, measured: Table, weighed: Table, order: int) -> Table:
+        """The levels that run at each evaluation; weighed: those whose collected weight is not zero."""
+        return weighed
 
-    def runs(self, counts: Tensor, probabilities: Tensor, order: int) -> Tensor:
-        """How often each level is evaluated at each row: int64."""
-        weights = collect(self.correction_weights(counts, probabilities))
-        return self.evaluated(counts, weights, order).long() + self.revising(counts).long()
+    def runs(self, measured: Table, weighed: Table, order: int) -> NDArray[np.int64]:
+        """How often each level is evaluated at each row."""
+        return self.evaluated(measured, weighed, order).astype(np.int64) + self.revising(measured)
 
     @abstractmethod
     def deviations(self, weights: Array, scale: Array, times: Array, holding: Holding) -> Array:
@@ -151,20 +153,18 @@ class Held(Estimator):
     def correction_weights(self, counts: Tensor, probabilities: Tensor) -> Tensor:
         return counts.bool().double()  # measured or not, however often its coin fell
 
-    def stored(self, counts: Tensor, order: int) -> Tensor:
-        measured = counts.bool()
+    def stored(self, measured: Table, order: int) -> Table:
         later = _next(measured)
-        number = torch.arange(counts.shape[-2])[:, None]
-        gap = measured & (later > number + 1)
+        last = measured.shape[-2] - 1
+        gap = measured & (later > np.arange(1, last + 2)[:, None])
         if order == 0:
             return gap
         # a straight line needs the last two
-        last = counts.shape[-2] - 1
-        return gap | (measured & (later <= last) & gap.gather(-2, later.clamp(max=last)))
+        return gap | (measured & (later <= last) & np.take_along_axis(gap, np.minimum(later, last), -2))
 
-    def evaluated(self, counts: Tensor, weights: Tensor, order: int) -> Tensor:
-        stored = self.stored(counts, order)
-        return (weights != 0) | stored | _level_above(stored)
+    def evaluated(self, measured: Table, weighed: Table, order: int) -> Table:
+        stored = self.stored(measured, order)
+        return weighed | stored | _level_above(stored)
 
     def deviations(self, weights: Array, scale: Array, times: Array, holding: Holding) -> Array:
         return holding.deviations(weights != 0, scale, times, hindsight=self.moves_state)
@@ -176,15 +176,13 @@ class Held(Estimator):
 class Hindsight(Held):
     name = "hindsight"
 
-    def revising(self, counts: Tensor) -> Tensor:
-        measured = counts.bool()
+    def revising(self, measured: Table) -> Table:
         # the newest measurements are added to the cheapest level, which is then evaluated at the new state
-        return _revised(counts)[..., None] & (measured | _level_above(measured))
+        return _revised(measured)[..., None] & (measured | _level_above(measured))
 
-    def evaluated(self, counts: Tensor, weights: Tensor, order: int) -> Tensor:
-        cheapest = torch.zeros_like(counts, dtype=torch.bool)
-        cheapest[..., 0] = True
-        return torch.where(_revised(counts)[..., None], cheapest, super().evaluated(counts, weights, order))
+    def evaluated(self, measured: Table, weighed: Table, order: int) -> Table:
+        cheapest = np.arange(measured.shape[-1]) == 0
+        return np.where(_revised(measured)[..., None], cheapest, super().evaluated(measured, weighed, order))
 
     def evaluator(self, levels: Levels, schedule: NoiseSchedule, program: Program, quadrature: Quadrature) -> Evaluator:
         if quadrature is None:
@@ -201,24 +199,30 @@ def estimator_called(name: str) -> Estimator:
     return ESTIMATORS[name]
 
 
-def _next(measured: Tensor) -> Tensor:
+def _next(measured: Table) -> NDArray[np.intp]:
     """For each row the number of the next row, after it, at which a level is measured, R where there is none."""
     rows = measured.shape[-2]
-    number = torch.where(measured, torch.arange(rows)[:, None], rows).flip(-2).cummin(-2).values.flip(-2)
-    return torch.cat([number[..., 1:, :], torch.full_like(number[..., :1, :], rows)], -2)
+    number = np.full(measured.shape, rows)
+    later = np.where(measured, np.arange(rows)[:, None], rows)[..., :0:-1, :]
+    number[..., :-1, :] = np.minimum.accumulate(later, axis=-2)[..., ::-1, :]
+    return number
 
 
-def _revised(counts: Tensor) -> Tensor:
-    """Rows at which a correction is measured again after a gap: (.., R) bool."""
-    measured = counts.bool()
-    before = torch.cat([torch.zeros_like(measured[..., :1, :]), measured[..., :-1, :]], -2)
-    begun = measured.long().cumsum(-2) > 1  # it was measured before
-    return (measured & ~before & begun)[..., 1:].any(-1)
+def _revised(measured: Table) -> Table:
+    """Rows at which a correction is measured again after a gap: (.., R)."""
+    again = measured.copy()
+    again[..., 1:, :] &= ~measured[..., :-1, :]
+    begun = np.logical_or.accumulate(measured, axis=-2)[..., :-1, :]  # it was measured before
+    again[..., 1:, :] &= begun
+    again[..., 0, :] = False
+    return np.logical_or.reduce(again[..., 1:], axis=-1)
 
 
-def _level_above(table: Tensor) -> Tensor:
-    """For each level what holds of the level above it: bool."""
-    return torch.cat([table[..., 1:], torch.zeros_like(table[..., :1])], -1)
+def _level_above(table: Table) -> Table:
+    """For each level what holds of the level above it."""
+    above = np.zeros_like(table)
+    above[..., :-1] = table[..., 1:]
+    return above
 
 
 def collect(weights: Tensor) -> Tensor:

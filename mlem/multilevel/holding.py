@@ -75,21 +75,26 @@ class Holding:
         plans, rows = measured.shape
         number, plan = np.arange(rows), np.arange(plans)[:, None]
         last = np.maximum.accumulate(np.where(measured, number, 0), axis=1)
-        second = last
-        if self.order:
-            before = np.zeros_like(last)
-            before[:, 1:] = last[:, :-1]
-            second = before[plan, last]  # the one before the last
-        first = np.ones(measured.shape), np.zeros(measured.shape)
-        passed = times - times[last]
-        weights = self._extrapolation(passed, times[second] - times[last], second == last)
+        since = times[last]
+        passed = times - since
+        # where a correction is measured nothing has passed, and the measurement weighs 1
+        later = np.full_like(last, rows)
         if hindsight:
             later = np.minimum.accumulate(np.where(measured, number, rows)[:, ::-1], axis=1)[:, ::-1]
-            between = later < rows
-            second = np.where(between, later, second)
-            span = np.where(between & ~measured, times[second] - times[last], 1.0)
-            weights = _chosen(between, self._between(passed, span), weights)
-        weights = _chosen(measured, first, weights)
+        between = later < rows
+        if between.all():
+            second, weights = later, self._between(passed, np.where(measured, 1.0, times[later] - since))
+        else:
+            second = last
+            if self.order:
+                before = np.zeros_like(last)
+                before[:, 1:] = last[:, :-1]
+                second = before[plan, last]  # the one before the last
+            weights = self._extrapolation(passed, times[second] - since, second == last)
+            if between.any():
+                second = np.where(between, later, second)
+                span = np.where(between & ~measured, times[second] - since, 1.0)
+                weights = _chosen(between, self._between(passed, span), weights)
         said = np.bincount((plan * rows + last).ravel(), (scale * weights[0]).ravel(), plans * rows)
         said += np.bincount((plan * rows + second).ravel(), (scale * weights[1]).ravel(), plans * rows)
         return said.reshape(plans, rows) - scale

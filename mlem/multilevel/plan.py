@@ -15,7 +15,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from mlem.files import check_format, damaged, read_object, write_record
@@ -176,6 +178,14 @@ class Plan:
             raise ValueError("every sample has its own coins: ask sample_weights(indices)")
         return self.counts
 
+    @property
+    def _measured(self) -> NDArray[np.bool_]:
+        return self._shared_counts.bool().numpy()
+
+    @property
+    def _weighed(self) -> NDArray[np.bool_]:
+        return (self.weights != 0).numpy()
+
     @cached_property
     def correction_weights(self) -> Tensor:
         """W_k, the weights of the corrections: (R, K) float64."""
@@ -193,12 +203,12 @@ class Plan:
     @cached_property
     def stored(self) -> Tensor:
         """Where a held correction is measured and used again at a later row: (R, K) bool."""
-        return self._estimator.stored(self._shared_counts, self.order)
+        return torch.from_numpy(self._estimator.stored(self._measured, self.order))
 
     @cached_property
     def revising(self) -> Tensor:
         """The levels that run to move the state before a row is evaluated: (R, K) bool."""
-        return self._estimator.revising(self._shared_counts)
+        return torch.from_numpy(self._estimator.revising(self._measured))
 
     @property
     def revised(self) -> Tensor:
@@ -208,7 +218,7 @@ class Plan:
     @cached_property
     def evaluated(self) -> Tensor:
         """The levels that run to evaluate a row: (R, K) bool."""
-        return self._estimator.evaluated(self._shared_counts, self.weights, self.order)
+        return torch.from_numpy(self._estimator.evaluated(self._measured, self._weighed, self.order))
 
     @cached_property
     def program(self) -> Program:
@@ -219,7 +229,7 @@ class Plan:
     @property
     def runs(self) -> Tensor:
         """How often each level is evaluated at each row: (R, K) int64."""
-        return self._estimator.runs(self._shared_counts, self.probabilities, self.order)
+        return torch.from_numpy(self._estimator.runs(self._measured, self._weighed, self.order))
 
     @property
     def calls(self) -> Tensor:

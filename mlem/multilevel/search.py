@@ -108,7 +108,7 @@ class _Search:
         self._scale, self._times = predictor.scale.numpy(), predictor.times.numpy()
         self._rows, self._budget = predictor.rows, budget
         names = predictor.calibration.names
-        self._costs = costs[[names.index(name) for name in levels]]
+        self._costs = costs[[names.index(name) for name in levels]].numpy()
         *self._groups, self._missing = predictor.groups(levels)
         if self._groups:
             worth = predictor.worth(self._groups[0]).numpy()
@@ -151,7 +151,7 @@ class _Search:
             alone = np.ones((1, self._rows, 1), dtype=bool)
             return alone[self._fitting(alone)]
         kinds = list(itertools.product(POWERS, itertools.product(MULTIPLES, repeat=len(self.levels) - 2)))
-        most = min(self._rows, int(self._budget / self._costs[-1].item()))
+        most = min(self._rows, int(self._budget / self._costs[-1]))
         low, high = np.zeros(len(kinds), dtype=int), np.full(len(kinds), most)
         while (low < high).any():
             middle = (low + high + 1) // 2
@@ -177,9 +177,10 @@ class _Search:
 
     def _cost(self, tables: Table) -> Array:
         """What these tables (N, R, K) cost: (N,)."""
-        counts = torch.from_numpy(tables).long()
-        runs = self._estimator.runs(counts, counts, self._order)
-        return (runs.sum(1) * self._costs).sum(1).numpy()
+        weighed = tables.copy()
+        weighed[..., :-1] ^= tables[..., 1:]
+        runs = self._estimator.runs(tables, weighed, self._order)
+        return (runs.sum(1) * self._costs).sum(1)
 
     def _cost_after(self, state: _Moving, row: int, place: int) -> float:
         """What the table costs when the measurements of a row are moved; rows far from both cost what they did."""

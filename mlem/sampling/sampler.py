@@ -31,7 +31,7 @@ from mlem.noise import check_indices
 from mlem.sampling.hooks import Hooks, Revise, Start, Watch, started
 from mlem.sampling.metered import MeteredModel, Model
 from mlem.sampling.nonfinite import FirstFailure, suspects
-from mlem.sampling.spreading import spread_rows
+from mlem.sampling.spreading import own_rows, spread_rows
 from mlem.schedule import NoiseSchedule
 from mlem.solvers import (
     EvaluationPoint,
@@ -163,6 +163,11 @@ class Sampler:
         """What these samples begin with, noise x_T ~ N(0, I) unless `start` says otherwise: (B,) -> (B, *shape)."""
         return started(self._first, indices, starting_noise(self.seed, indices, self.shape))
 
+    @property
+    def _shared(self) -> bool:
+        """Whether ranks share the rows of each call."""
+        return self._spread and torch.distributed.is_initialized()
+
     def run(self, indices: Sequence[int]) -> Result:
         """The samples with these indices, as one batch.
 
@@ -195,7 +200,9 @@ class Sampler:
             denoiser = self._model.denoiser_for(index, self.conditions)
             estimate = partial(self._estimate, partial(denoiser_at, denoiser))
         else:
-            run = self._model.multilevel.begin(index, self._quadrature, self.conditions)
+            # of a plan every call is of the whole batch: levels are told of the rows that this rank evaluates
+            told = index[own_rows(len(index))] if self._shared else index
+            run = self._model.multilevel.begin(told, self._quadrature, self.conditions)
             estimate, revise = partial(self._estimate, run.denoiser_at), partial(self._revise, run, revise)
         seen = None if watch is None else hooks.watch
         start = x_T.contiguous(memory_format=torch.channels_last) if x_T.dim() == 4 else x_T
@@ -208,7 +215,7 @@ class Sampler:
         if isinstance(place, ScatteredPoints):
             denoiser = of_rows(denoiser, place.rows)
         x, t = (part.to(self._input_dtype) for part in model_input(self.schedule, y, place))
-        if self._spread and torch.distributed.is_initialized():
+        if self._shared:
             return spread_rows(lambda mine: self._denoise(of_rows(denoiser, mine), x[mine], t[mine]), len(x))
         return self._denoise(denoiser, x, t)
 

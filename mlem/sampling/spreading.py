@@ -7,7 +7,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = ["spread_rows"]
+__all__ = ["own_rows", "spread_rows"]
+
+
+def own_rows(count: int) -> slice:
+    """The rows of `count` that this rank evaluates; one without any repeats the last."""
+    rank, size = torch.distributed.get_rank(), -(-count // torch.distributed.get_world_size())
+    return slice(min(rank * size, count - 1), (rank + 1) * size)
 
 
 def spread_rows(denoise: Callable[[slice], Tensor], count: int) -> Tensor:
@@ -17,10 +23,9 @@ def spread_rows(denoise: Callable[[slice], Tensor], count: int) -> Tensor:
         denoise: rows -> their eps.
         count: B, of all rows, the same on every rank.
     """
-    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    world_size = torch.distributed.get_world_size()
     size = -(-count // world_size)
-    mine = slice(min(rank * size, count - 1), (rank + 1) * size)  # a rank without rows repeats the last
-    own = denoise(mine)
+    own = denoise(own_rows(count))
     own = torch.cat([own, own[-1:].expand(size - len(own), *own.shape[1:])]).contiguous()
     found = [torch.empty_like(own) for _ in range(world_size)]
     torch.distributed.all_gather(found, own)
