@@ -10,10 +10,12 @@ setup: .venv/installed
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e ".[dev]"
 	# beside the environment, for the tests of FID: its torchvision would not fit a CPU torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps --upgrade \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt --no-deps --upgrade \
 		--target .venv/fidelity torch-fidelity
+	# on all cores, where pip would compile file by file; files for another Python are left
+	$(BIN)/python -m compileall -qq -j 0 .venv/lib .venv/fidelity || true
 	@touch $@
 
 demo: setup  ## train xs, s and m on the digits, sample them, draw the figures: runs/demo/
