@@ -129,7 +129,7 @@ def test_a_plan_with_learned_probabilities_samples(learned: tuple[Path, str]) ->
     result = Sampler(family, solver="ddpm", steps=4, grid="log_snr", plan=plan).run(range(2))
     assert torch.isfinite(result.x).all()
     family.levels[0].network.conv_in.weight.data += 1  # type: ignore[operator, union-attr]
-    with pytest.raises(ValueError, match=r"other weights; fit them again: python train\.py model=coefficients"):
+    with pytest.raises(ValueError, match=r"other weights or guidance; fit them again: python train\.py model=coefficients"):
         Sampler(Family(family.levels, family.fitted), solver="ddpm", steps=4, plan=plan)
 
 
