@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +20,6 @@ from mlem.multilevel.memorise import memorise
 from mlem.multilevel.pilot import pilot
 from mlem.multilevel.plan import Plan
 from mlem.sampling import sample
-from mlem.sampling.spreading import spread_rows
 from mlem.schedule import NoiseSchedule
 from mlem.solvers import SOLVERS, make_solver
 from tests.labelled import DEVIATIONS, PATHS, gaussian_factor, labelled_family, labels, shrunk
@@ -80,25 +81,35 @@ def test_parallel_midpoints_in_flight_have_the_conditions_of_their_sample(chunk:
         assert (alone[0] - together[index]).abs().max() < 1e-9
 
 
-def test_ranks_that_share_a_call_share_its_conditions(monkeypatch: pytest.MonkeyPatch) -> None:
-    # what the other ranks would compute is computed here, in turn
-    shares: list[slice] = []
+SHARED: dict[str, dict[str, Any]] = {
+    "ddim": {"solver": "ddim"},
+    "parallel": {"solver": make_solver("parallel_midpoint", midpoints=3, window=6, rounds=4, chunk=5)},
+    "plan": {"plan": Plan.draw(torch.tensor([[1.0, 0.5]]).expand(6, 2), coins="systematic", levels=("1", "2"))},
+}
 
-    def denoise(rows: slice) -> Tensor:
-        shares.append(rows)
-        return torch.arange(7.0)[rows]
 
-    def gather(found: list[Tensor], own: Tensor) -> None:
-        for rank in range(3):
-            start = min(rank * 3, 6)
-            part = torch.arange(7.0)[start : (rank + 1) * 3]
-            found[rank].copy_(torch.cat([part, part[-1:].expand(3 - len(part))]))
+def sampled(name: str, **options: Any) -> Tensor:
+    """Samples of which every row has another label than its neighbours."""
+    usual: dict[str, Any] = {"steps": 6, "indices": range(7), "conditions": labels([2, 0, 3, 1])}
+    return sample(labelled_family(), **usual | SHARED[name] | options).x
 
-    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 2)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 3)
-    monkeypatch.setattr(torch.distributed, "all_gather", gather)
-    assert torch.equal(spread_rows(denoise, 7), torch.arange(7.0))
-    assert shares == [slice(6, 9)]
+
+def sample_on_rank(rank: int, folder: Path) -> None:
+    """One process of two."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    rendezvous = f"file://{folder}/meet"
+    torch.distributed.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2)
+    torch.save({name: sampled(name, spread=True) for name in SHARED}, folder / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_ranks_that_share_a_call_share_its_conditions(tmp_path: Path) -> None:
+    torch.multiprocessing.start_processes(sample_on_rank, (tmp_path,), nprocs=2, start_method="fork")
+    for rank in range(2):
+        found = torch.load(tmp_path / f"{rank}.pt")
+        for name in SHARED:
+            assert (found[name] - sampled(name)).abs().max() < 1e-9
 
 
 class Text(nn.Module):

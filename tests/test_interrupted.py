@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +174,7 @@ def test_a_command_that_is_still_importing_says_one_line(command: list[str]) -> 
         maps = Path(f"/proc/{process.pid}/maps")
         while "libc10" not in maps.read_text():
             assert process.poll() is None
+            time.sleep(0.005)
         process.send_signal(signal.SIGINT)
         lines = process.communicate(timeout=60)[1].splitlines()
     assert process.returncode in (130, -signal.SIGINT)  # for the shell that is the same

@@ -13,6 +13,7 @@ import torch
 from mlem.comparison.lineup import Lineup
 from mlem.files import read_json
 from tests.commands import PLAIN, metrics, reached, run_here, run_in, start, succeed, wait_until
+from tests.forkserver import Forked
 
 # shuffling, dropout, gradient accumulation and two loader workers
 OPTIONS = (
@@ -103,18 +104,23 @@ def test_killed_at_three_points(tmp_path: Path, undisturbed: Path) -> None:
     _assert_equal_runs(tmp_path, undisturbed)
 
 
-@pytest.mark.parametrize("times", [1, 2])
-def test_sigterm_saves_and_exits_143(tmp_path: Path, undisturbed: Path, times: int) -> None:
-    """The process saves at the end of the step, exits with 143, and the same command goes on."""
-    process = start("train", *OPTIONS, "training.checkpoint_every=1000", cwd=tmp_path)
-    wait_until(lambda: any(line.get("step", 0) >= 19 for line in metrics(tmp_path / RUN / "metrics.jsonl")), process)
-    for _ in range(times):
-        process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=30)
-    assert process.returncode == 143, err
-    saved = sorted(path.name for path in (tmp_path / RUN / "checkpoints").glob("*.ckpt"))
-    assert saved[0] == "step-00000016.ckpt"  # of the end of the epoch
-    assert len(saved) == 2
+def _wait_for(step: int, folder: Path, process: Forked) -> None:
+    wait_until(lambda: any(line.get("step", 0) >= step for line in metrics(folder / RUN / "metrics.jsonl")), process)
+
+
+def test_sigterm_saves_and_exits_143(tmp_path: Path, undisturbed: Path) -> None:
+    """The process saves at the end of the step, exits with 143, and the same command goes on: sent once, then twice."""
+    for times, step, epoch in ((1, 19, 16), (2, 33, 32)):
+        process = start("train", *OPTIONS, "training.checkpoint_every=1000", cwd=tmp_path)
+        _wait_for(step, tmp_path, process)
+        for _ in range(times):
+            process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=30)
+        assert process.returncode == 143, err
+        saved = sorted(path.name for path in (tmp_path / RUN / "checkpoints").glob("*.ckpt"))
+        assert saved[0] == f"step-{epoch:08d}.ckpt"  # of the end of the epoch
+        assert len(saved) == 2
+        assert f"step-{step:08d}.ckpt" <= saved[1] < "step-00000060.ckpt"
     succeed("train", *OPTIONS, cwd=tmp_path)
     _assert_equal_runs(tmp_path, undisturbed)
 

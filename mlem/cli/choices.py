@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,11 @@ def default_choices(command: str) -> dict[str, str | None]:
 
 def groups(command: str | None = None) -> list[str]:
     """All groups, or those of one command."""
+    return list(_groups(command))
+
+
+@cache  # asked for with every override
+def _groups(command: str | None) -> list[str]:
     if command is not None:
         return sorted(default_choices(command))
     return sorted(path.name for path in CONFIGS.iterdir() if path.is_dir() and any(path.glob("*.yaml")))

@@ -77,9 +77,10 @@ def _plan_rows() -> Iterator[Row]:
 def defaults(command: str) -> dict[str, Any]:
     """The options that are not of a group of choices, as a config: nested, with their defaults."""
     nested: dict[str, Any] = {}
+    own = _own_groups(command)
     for row in rows(command):
         *outer, last = row.name.split(".")
-        if row.default is not MISSING and (not outer or outer[0] in _own_groups(command)):
+        if row.default is not MISSING and (not outer or outer[0] in own):
             node = nested
             for key in outer:
                 node = node.setdefault(key, {})

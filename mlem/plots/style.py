@@ -60,8 +60,8 @@ def panels(xlabel: str, ylabels: Sequence[str], caption: str) -> tuple[Figure, l
     width = 3.0 + 4.5 * len(ylabels)
     figure = Figure(figsize=(width, 4.5), dpi=150, layout="constrained")
     found = [figure.add_subplot(1, len(ylabels), i, xlabel=xlabel, ylabel=y) for i, y in enumerate(ylabels, 1)]
-    # wrapped here, since matplotlib would let it run on under the legend
-    found[0].set_title(fill(caption, 72), fontsize="small", loc="left", color="0.3")
+    # wrapped here, since matplotlib would let it run on under the legend; at y=1, which it would find in vain
+    found[0].set_title(fill(caption, 72), y=1.0, fontsize="small", loc="left", color="0.3")
     for axes in found:
         axes.grid(which="major", color="0.9")
         axes.set_axisbelow(True)
@@ -90,13 +90,19 @@ def plain(text: str) -> str:
 
 
 def save(figure: Figure, path: str | os.PathLike[str]) -> None:
-    """Write a PNG, atomically. Raises ValueError for another suffix."""
+    """Write a PNG, atomically. The figure is laid out for good. Raises ValueError for another suffix."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     if Path(path).suffix != ".png":
         raise ValueError(f"figures are PNG files, got {path}")
     for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):
         low, high = axis.get_view_interval()
         if axis.get_scale() == "log" and high < 1.1 * low:  # one value alone: no width, and a layout that divides by it
             axis.set_view_interval(low / 1.5, high * 1.5, ignore=True)
+    FigureCanvasAgg(figure)  # one renderer for layout and drawing, which parses each label once
+    if (layout := figure.get_layout_engine()) is not None:
+        layout.execute(figure)
+        figure.set_layout_engine(None)  # or savefig would draw twice, the first time only to lay out
     with atomic_write(path) as file:
         figure.savefig(file, format="png")
 
