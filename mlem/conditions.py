@@ -7,13 +7,15 @@ shape of a row of numbers.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol, TypeAlias, cast
 
 import torch
 from torch import Tensor
 
-__all__ = ["ConditionSource", "Conditions", "Described", "blank", "conditions_of", "described", "of_labels"]
+__all__ = ["ConditionSource", "Conditions", "Described", "blank", "conditions_of", "described", "of_labels", "rows_of"]
 
 Conditions: TypeAlias = dict[str, Tensor]
 """Name of an argument of the network -> (B, ...), a row for each sample."""
@@ -113,6 +115,38 @@ def conditions_of(levels: Sequence[_Level], source: ConditionSource | None, indi
         {name: _checked(level.name, name, value, one, indices) for name, value in level.conditions.items()}
         for level, one in zip(levels, told, strict=True)
     ]
+
+
+def rows_of(path: str | os.PathLike[str]) -> ConditionSource:
+    """Conditions from a safetensors file: tensors NAME, or LEVEL/NAME, with rows that samples take in turn.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged, or a tensor has no rows.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"conditions={path} does not exist; it must be a safetensors file")
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"conditions={path} is not a whole safetensors file ({error})") from error
+    for name, value in tensors.items():
+        if not value.dim() or not len(value):
+            raise ValueError(f"conditions={path}: {name} has no rows")
+
+    def source(indices: Tensor) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for name, value in tensors.items():
+            rows = value[indices.cpu() % len(value)]
+            level, _, condition = name.rpartition("/")
+            (found.setdefault(level, {}) if level else found)[condition] = rows
+        return found
+
+    return source
 
 
 def _in_turn(level: _Level, indices: Tensor) -> Conditions:

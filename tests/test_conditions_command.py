@@ -128,6 +128,22 @@ def test_a_guided_family_is_calibrated_beside_the_other(family: Family) -> None:
     assert torch.equal(made("planned", "guidance.scale=2", *plan), found)
 
 
+def test_calibrations_and_memorised_plans_take_conditions_of_a_file(
+    family: Family, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[Any] = []
+
+    def seen(*args: Any, **options: Any) -> Any:
+        given.append(options["conditions"](torch.tensor([0, 1, 5]))["class_labels"].tolist())
+        raise ValueError("seen")
+
+    save_file({"class_labels": torch.tensor([5, 1, 9, 2])}, "four.safetensors")
+    for verb in ("calibrate", "memorise"):
+        monkeypatch.setattr(multilevel, verb, seen)
+        assert multilevel.main([verb, "family", "--conditions", "four.safetensors"]) == 2
+    assert given == [[5, 1, 1]] * 2
+
+
 MISTAKES = {
     "labels=1,11": r"labels must be in [0, 10], 10 for no class, got 11",
     "labels=x": "labels must be ranges such as 0-63 or 0-9,20",

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from mlem.cli.schema import Guidance, Sample
 from mlem.cli.values import parse_indices
-from mlem.conditions import ConditionSource
+from mlem.conditions import ConditionSource, rows_of
 from mlem.family import Family
 from mlem.files import sha256
 from mlem.guidance import guided_level
@@ -42,7 +41,7 @@ def conditions_for(job: Sample, model: Family | Level) -> ConditionSource | None
         raise ValueError("labels= and conditions= both say what levels are told; give one")
     if job.labels is not None:
         return _labels(list(parse_indices(job.labels, "labels")), model)
-    return None if job.conditions is None else _rows(Path(job.conditions))
+    return None if job.conditions is None else rows_of(job.conditions)
 
 
 def told(job: Sample) -> dict[str, Any]:
@@ -69,30 +68,5 @@ def _labels(labels: list[int], model: Family | Level) -> ConditionSource:
     def source(indices: Tensor) -> dict[str, Tensor]:
         own = indices.new_tensor(labels)[indices % len(labels)]
         return dict.fromkeys(classes, own)
-
-    return source
-
-
-def _rows(path: Path) -> ConditionSource:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    if not path.is_file():
-        raise FileNotFoundError(f"conditions={path} does not exist; it must be a safetensors file")
-    try:
-        tensors = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"conditions={path} is not a whole safetensors file ({error})") from error
-    for name, value in tensors.items():
-        if not value.dim() or not len(value):
-            raise ValueError(f"conditions={path}: {name} has no rows")
-
-    def source(indices: Tensor) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for name, value in tensors.items():
-            rows = value[indices.cpu() % len(value)]
-            level, _, condition = name.rpartition("/")
-            (found.setdefault(level, {}) if level else found)[condition] = rows
-        return found
 
     return source

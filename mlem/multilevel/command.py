@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from mlem.arguments import MOST_STEPS, check_whole
+from mlem.conditions import ConditionSource, rows_of
 from mlem.family import Family
 from mlem.files import check_writable
 from mlem.invocation import called, command, in_words_of_the_user, interrupted
@@ -41,6 +42,7 @@ def calibrate_folder(
     reference_steps: int = 500,
     seed: int = 0,
     device: str | torch.device = "cpu",
+    conditions: ConditionSource | None = None,
 ) -> Calibration:
     """Calibrate the family in `folder`, run pilots, keep the result there, print the report.
 
@@ -48,6 +50,7 @@ def calibrate_folder(
         images: trajectories, of the calibration and of the pilots.
         times, batch_sizes: see `calibrate`.
         reference_steps: see `pilot`.
+        conditions: of the trajectories; by default classes take turns.
     """
     check_whole("reference_steps", reference_steps, most=MOST_STEPS)  # of the pilots, which come after all the rest
     check_writable(folder)
@@ -58,7 +61,14 @@ def calibrate_folder(
             status.update(f"calibrating: {text}")
 
         found = calibrate(
-            family, images=images, times=times, batch_sizes=batch_sizes, seed=seed, device=device, progress=progress
+            family,
+            images=images,
+            times=times,
+            batch_sizes=batch_sizes,
+            seed=seed,
+            device=device,
+            conditions=conditions,
+            progress=progress,
         )
         found = pilot(
             family,
@@ -67,6 +77,7 @@ def calibrate_folder(
             reference_steps=reference_steps,
             seed=seed,
             device=device,
+            conditions=conditions,
             progress=progress,
         )
     family.fitted = replace(family.fitted, calibration=found)
@@ -110,6 +121,7 @@ def _parser() -> argparse.ArgumentParser:
         one.add_argument("family", type=Path, help="folder of a family, such as runs/demo/family")
         one.add_argument("--guidance", type=float, default=None, help="scale, as guidance.scale of sample.py")
         one.add_argument("--weak", default=None, help="autoguidance by this level, the cheapest")
+        one.add_argument("--conditions", default=None, help="safetensors file, as conditions of sample.py")
         one.add_argument("--interval", type=float, nargs=2, default=None, help="noise-to-signal ratios where it acts")
         return one
 
@@ -160,7 +172,12 @@ def _check_device(name: str) -> None:
 
 def _calibrate(family: Family, options: argparse.Namespace) -> None:
     names = ("images", "times", "batch_sizes", "reference_steps", "seed", "device")
-    calibrate_folder(family, _folder(family, options), **{name: getattr(options, name) for name in names})
+    given = {name: getattr(options, name) for name in names}
+    calibrate_folder(family, _folder(family, options), conditions=_conditions(options), **given)
+
+
+def _conditions(options: argparse.Namespace) -> ConditionSource | None:
+    return None if options.conditions is None else rows_of(options.conditions)
 
 
 def _folder(family: Family, options: argparse.Namespace) -> Path:
@@ -183,7 +200,8 @@ def _memorise(family: Family, options: argparse.Namespace) -> None:
         budget=options.budget, estimator=options.estimator, coins=options.coins, cost=options.cost, levels=levels
     )
     names = ("solver", "steps", "grid", "draws", "images", "reference_steps", "device")
-    plan = memorise(family, spec, **{name: getattr(options, name) for name in names})
+    given = {name: getattr(options, name) for name in names}
+    plan = memorise(family, spec, conditions=_conditions(options), **given)
     family.fitted = family.fitted.with_plan(options.name, plan)
     family.save_fitted(folder)
     found = plan.about
