@@ -51,8 +51,16 @@ class GuidedNetwork(nn.Module):
         super().__init__()
         self.network, self.scale = by_position(network), scale
         self.weak: nn.Module | None = None if weak is None else by_position(weak)
-        self.null: dict[str, Tensor] = {name: torch.as_tensor(value) for name, value in null.items()}
+        self._told_instead = tuple(null)
+        for name, value in null.items():
+            # moved with the network, so that no call waits for a copy; no weights
+            self.register_buffer(f"null_{name}", torch.as_tensor(value), persistent=False)
         self.interval, self.weak_share = interval, weak_share
+
+    @property
+    def null(self) -> dict[str, Tensor]:
+        """What the null side is told instead, by name."""
+        return {name: getattr(self, f"null_{name}") for name in self._told_instead}
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -119,7 +127,7 @@ def guided_level(
     network = GuidedNetwork(
         level.network, scale, null, weak=None if weak is None else weak.network, interval=times, weak_share=share
     )
-    return Level(
+    guided = Level(
         level.name,
         network,
         level.schedule,
@@ -130,6 +138,8 @@ def guided_level(
         flops=round(level.flops / (1 - share)),
         conditions=level.conditions,
     )
+    guided.latents = level.latents
+    return guided
 
 
 def _null(level: Level, null: Mapping[str, Any] | None, weak: Level | None) -> Mapping[str, Any]:

@@ -142,7 +142,7 @@ def test_a_drawn_plan_has_a_row_for_each_evaluation_but_none_is_searched() -> No
 def test_the_estimate_of_gaussian_data_is_the_largest_curvature() -> None:
     """The score of x_t is linear, with matrix -(alpha^2 Sigma + sigma^2)^-1."""
     smallest = torch.linalg.eigvalsh(COVARIANCE)[0].item()
-    for t, constant in estimate_lipschitz(gaussian(COSINE), COSINE, (3,), iterations=40):
+    for t, constant in estimate_lipschitz(lambda _: gaussian(COSINE), COSINE, (3,), iterations=40):
         alpha, sigma = COSINE.alpha(t).item(), COSINE.sigma(t).item()
         assert abs(constant * (alpha**2 * smallest + sigma**2) - 1) < 0.01
 

@@ -13,8 +13,15 @@ from torch import Tensor, nn
 
 from tests.test_foreign import dit, seeded, unet, written
 
-PAGE = (Path(__file__).parent.parent / "docs" / "your_own_family.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+REPOSITORY = Path(__file__).parent.parent
+
+
+def blocks(page: str) -> list[str]:
+    """The blocks of Python on a page."""
+    return re.findall(r"```python\n(.*?)```", (REPOSITORY / page).read_text(), re.DOTALL)
+
+
+BLOCKS = blocks("docs/your_own_family.md")
 
 
 class Small(nn.Module):
@@ -46,3 +53,11 @@ def test_every_block_runs_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "torch.Size([8, 2]) {'small': " in printed
     lines = [line for line in BLOCKS[0].splitlines() if line and not line.startswith(("import", "from"))]
     assert len(lines) <= 12  # "ten lines", and two of them are a def each
+
+
+def test_the_block_of_the_readme_runs(tmp_path: Path) -> None:
+    folder = written(tmp_path / "dit", seeded(dit), DDIMScheduler())
+    block = blocks("README.md")[1].replace("folder of a diffusers model or pipeline", str(folder))
+    names: dict[str, Any] = {}
+    exec(compile(block, "README.md", "exec"), names)
+    assert names["images"].shape == (8, 4, 8, 8)

@@ -186,9 +186,8 @@ class _Planner:
             share = self._spec.budget or 1.0
             outside = f", and {self._outside:.3g} pass outside the networks" if budget < 0 else ""
             raise ValueError(
-                f"budget={self._spec.budget} of {self._rows + self._outside:.3g} evaluations is "
-                f"{share * (self._rows + self._outside):.3g} evaluations of the largest level{outside}: no plan costs "
-                "so little; raise it, or take fewer steps"
+                f"budget={self._spec.budget} of {self._rows} evaluations is {share * self._rows:.3g} evaluations of "
+                f"the largest level{outside}: no plan costs so little; raise it, or take fewer steps"
             )
         return plan
 
