@@ -148,7 +148,9 @@ class NoiseSchedule(ABC):
         fields = {name: config[name] for name in names if name in config}
         if config.get("trained_betas") is not None:
             fields["trained_betas"] = [float(beta) for beta in config["trained_betas"]]
-        signal = DDPMScheduler(**fields).alphas_cumprod.double().clamp(min=1 / (1 + PURE_NOISE**2))
+        # 2^-24 is what diffusers itself puts in the place of next to nothing; of nothing, PURE_NOISE does
+        signal, least = DDPMScheduler(**fields).alphas_cumprod.double(), 1 / (1 + PURE_NOISE**2)
+        signal = torch.where(signal > 0, signal.clamp(min=2.0**-24), least)
         return TabulatedSchedule(-0.5 * signal.log(), {"kind": "diffusers", "config": fields})
 
     @staticmethod
