@@ -270,7 +270,9 @@ class Family:
 
 def _convention(level: Level, family: Family) -> str:
     """What belongs to a level's identity beside its weights; nothing where it is asked as all levels once were."""
-    plain: list[Any] = [] if level.prediction.to_config() in ("v", "eps", "x0") else [level.prediction.to_config()]
+    prediction = level.prediction.to_config()
+    alike = prediction in ("v", "eps", "x0") and level.prediction == family.level().prediction
+    plain: list[Any] = [] if alike else [prediction]
     if level.schedule.fingerprint != family.schedule.fingerprint:
         plain.append(level.schedule.to_config())
     return json.dumps(plain, sort_keys=True) if plain else ""

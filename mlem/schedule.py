@@ -72,6 +72,10 @@ def expand_like(coefficient: Tensor | float, x: Tensor) -> Tensor | float:
     return coefficient.to(x.dtype).view(-1, *[1] * (x.dim() - 1))
 
 
+NOISIEST = 100.0
+"""The kappa up to which grids resolve a schedule that ends in pure noise: a step from there errs by 1 / (2 kappa^2)."""
+
+
 class NoiseSchedule(ABC):
     """A noise schedule; make one with `cosine`, `linear`, `edm`, `flow` or `from_diffusers`.
 
@@ -189,8 +193,8 @@ class NoiseSchedule(ABC):
 
     @property
     def last(self) -> float:
-        """The last time at which there is a signal: 1, or that of the last but one timestep."""
-        return 1 - 1 / self.num_timesteps if self.ends_in_noise else 1.0
+        """Where grids that are even in a noise level begin: 1, or, under pure noise, where kappa is NOISIEST."""
+        return self.time_from_kappa(NOISIEST).item() if self.ends_in_noise else 1.0
 
     def ou_time(self, t: Tensor | float) -> Tensor:
         """t: any shape, in [0, 1]. Returns `s = -ln alpha >= 0`."""

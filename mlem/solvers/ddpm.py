@@ -9,19 +9,12 @@ from torch import Tensor
 from mlem.brownian import NoisePath
 from mlem.solvers.base import GridPoint, NoiseEstimate, Solver
 
-__all__ = ["DDPM", "ancestral_noise", "ancestral_step"]
+__all__ = ["DDPM", "ancestral_noise"]
 
 
 def ancestral_noise(path: NoisePath, here: GridPoint, there: GridPoint) -> Tensor:
     """The noise of an ancestral step, of variance `kappa'^2 (1 - (kappa'/kappa)^2)`; see `BrownianPath`."""
     return (path.at(here.t) * -((there.kappa / here.kappa) ** 2)).add_(path.at(there.t))
-
-
-def ancestral_step(eps: Tensor, y: Tensor, here: GridPoint, there: GridPoint, path: NoisePath) -> Tensor:
-    """y at `there`, given y (B, ...) and its noise estimate at `here`."""
-    # y - x_0 = kappa eps, so the mean is y + (r^2 - 1) kappa eps
-    drift = ((there.kappa / here.kappa) ** 2 - 1) * here.kappa
-    return (y + drift * eps).add_(ancestral_noise(path, here, there))
 
 
 class DDPM(Solver):
@@ -36,4 +29,6 @@ class DDPM(Solver):
     def step(
         self, eps: NoiseEstimate, y: Tensor, state: Any, here: GridPoint, there: GridPoint, path: NoisePath
     ) -> tuple[Tensor, Any]:
-        return ancestral_step(eps(y, here), y, here, there, path), state
+        # y - x_0 = kappa eps, so the mean is y + (r^2 - 1) kappa eps
+        drift = ((there.kappa / here.kappa) ** 2 - 1) * here.kappa
+        return (y + drift * eps(y, here)).add_(ancestral_noise(path, here, there)), state

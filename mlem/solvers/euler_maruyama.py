@@ -8,7 +8,6 @@ from torch import Tensor
 
 from mlem.brownian import NoisePath
 from mlem.solvers.base import GridPoint, NoiseEstimate, Solver
-from mlem.solvers.ddpm import ancestral_step
 
 __all__ = ["EulerMaruyama"]
 
@@ -16,7 +15,8 @@ __all__ = ["EulerMaruyama"]
 class EulerMaruyama(Solver):
     """`y' = y + 2 (kappa' - kappa) eps + B(kappa^2) - B(kappa'^2)`; strong order 1, since the noise is additive.
 
-    It has no limit at pure noise: a step from there is an ancestral one.
+    It has no limit at pure noise: a step from there is DDIM's. (An ancestral one takes the B that later increments are
+    parts of: the law would be another.)
     """
 
     name = "euler_maruyama"
@@ -29,6 +29,6 @@ class EulerMaruyama(Solver):
         self, eps: NoiseEstimate, y: Tensor, state: Any, here: GridPoint, there: GridPoint, path: NoisePath
     ) -> tuple[Tensor, Any]:
         if here.pure_noise:
-            return ancestral_step(eps(y, here), y, here, there, path), state
+            return y + (there.kappa - here.kappa) * eps(y, here), state
         noise = path.at(here.t) - path.at(there.t)
         return y + 2 * (there.kappa - here.kappa) * eps(y, here) + noise, state

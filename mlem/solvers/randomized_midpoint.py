@@ -18,7 +18,6 @@ from mlem.noise import NoiseStream
 from mlem.schedule import expand_like
 from mlem.solvers.base import GridPoint, GridPoints, NoiseEstimate, Solver
 from mlem.solvers.clock import make_clock
-from mlem.solvers.ddpm import ancestral_step
 
 __all__ = ["MIDPOINTS", "RandomizedMidpoint", "SDERandomizedMidpoint", "draw_midpoints"]
 
@@ -36,7 +35,7 @@ def draw_midpoints(indices: Tensor, seed: int, count: int, midpoints: str) -> Te
 class _TwoCalls(Solver):
     """What both methods share. State: the fractions of the steps to come, (steps, B).
 
-    A step from pure noise has no midpoint: it is one of DDIM, or an ancestral one, with one evaluation.
+    A step from pure noise has no midpoint: it is one of DDIM, with one evaluation.
     """
 
     midpoints: str
@@ -107,7 +106,7 @@ class SDERandomizedMidpoint(_TwoCalls):
         self, eps: NoiseEstimate, y: Tensor, state: Tensor, here: GridPoint, there: GridPoint, path: NoisePath
     ) -> tuple[Tensor, Tensor]:
         if here.pure_noise:
-            return ancestral_step(eps(y, here), y, here, there, path), state[1:]
+            return y + (there.kappa - here.kappa) * eps(y, here), state[1:]  # as Euler-Maruyama does
         middle = here.kappa + (there.kappa - here.kappa) * state[0]
         at_here = path.at(here.t)
         at_middle, at_there = path.between(there.t, middle)
