@@ -92,7 +92,8 @@ def main() -> None:
         "two levels": synthetic(((0.1, 1), (0.0, 16))),
         "four levels": synthetic(((0.1, 1), (0.05, 4), (0.02, 16), (0.0, 64))),
     }
-    families |= {str(folder): Family.load(folder) for folder in options.families}
+    loaded = [Family.load(folder) for folder in options.families]
+    families |= {family.data: family for family in loaded}
     rows: list[dict[str, Any]] = []
     for steps, (name, family), solver, budget in itertools.product(
         options.steps, families.items(), ("ddpm", "dpm_solver_pp"), BUDGETS
