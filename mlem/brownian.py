@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mlem.noise import NoiseStream
-from mlem.schedule import NUM_TIMESTEPS, NoiseSchedule, expand_like
+from mlem.schedule import NoiseSchedule, expand_like
 
 __all__ = ["BrownianPath", "NoisePath"]
 
@@ -30,14 +30,14 @@ class NoisePath(Protocol):
 
 
 class _Cell(NamedTuple):
-    """A stretch of time, in timesteps (thousandths of t)."""
+    """A stretch of time, in ticks; its left end is a node."""
 
     left: int
     right: float
 
 
 class _Split(NamedTuple):
-    """A cell, and a time in it at which B is found: by the normal of that timestep, or one of its own inside it."""
+    """A cell, and a time in it at which B is found: by the normal of that node, or by one of its own between nodes."""
 
     left: int
     here: float
@@ -50,22 +50,27 @@ class _Split(NamedTuple):
 
     @property
     def inside(self) -> bool:
-        """Whether the cell is a single timestep, or part of one."""
-        return self.right - self.left <= 1
+        """Whether no node lies inside the cell."""
+        return _split(self.left, math.ceil(self.right)) is None
 
 
-_SPANS = (500, 100, 20, 10, 5, 1)
+_TICKS = 48000
+"""In t = 1, so that all nodes are whole numbers."""
+_SPANS = tuple(_TICKS // steps for steps in (10, 20, 32, 50, 64, 96, 100, 128, 200, 1000))
+"""Their multiples are the nodes of the tree, the first come first."""
 
 AT_ONCE = 1 << 17
 """Numbers that are drawn at once: more would leave the cache, fewer be all overhead."""
 
 
 @functools.lru_cache(4096)
-def _split(left: int, right: int) -> int:
-    """The roundest timestep strictly inside, the one nearest to the middle."""
-    span = next(span for span in _SPANS if (left // span + 1) * span < right)
-    first, last = (left // span + 1) * span, (right - 1) // span * span
-    return min(max(round((left + right) / 2 / span) * span, first), last)
+def _split(left: int, right: int) -> int | None:
+    """The first node strictly inside, the one nearest to the middle."""
+    for span in _SPANS:
+        first, last = (left // span + 1) * span, (right - 1) // span * span
+        if first < right:
+            return min(max(round((left + right) / 2 / span) * span, first), last)
+    return None
 
 
 def _route(cells: list[_Cell], step: float) -> Iterator[_Split]:
@@ -74,18 +79,18 @@ def _route(cells: list[_Cell], step: float) -> Iterator[_Split]:
         cells.pop()
     while step != cells[-1].left:
         left, right = cells.pop()
-        inside = right - left <= 1
-        here = step if inside else _split(left, int(right))
+        node = _split(left, math.ceil(right))
+        here = step if node is None else node
         yield _Split(left, here, right)
         cells.append(_Cell(left, here))
-        if inside:
+        if node is None:
             return
-        if step >= here:
-            cells.append(_Cell(int(here), right))
+        if step >= node:
+            cells.append(_Cell(node, right))
 
 
 def _own_split(left: Tensor, right: Tensor) -> Tensor:
-    """`_split` of many cells; of one that has nothing inside, its left end. Whole numbers in float64, (B,)."""
+    """`_split` of many cells; of one that has no node inside, its left end. Whole numbers in float64, (B,)."""
     found = left
     for span in reversed(_SPANS):
         first, last = (left // span + 1) * span, (right - 1) // span * span
@@ -96,11 +101,9 @@ def _own_split(left: Tensor, right: Tensor) -> Tensor:
 
 @functools.cache
 def _depth(left: int, right: int) -> int:
-    """How often a cell can be split before all that is left is single thousandths."""
-    if right - left <= 1:
-        return 0
+    """How often a cell can be split before no node is inside."""
     middle = _split(left, right)
-    return 1 + max(_depth(left, middle), _depth(middle, right))
+    return 0 if middle is None else 1 + max(_depth(left, middle), _depth(middle, right))
 
 
 def _bridged(left: Tensor, here: Tensor, right: Tensor, at_left: Tensor, at_right: Tensor, z: Tensor) -> Tensor:
@@ -124,11 +127,11 @@ class BrownianPath:
       clock 1/kappa^2. By time inversion `M(1/c) = B(c) / c` is one, so the noise of the step is
       `B(kappa'^2) - (kappa'/kappa)^2 B(kappa^2)`: finite, and zero by itself on the last step.
 
-    Levy's construction over the thousandths of t, with a normal keyed by each; round numbers come first (halves,
-    tenths, fiftieths, ..), so that 10, 50, 100 or 200 steps need one normal each. Between two thousandths a bridge,
-    keyed by the time asked for. Hence grids with at most one time strictly between two thousandths, such as all
-    uniform grids of up to 1000 steps, agree exactly wherever they meet; finer ones are exact in law, and agree to a
-    thousandth. Times must be asked for in falling order: what lies above the last is forgotten.
+    Levy's construction over the times of uniform grids of 10, 20, 32, 50, 64, 96, 100, 128, 200 and 1000 steps, its
+    nodes, with a normal keyed by each; those of few steps come first, so that such a grid needs one or two normals a
+    step. Between two nodes a bridge, keyed by the time asked for. Hence grids with at most one time strictly between
+    two nodes, such as all uniform grids of up to 1000 steps, agree exactly wherever they meet; finer ones are exact in
+    law, and agree to a thousandth. Times must be asked for in falling order: what lies above the last is forgotten.
     `path.between(t, kappa)` goes on to t, and says too what B was on the way, at a time of its own for each sample.
     """
 
@@ -158,11 +161,11 @@ class BrownianPath:
         """B(kappa(t)^2): (B, *shape). Raises ValueError when t is above a time asked for before."""
         step = _step(t)
         if self._last is None:
-            end = self._normals(self._nodes, [NUM_TIMESTEPS])[0] * math.sqrt(_clock(self._schedule, NUM_TIMESTEPS))
-            self._values = {0: torch.zeros_like(end), NUM_TIMESTEPS: end}
-            self._cells, self._last = [_Cell(0, NUM_TIMESTEPS)], NUM_TIMESTEPS
+            end = self._normals(self._nodes, [_TICKS])[0] * math.sqrt(_clock(self._schedule, _TICKS))
+            self._values = {0: torch.zeros_like(end), _TICKS: end}
+            self._cells, self._last = [_Cell(0, _TICKS)], _TICKS
         if step > self._last:
-            raise ValueError(f"a Brownian path is read with falling times; {t} comes after {self._last / 1000}")
+            raise ValueError(f"a Brownian path is read with falling times; {t} comes after {self._last / _TICKS}")
         if step != self._last:
             splits = list(_route(self._cells, step))
             if splits and splits[0] not in self._ready:
@@ -177,14 +180,14 @@ class BrownianPath:
     def between(self, t: float, kappa: Tensor) -> tuple[Tensor, Tensor]:
         """B at kappa^2, with a kappa for each sample (B,) between the last time asked for and t, and B at t.
 
-        The same numbers that a grid through these times would meet, up to the thousandth. Raises ValueError when no
+        The same numbers that a grid through these times would meet, up to a node. Raises ValueError when no
         time was asked for, or t is above the last.
         """
         if self._last is None:
             raise ValueError("between() begins at the last time asked for: call at() first")
         cells, values, at_t = list(self._cells), self._values, self.at(t)
         low = self._last
-        step = (self._schedule.time_from_kappa(kappa) * NUM_TIMESTEPS).clamp(min=low)
+        step = (self._schedule.time_from_kappa(kappa) * _TICKS).clamp(min=low)
         above = [cell for cell in cells if cell.right > low]
         left, at_left, right, at_right = self._narrowed(step, above, values)
         number = left.long()
@@ -192,13 +195,13 @@ class BrownianPath:
             self._indices, ((number << 32) + ((step - left) * 2**32).long())[None], self._shape, self._dtype
         )[0]
         at_left = torch.where((left < low).view(-1, *[1] * len(self._shape)), at_t, at_left)
-        clocks = self._schedule.kappa(torch.stack([left.clamp(min=low), right]) / NUM_TIMESTEPS).square()
+        clocks = self._schedule.kappa(torch.stack([left.clamp(min=low), right]) / _TICKS).square()
         return _bridged(clocks[0], kappa.square(), clocks[1], at_left, at_right, z), at_t
 
     def _narrowed(
         self, step: Tensor, cells: Sequence[_Cell], values: Mapping[float, Tensor]
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The thousandths on either side of each sample's own time (B,), as far as it is known, and B there."""
+        """The nodes on either side of each sample's own time (B,), as far as it is known, and B there."""
 
         def rows(mask: Tensor) -> Tensor:
             return mask.view(-1, *[1] * len(self._shape))
@@ -214,11 +217,9 @@ class BrownianPath:
         for _ in range(max(_depth(cell.left, math.ceil(cell.right)) for cell in cells)):
             middle = _own_split(left, right)
             z = self._nodes.normal(self._indices, middle.long()[None], self._shape, self._dtype)[0]
-            clocks = self._schedule.kappa(torch.stack([left, middle, right]) / NUM_TIMESTEPS).square()
+            clocks = self._schedule.kappa(torch.stack([left, middle, right]) / _TICKS).square()
             value = _bridged(clocks[0], clocks[1], clocks[2], at_left, at_right, z)
-            # a cell of one thousandth stays as it is
-            up = (step >= middle) & (right - left > 1)
-            down = (step < middle) & (right - left > 1)
+            up, down = (step >= middle) & (middle > left), (step < middle) & (middle > left)  # without a node: neither
             left, right = torch.where(up, middle, left), torch.where(down, middle, right)
             at_left = torch.where(rows(up), value, at_left)
             at_right = torch.where(rows(down), value, at_right)
@@ -251,15 +252,15 @@ class BrownianPath:
 
 
 def _step(t: float) -> float:
-    """A time in timesteps."""
-    step = t * NUM_TIMESTEPS
-    return round(step) if abs(step - round(step)) < 1e-9 else step  # 0.058 * 1000 is not 58
+    """A time in ticks."""
+    step = t * _TICKS
+    return round(step) if abs(step - round(step)) < 1e-8 else step  # 0.058 * 1000 is not 58
 
 
 @functools.lru_cache(4096)
 def _clock(schedule: NoiseSchedule, step: float) -> float:
-    """kappa^2 at a timestep."""
-    return schedule.kappa(step / NUM_TIMESTEPS).item() ** 2
+    """kappa^2 at a tick."""
+    return schedule.kappa(step / _TICKS).item() ** 2
 
 
 @functools.lru_cache(4096)

@@ -94,8 +94,9 @@ def out(tmp_path: Path) -> Path:
 
 
 FIRST = (
-    *("resume", "coefficients_command", "demo", "multilevel_command", "cli", "solvers", "data_archives"),
-    *("contributing", "dashboards", "sampling", "ddp"),
+    *("resume", "ddp", "benchmarks_midpoints", "inception", "multilevel_command", "cli", "interrupted"),
+    *("coefficients_command", "packaging", "solvers", "demo", "checkpoints", "data_archives", "contributing"),
+    *("dashboards", "sampling"),
 )
 """Files that take longest, which begin before all others."""
 

@@ -151,7 +151,8 @@ def test_a_flipped_digit_of_learned_coefficients_is_noticed(learned: tuple[Path,
     path = learned[0] / RUN / "coefficients.json"
     whole = path.read_text()
     number = repr(read_json(path)["alpha"][1])
-    path.write_text(whole.replace(number, number[:-1] + str(9 - int(number[-1]))))
+    digit = number.rindex(".") + 1
+    path.write_text(whole.replace(number, number[:digit] + str(9 - int(number[digit])) + number[digit + 1 :]))
     with pytest.raises(ValueError, match=r"coefficients\.json differs from its checksum"):
         _run_in(learned[0])
     path.write_text(whole)

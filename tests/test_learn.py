@@ -73,7 +73,7 @@ THETA = torch.tensor([[-0.4], [-1.2]], dtype=torch.float64)
 @pytest.mark.usefixtures("float64")
 def test_the_estimate_is_unbiased(kind: str) -> None:
     """The mean over 20,000 independent draws, taken in pairs, against the enumerated gradient, in standard errors."""
-    problem, indices = objective(2, 4), torch.arange(2)
+    problem, indices = objective(2, 4), torch.arange(36, 38)  # whose three parts are all well above the noise
     truth = problem.reference(indices, 50)
     expected = exact_gradient(problem, THETA, indices, truth)
     counts = problem.toss(THETA, 0, DRAWS)

@@ -6,6 +6,7 @@ Statistical tests fix the seed; tolerances are in standard errors of the estimat
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -216,6 +217,22 @@ def test_finer_grids_agree_to_the_width_of_a_cell() -> None:
         nearest = values[round(t * 4096) / 4096]
         width = clock(min(1.0, (cell + 2) / 1000)) - clock(max(0, cell - 1) / 1000)
         assert (coarse.at(t) - nearest).square().mean().item() < width
+
+
+@pytest.mark.parametrize("steps", [10, 20, 32, 50, 64, 96, 100, 128, 200, 1000])
+def test_common_grids_need_about_two_normals_a_step(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[int] = []
+    normal = NoiseStream.normal
+
+    def counted(self: NoiseStream, index: Tensor, slots: Any, *about: Any) -> Tensor:
+        drawn.append(len(slots))
+        return normal(self, index, slots, *about)
+
+    monkeypatch.setattr(NoiseStream, "normal", counted)
+    path = brownian(1)
+    for i in range(steps):
+        path.at((steps - i) / steps)
+    assert sum(drawn) <= 2.1 * steps
 
 
 def test_two_readings_of_one_time_agree() -> None:

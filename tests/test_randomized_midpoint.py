@@ -139,7 +139,7 @@ def test_order_in_root_mean_square_and_in_the_mean() -> None:
 
 
 def test_the_path_in_between_is_the_path() -> None:
-    """At thousandths of their own, samples see what a grid through these would; inside one, the right law."""
+    """At nodes of their own, samples see what a grid through these would."""
     times = torch.tensor([0.75, 0.8, 0.523, 0.6, 0.501], dtype=torch.float64)
     indices = torch.arange(5)
     path = BrownianPath(COSINE, 0, indices, (3,), torch.float64)
@@ -152,8 +152,8 @@ def test_the_path_in_between_is_the_path() -> None:
     assert torch.equal(path.at(0.4), BrownianPath(COSINE, 0, indices, (3,), torch.float64).at(0.4))
 
 
-def test_the_path_inside_a_thousandth_has_the_right_law() -> None:
-    count, times = 50_000, (0.5008, 0.5005, 0.5002)
+def test_the_path_between_nodes_has_the_right_law() -> None:
+    count, times = 50_000, (0.5003, 0.5002, 0.5001)
     path = BrownianPath(COSINE, 1, torch.arange(count), (1,), torch.float64)
     above = path.at(times[0])
     inside, below = path.between(times[2], torch.full((count,), COSINE.kappa(times[1]).item(), dtype=torch.float64))

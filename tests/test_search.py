@@ -152,11 +152,13 @@ def test_the_best_levels_leave_out_a_useless_one() -> None:
     for options in ({"estimator": "hindsight"}, {"estimator": "jump", "coins": "bernoulli"}):
         for budget in (0.2, 0.5):
             spec = PlanSpec(budget=budget, cost="flops", **options)
-            found = make_plan(spec, useless, method, grid)
-            assert found.levels == ("1", "3")
-            all_levels = make_plan(replace(spec, levels=("1", "2", "3")), useless, method, grid)
             by = predictor("ddpm", 32, of=useless)
-            assert by.choice(found) <= by.choice(all_levels)
+            without, all_levels, found = (
+                by.choice(make_plan(replace(spec, levels=levels), useless, method, grid))
+                for levels in (("1", "3"), ("1", "2", "3"), None)
+            )
+            assert found == min(without, all_levels)
+            assert without <= 1.1 * found  # rows that were moved may be a little luckier with more levels
 
 
 def test_the_best_levels_are_those_of_least_predicted_error() -> None:

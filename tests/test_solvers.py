@@ -78,7 +78,7 @@ def test_the_discrete_law_tends_to_the_data(solver: str) -> None:
 # Even in t on [1/8, 7/8]: kappa is smooth and bounded there, so the leading term of the error shows at once. On a
 # grid down to t = 0 every error is mixed with that of the last step; towards t = 1 kappa is in the hundreds.
 FIRST, LAST = 896, 128
-"""Ends of the interval, in 1024ths, which the Brownian path bridges between thousandths."""
+"""Ends of the interval, in 1024ths, which the Brownian path bridges between its nodes."""
 
 
 def interval(steps: int, first: int = FIRST) -> list[float]:
