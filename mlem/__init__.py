@@ -18,6 +18,8 @@ _one_line_for_interrupts()
 if TYPE_CHECKING:
     from mlem.family import Family as Family
     from mlem.grids import TimeGrid as TimeGrid
+    from mlem.interop.pipelines import accelerate as accelerate
+    from mlem.interop.pipelines import restore as restore
     from mlem.level import Level as Level
     from mlem.multilevel.coefficients import Coefficients as Coefficients
     from mlem.multilevel.denoiser import MultilevelDenoiser as MultilevelDenoiser
@@ -41,6 +43,8 @@ _HOMES = {
     "Result": "sampling",
     "Sampler": "sampling",
     "TimeGrid": "grids",
+    "accelerate": "interop.pipelines",
+    "restore": "interop.pipelines",
     "sample": "sampling",
 }
 __all__ = [
@@ -55,6 +59,8 @@ __all__ = [
     "Result",
     "Sampler",
     "TimeGrid",
+    "accelerate",
+    "restore",
     "sample",
 ]
 

@@ -71,6 +71,7 @@ class DiffusersSolver(Solver):
     order = 1.0
     stochastic = False
     reference = "dpm_solver_pp"
+    revisable = False  # some keep their last sample
 
     def __init__(self, class_name: str, **options: object) -> None:
         self._class: Any = _scheduler_class(class_name)

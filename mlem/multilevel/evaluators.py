@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -20,7 +20,9 @@ __all__ = [
     "HeldEvaluator",
     "HindsightEvaluator",
     "JumpEvaluator",
+    "Moment",
     "OwnCoinsEvaluator",
+    "Place",
     "Program",
 ]
 
@@ -37,18 +39,26 @@ class Program(NamedTuple):
 
 
 class Moment(NamedTuple):
-    """alpha and kappa at an evaluation: numbers, or (B, 1, ...) where they differ from sample to sample."""
+    """Where an evaluation is: numbers, or (B, 1, ...) where they differ from sample to sample.
+
+    Args:
+        alpha, kappa: of the schedule there.
+        unit: what a difference of the levels' outputs is divided by to be one of v: alpha where they are eps.
+    """
 
     alpha: float | Tensor
     kappa: float | Tensor
+    unit: float | Tensor
 
     @staticmethod
-    def of(schedule: NoiseSchedule, x: Tensor, t: Tensor, point: GridPoint | None) -> Moment:
+    def of(schedule: NoiseSchedule, x: Tensor, t: Tensor, point: Place) -> Moment:
         """That of an evaluation at x (B, ...) and t (B,), which is at a point of the grid if one is given."""
+        if isinstance(point, Moment):
+            return point
         if point is not None:
-            return Moment(point.alpha, point.kappa)
+            return Moment(point.alpha, point.kappa, point.alpha)
         alpha, sigma = (expand_like(scale, x) for scale in schedule.scales(t))
-        return Moment(alpha, sigma / alpha)
+        return Moment(alpha, sigma / alpha, alpha)
 
     @property
     def time(self) -> float | Tensor:
@@ -56,14 +66,18 @@ class Moment(NamedTuple):
         return -(self.kappa.log() if isinstance(self.kappa, Tensor) else math.log(self.kappa))
 
 
+Place: TypeAlias = "GridPoint | Moment | None"
+"""A point of the grid, what is known of one, or neither."""
+
+
 class Evaluator(ABC):
     """Makes the evaluations of one trajectory, in order of their rows, and keeps what they leave behind."""
 
     @abstractmethod
-    def evaluate(self, row: int, x: Tensor, t: Tensor, point: GridPoint | None) -> Tensor:
+    def evaluate(self, row: int, x: Tensor, t: Tensor, point: Place) -> Tensor:
         """The noise estimate at x (B, ...) and t (B,), which is at a point of the grid if one is given: like x."""
 
-    def revise(self, row: int, x: Tensor, t: Tensor, point: GridPoint) -> Tensor | None:
+    def revise(self, row: int, x: Tensor, t: Tensor, point: Place) -> Tensor | None:
         """What to move the state y = x / alpha by before the evaluation of this row, if anything."""
         return None
 
@@ -74,7 +88,7 @@ class JumpEvaluator(Evaluator):
     def __init__(self, levels: Sequence[Denoiser], program: Program) -> None:
         self._levels, self._program = levels, program
 
-    def evaluate(self, row: int, x: Tensor, t: Tensor, point: GridPoint | None) -> Tensor:
+    def evaluate(self, row: int, x: Tensor, t: Tensor, point: Place) -> Tensor:
         outputs = _outputs(self._levels, self._program.evaluated[row], x, t, point)
         return _weighted(outputs, self._program.weights[row], x)
 
@@ -94,7 +108,7 @@ class OwnCoinsEvaluator(Evaluator):
         self._levels = levels
         self._shares = [[_share(level, device) for level in row.unbind(1)] for row in weights.unbind(1)]
 
-    def evaluate(self, row: int, x: Tensor, t: Tensor, point: GridPoint | None) -> Tensor:
+    def evaluate(self, row: int, x: Tensor, t: Tensor, point: Place) -> Tensor:
         total = torch.zeros_like(x)
         for level, share in zip(self._levels, self._shares[row], strict=True):
             if share is not None:
@@ -119,7 +133,7 @@ class HeldEvaluator(Evaluator):
         self._levels, self._schedule, self._program = levels, schedule, program
         self._measured: list[list[Measurement]] = [[] for _ in levels]
 
-    def evaluate(self, row: int, x: Tensor, t: Tensor, point: GridPoint | None) -> Tensor:
+    def evaluate(self, row: int, x: Tensor, t: Tensor, point: Place) -> Tensor:
         moment = Moment.of(self._schedule, x, t, point)
         outputs = _outputs(self._levels, self._program.evaluated[row], x, t, point)
         self._measure(row, outputs, moment)
@@ -135,7 +149,7 @@ class HeldEvaluator(Evaluator):
             above, below = outputs[level], outputs[level - 1]
             assert above is not None
             assert below is not None
-            self._measured[level].append(Measurement(moment.time, (above - below) / moment.alpha))
+            self._measured[level].append(Measurement(moment.time, (above - below) / moment.unit))
             move = _sum(move, self._look_back(level, moment))
             del self._measured[level][: -(self._program.holding.order + 1)]
         return move
@@ -158,7 +172,7 @@ class HeldEvaluator(Evaluator):
             value = self._program.holding.extrapolated(points, moment.time)
             if not due:
                 self._stands_in(level, row, moment, value)
-            total = _sum(total, value * moment.alpha)
+            total = _sum(total, value * moment.unit)
         return estimate if total is None else estimate + total
 
     def _stands_in(self, level: int, row: int, moment: Moment, value: Tensor) -> None:
@@ -183,14 +197,16 @@ class HindsightEvaluator(HeldEvaluator):
         self._quadrature = quadrature
         self._stand_ins: list[list[_StandIn]] = [[] for _ in levels]
 
-    def revise(self, row: int, x: Tensor, t: Tensor, point: GridPoint) -> Tensor | None:
+    def revise(self, row: int, x: Tensor, t: Tensor, point: Place) -> Tensor | None:
         outputs = _outputs(self._levels, self._program.revising[row], x, t, point)
         return self._measure(row, outputs, Moment.of(self._schedule, x, t, point))
 
-    def evaluate(self, row: int, x: Tensor, t: Tensor, point: GridPoint | None) -> Tensor:
+    def evaluate(self, row: int, x: Tensor, t: Tensor, point: Place) -> Tensor:
         if not any(self._program.revising[row]):
             return super().evaluate(row, x, t, point)
-        estimate, moment = denoiser_at(self._levels[0], point)(x, t), Moment.of(self._schedule, x, t, point)
+        (estimate,) = _outputs(self._levels[:1], [True], x, t, point)
+        moment = Moment.of(self._schedule, x, t, point)
+        assert estimate is not None
         return self._corrected(estimate, row, moment, fresh=True)
 
     def _keeps(self, row: int, level: int) -> bool:
@@ -219,10 +235,11 @@ def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:
 
 
 def _outputs(
-    levels: Sequence[Denoiser], runs: Sequence[bool], x: Tensor, t: Tensor, point: GridPoint | None
+    levels: Sequence[Denoiser], runs: Sequence[bool], x: Tensor, t: Tensor, point: Place
 ) -> list[Tensor | None]:
     """The noise estimates of the levels that run; None of the others."""
-    return [denoiser_at(level, point)(x, t) if run else None for level, run in zip(levels, runs, strict=True)]
+    at = point if isinstance(point, GridPoint) else None
+    return [denoiser_at(level, at)(x, t) if run else None for level, run in zip(levels, runs, strict=True)]
 
 
 def _weighted(outputs: Sequence[Tensor | None], weights: Sequence[float], x: Tensor) -> Tensor:

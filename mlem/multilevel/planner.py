@@ -22,7 +22,7 @@ from mlem.multilevel.plan import Plan
 from mlem.multilevel.predict import Predictor
 from mlem.multilevel.search import search
 from mlem.multilevel.spec import PlanSpec
-from mlem.solvers import SOLVERS, GridPoint, GridPoints, Solver, quadrature_weights
+from mlem.solvers import GridPoint, GridPoints, Solver, quadrature_weights
 
 __all__ = ["check_estimator", "check_spec", "make_plan", "refuse_levels"]
 
@@ -62,7 +62,7 @@ def check_estimator(solver: Solver, points: GridPoints, estimator: str) -> None:
         raise ValueError(f"{solver.name} evaluates many times at once, a plan once a row; leave plan= out")
     if not ESTIMATORS[estimator].moves_state:
         return
-    if solver.name not in SOLVERS or solver.evaluations(points) != points.steps:
+    if not solver.revisable or solver.evaluations(points) != points.steps:
         raise ValueError(
             f"{estimator} needs a solver of mlem's that evaluates once a step, not {solver.name}; use estimator=held"
         )

@@ -1,6 +1,6 @@
 """Networks: how they are built by name and size, which classes a file may name, and what they cost."""
 
-from mlem.networks.calling import by_position
+from mlem.networks.calling import argument_names, by_position
 from mlem.networks.cost import evaluating, flops, parameters, seconds_per_image, to_channels_last
 from mlem.networks.dit import DIT_SIZES, dit
 from mlem.networks.foreign import ForeignNetwork, read_foreign
@@ -13,6 +13,7 @@ __all__ = [
     "DIT_SIZES",
     "SIZES",
     "ForeignNetwork",
+    "argument_names",
     "build",
     "by_position",
     "config_of",

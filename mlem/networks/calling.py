@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-__all__ = ["by_position"]
+__all__ = ["argument_names", "by_position"]
 
 
 class _Call(NamedTuple):
@@ -50,6 +50,12 @@ class _ByName(nn.Module):
             else:
                 arguments[name] = value
         return self.network(**arguments)
+
+
+def argument_names(network: Any) -> tuple[str, str]:
+    """The arguments of a network of diffusers that are x and the time."""
+    call = _CALLS.get(type(network).__name__, _Call("sample"))
+    return call.x, call.time
 
 
 def by_position(network: Any) -> Any:

@@ -152,6 +152,8 @@ class Solver(ABC):
     """Whether every call of the noise estimate is one evaluation for each sample, as many as `evaluations` says."""
     linear: bool = True
     """Whether a step is linear in y and its noise estimates, with all its chance in the path and in where it asks."""
+    revisable: bool = True
+    """Whether y may be moved between two steps, and that stays in it."""
     chunk: int | None = None
     """The most rows that a network may be given at once; None: any number."""
     exact_on_a_point: bool = True

@@ -1,0 +1,346 @@
+"""`mlem.accelerate`: a pipeline of diffusers whose network is one of several levels."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeAlias
+
+from torch import Tensor, nn
+
+from mlem import networks
+from mlem.conditions import described
+from mlem.family import Family
+from mlem.interop.pipelines.captured import Call, CapturedNetwork, plain_network
+from mlem.interop.pipelines.running import Run
+from mlem.level import Level
+from mlem.multilevel.calibrate import calibrate
+from mlem.multilevel.fitted import Fitted
+from mlem.multilevel.identity import plan_for_use
+from mlem.multilevel.kept import KeptPlans
+from mlem.multilevel.plan import Plan
+from mlem.multilevel.spec import PlanSpec
+from mlem.waiting import Waiting
+
+__all__ = ["Acceleration", "accelerate", "restore"]
+
+Small: TypeAlias = "nn.Module | Level | str | os.PathLike[str]"
+LARGE = "large"
+
+
+class _Output(dict[str, Tensor]):
+    """The output of a network, as diffusers' own ones are read: `.sample`, `["sample"]` and `[0]`."""
+
+    @property
+    def sample(self) -> Tensor:
+        return self["sample"]
+
+    def __getitem__(self, key: Any) -> Tensor:
+        return super().__getitem__("sample" if key == 0 else key)
+
+
+class MultilevelNetwork(nn.Module):
+    """What stands in the place of a pipeline's network: its attributes are those of the large one."""
+
+    def __init__(self, levels: Sequence[nn.Module], acceleration: Acceleration) -> None:
+        super().__init__()
+        self.levels = nn.ModuleList(levels)
+        self._large = (levels[-1],)
+        self.acceleration = (acceleration,)  # no module of this one
+
+    def forward(self, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
+        output = self.acceleration[0].evaluate(Call.of(self._large[0], args, kwargs))
+        return _Output(sample=output) if return_dict else (output,)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(vars(self)["_large"][0], name)
+
+
+def accelerate(
+    pipe: Any,
+    *,
+    small: Small | Sequence[Small],
+    budget: float | None = None,
+    plan: Plan | PlanSpec | None = None,
+    inputs: Mapping[str, Any] | None = None,
+    images: int = 4,
+    times: int = 12,
+    cache: str | os.PathLike[str] | None = None,
+    offload: bool = False,
+) -> Acceleration:
+    """Let smaller networks make most evaluations of a pipeline of diffusers: the large network's own pictures, sooner.
+
+    Its `unet` or `transformer` is replaced, nothing else, until `restore(pipe)` or the end of a `with` block. A plan is
+    made for the steps of each call. At the first, the networks are calibrated: told what the pipeline tells them then,
+    in trajectories from other noise.
+
+    Args:
+        pipe: a pipeline in memory, on its device.
+        small: one network, or several, cheapest first: modules of diffusers, levels, or folders of either; of the same
+            latents, trained on the same noise, of the same prediction.
+        budget: share of the seconds that the large network alone takes in as many steps.
+        plan: instead: what `family.plan` gives, or a plan with a row for each step.
+        inputs: the pipeline's arguments to calibrate with now, such as {"prompt": [..]}; None: those of the first call.
+        images, times: of the calibration; see `mlem.multilevel.calibrate`.
+        cache: folder where calibrations are kept; by default ~/.cache/mlem.
+        offload: the large network's weights wait in the CPU's memory while it is not called.
+
+    Raises:
+        ValueError: the pipeline or a network does not fit; it names both.
+    """
+    return Acceleration(
+        pipe,
+        [small] if isinstance(small, nn.Module | Level | str | os.PathLike) else [*small],
+        _asked(budget, plan),
+        images=images,
+        times=times,
+        cache=cache,
+        offload=offload,
+    ).begun(inputs)
+
+
+def restore(pipe: Any) -> None:
+    """Give a pipeline its own network back. Raises ValueError where it was not accelerated."""
+    for name in _PLACES:
+        network = vars(pipe).get(name)
+        if isinstance(network, MultilevelNetwork):
+            network.acceleration[0].restore()
+            return
+    raise ValueError(f"this {type(pipe).__name__} is not accelerated")
+
+
+_PLACES = ("unet", "transformer")
+
+
+def _asked(budget: float | None, plan: Plan | PlanSpec | None) -> Plan | PlanSpec | None:
+    if (budget is None) == (plan is None):
+        raise ValueError("give one of budget= and plan=, such as budget=0.4")
+    return plan if budget is None else PlanSpec(budget=budget)
+
+
+class Acceleration:
+    """A pipeline that is accelerated; see `accelerate`. As a context manager it gives the pipeline, and restores it.
+
+    Attributes:
+        plan: of the last call; None before the first step of the first.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        small: Sequence[Small],
+        asked: Plan | PlanSpec | None,
+        *,
+        images: int,
+        times: int,
+        cache: str | os.PathLike[str] | None,
+        offload: bool,
+    ) -> None:
+        self._pipe, self._place = weakref.ref(pipe), _place(pipe)
+        self._large: nn.Module = getattr(pipe, self._place)
+        self._networks = _named_networks(small, self._large) | {LARGE: self._large}
+        self._asked, self._images, self._times, self._offload = asked, images, times, offload
+        self._cache = _cache_folder(cache)
+        self._run: Run | None = None
+        self._families: dict[str, Family] = {}
+        self.plan: Plan | None = None
+        vars(pipe)[self._place] = MultilevelNetwork([*self._networks.values()], self)
+
+    def begun(self, inputs: Mapping[str, Any] | None) -> Acceleration:
+        """Itself, calibrated where there are inputs."""
+        if inputs is not None:
+            try:
+                self.pipe(**inputs)
+            except BaseException:
+                self.restore()
+                raise
+        return self
+
+    @property
+    def pipe(self) -> Any:
+        """The pipeline."""
+        pipe = self._pipe()
+        if pipe is None:
+            raise ReferenceError("the pipeline is gone")
+        return pipe
+
+    @property
+    def family(self) -> Family:
+        """The networks as levels, told and guided as in the last call: `sample(acceleration.family, ..)`."""
+        if self._run is None or self._run.row == 0:
+            raise ValueError("what the pipeline tells its network is known after its first call: run it once")
+        return self._family(self._run)
+
+    @property
+    def calls(self) -> dict[str, int]:
+        """Rows that each network was asked for in the last call, by name; guided samples are two."""
+        return dict.fromkeys(self._networks, 0) if self._run is None else dict(self._run.calls)
+
+    def __enter__(self) -> Any:
+        return self.pipe
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.restore()
+
+    def restore(self) -> None:
+        """Give the pipeline its own network back."""
+        if self._run is not None:
+            self._run.end()
+        pipe = self._pipe()
+        if pipe is not None:
+            vars(pipe)[self._place] = self._large
+
+    def evaluate(self, call: Call) -> Tensor:
+        """What stands for the large network's output; called by the network in its place."""
+        scheduler = self.pipe.scheduler
+        if self._run is None or self._run.over or self._run.timesteps is not scheduler.timesteps:
+            if self._run is not None:
+                self._run.end()  # one that was broken off
+            plan = self._asked if isinstance(self._asked, Plan) else None
+            self._run = Run(self._networks, scheduler, call, plan, self._plan_for)
+            self.plan = plan
+        return self._run.evaluate(call).to(call.x.dtype)
+
+    def _plan_for(self, run: Run) -> Plan:
+        assert isinstance(self._asked, PlanSpec)
+        family, rows = self._family(run), _samples(run)
+        spec = replace(self._asked, batch_size=rows)
+        if spec.estimator == "hindsight" and not run.stepping.solver.revisable:
+            spec = replace(spec, estimator="held")
+        if spec.searched:
+            self._calibrated(family, rows)
+        try:
+            plan = plan_for_use(spec, family, run.stepping.solver, run.stepping.points)
+        except ValueError as error:
+            raise ValueError(f"{_in_seconds(family, rows)}{error}") from error
+        if plan.levels and plan.levels[-1] != LARGE:
+            raise ValueError(f"{_in_seconds(family, rows)}no plan with the pipeline's own network costs so little")
+        self.plan = plan
+        return plan
+
+    def _family(self, run: Run) -> Family:
+        """The levels of a run, which share what was fitted with those of all runs that are alike."""
+        shape = tuple(run.first[0].x.shape[1:])
+        key = json.dumps([run.stepping.identity, run.guidance, shape], sort_keys=True)
+        if key not in self._families:
+            levels = [self._level(name, run, shape) for name in self._networks]
+            family = Family(levels)
+            folder = self._cache / family.weights_hash / "x".join(map(str, shape))
+            self._families[key] = Family(levels, Fitted.load(folder), KeptPlans(folder), folder)
+        for level in self._families[key].levels:
+            assert isinstance(level.network, CapturedNetwork)
+            level.network.tell(run.first)
+            level.conditions = described({"row": level.network.samples})
+        return self._families[key]
+
+    def _level(self, name: str, run: Run, shape: Sequence[int]) -> Level:
+        network, conditions = self._networks[name], {"row": _samples(run)}
+        counted = CapturedNetwork(plain_network(network), run.guidance, run.first)
+        return Level(
+            name,
+            CapturedNetwork(network, run.guidance, run.first),
+            run.stepping.schedule,
+            shape,
+            run.stepping.prediction,
+            flops=networks.flops(counted, shape, conditions) or None,
+            conditions=conditions,
+        )
+
+    def _calibrated(self, family: Family, rows: int) -> None:
+        """Measure the family, where that was not done before."""
+        if family.fitted.calibration is not None:
+            return
+        device = next(self._large.parameters()).device
+        with Waiting("calibrating the networks of a pipeline", 3) as waiting:
+            found = calibrate(
+                family,
+                images=self._images,
+                times=self._times,
+                batch_sizes=(rows,),
+                device=device,
+                progress=lambda text: waiting.advance(),
+            )
+        family.fitted = replace(family.fitted, calibration=found)
+        assert family.folder is not None
+        try:
+            family.folder.mkdir(parents=True, exist_ok=True)
+            family.save_fitted(family.folder)
+        except OSError as error:
+            warnings.warn(f"the calibration is not kept: {error}; cache= names another folder", stacklevel=2)
+
+
+def _samples(run: Run) -> int:
+    """How many samples the pipeline makes at once."""
+    return sum(len(call.x) for call in run.first) // run.guidance.sides
+
+
+def _in_seconds(family: Family, rows: int) -> str:
+    """What the levels take, to begin an error with; nothing where that is not known."""
+    found = family.fitted.calibration
+    if found is None:
+        return ""
+    seconds = dict(zip(found.names, found.seconds[min(found.seconds, key=lambda size: abs(size - rows))], strict=True))
+    each = ", ".join(f"{name} {1e3 * value:.3g} ms" for name, value in seconds.items())
+    return f"a sample takes {each} in the networks: "
+
+
+def _place(pipe: Any) -> str:
+    """The attribute that holds the pipeline's network."""
+    name = type(pipe).__name__
+    for two in ("transformer_2", "unet_2"):
+        if getattr(pipe, two, None) is not None:
+            raise ValueError(
+                f"{name} switches between two networks by itself ({two}, boundary_ratio); it is left to that"
+            )
+    place = next((one for one in _PLACES if isinstance(getattr(pipe, one, None), nn.Module)), None)
+    if place is None:
+        raise ValueError(f"{name} has neither unet nor transformer: it cannot be accelerated")
+    if isinstance(getattr(pipe, place), MultilevelNetwork):
+        raise ValueError(f"this {name} is accelerated already; mlem.restore(pipe) first")
+    return place
+
+
+def _named_networks(small: Sequence[Small], large: nn.Module) -> dict[str, nn.Module]:
+    """The small networks by name, on the device of the large one and in its dtype."""
+    found: dict[str, nn.Module] = {}
+    like = next(large.parameters())
+    for number, one in enumerate(small, 1):
+        name, network = "small" if len(small) == 1 else f"small{number}", one
+        if isinstance(one, str | os.PathLike):
+            folder = Path(one)
+            one = Level.load(folder) if (folder / "mlem.json").is_file() else Level.from_diffusers(folder)
+        if isinstance(one, Level):
+            name, network = one.name, one.network
+        assert isinstance(network, nn.Module)
+        _refuse_other_latents(name, network, large)
+        own = next(network.parameters())
+        if (own.device, own.dtype) != (like.device, like.dtype):
+            network.to(device=like.device, dtype=like.dtype)
+        found[name] = network.eval()
+    if LARGE in found:
+        raise ValueError(f"a small network cannot be called {LARGE}, which is the pipeline's own")
+    return found
+
+
+def _refuse_other_latents(name: str, network: nn.Module, large: nn.Module) -> None:
+    own, other = (getattr(plain_network(one), "config", {}) for one in (network, large))
+    for field in ("in_channels", "out_channels"):
+        if (ours := own.get(field)) != (theirs := other.get(field)):
+            raise ValueError(f"small network {name} has {field}={ours}, the pipeline's has {theirs}; take one alike")
+
+
+def _cache_folder(cache: str | os.PathLike[str] | None) -> Path:
+    if cache is not None:
+        return Path(cache)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlem"

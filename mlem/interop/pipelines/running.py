@@ -1,0 +1,215 @@
+"""One call of an accelerated pipeline: its evaluations under a plan, between the pipeline's loop and its scheduler.
+
+Sums are taken of the networks' own outputs: where the large one runs alone, its output is what the pipeline gets, bit
+for bit. In every prediction a difference of outputs is one of v up to a factor of the noise level, and that is all that
+held corrections need to know.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mlem.interop.pipelines.captured import Call, Guidance
+from mlem.interop.pipelines.stepping import Stepping
+from mlem.multilevel.estimators import ESTIMATORS
+from mlem.multilevel.evaluators import Evaluator, Moment
+from mlem.multilevel.plan import Plan
+from mlem.solvers import quadrature_weights
+
+__all__ = ["Run"]
+
+PlanMaker = Callable[["Run"], Plan]
+"""The plan of a run whose first step is over: its guidance is known, and what its network was told."""
+
+
+class Run:
+    """From the first call of the network to the last step of the scheduler.
+
+    The scheduler's `step` is watched meanwhile: it says which evaluation comes next, and where a plan moves the state
+    it is the sample that `step` returns which moves. Nothing of it stays when the run is over.
+
+    Args:
+        networks: by name, cheapest first, the pipeline's own last.
+        scheduler: of the pipeline, after `set_timesteps`.
+        call: the first call of the network.
+        plan: made already; else `make` is asked for one after the first step, at which the large network runs.
+        make: makes a plan.
+
+    Attributes:
+        calls: rows that each network was asked for so far.
+        first: the calls of the first step, once it is over.
+        guidance: known then too.
+    """
+
+    def __init__(
+        self, networks: Mapping[str, nn.Module], scheduler: Any, call: Call, plan: Plan | None, make: PlanMaker
+    ) -> None:
+        self._names, self._networks = [*networks], [*networks.values()]
+        self._scheduler, self._make = scheduler, make
+        self.timesteps: Tensor = scheduler.timesteps
+        scale = getattr(getattr(self._networks[-1], "config", None), "timestep_scale", 1.0)
+        self._time_scale = float(scale)
+        self.stepping = Stepping(scheduler, self._first(call))
+        self.moments = [
+            Moment(point.alpha, point.kappa, self.stepping.unit(point)) for point in self.stepping.points[:-1]
+        ]
+        self.row, self.calls = 0, dict.fromkeys(networks, 0)
+        self.first: list[Call] = []
+        self._told: list[Call] = []
+        self._outputs: list[Tensor] = []
+        self.guidance = Guidance()
+        self.plan: Plan | None = None
+        self._evaluators: list[Evaluator] = []
+        self._now: Call | None = None
+        self._known: dict[int, Tensor] = {}
+        if plan is not None:
+            self._follow(plan)
+        self._watch()
+
+    def _first(self, call: Call) -> int:
+        times = [float(time) * self._time_scale for time in self.timesteps.tolist()]
+        nearest = min(range(len(times)), key=lambda number: abs(times[number] - call.moment))
+        if abs(times[nearest] - call.moment) > 1e-2 * max(1.0, abs(times[nearest])):
+            raise ValueError(
+                f"the network is asked at time {call.moment:g}, which is none of the scheduler's timesteps; this "
+                "pipeline cannot be accelerated"
+            )
+        return nearest
+
+    @property
+    def rows(self) -> int:
+        """Evaluations of the run."""
+        return len(self.moments)
+
+    @property
+    def over(self) -> bool:
+        """Whether all steps are made."""
+        return self.row == self.rows
+
+    def evaluate(self, call: Call) -> Tensor:
+        """The output that stands for the large network's, (N, ...)."""
+        side = len(self._told)
+        self._told.append(call)
+        if self.plan is None:
+            output = self._answer(len(self._networks) - 1, call)
+        else:
+            while len(self._evaluators) <= side:
+                self._evaluators.append(self._new_evaluator(self.plan))
+            output = self._evaluated(side, call)
+        self._outputs.append(output)
+        return output
+
+    def _follow(self, plan: Plan) -> None:
+        """Take a plan. Raises ValueError where it does not fit."""
+        if plan.evaluations != self.rows:
+            raise ValueError(
+                f"the plan has {plan.evaluations} rows, and this call makes {self.rows} steps; pass budget=, which "
+                "makes one for every call, or a plan of as many rows"
+            )
+        if plan.per_sample or bool((plan.correction_weights[:, 0] != 1).any()):
+            raise ValueError("a pipeline needs a plan that all samples share, whose first level always runs")
+        if plan.moves_state and not self.stepping.solver.revisable:
+            raise ValueError(
+                f"hindsight moves samples, and {type(self._scheduler).__name__} keeps those it had; use estimator=held"
+            )
+        self.plan = plan
+
+    def _new_evaluator(self, plan: Plan) -> Evaluator:
+        weights: list[float] | None = None
+        if plan.moves_state:
+            points = self.stepping.points
+            weights = quadrature_weights(self.stepping.solver, points.schedule, points)[0].tolist()
+        estimator = ESTIMATORS[plan.estimator]
+        levels = [functools.partial(self._level, number) for number in self._numbers(plan)]
+        return estimator.evaluator(levels, self.stepping.schedule, plan.program, weights)
+
+    def _numbers(self, plan: Plan) -> list[int]:
+        """Which networks are the plan's levels."""
+        return [self._names.index(name) for name in plan.levels or self._names]
+
+    def _level(self, number: int, x: Tensor, t: Tensor) -> Tensor:
+        """The output of a network in the call that is being made."""
+        assert self._now is not None
+        if number in self._known:
+            return self._known[number]
+        return self._answer(number, self._now._replace(x=x))
+
+    def _answer(self, number: int, call: Call) -> Tensor:
+        self.calls[self._names[number]] += len(call.x)
+        output = call.answer(self._networks[number])
+        return output if output.dtype in (torch.float32, torch.float64) else output.float()
+
+    def _evaluated(self, side: int, call: Call) -> Tensor:
+        self._now = call
+        return self._evaluators[side].evaluate(self.row, call.x, torch.empty(0), self.moments[self.row])
+
+    def _catch_up(self, plan: Plan) -> None:
+        """Make the first evaluation again, under the plan, with the large network's outputs that are known."""
+        self._follow(plan)
+        for side, (call, output) in enumerate(zip(self._told, self._outputs, strict=True)):
+            self._evaluators.append(self._new_evaluator(plan))
+            self._known = {len(self._networks) - 1: output}
+            again = self._evaluated(side, call)
+            self._known = {}
+            if not torch.equal(again, output):
+                raise ValueError("a plan of a pipeline must run the large network at the first step; use another seed")
+
+    def _watch(self) -> None:
+        """Put a function around the scheduler's step."""
+        own = self._scheduler.step
+
+        @functools.wraps(own)
+        def step(model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
+            result = own(model_output, timestep, sample, *args, **kwargs)
+            try:
+                return self._after(model_output, result)
+            except BaseException:
+                self.end()
+                raise
+
+        self._scheduler.step = step
+
+    def end(self) -> None:
+        """Take the function away again."""
+        vars(self._scheduler).pop("step", None)
+
+    def _after(self, answer: Tensor, result: Any) -> Any:
+        """What a step returns, once its sample is where the plan wants it."""
+        if self.row == 0:
+            self.guidance, self.first = Guidance.found(self._outputs, answer), self._told
+            if self.plan is None:
+                self._catch_up(self._make(self))
+        told, self._told, self._outputs = self._told, [], []
+        self.row += 1
+        if self.over:
+            self.end()
+            return result
+        assert self.plan is not None
+        if not self.plan.moves_state or not bool(self.plan.revised[self.row]):
+            return result
+        sample = result[0] if isinstance(result, tuple) else result.prev_sample
+        moved = sample + self._move(sample, told).to(sample.dtype)
+        if isinstance(result, tuple):
+            return moved, *result[1:]
+        result.prev_sample = moved
+        return result
+
+    def _move(self, sample: Tensor, told: Sequence[Call]) -> Tensor:
+        """What to move a sample (B, ...) by before the coming evaluation."""
+        timestep = self.timesteps[len(self.timesteps) - self.rows + self.row]
+        moves: list[Tensor] = []
+        for evaluator, call in zip(self._evaluators, told, strict=True):
+            x = torch.cat([sample] * (len(call.x) // len(sample)))
+            if hasattr(self._scheduler, "scale_model_input"):
+                x = self._scheduler.scale_model_input(x, timestep)
+            time = torch.as_tensor(call.time)
+            now = (timestep * self._time_scale).to(time).expand_as(time)
+            self._now = call.with_input(x.to(call.x.dtype), now)
+            move = evaluator.revise(self.row, self._now.x, torch.empty(0), self.moments[self.row])
+            moves.append(torch.zeros_like(x) if move is None else move[:, : x.shape[1]])
+        return self.guidance.combined(moves) * self.stepping.scale(self.stepping.points[self.row])

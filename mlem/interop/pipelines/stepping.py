@@ -1,0 +1,149 @@
+"""A pipeline's scheduler as plans see it: when it asks the network, and what each answer adds to the end."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mlem.brownian import NoisePath
+from mlem.grids import TimeGrid
+from mlem.interop.diffusers import PREFIX
+from mlem.predictions import NoiseLevel, Prediction
+from mlem.schedule import NoiseSchedule
+from mlem.scheduler_configs import prediction_of
+from mlem.solvers import GridPoint, NoiseEstimate, Solver
+from mlem.solvers.base import GridPoints
+
+__all__ = ["LinearPart", "Stepping"]
+
+_REVISABLE = {
+    **dict.fromkeys(("DDIMScheduler", "DDPMScheduler", "EulerDiscreteScheduler"), True),
+    **dict.fromkeys(("EulerAncestralDiscreteScheduler", "DPMSolverMultistepScheduler"), True),
+    "FlowMatchEulerDiscreteScheduler": True,
+    "UniPCMultistepScheduler": False,  # its corrector begins at the sample before
+}
+"""Schedulers that ask the network once a step -> whether a sample that was moved stays so."""
+_STOCHASTIC = ("DDPMScheduler", "EulerAncestralDiscreteScheduler")
+
+
+class Stepping:
+    """What one call of a pipeline will do, from its scheduler after `set_timesteps`.
+
+    Args:
+        scheduler: that of the pipeline.
+        first: the number of the timestep that it begins with; later than 0 from an image.
+
+    Attributes:
+        points: of the noise levels that are visited, the last one included.
+        timesteps: as the network is told them, one for each evaluation.
+
+    Raises:
+        ValueError: plans cannot be made for this scheduler.
+    """
+
+    def __init__(self, scheduler: Any, first: int = 0) -> None:
+        name, self.config = type(scheduler).__name__, _config(scheduler)
+        if name not in _REVISABLE:
+            raise ValueError(f"a pipeline with {name} cannot be accelerated; take {', '.join(_REVISABLE)}")
+        self.schedule = NoiseSchedule.from_diffusers(self.config | {"use_dynamic_shifting": False})
+        self.prediction: Prediction = prediction_of(self.config)
+        self.flows = self.prediction.name == "flow"
+        # schedulers with sigmas of their own work in y, the others in x
+        self._in_y = not self.flows and float(getattr(scheduler, "init_noise_sigma", 1.0)) != 1.0
+        self.timesteps: list[float] = scheduler.timesteps[first:].tolist()
+        times = self._times(scheduler)[first:]
+        self.points = GridPoint.of(self.schedule, TimeGrid("diffusers", tuple(times)))
+        self.solver = LinearPart(scheduler, self, first)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What tells it apart from others, but for its steps; plain data."""
+        return {"schedule": self.schedule.fingerprint, "prediction": self.prediction.to_config()}
+
+    def scale(self, point: GridPoint) -> float:
+        """The sample of the scheduler there, for a unit of y."""
+        if self.flows:
+            return 1 / (1 + point.kappa)
+        return 1.0 if self._in_y else point.alpha
+
+    def unit(self, point: GridPoint) -> float:
+        """A difference of the network's outputs there, for a unit of v."""
+        level = NoiseLevel(torch.zeros(1, dtype=torch.float64), point.alpha, point.sigma)
+        nothing, one = torch.zeros(1, 1, dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64)
+        eps = self.prediction.eps(one, nothing, level) - self.prediction.eps(nothing, nothing, level)
+        return point.alpha / eps.item()
+
+    def _times(self, scheduler: Any) -> list[float]:
+        """Those of the points, 1 to 0."""
+        n, asked = self.schedule.num_timesteps, scheduler.timesteps.double().cpu()
+        sigmas = getattr(scheduler, "sigmas", None)
+        if sigmas is None or len(sigmas) <= len(asked):
+            times = (asked + 1) / n
+            final = float(getattr(scheduler, "final_alpha_cumprod", 1.0))
+            return [*times.tolist(), self.schedule.time_from_alpha(final**0.5).item() if final < 1 else 0.0]
+        sigmas = sigmas.double().cpu()
+        kappas = sigmas / (1 - sigmas).clamp(min=1e-12) if self.flows else sigmas
+        most = self.schedule.kappa(1.0).item()
+        return [1.0 if kappa >= most else self.schedule.time_from_kappa(kappa).item() for kappa in kappas.tolist()]
+
+
+class LinearPart(Solver):
+    """The steps of a scheduler without its noise and without clipping: what plans are searched for."""
+
+    order = 1.0
+    reference = "dpm_solver_pp"
+
+    def __init__(self, scheduler: Any, stepping: Stepping, first: int) -> None:
+        self.name = PREFIX + type(scheduler).__name__
+        config = stepping.config
+        self.revisable = _REVISABLE[type(scheduler).__name__]
+        self.stochastic = type(scheduler).__name__ in _STOCHASTIC or str(config.get("algorithm_type")).startswith("sde")
+        if self.stochastic:
+            self.reference = "ddpm"
+        self._fresh, self._stepping, self._first = copy.deepcopy(scheduler), stepping, first
+        for option in ("clip_sample", "thresholding"):
+            if option in config:
+                self._fresh.register_to_config(**{option: False})
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """Options of the scheduler; plain data."""
+        return {name: value for name, value in self._stepping.config.items() if not name.startswith("_")}
+
+    def init(self, points: GridPoints, indices: Tensor, seed: int) -> Any:
+        """Two schedulers that draw the same noise: one of them sees nothing else."""
+        return [copy.deepcopy(self._fresh) for _ in range(2)], iter(range(self._first, self._first + points.steps))
+
+    def step(
+        self, eps: NoiseEstimate, y: Tensor, state: Any, here: GridPoint, there: GridPoint, path: NoisePath
+    ) -> tuple[Tensor, Any]:
+        schedulers, numbers = state
+        number, own = next(numbers), y * self._stepping.scale(here)
+        x, level = here.alpha * y, NoiseLevel(torch.zeros(len(y), dtype=torch.float64), here.alpha, here.sigma)
+        noise = eps(y, here)
+        output = self._stepping.prediction.target((x - here.sigma * noise) / here.alpha, noise, level)
+        found = [
+            self._stepped(scheduler, number, *given)
+            for scheduler, given in zip(
+                schedulers, ((output, own), (torch.zeros_like(output), torch.zeros_like(own))), strict=True
+            )
+        ]
+        return (found[0] - found[1]) / self._stepping.scale(there), state
+
+    @staticmethod
+    def _stepped(scheduler: Any, number: int, output: Tensor, own: Tensor) -> Tensor:
+        timestep = scheduler.timesteps[number]
+        if hasattr(scheduler, "scale_model_input"):
+            scheduler.scale_model_input(own, timestep)
+        takes = inspect.signature(scheduler.step).parameters
+        extra = {"generator": torch.Generator().manual_seed(number)} if "generator" in takes else {}
+        return scheduler.step(output, timestep, own, **extra).prev_sample.double()
+
+
+def _config(scheduler: Any) -> dict[str, Any]:
+    return dict(scheduler.config) | {"_class_name": type(scheduler).__name__}
