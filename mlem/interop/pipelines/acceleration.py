@@ -12,13 +12,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor, nn
 
 from mlem import networks
 from mlem.conditions import described
 from mlem.family import Family
 from mlem.interop.pipelines.captured import Call, CapturedNetwork, plain_network
-from mlem.interop.pipelines.running import Run
+from mlem.interop.pipelines.running import Run, moved
 from mlem.level import Level
 from mlem.multilevel.calibrate import calibrate
 from mlem.multilevel.fitted import Fitted
@@ -57,6 +58,11 @@ class MultilevelNetwork(nn.Module):
     def forward(self, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
         output = self.acceleration[0].evaluate(Call.of(self._large[0], args, kwargs))
         return _Output(sample=output) if return_dict else (output,)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes: the large network may wait elsewhere."""
+        return next(self.levels[0].parameters()).device
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -181,6 +187,11 @@ class Acceleration:
         return self._family(self._run)
 
     @property
+    def times(self) -> tuple[float, ...]:
+        """The times of the last call under the family's schedule: `TimeGrid("diffusers", acceleration.times)`."""
+        return () if self._run is None else self._run.stepping.points.grid.times
+
+    @property
     def calls(self) -> dict[str, int]:
         """Rows that each network was asked for in the last call, by name; guided samples are two."""
         return dict.fromkeys(self._networks, 0) if self._run is None else dict(self._run.calls)
@@ -208,7 +219,7 @@ class Acceleration:
             if self._run is not None:
                 self._run.end()  # one that was broken off
             plan = self._asked if isinstance(self._asked, Plan) else None
-            self._run = Run(self._networks, scheduler, call, plan, self._plan_for)
+            self._run = Run(self._networks, scheduler, call, plan, self._plan_for, self._offload)
             self.plan = plan
         return self._run.evaluate(call).to(call.x.dtype)
 
@@ -219,7 +230,7 @@ class Acceleration:
         if spec.estimator == "hindsight" and not run.stepping.solver.revisable:
             spec = replace(spec, estimator="held")
         if spec.searched:
-            self._calibrated(family, rows)
+            self._calibrated(family, rows, run.first[0].x.device)
         try:
             plan = plan_for_use(spec, family, run.stepping.solver, run.stepping.points)
         except ValueError as error:
@@ -257,11 +268,12 @@ class Acceleration:
             conditions=conditions,
         )
 
-    def _calibrated(self, family: Family, rows: int) -> None:
+    def _calibrated(self, family: Family, rows: int, device: torch.device) -> None:
         """Measure the family, where that was not done before."""
         if family.fitted.calibration is not None:
             return
-        device = next(self._large.parameters()).device
+        if self._offload:
+            moved(self._large, device)
         with Waiting("calibrating the networks of a pipeline", 3) as waiting:
             found = calibrate(
                 family,

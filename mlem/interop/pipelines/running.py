@@ -21,7 +21,7 @@ from mlem.multilevel.evaluators import Evaluator, Moment
 from mlem.multilevel.plan import Plan
 from mlem.solvers import quadrature_weights
 
-__all__ = ["Run"]
+__all__ = ["Run", "moved"]
 
 PlanMaker = Callable[["Run"], Plan]
 """The plan of a run whose first step is over: its guidance is known, and what its network was told."""
@@ -39,6 +39,7 @@ class Run:
         call: the first call of the network.
         plan: made already; else `make` is asked for one after the first step, at which the large network runs.
         make: makes a plan.
+        offload: the large network is in the CPU's memory while it is not called.
 
     Attributes:
         calls: rows that each network was asked for so far.
@@ -47,8 +48,15 @@ class Run:
     """
 
     def __init__(
-        self, networks: Mapping[str, nn.Module], scheduler: Any, call: Call, plan: Plan | None, make: PlanMaker
+        self,
+        networks: Mapping[str, nn.Module],
+        scheduler: Any,
+        call: Call,
+        plan: Plan | None,
+        make: PlanMaker,
+        offload: bool = False,
     ) -> None:
+        self._offload = offload
         self._names, self._networks = [*networks], [*networks.values()]
         self._scheduler, self._make = scheduler, make
         self.timesteps: Tensor = scheduler.timesteps
@@ -141,7 +149,10 @@ class Run:
 
     def _answer(self, number: int, call: Call) -> Tensor:
         self.calls[self._names[number]] += len(call.x)
-        output = call.answer(self._networks[number])
+        network = self._networks[number]
+        if self._offload:
+            moved(network, call.x.device)
+        output = call.answer(network)
         return output if output.dtype in (torch.float32, torch.float64) else output.float()
 
     def _evaluated(self, side: int, call: Call) -> Tensor:
@@ -177,6 +188,8 @@ class Run:
     def end(self) -> None:
         """Take the function away again."""
         vars(self._scheduler).pop("step", None)
+        if self._offload:
+            moved(self._networks[-1], torch.device("cpu"))
 
     def _after(self, answer: Tensor, result: Any) -> Any:
         """What a step returns, once its sample is where the plan wants it."""
@@ -190,13 +203,15 @@ class Run:
             self.end()
             return result
         assert self.plan is not None
+        if self._offload and not bool(self.plan.runs[self.row, -1]):
+            moved(self._networks[-1], torch.device("cpu"))
         if not self.plan.moves_state or not bool(self.plan.revised[self.row]):
             return result
         sample = result[0] if isinstance(result, tuple) else result.prev_sample
-        moved = sample + self._move(sample, told).to(sample.dtype)
+        sample = sample + self._move(sample, told).to(sample.dtype)
         if isinstance(result, tuple):
-            return moved, *result[1:]
-        result.prev_sample = moved
+            return sample, *result[1:]
+        result.prev_sample = sample
         return result
 
     def _move(self, sample: Tensor, told: Sequence[Call]) -> Tensor:
@@ -213,3 +228,9 @@ class Run:
             move = evaluator.revise(self.row, self._now.x, torch.empty(0), self.moments[self.row])
             moves.append(torch.zeros_like(x) if move is None else move[:, : x.shape[1]])
         return self.guidance.combined(moves) * self.stepping.scale(self.stepping.points[self.row])
+
+
+def moved(network: nn.Module, device: torch.device) -> None:
+    """Put a network on a device, unless it is there."""
+    if next(network.parameters()).device.type != device.type:
+        network.to(device)
