@@ -15,15 +15,18 @@ from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultist
 from diffusers.schedulers.scheduling_euler_ancestral_discrete import EulerAncestralDiscreteScheduler
 from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+from diffusers.schedulers.scheduling_heun_discrete import HeunDiscreteScheduler
 from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
 from torch import Tensor
 
 import mlem
 from mlem.family import Family
 from mlem.grids import TimeGrid
-from mlem.interop.pipelines import Acceleration
+from mlem.interop.pipelines import Acceleration, acceleration
+from mlem.level import Level
+from mlem.multilevel.plan import Plan
 from mlem.multilevel.spec import PlanSpec
-from tests.pipelines import PIPELINES, STABLE, Tiny
+from tests.pipelines import PIPELINES, STABLE, Tiny, seeded
 
 pytestmark = [  # of diffusers
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
@@ -103,23 +106,23 @@ def test_calls_do_not_know_of_one_another(name: str, scheduler: str, tmp_path: P
     tiny, pipe = pipeline(name, scheduler)
     estimator = "held" if "UniPC" in scheduler else "hindsight"
 
-    def accelerated(pipe: Any) -> Acceleration:
+    def faster(pipe: Any) -> Acceleration:
         return mlem.accelerate(pipe, small=tiny.small(), plan=held(estimator=estimator), cache=tmp_path, **QUICK)
 
-    acceleration = accelerated(pipe)
+    accelerated = faster(pipe)
     first = pictures(tiny, pipe, 6)
-    plan = acceleration.plan
+    plan = accelerated.plan
     assert plan is not None
     assert plan.estimator == estimator
     calls = dict(zip(plan.levels, plan.calls.tolist(), strict=True))
-    rows = acceleration.calls["large"] / calls["large"]
-    assert acceleration.calls == {name: count * rows for name, count in calls.items()}
+    rows = accelerated.calls["large"] / calls["large"]
+    assert accelerated.calls == {name: count * rows for name, count in calls.items()}
     other, two = pictures(tiny, pipe, 4), pictures(tiny, pipe, 6, 1, 2)
     _broken_off(tiny, pipe)
     assert torch.equal(pictures(tiny, pipe, 6), first)
     for expected, arguments in ((other, (4,)), (two, (6, 1, 2))):
         fresh_tiny, fresh = pipeline(name, scheduler)
-        accelerated(fresh)
+        faster(fresh)
         assert torch.equal(pictures(fresh_tiny, fresh, *arguments), expected)
 
 
@@ -157,16 +160,194 @@ def test_a_plan_gives_what_sample_gives(name: str, estimator: str, tmp_path: Pat
     make, solver = MLEMS[name]
     tiny = PIPELINES["StableDiffusion3Pipeline" if "flow" in name else "StableDiffusionPipeline"]
     pipe = tiny.make(make())
-    acceleration = mlem.accelerate(pipe, small=tiny.small(), plan=held(estimator=estimator), cache=tmp_path, **QUICK)
+    accelerated = mlem.accelerate(pipe, small=tiny.small(), plan=held(estimator=estimator), cache=tmp_path, **QUICK)
     theirs = pictures(tiny, pipe, 10)
-    assert acceleration.plan is not None
+    assert accelerated.plan is not None
     latents = tiny.inputs(2, 1)["latents"]
     ours = mlem.sample(
-        acceleration.family,
+        accelerated.family,
         solver=solver,
-        grid=TimeGrid("diffusers", acceleration.times),
+        grid=TimeGrid("diffusers", accelerated.times),
         indices=range(2),
-        plan=replace(acceleration.plan, about={}),
+        plan=replace(accelerated.plan, about={}),
         start=lambda indices, z: latents[indices],
     ).x
     assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()
+
+
+def test_a_calibration_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For these weights, scheduler, guidance and size; a folder that cannot be written costs a warning."""
+    measured: list[int] = []
+    own = acceleration.calibrate
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        measured.append(1)
+        return own(*args, **kwargs)
+
+    monkeypatch.setattr(acceleration, "calibrate", counted)
+    tiny, pipe = pipeline("StableDiffusionPipeline", "DDIM")
+    for expected, options in ((1, {}), (1, {}), (2, {"guidance_scale": 5.0})):
+        with mlem.accelerate(pipe, small=tiny.small(), plan=held(), cache=tmp_path, **QUICK):
+            torch.as_tensor(pipe(**tiny.inputs(1, 1) | options, num_inference_steps=STEPS).images)
+        assert len(measured) == expected
+    (tmp_path / "file").touch()
+    with (
+        mlem.accelerate(pipe, small=tiny.small(), plan=held(), cache=tmp_path / "file", **QUICK),
+        pytest.warns(UserWarning, match=r"the calibration is not kept: .*cache= names another folder"),
+    ):
+        pictures(tiny, pipe)
+
+
+def test_inputs_calibrate_at_once(tmp_path: Path) -> None:
+    tiny, pipe = pipeline("StableDiffusionPipeline", "DDIM")
+    inputs = tiny.inputs(2, 1) | {"num_inference_steps": 3}
+    accelerated = mlem.accelerate(pipe, small=tiny.small(), plan=held(), cache=tmp_path, inputs=inputs, **QUICK)
+    assert accelerated.family.fitted.calibration is not None
+    bad = inputs | {"guidance_rescale": 0.7}
+    accelerated.restore()
+    with pytest.raises(ValueError, match="does more with its network's output than guidance"):
+        mlem.accelerate(pipe, small=tiny.small(), plan=held(), cache=tmp_path, inputs=bad, **QUICK)
+    assert not isinstance(pipe.unet, type(accelerated.network))
+
+
+def test_the_users_callback_still_works(tmp_path: Path) -> None:
+    """It sees the samples as they go on, and may change them."""
+    tiny, pipe = pipeline("StableDiffusionPipeline", "DDIM")
+    seen: list[Tensor] = []
+
+    def callback(pipe: Any, step: int, time: Any, given: dict[str, Tensor]) -> dict[str, Tensor]:
+        seen.append(given["latents"])
+        return {"latents": given["latents"] * (0.5 if step == 2 else 1.0)}
+
+    with mlem.accelerate(pipe, small=tiny.small(), plan=held(estimator="hindsight"), cache=tmp_path, **QUICK):
+        plain = pictures(tiny, pipe, 6)
+        changed = pictures(tiny, pipe, 6, callback_on_step_end=callback)
+    assert len(seen) == 6
+    assert torch.equal(seen[-1], changed)
+    assert not torch.allclose(changed, plain, rtol=0.1)
+
+
+def test_half_precision(tmp_path: Path) -> None:
+    tiny, pipe = pipeline("StableDiffusionPipeline", "DDIM")
+    pipe.to(torch.bfloat16)
+    inputs = {
+        name: value.bfloat16() if isinstance(value, Tensor) else value for name, value in tiny.inputs(2, 1).items()
+    }
+    own = pipe(**inputs, num_inference_steps=STEPS).images
+    for plan in (ALONE, held(estimator="hindsight")):
+        with mlem.accelerate(pipe, small=tiny.small(), plan=plan, cache=tmp_path, **QUICK):
+            found = pipe(**inputs, num_inference_steps=STEPS).images
+        assert found.dtype == torch.bfloat16
+        assert torch.equal(found, own) is (plan is ALONE)
+
+
+def test_a_compiled_network(tmp_path: Path) -> None:
+    tiny, pipe = pipeline("StableDiffusionPipeline", "DDIM")
+    with mlem.accelerate(pipe, small=tiny.small(), plan=held(), cache=tmp_path, **QUICK):
+        expected = pictures(tiny, pipe)
+    pipe.unet = torch.compile(pipe.unet, backend="eager")
+    with mlem.accelerate(pipe, small=tiny.small(), plan=held(), cache=tmp_path, **QUICK) as accelerated:
+        assert torch.allclose(pictures(tiny, accelerated), expected, atol=1e-4)
+
+
+def test_offloading_moves_the_large_network_when_it_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put away where the next row does without it, and at the end; fetched for every row that needs it."""
+    tiny, pipe = pipeline("StableDiffusionPipeline", "DDIM")
+    asked: list[str] = []
+    monkeypatch.setattr("mlem.interop.pipelines.running.moved", lambda network, device: asked.append(f"{device}"))
+    with mlem.accelerate(pipe, small=tiny.small(), plan=held(), cache=tmp_path, offload=True, **QUICK):
+        pictures(tiny, pipe, 8)
+        asked.clear()
+        plan = pipe.unet.acceleration[0].plan
+        pictures(tiny, pipe, 8)
+    assert plan is not None
+    runs = plan.runs[:, -1].tolist()
+    away = sum(not run for run in runs[1:]) + 1
+    assert len(asked) == sum(map(bool, runs)) + away
+
+
+def test_a_level_of_ours_as_the_small_network(tmp_path: Path) -> None:
+    tiny, pipe = pipeline("DDPMPipeline", "DDPM")
+    level = Level("xs", tiny.small(), mlem.NoiseSchedule.from_diffusers(dict(pipe.scheduler.config)), (1, 8, 8), "eps")
+    level.save(tmp_path / "level_xs")
+    for small in (level, tmp_path / "level_xs"):
+        with mlem.accelerate(pipe, small=small, plan=held(), cache=tmp_path, **QUICK) as accelerated:
+            pictures(tiny, accelerated)
+            assert set(accelerated.unet.acceleration[0].calls) == {"xs", "large"}
+
+
+def _mistakes() -> dict[str, tuple[str, dict[str, Any], str]]:
+    heun = {"scheduler": HeunDiscreteScheduler()}
+    wide = seeded(lambda: PIPELINES["StableDiffusionPipeline"].network(1))
+    mine = Plan.given(torch.ones(4, 2))
+    sd = "StableDiffusionPipeline"
+    return {
+        "scheduler": (sd, heun, r"a pipeline with HeunDiscreteScheduler cannot be accelerated; take DDIMScheduler, "),
+        "latents": ("DDPMPipeline", {"small": wide}, r"small network small has in_channels=4, the pipeline's has 1"),
+        "rows": (sd, {"plan": mine}, r"the plan has 4 rows, and this call makes 5 steps; pass budget="),
+        "budget": (sd, {"plan": PlanSpec(budget=0.01, cost="flops")}, r"^a sample takes small .* ms, large .*no plan"),
+        "neither": (sd, {"plan": None}, r"^give one of budget= and plan=, such as budget=0\.4$"),
+        "coins": (
+            sd,
+            {"plan": Family.plan(probabilities=(1.0, 0.001), estimator="jump")},
+            r"must run the large network at the first",
+        ),
+        "per sample": (
+            sd,
+            {"plan": Plan.draw(torch.full((5, 2), 0.5).index_fill(1, torch.tensor([0]), 1.0), per_sample=True)},
+            r"a pipeline needs a plan that all samples share",
+        ),
+        "conditions": (
+            sd,
+            {"small": seeded(lambda: PIPELINES["DDPMPipeline"].network(1))},
+            r"small network small has ",
+        ),
+        "name": ("DDPMPipeline", {"small": [_named("large")]}, r"a small network cannot be called large"),
+    }
+
+
+def _named(name: str) -> Level:
+    return Level(name, PIPELINES["DDPMPipeline"].small(), mlem.NoiseSchedule.linear(), (1, 8, 8), "eps")
+
+
+MISTAKES = ("scheduler", "latents", "rows", "budget", "neither", "coins", "per sample", "conditions", "name")
+
+
+@pytest.mark.parametrize("what", MISTAKES)
+def test_mistakes_get_one_line(what: str, tmp_path: Path) -> None:
+    name, options, message = _mistakes()[what]
+    tiny, pipe = pipeline(name, "DDIM")
+    before = traces(pipe)
+    if scheduler := options.pop("scheduler", None):
+        pipe.scheduler = scheduler
+        before = traces(pipe)
+    asked = {"small": tiny.small(), "plan": held(), "cache": tmp_path} | options
+    with pytest.raises(ValueError, match=message), mlem.accelerate(pipe, **asked, **QUICK):
+        pictures(tiny, pipe)
+    assert traces(pipe)[0] == before[0]
+    assert "step" not in vars(pipe.scheduler)
+
+
+def test_two_networks_are_left_to_the_pipeline() -> None:
+    tiny, pipe = pipeline("WanPipeline", "flow Euler")
+    pipe.transformer_2 = tiny.small()
+    with pytest.raises(ValueError, match=r"WanPipeline switches between two networks by itself \(transformer_2"):
+        mlem.accelerate(pipe, small=tiny.small(), budget=0.5)
+
+
+def test_accelerated_twice_and_restored_twice(tmp_path: Path) -> None:
+    tiny, pipe = pipeline("DDPMPipeline", "DDPM")
+    mlem.accelerate(pipe, small=tiny.small(), plan=ALONE, cache=tmp_path)
+    with pytest.raises(ValueError, match=r"this DDPMPipeline is accelerated already; mlem\.restore\(pipe\) first"):
+        mlem.accelerate(pipe, small=tiny.small(), plan=ALONE, cache=tmp_path)
+    mlem.restore(pipe)
+    with pytest.raises(ValueError, match=r"this DDPMPipeline is not accelerated"):
+        mlem.restore(pipe)
+
+
+def test_importing_mlem_imports_no_diffusers() -> None:
+    import subprocess
+    import sys
+
+    code = "import mlem, sys; mlem.__all__; assert 'diffusers' not in sys.modules and 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

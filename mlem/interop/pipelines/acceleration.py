@@ -159,7 +159,9 @@ class Acceleration:
         self._run: Run | None = None
         self._families: dict[str, Family] = {}
         self.plan: Plan | None = None
-        vars(pipe)[self._place] = MultilevelNetwork([*self._networks.values()], self)
+        self.network = MultilevelNetwork([*self._networks.values()], self)
+        """In the place of the pipeline's own."""
+        vars(pipe)[self._place] = self.network
 
     def begun(self, inputs: Mapping[str, Any] | None) -> Acceleration:
         """Itself, calibrated where there are inputs."""

@@ -3,6 +3,7 @@ that a level can hold."""
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -42,9 +43,10 @@ class Call(NamedTuple):
     def of(network: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
         """The call network(*args, **kwargs)."""
         plain = plain_network(network)
-        bound = inspect.signature(plain.forward).bind(*args, **kwargs).arguments
+        bound = _signature(type(plain)).bind(None, *args, **kwargs).arguments
         x, time = argument_names(plain)
-        others = {name: value for name, value in bound.items() if name not in (x, time, "return_dict", "kwargs")}
+        known = ("self", x, time, "return_dict", "kwargs")
+        others = {name: value for name, value in bound.items() if name not in known}
         return Call(bound[x], bound[time], others | dict(bound.get("kwargs", {})))
 
     @property
@@ -77,6 +79,11 @@ class Call(NamedTuple):
         x, time = argument_names(plain_network(network))
         output = network(**{x: self.x, time: self.time}, **self.others, return_dict=False)
         return output[0]
+
+
+@functools.cache
+def _signature(kind: type[nn.Module]) -> inspect.Signature:
+    return inspect.signature(kind.forward)
 
 
 def _together(calls: Sequence[Call]) -> Call:

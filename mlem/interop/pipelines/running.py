@@ -150,7 +150,7 @@ class Run:
     def _answer(self, number: int, call: Call) -> Tensor:
         self.calls[self._names[number]] += len(call.x)
         network = self._networks[number]
-        if self._offload:
+        if self._offload and number == len(self._networks) - 1:
             moved(network, call.x.device)
         output = call.answer(network)
         return output if output.dtype in (torch.float32, torch.float64) else output.float()
@@ -187,8 +187,8 @@ class Run:
 
     def end(self) -> None:
         """Take the function away again."""
-        vars(self._scheduler).pop("step", None)
-        if self._offload:
+        watched = vars(self._scheduler).pop("step", None) is not None
+        if watched and self._offload:
             moved(self._networks[-1], torch.device("cpu"))
 
     def _after(self, answer: Tensor, result: Any) -> Any:
