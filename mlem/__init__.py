@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from mlem.grids import TimeGrid as TimeGrid
     from mlem.interop.pipelines import accelerate as accelerate
     from mlem.interop.pipelines import restore as restore
+    from mlem.interop.schedulers import RandomizedMidpointScheduler as RandomizedMidpointScheduler
     from mlem.level import Level as Level
     from mlem.multilevel.coefficients import Coefficients as Coefficients
     from mlem.multilevel.denoiser import MultilevelDenoiser as MultilevelDenoiser
@@ -40,6 +41,7 @@ _HOMES = {
     "NonFiniteError": "sampling",
     "Plan": "multilevel.plan",
     "PlanSpec": "multilevel.spec",
+    "RandomizedMidpointScheduler": "interop.schedulers",
     "Result": "sampling",
     "Sampler": "sampling",
     "TimeGrid": "grids",
@@ -56,6 +58,7 @@ __all__ = [
     "NonFiniteError",
     "Plan",
     "PlanSpec",
+    "RandomizedMidpointScheduler",
     "Result",
     "Sampler",
     "TimeGrid",

@@ -1,0 +1,211 @@
+"""Solvers of mlem as schedulers of diffusers.
+
+pipe.scheduler = RandomizedMidpointScheduler.from_config(pipe.scheduler.config)
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin, SchedulerOutput
+from torch import Tensor
+
+from mlem.grids import TimeGrid
+from mlem.predictions import Flow, NoiseLevel, Prediction, make_prediction
+from mlem.schedule import NoiseSchedule, expand_like
+from mlem.solvers import GridPoint
+from mlem.solvers.randomized_midpoint import draw_midpoints
+
+__all__ = ["RandomizedMidpointScheduler"]
+
+
+class RandomizedMidpointScheduler(SchedulerMixin, ConfigMixin):
+    """Randomized midpoints (Gupta, Cai and Chen, arXiv:2406.00924), Algorithm 1 in kappa = sigma / alpha.
+
+    A step from kappa to kappa' asks the network twice: at kappa, and at a midpoint that is uniform between kappa and
+    kappa'; the sample then moves by the whole step along the second answer. On average over midpoints that is the
+    integral of the probability flow. Midpoints are drawn when timesteps are set, one for each step, which all samples
+    of a call share; they fall between the timesteps of training, and networks are told fractions of them.
+
+    Args:
+        num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas, rescale_betas_zero_snr: the noise, as
+            other schedulers have it.
+        prediction_type: "epsilon", "v_prediction" or "sample"; of flows "flow_prediction".
+        shift: of a rectified flow, as FlowMatchEulerDiscreteScheduler has it; None: it is none.
+        use_flow_sigmas, flow_shift: the same, as DPMSolverMultistepScheduler has it.
+        use_dynamic_shifting: must be False.
+        grid: of the steps, a key of `mlem.grids.GRIDS`.
+        seed: of the midpoints: the same one gives the same midpoints in every call.
+
+    Attributes:
+        timesteps: what the network is told, two for each step; one where a step begins with pure noise.
+        sigmas: kappa at each, of flows kappa / (1 + kappa); then the last.
+        prediction: what the network predicts. flows: whether it was trained on a rectified flow.
+
+    Raises:
+        ValueError: a config that depends on the picture, or that says no noise.
+    """
+
+    _compatibles: ClassVar[list[str]] = [one.name for one in KarrasDiffusionSchedulers]
+    order = 2
+    init_noise_sigma = 1.0
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: list[float] | None = None,
+        rescale_betas_zero_snr: bool = False,
+        prediction_type: str = "epsilon",
+        shift: float | None = None,
+        use_flow_sigmas: bool = False,
+        flow_shift: float = 1.0,
+        use_dynamic_shifting: bool = False,
+        grid: str = "log_snr",
+        seed: int = 0,
+    ) -> None:
+        self.flows = shift is not None or use_flow_sigmas
+        if self.flows:
+            if use_dynamic_shifting:
+                raise ValueError("use_dynamic_shifting depends on the picture; set it to False and give shift=")
+            self._schedule = NoiseSchedule.flow(flow_shift if shift is None else shift)
+            self.prediction: Prediction = Flow(timesteps=num_train_timesteps)
+        else:
+            names = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")
+            config: dict[str, Any] = {name: self.config[name] for name in (*names, "trained_betas")}
+            self._schedule = NoiseSchedule.from_diffusers(config | {"rescale_betas_zero_snr": rescale_betas_zero_snr})
+            self.prediction = make_prediction(prediction_type)
+        self.num_inference_steps: int | None = None
+        self.timesteps, self.sigmas = torch.zeros(0), torch.zeros(0)
+        self._places: list[GridPoint] = []
+        self._midpoint: list[bool] = []
+        self._begin_index: int | None = None
+        self._step_index: int | None = None
+        self._before: Tensor | None = None
+
+    @property
+    def begin_index(self) -> int | None:
+        """The number of the first timestep that is used, where a pipeline said it."""
+        return self._begin_index
+
+    @property
+    def step_index(self) -> int | None:
+        """The number of the timestep that comes next."""
+        return self._step_index
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Begin with this timestep, as pipelines do that begin with a picture."""
+        self._begin_index = begin_index
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int,
+        device: str | torch.device | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        """Choose the noise levels of a call, and draw its midpoints.
+
+        Args:
+            num_inference_steps: steps, of two evaluations each.
+            device: of `timesteps`.
+            generator: draws the midpoints in the place of `seed`.
+        """
+        schedule = self._schedule
+        points = GridPoint.of(schedule, TimeGrid.make(self.config["grid"], schedule, num_inference_steps))
+        if generator is None:
+            fractions = draw_midpoints(torch.zeros(1, dtype=torch.int64), self.config["seed"], points.steps, "shared")
+        else:
+            fractions = torch.rand(points.steps, 1, generator=generator, dtype=torch.float64, device=generator.device)
+        shares: list[float] = fractions[:, 0].tolist()
+        self._places, self._midpoint = [], []
+        for here, there, share in zip(points[:-1], points[1:], shares, strict=True):
+            self._places.append(here)
+            self._midpoint.append(False)
+            if not here.pure_noise:  # from there a step has no midpoint
+                kappa = torch.tensor(here.kappa + (there.kappa - here.kappa) * share, dtype=torch.float64)
+                middle = GridPoint.at(schedule, schedule.time_from_kappa(kappa).item())
+                self._places.append(middle._replace(kappa=kappa.item()))
+                self._midpoint.append(True)
+        self.num_inference_steps = num_inference_steps
+        self.timesteps = torch.tensor([self._told(place) for place in self._places], device=device)
+        kappas = torch.tensor([*(place.kappa for place in self._places), points[-1].kappa], dtype=torch.float64)
+        self.sigmas = (kappas / (1 + kappas) if self.flows else kappas).float()
+        self._places.append(points[-1])
+        self._begin_index = self._step_index = self._before = None
+
+    def _told(self, place: GridPoint) -> float:
+        n = self.config["num_train_timesteps"]
+        return n * place.kappa / (1 + place.kappa) if self.flows else n * place.t - 1
+
+    def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
+        """The sample itself."""
+        return sample
+
+    def index_for_timestep(self, timestep: float | Tensor) -> int:
+        """The number of a timestep."""
+        return int((self.timesteps - torch.as_tensor(timestep).to(self.timesteps)).abs().argmin())
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: float | Tensor,
+        sample: Tensor,
+        generator: torch.Generator | None = None,
+        return_dict: bool = True,
+    ) -> SchedulerOutput | tuple[Tensor]:
+        """Where the network is asked next, given its answer at this timestep.
+
+        Args:
+            model_output: the answer, (B, ...).
+            timestep: an entry of `timesteps`; they must come in their order.
+            sample: (B, ...), what the network was asked at.
+            generator: not used, and taken because pipelines give one: midpoints are drawn by `set_timesteps`.
+            return_dict: whether to return an object with `.prev_sample`, else a tuple.
+        """
+        if self.num_inference_steps is None:
+            raise ValueError("set_timesteps(steps) comes before step()")
+        if self._step_index is None:
+            self._step_index = self.index_for_timestep(timestep) if self._begin_index is None else self._begin_index
+        index = self._step_index
+        here, middle = self._places[index], self._midpoint[index]
+        y = sample.double() / self._scale(here)
+        output = model_output[:, : sample.shape[1]].double()  # without a learned variance
+        level = NoiseLevel(torch.empty(0), here.alpha, here.sigma)
+        eps = self.prediction.eps(output, here.alpha * y, level)
+        begun = self._before if middle else None
+        if begun is not None:  # the whole step, along what was found half-way
+            there = self._places[index + 1]
+            y = begun + (there.kappa - self._places[index - 1].kappa) * eps
+            self._before = None
+        else:
+            there, self._before = self._places[index + 1], y
+            y = y + (there.kappa - here.kappa) * eps
+        self._step_index += 1
+        found = (y * self._scale(there)).to(sample.dtype)
+        return SchedulerOutput(prev_sample=found) if return_dict else (found,)
+
+    def _scale(self, place: GridPoint) -> float:
+        """The sample there, for a unit of y = x / alpha."""
+        return 1 / (1 + place.kappa) if self.flows else place.alpha
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Samples as they are at these timesteps (B,), with this noise (B, ...)."""
+        times = torch.as_tensor(timesteps, device=original_samples.device).double().view(-1)
+        n = self.config["num_train_timesteps"]
+        if self.flows:
+            signal, deviation = 1 - times / n, times / n
+        else:
+            signal, deviation = self._schedule.scales(((times + 1) / n).clamp(0, 1))
+        return expand_like(signal, original_samples) * original_samples + expand_like(deviation, noise) * noise
+
+    def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
+        """`add_noise`, as pipelines of flows call it."""
+        return self.add_noise(sample, noise, timestep)
+
+    def __len__(self) -> int:
+        return self.config["num_train_timesteps"]
