@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,9 @@ from mlem import networks
 from mlem.conditions import described
 from mlem.family import Family
 from mlem.interop.pipelines.captured import Call, CapturedNetwork, plain_network
+from mlem.interop.pipelines.placing import LARGE, PLACES, MultilevelNetwork, Small, named_networks, place_of
 from mlem.interop.pipelines.running import Run, moved
+from mlem.interop.pipelines.stepping import Steppings
 from mlem.level import Level
 from mlem.multilevel.calibrate import calibrate
 from mlem.multilevel.fitted import Fitted
@@ -30,45 +32,6 @@ from mlem.multilevel.spec import PlanSpec
 from mlem.waiting import Waiting
 
 __all__ = ["Acceleration", "accelerate", "restore"]
-
-Small: TypeAlias = "nn.Module | Level | str | os.PathLike[str]"
-LARGE = "large"
-
-
-class _Output(dict[str, Tensor]):
-    """The output of a network, as diffusers' own ones are read: `.sample`, `["sample"]` and `[0]`."""
-
-    @property
-    def sample(self) -> Tensor:
-        return self["sample"]
-
-    def __getitem__(self, key: Any) -> Tensor:
-        return super().__getitem__("sample" if key == 0 else key)
-
-
-class MultilevelNetwork(nn.Module):
-    """What stands in the place of a pipeline's network: its attributes are those of the large one."""
-
-    def __init__(self, levels: Sequence[nn.Module], acceleration: Acceleration) -> None:
-        super().__init__()
-        self.levels = nn.ModuleList(levels)
-        self._large = (levels[-1],)
-        self.acceleration = (acceleration,)  # no module of this one
-
-    def forward(self, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
-        output = self.acceleration[0].evaluate(Call.of(self._large[0], args, kwargs))
-        return _Output(sample=output) if return_dict else (output,)
-
-    @property
-    def device(self) -> torch.device:
-        """Where it computes: the large network may wait elsewhere."""
-        return next(self.levels[0].parameters()).device
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(vars(self)["_large"][0], name)
 
 
 def accelerate(
@@ -116,15 +79,12 @@ def accelerate(
 
 def restore(pipe: Any) -> None:
     """Give a pipeline its own network back. Raises ValueError where it was not accelerated."""
-    for name in _PLACES:
+    for name in PLACES:
         network = vars(pipe).get(name)
         if isinstance(network, MultilevelNetwork):
             network.acceleration[0].restore()
             return
     raise ValueError(f"this {type(pipe).__name__} is not accelerated")
-
-
-_PLACES = ("unet", "transformer")
 
 
 def _asked(budget: float | None, plan: Plan | PlanSpec | None) -> Plan | PlanSpec | None:
@@ -151,13 +111,15 @@ class Acceleration:
         cache: str | os.PathLike[str] | None,
         offload: bool,
     ) -> None:
-        self._pipe, self._place = weakref.ref(pipe), _place(pipe)
+        self._pipe, self._place = weakref.ref(pipe), place_of(pipe)
         self._large: nn.Module = getattr(pipe, self._place)
-        self._networks = _named_networks(small, self._large) | {LARGE: self._large}
+        self._networks = named_networks(small, self._large) | {LARGE: self._large}
         self._asked, self._images, self._times, self._offload = asked, images, times, offload
         self._cache = _cache_folder(cache)
         self._run: Run | None = None
         self._families: dict[str, Family] = {}
+        config = getattr(plain_network(self._large), "config", {})
+        self._steppings = Steppings(float(config.get("timestep_scale", 1.0)))
         self.plan: Plan | None = None
         self.network = MultilevelNetwork([*self._networks.values()], self)
         """In the place of the pipeline's own."""
@@ -221,7 +183,8 @@ class Acceleration:
             if self._run is not None:
                 self._run.end()  # one that was broken off
             plan = self._asked if isinstance(self._asked, Plan) else None
-            self._run = Run(self._networks, scheduler, call, plan, self._plan_for, self._offload)
+            stepping = self._steppings.of(scheduler, call.moment)
+            self._run = Run(self._networks, scheduler, stepping, plan, self._plan_for, self._offload)
             self.plan = plan
         return self._run.evaluate(call).to(call.x.dtype)
 
@@ -307,51 +270,6 @@ def _in_seconds(family: Family, rows: int) -> str:
     seconds = dict(zip(found.names, found.seconds[min(found.seconds, key=lambda size: abs(size - rows))], strict=True))
     each = ", ".join(f"{name} {1e3 * value:.3g} ms" for name, value in seconds.items())
     return f"a sample takes {each} in the networks: "
-
-
-def _place(pipe: Any) -> str:
-    """The attribute that holds the pipeline's network."""
-    name = type(pipe).__name__
-    for two in ("transformer_2", "unet_2"):
-        if getattr(pipe, two, None) is not None:
-            raise ValueError(
-                f"{name} switches between two networks by itself ({two}, boundary_ratio); it is left to that"
-            )
-    place = next((one for one in _PLACES if isinstance(getattr(pipe, one, None), nn.Module)), None)
-    if place is None:
-        raise ValueError(f"{name} has neither unet nor transformer: it cannot be accelerated")
-    if isinstance(getattr(pipe, place), MultilevelNetwork):
-        raise ValueError(f"this {name} is accelerated already; mlem.restore(pipe) first")
-    return place
-
-
-def _named_networks(small: Sequence[Small], large: nn.Module) -> dict[str, nn.Module]:
-    """The small networks by name, on the device of the large one and in its dtype."""
-    found: dict[str, nn.Module] = {}
-    like = next(large.parameters())
-    for number, one in enumerate(small, 1):
-        name, network = "small" if len(small) == 1 else f"small{number}", one
-        if isinstance(one, str | os.PathLike):
-            folder = Path(one)
-            one = Level.load(folder) if (folder / "mlem.json").is_file() else Level.from_diffusers(folder)
-        if isinstance(one, Level):
-            name, network = one.name, one.network
-        assert isinstance(network, nn.Module)
-        _refuse_other_latents(name, network, large)
-        own = next(network.parameters())
-        if (own.device, own.dtype) != (like.device, like.dtype):
-            network.to(device=like.device, dtype=like.dtype)
-        found[name] = network.eval()
-    if LARGE in found:
-        raise ValueError(f"a small network cannot be called {LARGE}, which is the pipeline's own")
-    return found
-
-
-def _refuse_other_latents(name: str, network: nn.Module, large: nn.Module) -> None:
-    own, other = (getattr(plain_network(one), "config", {}) for one in (network, large))
-    for field in ("in_channels", "out_channels"):
-        if (ours := own.get(field)) != (theirs := other.get(field)):
-            raise ValueError(f"small network {name} has {field}={ours}, the pipeline's has {theirs}; take one alike")
 
 
 def _cache_folder(cache: str | os.PathLike[str] | None) -> Path:

@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from mlem.interop.pipelines.captured import Call, Guidance
 from mlem.interop.pipelines.stepping import Stepping
 from mlem.multilevel.estimators import ESTIMATORS
-from mlem.multilevel.evaluators import Evaluator, Moment
+from mlem.multilevel.evaluators import Evaluator
 from mlem.multilevel.plan import Plan
-from mlem.solvers import quadrature_weights
 
 __all__ = ["Run", "moved"]
 
@@ -36,7 +35,7 @@ class Run:
     Args:
         networks: by name, cheapest first, the pipeline's own last.
         scheduler: of the pipeline, after `set_timesteps`.
-        call: the first call of the network.
+        stepping: what the scheduler will do.
         plan: made already; else `make` is asked for one after the first step, at which the large network runs.
         make: makes a plan.
         offload: the large network is in the CPU's memory while it is not called.
@@ -51,7 +50,7 @@ class Run:
         self,
         networks: Mapping[str, nn.Module],
         scheduler: Any,
-        call: Call,
+        stepping: Stepping,
         plan: Plan | None,
         make: PlanMaker,
         offload: bool = False,
@@ -60,12 +59,7 @@ class Run:
         self._names, self._networks = [*networks], [*networks.values()]
         self._scheduler, self._make = scheduler, make
         self.timesteps: Tensor = scheduler.timesteps
-        scale = getattr(getattr(self._networks[-1], "config", None), "timestep_scale", 1.0)
-        self._time_scale = float(scale)
-        self.stepping = Stepping(scheduler, self._first(call))
-        self.moments = [
-            Moment(point.alpha, point.kappa, self.stepping.unit(point)) for point in self.stepping.points[:-1]
-        ]
+        self.stepping = stepping
         self.row, self.calls = 0, dict.fromkeys(networks, 0)
         self.first: list[Call] = []
         self._told: list[Call] = []
@@ -79,20 +73,10 @@ class Run:
             self._follow(plan)
         self._watch()
 
-    def _first(self, call: Call) -> int:
-        times = [float(time) * self._time_scale for time in self.timesteps.tolist()]
-        nearest = min(range(len(times)), key=lambda number: abs(times[number] - call.moment))
-        if abs(times[nearest] - call.moment) > 1e-2 * max(1.0, abs(times[nearest])):
-            raise ValueError(
-                f"the network is asked at time {call.moment:g}, which is none of the scheduler's timesteps; this "
-                "pipeline cannot be accelerated"
-            )
-        return nearest
-
     @property
     def rows(self) -> int:
         """Evaluations of the run."""
-        return len(self.moments)
+        return len(self.stepping.moments)
 
     @property
     def over(self) -> bool:
@@ -128,10 +112,7 @@ class Run:
         self.plan = plan
 
     def _new_evaluator(self, plan: Plan) -> Evaluator:
-        weights: list[float] | None = None
-        if plan.moves_state:
-            points = self.stepping.points
-            weights = quadrature_weights(self.stepping.solver, points.schedule, points)[0].tolist()
+        weights = self.stepping.quadrature if plan.moves_state else None
         estimator = ESTIMATORS[plan.estimator]
         levels = [functools.partial(self._level, number) for number in self._numbers(plan)]
         return estimator.evaluator(levels, self.stepping.schedule, plan.program, weights)
@@ -157,7 +138,7 @@ class Run:
 
     def _evaluated(self, side: int, call: Call) -> Tensor:
         self._now = call
-        return self._evaluators[side].evaluate(self.row, call.x, torch.empty(0), self.moments[self.row])
+        return self._evaluators[side].evaluate(self.row, call.x, torch.empty(0), self.stepping.moments[self.row])
 
     def _catch_up(self, plan: Plan) -> None:
         """Make the first evaluation again, under the plan, with the large network's outputs that are known."""
@@ -223,9 +204,9 @@ class Run:
             if hasattr(self._scheduler, "scale_model_input"):
                 x = self._scheduler.scale_model_input(x, timestep)
             time = torch.as_tensor(call.time)
-            now = (timestep * self._time_scale).to(time).expand_as(time)
+            now = (timestep * self.stepping.time_scale).to(time).expand_as(time)
             self._now = call.with_input(x.to(call.x.dtype), now)
-            move = evaluator.revise(self.row, self._now.x, torch.empty(0), self.moments[self.row])
+            move = evaluator.revise(self.row, self._now.x, torch.empty(0), self.stepping.moments[self.row])
             moves.append(torch.zeros_like(x) if move is None else move[:, : x.shape[1]])
         return self.guidance.combined(moves) * self.stepping.scale(self.stepping.points[self.row])
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Mapping
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -13,13 +15,17 @@ from torch import Tensor
 from mlem.brownian import NoisePath
 from mlem.grids import TimeGrid
 from mlem.interop.diffusers import PREFIX
+from mlem.multilevel.evaluators import Moment
 from mlem.predictions import NoiseLevel, Prediction
 from mlem.schedule import NoiseSchedule
 from mlem.scheduler_configs import prediction_of
-from mlem.solvers import GridPoint, NoiseEstimate, Solver
+from mlem.solvers import GridPoint, NoiseEstimate, Solver, quadrature_weights
 from mlem.solvers.base import GridPoints
 
-__all__ = ["LinearPart", "Stepping"]
+__all__ = ["LinearPart", "Stepping", "Steppings"]
+
+_MOST = 16
+"""Calls of different steps that are kept."""
 
 _REVISABLE = {
     **dict.fromkeys(("DDIMScheduler", "DDPMScheduler", "EulerDiscreteScheduler"), True),
@@ -37,16 +43,18 @@ class Stepping:
     Args:
         scheduler: that of the pipeline.
         first: the number of the timestep that it begins with; later than 0 from an image.
+        time_scale: what the network is told of time, for a unit of the scheduler's timesteps.
 
     Attributes:
         points: of the noise levels that are visited, the last one included.
-        timesteps: as the network is told them, one for each evaluation.
+        moments: of the evaluations, in the units of the network's output.
 
     Raises:
         ValueError: plans cannot be made for this scheduler.
     """
 
-    def __init__(self, scheduler: Any, first: int = 0) -> None:
+    def __init__(self, scheduler: Any, first: int = 0, time_scale: float = 1.0) -> None:
+        self.time_scale = time_scale
         name, self.config = type(scheduler).__name__, _config(scheduler)
         if name not in _REVISABLE:
             raise ValueError(f"a pipeline with {name} cannot be accelerated; take {', '.join(_REVISABLE)}")
@@ -55,10 +63,15 @@ class Stepping:
         self.flows = self.prediction.name == "flow"
         # schedulers with sigmas of their own work in y, the others in x
         self._in_y = not self.flows and float(getattr(scheduler, "init_noise_sigma", 1.0)) != 1.0
-        self.timesteps: list[float] = scheduler.timesteps[first:].tolist()
         times = self._times(scheduler)[first:]
         self.points = GridPoint.of(self.schedule, TimeGrid("diffusers", tuple(times)))
+        self.moments = [Moment(point.alpha, point.kappa, self._unit(point)) for point in self.points[:-1]]
         self.solver = LinearPart(scheduler, self, first)
+
+    @cached_property
+    def quadrature(self) -> list[float]:
+        """What each noise estimate adds to the last y."""
+        return quadrature_weights(self.solver, self.schedule, self.points)[0].tolist()
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -71,7 +84,7 @@ class Stepping:
             return 1 / (1 + point.kappa)
         return 1.0 if self._in_y else point.alpha
 
-    def unit(self, point: GridPoint) -> float:
+    def _unit(self, point: GridPoint) -> float:
         """A difference of the network's outputs there, for a unit of v."""
         level = NoiseLevel(torch.zeros(1, dtype=torch.float64), point.alpha, point.sigma)
         nothing, one = torch.zeros(1, 1, dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64)
@@ -90,6 +103,39 @@ class Stepping:
         kappas = sigmas / (1 - sigmas).clamp(min=1e-12) if self.flows else sigmas
         most = self.schedule.kappa(1.0).item()
         return [1.0 if kappa >= most else self.schedule.time_from_kappa(kappa).item() for kappa in kappas.tolist()]
+
+
+class Steppings:
+    """What is known of the calls of a pipeline, kept for the next ones with the same timesteps.
+
+    Args:
+        time_scale: see `Stepping`.
+    """
+
+    def __init__(self, time_scale: float) -> None:
+        self._scale, self._kept = time_scale, OrderedDict[Any, tuple[Any, Stepping]]()
+
+    def of(self, scheduler: Any, asked: float) -> Stepping:
+        """What the scheduler will do now that the network is asked at this time. Raises ValueError as `Stepping`."""
+        times: list[float] = scheduler.timesteps.tolist()
+        first = self._number(times, asked)
+        key = (id(scheduler.config), first, *times)
+        # the config is kept with it, so that its place in memory means no other
+        config, stepping = self._kept.pop(key, None) or (scheduler.config, Stepping(scheduler, first, self._scale))
+        self._kept[key] = config, stepping
+        if len(self._kept) > _MOST:
+            self._kept.popitem(last=False)
+        return stepping
+
+    def _number(self, times: Sequence[float], asked: float) -> int:
+        distances = [abs(time * self._scale - asked) for time in times]
+        number = distances.index(min(distances))
+        if distances[number] > 1e-2 * max(1.0, abs(asked)):
+            raise ValueError(
+                f"the network is asked at time {asked:g}, which is none of the scheduler's timesteps; this pipeline "
+                "cannot be accelerated"
+            )
+        return number
 
 
 class LinearPart(Solver):

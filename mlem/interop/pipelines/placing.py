@@ -1,0 +1,116 @@
+"""The module that stands in the place of a pipeline's network, and what may be put into it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from mlem.interop.pipelines.captured import Call, plain_network
+from mlem.level import Level
+
+__all__ = ["LARGE", "PLACES", "MultilevelNetwork", "Small", "named_networks", "place_of"]
+
+LARGE = "large"
+"""The name of the pipeline's own network."""
+PLACES = ("unet", "transformer")
+"""The attributes of pipelines that hold it."""
+Small: TypeAlias = "nn.Module | Level | str | os.PathLike[str]"
+"""What may be given for a small network."""
+
+
+class Accelerates(Protocol):
+    """What makes the evaluations."""
+
+    def evaluate(self, call: Call) -> Tensor:
+        """The output that stands for the large network's."""
+        ...
+
+    def restore(self) -> None:
+        """Give the pipeline its own network back."""
+        ...
+
+
+class _Output(dict[str, Tensor]):
+    """The output of a network, as diffusers' own ones are read: `.sample`, `["sample"]` and `[0]`."""
+
+    @property
+    def sample(self) -> Tensor:
+        return self["sample"]
+
+    def __getitem__(self, key: Any) -> Tensor:
+        return super().__getitem__("sample" if key == 0 else key)
+
+
+class MultilevelNetwork(nn.Module):
+    """What stands in the place of a pipeline's network: its attributes are those of the large one."""
+
+    def __init__(self, levels: Sequence[nn.Module], acceleration: Accelerates) -> None:
+        super().__init__()
+        self.levels = nn.ModuleList(levels)
+        self._large = (levels[-1],)
+        self.acceleration = (acceleration,)  # no module of this one
+
+    def forward(self, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
+        output = self.acceleration[0].evaluate(Call.of(self._large[0], args, kwargs))
+        return _Output(sample=output) if return_dict else (output,)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes: the large network may wait elsewhere."""
+        return next(self.levels[0].parameters()).device
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(vars(self)["_large"][0], name)
+
+
+def place_of(pipe: Any) -> str:
+    """The attribute that holds the pipeline's network."""
+    name = type(pipe).__name__
+    for two in ("transformer_2", "unet_2"):
+        if getattr(pipe, two, None) is not None:
+            raise ValueError(
+                f"{name} switches between two networks by itself ({two}, boundary_ratio); it is left to that"
+            )
+    place = next((one for one in PLACES if isinstance(getattr(pipe, one, None), nn.Module)), None)
+    if place is None:
+        raise ValueError(f"{name} has neither unet nor transformer: it cannot be accelerated")
+    if isinstance(getattr(pipe, place), MultilevelNetwork):
+        raise ValueError(f"this {name} is accelerated already; mlem.restore(pipe) first")
+    return place
+
+
+def named_networks(small: Sequence[Small], large: nn.Module) -> dict[str, nn.Module]:
+    """The small networks by name, on the device of the large one and in its dtype."""
+    found: dict[str, nn.Module] = {}
+    like = next(large.parameters())
+    for number, one in enumerate(small, 1):
+        name, network = "small" if len(small) == 1 else f"small{number}", one
+        if isinstance(one, str | os.PathLike):
+            folder = Path(one)
+            one = Level.load(folder) if (folder / "mlem.json").is_file() else Level.from_diffusers(folder)
+        if isinstance(one, Level):
+            name, network = one.name, one.network
+        assert isinstance(network, nn.Module)
+        _refuse_other_latents(name, network, large)
+        own = next(network.parameters())
+        if (own.device, own.dtype) != (like.device, like.dtype):
+            network.to(device=like.device, dtype=like.dtype)
+        found[name] = network.eval()
+    if LARGE in found:
+        raise ValueError(f"a small network cannot be called {LARGE}, which is the pipeline's own")
+    return found
+
+
+def _refuse_other_latents(name: str, network: nn.Module, large: nn.Module) -> None:
+    own, other = (getattr(plain_network(one), "config", {}) for one in (network, large))
+    for field in ("in_channels", "out_channels"):
+        if (ours := own.get(field)) != (theirs := other.get(field)):
+            raise ValueError(f"small network {name} has {field}={ours}, the pipeline's has {theirs}; take one alike")
