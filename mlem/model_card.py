@@ -125,7 +125,10 @@ def _by_diffusers(export: Export) -> list[str]:
     if export.prediction.clip is not None:
         alike = "The samples have the same law; the noise of every step is drawn by diffusers"
     elif export.grid == "trailing":
-        alike += f", in numbers of steps that divide {export.about['timesteps']}"
+        alike += (
+            f", in numbers of steps that divide {export.about['timesteps']}; in others, DDIM of diffusers steps to "
+        )
+        alike += "noise levels that are not those of its next timesteps"
     if export.index is None:
         alike = f"This folder is no pipeline of diffusers, but the loop is short. {alike}"
     elif export.conditions:
