@@ -22,8 +22,7 @@ _LOOP = """\
 with torch.no_grad():
     for t in scheduler.timesteps:
         output = network({asked}, t.expand({count}){told}).sample
-        x = scheduler.step(output, t, x).prev_sample
-images = (x / 2 + 0.5).clamp(0, 1)"""
+        x = scheduler.step(output, t, x).prev_sample"""
 
 
 @dataclass(frozen=True)
@@ -134,6 +133,7 @@ def by_diffusers(export: Export) -> str | None:
         *lines,
         f"x = torch.randn({', '.join(map(str, (_COUNT, *export.about['shape'])))}){scale}",
         _LOOP.format(asked=asked, count=_COUNT, told=told),
+        *(["images = (x / 2 + 0.5).clamp(0, 1)"] if export.about["shape"][0] in (1, 3) else []),
     )
 
 
