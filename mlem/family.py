@@ -1,6 +1,7 @@
 """A family: networks of increasing cost for one data set, under one schedule; a folder on disk.
 
 family/family.json                  the levels in order
+family/README.md                    the model card; not read
 family/level_xs/                    a level: see `mlem.level`
 family/calibration.json, ..         what was fitted to the levels: see `mlem.multilevel.fitted`
 family/found/                       plans that were found: see `mlem.multilevel.kept`
@@ -23,9 +24,10 @@ from torch import Tensor, nn
 from mlem.arguments import named
 from mlem.conditions import ConditionSource, conditions_of
 from mlem.denoiser import NetworkDenoiser
-from mlem.files import check_format, damaged, read_object, remove, write_record
+from mlem.files import check_format, damaged, read_object, remove, write_record, write_text
 from mlem.guidance import GuidedNetwork, guided_level
 from mlem.level import FORMAT, Level
+from mlem.model_card import family_card
 from mlem.multilevel.fitted import Fitted
 from mlem.multilevel.kept import KeptPlans
 from mlem.multilevel.spec import PlanSpec
@@ -233,6 +235,8 @@ class Family:
             os.replace(new, folder / new.name)
         aside.rmdir()
         self.save_fitted(folder)
+        levels = [read_object(folder / f"level_{name}" / "mlem.json") for name in self.names]
+        write_text(folder / "README.md", family_card(folder.resolve().name, levels))
         write_record(folder / "family.json", {"format": FORMAT, "levels": self.names, **self.levels[-1].common()})
 
     def save_fitted(self, folder: str | os.PathLike[str]) -> None:

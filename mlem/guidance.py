@@ -137,6 +137,7 @@ def guided_level(
         level.measured,
         flops=round(level.flops / (1 - share)),
         conditions=level.conditions,
+        licence=level.licence,
     )
     guided.latents = level.latents
     return guided

@@ -4,13 +4,14 @@
     level_xs/config.json         the two files of a diffusers model; for another module, the name of its class
     level_xs/diffusion_pytorch_model.safetensors
     level_xs/scheduler_config.json      with which diffusers samples it, where one of its schedulers can; not read
+    level_xs/model_index.json           makes the folder a pipeline of diffusers, where one fits; not read
+    level_xs/README.md                  the model card; not read
 
 There are no pickles. A file may name a class of `mlem.networks.CLASSES`, and nothing else is built by a name in it.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import os
 import re
@@ -25,10 +26,12 @@ from torch import Tensor, nn
 from mlem import networks
 from mlem.conditions import ConditionSource, conditions_of, described
 from mlem.denoiser import NetworkDenoiser
-from mlem.files import check_format, damaged, read_object, sha256, write_json, write_record
+from mlem.files import check_format, damaged, read_object, remove, sha256, write_json, write_record, write_text
+from mlem.model_card import level_card
+from mlem.model_code import Export
 from mlem.predictions import Named, make_prediction
 from mlem.schedule import NUM_TIMESTEPS, NoiseSchedule
-from mlem.scheduler_configs import prediction_of, to_diffusers
+from mlem.scheduler_configs import pipeline_index, prediction_of, to_diffusers
 from mlem.weights import read_weights, write_weights
 
 __all__ = ["Level", "check_name"]
@@ -58,6 +61,7 @@ class Level:
         flops: floating-point operations to evaluate one sample; None: torch counts them.
         conditions: what the network is told beside x and t: name of its argument -> number of classes, or shape of a
             sample's row, such as {"class_labels": 10} or {"encoder_hidden_states": (None, 768)}, None for any size.
+        licence: of the data set, where its source says it, such as "cc-by-4.0"; it stands on the model card.
 
     Attributes:
         latents: how the decoder of a pipeline scales latents, `scaling_factor` and `shift_factor`; empty for pictures.
@@ -78,6 +82,7 @@ class Level:
         *,
         flops: int | None = None,
         conditions: Mapping[str, int | Sequence[int | None]] | None = None,
+        licence: str = "",
     ) -> None:
         self.prediction = make_prediction(prediction)
         self.prediction.check(schedule)
@@ -86,7 +91,7 @@ class Level:
             raise ValueError(f"flops must be >= 1, got {flops}")
         self.name, self.network, self.schedule = name, network, schedule
         self.shape = _checked_shape(shape)
-        self.data = data
+        self.data, self.licence = data, licence
         self.measured: dict[str, Any] = dict({} if measured is None else measured)
         self.conditions = described(conditions)
         self.latents: dict[str, float] = {}
@@ -198,22 +203,41 @@ class Level:
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the level's folder; every file atomically, `mlem.json` (with the checksum) last."""
         folder = Path(folder)
-        own = {"format": FORMAT, "name": self.name, "flops": self.flops, "parameters": self.parameters}
-        own["timesteps"] = self.schedule.num_timesteps
-        own |= {key: value for key in ("conditions", "latents") if (value := getattr(self, key))}
-        dtype = self.denoiser.dtype
-        own |= {"dtype": str(dtype).removeprefix("torch.")} if dtype in _HALVES.values() else {}
+        about = self._about()
+        config, scheduler = networks.config_of(self.network), self._scheduler()
+        index = pipeline_index(config, scheduler, self.shape, self.conditions)
         write_weights(folder / WEIGHTS, self.network.state_dict())
-        write_json(folder / "config.json", networks.config_of(self.network))
-        with contextlib.suppress(ValueError):
-            write_json(folder / "scheduler_config.json", to_diffusers(self.schedule, self.prediction))
-        config = sha256(folder / "config.json")
+        write_json(folder / "config.json", config)
+        for name, plain in (("scheduler_config.json", scheduler), ("model_index.json", index)):
+            if plain is None:
+                remove(folder / name)  # of the level that was there
+            else:
+                write_json(folder / name, plain)
+        measured = {"measured": self.measured}
+        card = level_card(Export(folder.resolve().name, about | measured, config, scheduler, index))
+        write_text(folder / "README.md", card)
         checked = {
-            "config_sha256": config,
+            "config_sha256": sha256(folder / "config.json"),
             "schedule_hash": self.schedule.fingerprint,
             "sha256": sha256(folder / WEIGHTS),
         }
-        write_record(folder / "mlem.json", own | self.common() | checked | {"measured": self.measured})
+        write_record(folder / "mlem.json", about | checked | measured)
+
+    def _about(self) -> dict[str, Any]:
+        """What mlem.json holds beside hashes and measurements."""
+        own = {"format": FORMAT, "name": self.name, "flops": self.flops, "parameters": self.parameters}
+        own["timesteps"] = self.schedule.num_timesteps
+        own |= {key: value for key in ("conditions", "latents", "licence") if (value := getattr(self, key))}
+        dtype = self.denoiser.dtype
+        own |= {"dtype": str(dtype).removeprefix("torch.")} if dtype in _HALVES.values() else {}
+        return own | self.common()
+
+    def _scheduler(self) -> dict[str, Any] | None:
+        """The scheduler config with which diffusers samples it, if it can."""
+        try:
+            return to_diffusers(self.schedule, self.prediction)
+        except ValueError:
+            return None
 
     @staticmethod
     def load(folder: str | os.PathLike[str], network: nn.Module | None = None) -> Level:
@@ -258,7 +282,7 @@ class Level:
             own = {name: about[name] for name in ("name", "data", "measured")}
             own["prediction"] = _prediction(about, schedule)
             own["flops"] = None if known else about.get("flops")  # which may have been given: torch cannot count all
-            own["conditions"] = about.get("conditions")
+            own["conditions"], own["licence"] = about.get("conditions"), str(about.get("licence", ""))
             level = Level(network=network.eval(), schedule=schedule, shape=shape, **own)
         level.latents = dict(about.get("latents", {}))
         if schedule.fingerprint != about["schedule_hash"]:

@@ -1,19 +1,20 @@
 """Scheduler configs of diffusers, plain data: what they say of a network, and what says the same of a level.
 
-`NoiseSchedule.from_diffusers` reads their noise.
+`NoiseSchedule.from_diffusers` reads their noise. With a scheduler config goes the index of a pipeline, if one fits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from mlem.predictions import EDM, SIT, Flow, Prediction, make_prediction
 from mlem.schedule import EDMSchedule, FlowSchedule, NoiseSchedule
 
-__all__ = ["prediction_of", "to_diffusers"]
+__all__ = ["pipeline_index", "prediction_of", "to_diffusers"]
 
 
 def prediction_of(config: Mapping[str, Any]) -> Prediction:
@@ -50,8 +51,9 @@ def to_diffusers(schedule: NoiseSchedule, prediction: Prediction) -> dict[str, A
     if isinstance(prediction, Flow) and not isinstance(prediction, SIT) and isinstance(schedule, FlowSchedule):
         n = int(prediction.timesteps)
         return {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": n, "shift": schedule.shift}
-    if isinstance(prediction, EDM) and isinstance(schedule, EDMSchedule):
-        sigmas = {"sigma_min": schedule.sigma_min, "sigma_max": schedule.sigma_max, "sigma_data": prediction.sigma_data}
+    if isinstance(prediction, EDM) and not schedule.ends_in_noise:
+        low, high = _sigmas(schedule)
+        sigmas = {"sigma_min": low, "sigma_max": high, "sigma_data": prediction.sigma_data}
         return {"_class_name": "EDMEulerScheduler", **sigmas, "prediction_type": "epsilon"}
     names = {"v": "v_prediction", "eps": "epsilon", "x0": "sample"}
     asked = prediction.options.get("timesteps", schedule.num_timesteps)
@@ -65,6 +67,48 @@ def to_diffusers(schedule: NoiseSchedule, prediction: Prediction) -> dict[str, A
     return config if prediction.clip is None else config | {"clip_sample_range": prediction.clip}
 
 
+def pipeline_index(
+    network: Mapping[str, Any],
+    scheduler: Mapping[str, Any] | None,
+    shape: Sequence[int],
+    conditions: Mapping[str, int | tuple[int | None, ...]],
+) -> dict[str, Any] | None:
+    """The model_index.json of a folder that is a pipeline of diffusers, and no other pipeline samples wrongly.
+
+    DDIMPipeline turns whatever scheduler it finds into DDIM, so that folders with flows or EDM must be none.
+
+    Args:
+        network, scheduler: their configs; scheduler: None where there is none.
+        shape: of one sample.
+        conditions: what the network is told.
+
+    Returns: None where diffusers has no such pipeline.
+    """
+    kind = None if scheduler is None else scheduler["_class_name"]
+    if network["_class_name"] != "UNet2DModel" or kind not in ("DDIMScheduler", "DDPMScheduler"):
+        return None
+    size, channels = network["sample_size"], network["in_channels"]
+    square = isinstance(size, int)
+    made = (channels, size, size) if square else (channels, *(size or ()))
+    if tuple(shape) != made or channels not in (1, 3) or network["out_channels"] != channels:
+        return None
+    pipeline = kind.replace("Scheduler", "Pipeline")
+    if network["num_class_embeds"] is not None or network["class_embed_type"] is not None or conditions:
+        # the one that tells a UNet2DModel its class; it makes squares
+        if conditions != {"class_labels": (network["num_class_embeds"] or 0) - 1} or not square:
+            return None
+        pipeline = "ConsistencyModelPipeline"
+    parts = {"unet": ["diffusers", "UNet2DModel"], "scheduler": ["diffusers", kind]}
+    return {"_class_name": pipeline, "_diffusers_version": network["_diffusers_version"], **parts}
+
+
+def _sigmas(schedule: NoiseSchedule) -> tuple[float, float]:
+    """Noise-to-signal ratios of the first and the last of N timesteps."""
+    if isinstance(schedule, EDMSchedule):
+        return schedule.sigma_min, schedule.sigma_max
+    return schedule.kappa(1.0 / schedule.num_timesteps).item(), schedule.kappa(1.0).item()
+
+
 def _betas(schedule: NoiseSchedule) -> dict[str, Any]:
     """The fields that say so, as short as they can be."""
     config, n = schedule.to_config(), schedule.num_timesteps
@@ -73,5 +117,15 @@ def _betas(schedule: NoiseSchedule) -> dict[str, Any]:
     if config["kind"] == "linear":
         ends = {"beta_start": config["beta_start"], "beta_end": config["beta_end"]}
         return {"beta_schedule": "linear", **ends, "num_train_timesteps": n}
-    signal = schedule.alpha(torch.arange(n + 1, dtype=torch.float64) / n).square()
-    return {"num_train_timesteps": n, "trained_betas": (1 - signal[1:] / signal[:-1]).tolist()}
+    signal = schedule.alpha(torch.arange(1, n + 1, dtype=torch.float64) / n).square()
+    return {"num_train_timesteps": n, "trained_betas": _rounded(signal.tolist())}
+
+
+def _rounded(signal: Sequence[float]) -> list[float]:
+    """Betas in float32 whose products of `1 - beta`, as diffusers takes them, stay at these: no rounding adds up."""
+    betas, product = list[float](), 1.0
+    for due in signal:
+        beta = np.float32(max(1 - due / product, 2.0**-24))  # the least that 1 - beta shows
+        product *= float(np.float32(1) - beta)
+        betas.append(float(beta))
+    return betas

@@ -50,6 +50,15 @@ def test_the_family_knows_its_classes_and_is_sampled_by_them(folder: Path) -> No
     assert torch.equal(x, same)
 
 
+def test_model_cards_say_how_levels_were_trained(folder: Path) -> None:
+    card = (folder / "runs/digits/family/level_xs/README.md").read_text()
+    for words in ("told `class_labels` | the class, 0 to 9; 10 is no class", "| training | 4 steps, ", "| error | "):
+        assert words in card
+    assert 'ConsistencyModelPipeline.from_pretrained("level_xs")' in card
+    assert 'from_pretrained("level")' in (folder / RUN / "level/README.md").read_text()
+    assert "They are told `class_labels`" in (folder / "runs/digits/family/README.md").read_text()
+
+
 def test_a_resumed_run_repeats_an_uninterrupted_one(folder: Path, tmp_path: Path) -> None:
     """Labels, which of them are dropped, and which images are mirrored: four steps are two and two."""
     shutil.copytree(folder, tmp_path / "again")

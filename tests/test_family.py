@@ -104,7 +104,7 @@ def test_saving_again_replaces(tmp_path: Path) -> None:
     again = Family.load(tmp_path)
     assert again.names == ["s"]
     assert_same_weights(again.levels[0].network, level("s", seed=1).network)
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["family.json", "level_s"]
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["README.md", "family.json", "level_s"]
 
 
 @functools.cache
@@ -120,7 +120,7 @@ def test_a_save_that_fails_leaves_the_old_family(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="hold NaN or infinity; not saved to "):
         new.save(tmp_path)
     assert Family.load(tmp_path).weights_hash == old.weights_hash
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["family.json", "level_s", "level_xs"]
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["README.md", "family.json", "level_s", "level_xs"]
 
 
 @pytest.mark.parametrize("done", [0, 1, 2, 4, 5])
@@ -159,7 +159,7 @@ def test_a_save_that_is_killed_leaves_the_old_family_or_none(
             Family.load(tmp_path)
     new.save(tmp_path)
     assert Family.load(tmp_path).weights_hash == new.weights_hash
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["family.json", "level_s", "level_xs"]
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["README.md", "family.json", "level_s", "level_xs"]
 
 
 # --- families that do not fit together -----------------------------------------------------------------------------

@@ -46,7 +46,7 @@ def test_every_block_runs_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         torch.manual_seed(0)
         for block in BLOCKS:
             exec(compile(block, "docs/your_own_family.md", "exec"), names)
-    assert len(BLOCKS) == 6
+    assert len(BLOCKS) == 7
     assert names["images"].shape == (8, 4, 8, 8)
     assert names["latents"].shape == (4, 16, 32, 32)
     printed = capsys.readouterr().out

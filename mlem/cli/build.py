@@ -15,7 +15,7 @@ from mlem.cli.metrics import measure_of
 from mlem.cli.schema import Data, Network, Networks, Train, Training
 from mlem.cli.values import parse_indices
 from mlem.comparison.entry import Entry, refuse_duplicates
-from mlem.data import BatchSource, Shards, classes_of, held_out_batches, make_source, train_loader
+from mlem.data import DATASETS, BatchSource, Shards, classes_of, held_out_batches, make_source, train_loader
 from mlem.files import first_process, read_object, write_json, write_text
 from mlem.level import Level
 from mlem.networks import build, told
@@ -59,6 +59,7 @@ def new_level(job: Train, size: str) -> Level:
         prediction=model.prediction,
         data=job.data.name,
         conditions=told(model.architecture, classes),
+        licence=DATASETS[job.data.source].licence,
     )
 
 

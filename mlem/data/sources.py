@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -19,7 +19,12 @@ class DataSet(ABC):
     The fields are its options: `int`, `float`, `str`, `bool`, or one of them and `None`. What an option means is read
     from `Args:` of the class docstring, the one-line description from its first line. `__post_init__` raises
     ValueError, naming the option, for a value out of range.
+
+    Attributes:
+        licence: of the images, where their source says it; a name of the hub of Hugging Face, or words.
     """
+
+    licence: ClassVar[str] = ""
 
     @abstractmethod
     def build(self) -> Source | Stored:

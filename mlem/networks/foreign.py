@@ -75,7 +75,8 @@ def _folders(folder: Path) -> tuple[Path, Path | None]:
         parts = [name for name in ("unet", "transformer") if index.get(name, [None])[0] is not None]
         if not parts:
             raise ValueError(f"{folder} is a pipeline of {index.get('_class_name')} without unet or transformer")
-        own = folder / parts[0]
+        if (folder / parts[0]).is_dir():  # else it lies in the folder itself, as diffusers has it too
+            own = folder / parts[0]
     if not (own / "config.json").is_file():
         raise FileNotFoundError(f"{own} has no config.json; name the folder of a diffusers model or pipeline")
     places = [own / "scheduler_config.json", own.parent / "scheduler" / "scheduler_config.json"]

@@ -57,7 +57,7 @@ def unet(
 
     design = _with_attention(SIZES[size], min(height, width)) if attention else _plain(SIZES[size], height, width)
     return UNet2DModel(
-        sample_size=(height, width),
+        sample_size=height if height == width else (height, width),  # most pipelines know squares alone
         in_channels=channels,
         out_channels=channels,
         dropout=dropout,

@@ -68,6 +68,7 @@ class DenoisingModule(pl.LightningModule):
         self.network: nn.Module = level.network
         self._level = {"name": level.name, "schedule": level.schedule, "shape": level.shape}
         self._level |= {"prediction": level.prediction, "data": level.data, "conditions": level.conditions}
+        self._level["licence"] = level.licence
         self.conditions = level.conditions
         self.schedule = level.schedule
         self.prediction = level.prediction

@@ -42,6 +42,8 @@ class CelebA(DataSet):
         any_checksum: take other files of the same format too
     """
 
+    licence = "for non-commercial research only"
+
     source: str | None = None
     partition: str | None = None
     split: str = "train"
