@@ -16,7 +16,7 @@ from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
 
-__all__ = ["PIPELINES", "STABLE", "Tiny", "seeded"]
+__all__ = ["PIPELINES", "STABLE", "Tiny", "sd3", "seeded", "text_unet", "unet", "vae"]
 
 STABLE: dict[str, Any] = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 NOTHING: Any = None
@@ -32,7 +32,7 @@ def seeded(make: Callable[[], Any], seed: int = 0) -> Any:
     return module
 
 
-def unet(channels: int) -> UNet2DModel:
+def unet(channels: int, **options: Any) -> UNet2DModel:
     return UNet2DModel(
         sample_size=8,
         in_channels=1,
@@ -43,17 +43,18 @@ def unet(channels: int) -> UNet2DModel:
         layers_per_block=1,
         norm_num_groups=4,
         add_attention=False,
+        **options,
     )
 
 
-def text_unet(channels: int, **options: Any) -> UNet2DConditionModel:
+def text_unet(channels: int, cross_attention_dim: int = 12, **options: Any) -> UNet2DConditionModel:
     return UNet2DConditionModel(
         sample_size=8,
         block_out_channels=(channels, 2 * channels),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         layers_per_block=1,
-        cross_attention_dim=12,
+        cross_attention_dim=cross_attention_dim,
         norm_num_groups=4,
         attention_head_dim=4,
         **options,

@@ -10,10 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 from diffusers.models.transformers.sana_transformer import SanaTransformer2DModel
-from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
@@ -29,11 +27,11 @@ from mlem.grids import TimeGrid
 from mlem.level import Level
 from mlem.multilevel.plan import Plan
 from mlem.sampling import sample
+from tests.pipelines import STABLE, sd3, vae
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),  # of diffusers
 ]
-STABLE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 
 
 def unet(channels: int = 8, **options: Any) -> UNet2DModel:
@@ -65,21 +63,6 @@ def text_unet(width: int = 12, **options: Any) -> UNet2DConditionModel:
 def dit(**options: Any) -> DiTTransformer2DModel:
     usual: dict[str, Any] = {"in_channels": 4, "out_channels": 8, "num_layers": 2, "num_embeds_ada_norm": 10}
     return DiTTransformer2DModel(num_attention_heads=2, attention_head_dim=4, sample_size=8, **usual | options)
-
-
-def sd3() -> SD3Transformer2DModel:
-    return SD3Transformer2DModel(
-        sample_size=8,
-        num_layers=1,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        joint_attention_dim=12,
-        caption_projection_dim=16,
-        pooled_projection_dim=20,
-        pos_embed_max_size=8,
-        in_channels=4,
-        out_channels=4,
-    )
 
 
 def sana(**options: Any) -> SanaTransformer2DModel:
@@ -134,7 +117,12 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any], str, Any]]
         {"encoder_hidden_states": (None, 12), "text_embeds": (32,), "time_ids": (6,)},
     ),
     "DiTTransformer2DModel": (dit, DDIMScheduler, "eps", {"class_labels": 10}),
-    "SD3Transformer2DModel": (sd3, flow, "flow", {"encoder_hidden_states": (None, 12), "pooled_projections": (20,)}),
+    "SD3Transformer2DModel": (
+        lambda: sd3(1),
+        flow,
+        "flow",
+        {"encoder_hidden_states": (None, 12), "pooled_projections": (20,)},
+    ),
     "SanaTransformer2DModel": (
         sana,
         lambda: DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0),
@@ -194,19 +182,6 @@ def test_half_precision_stays_what_it_is(tmp_path: Path) -> None:
     assert torch.equal(sample(again, **options).x, sample(level, **options).x)
     full = sample(Level.from_diffusers(folder), **options).x
     assert (sample(again, **options).x - full).abs().max() < 0.1 * full.abs().max()
-
-
-def vae() -> AutoencoderKL:
-    """A decoder of latents."""
-    network = AutoencoderKL(
-        block_out_channels=(4, 4),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4,
-        norm_num_groups=2,
-        sample_size=16,
-    )
-    return network.eval()
 
 
 def test_dit_with_learned_variance_and_guidance_is_its_pipeline(tmp_path: Path) -> None:
@@ -278,7 +253,7 @@ def test_sd3_is_its_pipeline(tmp_path: Path) -> None:
 
     nothing: Any = None
     pipe = StableDiffusion3Pipeline(
-        seeded(sd3), flow(), seeded(vae), nothing, nothing, nothing, nothing, nothing, nothing
+        seeded(lambda: sd3(1)), flow(), seeded(vae), nothing, nothing, nothing, nothing, nothing, nothing
     )
     pipe.set_progress_bar_config(disable=True)
     pipe.save_pretrained(tmp_path / "sd3")
@@ -379,7 +354,7 @@ def test_what_cannot_be_right_gets_one_line(mistake: str, tmp_path: Path) -> Non
 
 
 def test_a_flow_transformer_without_a_flow_and_two_latent_spaces_are_refused(tmp_path: Path) -> None:
-    folder = written(tmp_path / "net", seeded(sd3), DDIMScheduler())
+    folder = written(tmp_path / "net", seeded(lambda: sd3(1)), DDIMScheduler())
     with pytest.raises(ValueError, match=r"holds a SD3Transformer2DModel, trained on a flow, and .* is of no flow"):
         Level.from_diffusers(folder)
     levels = [

@@ -26,7 +26,7 @@ from mlem.interop.pipelines import Acceleration, acceleration
 from mlem.level import Level
 from mlem.multilevel.plan import Plan
 from mlem.multilevel.spec import PlanSpec
-from tests.pipelines import PIPELINES, STABLE, Tiny, seeded
+from tests.pipelines import PIPELINES, STABLE, Tiny, seeded, text_unet, unet
 
 pytestmark = [  # of diffusers
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
@@ -186,7 +186,8 @@ def test_a_calibration_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(acceleration, "calibrate", counted)
     tiny, pipe = pipeline("StableDiffusionPipeline", "DDIM")
-    for expected, options in ((1, {}), (1, {}), (2, {"guidance_scale": 5.0})):
+    others = {"prompt_embeds": torch.randn(1, 5, 12, generator=torch.Generator().manual_seed(1))}
+    for expected, options in ((1, {}), (1, others), (2, {"guidance_scale": 5.0})):
         with mlem.accelerate(pipe, small=tiny.small(), plan=held(), cache=tmp_path, **QUICK):
             torch.as_tensor(pipe(**tiny.inputs(1, 1) | options, num_inference_steps=STEPS).images)
         assert len(measured) == expected
@@ -279,6 +280,8 @@ def test_a_level_of_ours_as_the_small_network(tmp_path: Path) -> None:
 def _mistakes() -> dict[str, tuple[str, dict[str, Any], str]]:
     heun = {"scheduler": HeunDiscreteScheduler()}
     wide = seeded(lambda: PIPELINES["StableDiffusionPipeline"].network(1))
+    labelled = seeded(lambda: unet(4, num_class_embeds=3))
+    other_text = seeded(lambda: text_unet(4, cross_attention_dim=16))
     mine = Plan.given(torch.ones(4, 2))
     sd = "StableDiffusionPipeline"
     return {
@@ -302,6 +305,12 @@ def _mistakes() -> dict[str, tuple[str, dict[str, Any], str]]:
             {"small": seeded(lambda: PIPELINES["DDPMPipeline"].network(1))},
             r"small network small has ",
         ),
+        "labels": (
+            "DDPMPipeline",
+            {"small": labelled},
+            r"small cannot be told what this pipeline tells its own network: ",
+        ),
+        "text": (sd, {"small": other_text}, r"small cannot be told what this pipeline tells its own network: "),
         "name": ("DDPMPipeline", {"small": [_named("large")]}, r"a small network cannot be called large"),
     }
 
@@ -310,7 +319,19 @@ def _named(name: str) -> Level:
     return Level(name, PIPELINES["DDPMPipeline"].small(), mlem.NoiseSchedule.linear(), (1, 8, 8), "eps")
 
 
-MISTAKES = ("scheduler", "latents", "rows", "budget", "neither", "coins", "per sample", "conditions", "name")
+MISTAKES = (
+    "scheduler",
+    "latents",
+    "rows",
+    "budget",
+    "neither",
+    "coins",
+    "per sample",
+    "conditions",
+    "labels",
+    "text",
+    "name",
+)
 
 
 @pytest.mark.parametrize("what", MISTAKES)

@@ -15,6 +15,7 @@ import mlem
 from mlem.interop.pipelines import accelerate
 from tests.pipelines import PIPELINES, STABLE, seeded
 from tests.test_your_own_family import blocks
+from tests.text_encoders import clip, clip_tokenizer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
@@ -25,28 +26,9 @@ PAGE = "docs/pipelines.md"
 
 def stable_diffusion(folder: Path) -> Any:
     """The pipeline with CLIP, whose vocabulary is written into the folder."""
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-
-    letters = [*"abcdefghijklmnopqrstuvwxyz", *(f"{letter}</w>" for letter in "abcdefghijklmnopqrstuvwxyz")]
-    words = [*letters, "<|startoftext|>", "<|endoftext|>"]
-    folder.mkdir(parents=True)
-    (folder / "vocab.json").write_text(json.dumps({word: number for number, word in enumerate(words)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    tokenizer: Any = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=16)
-    config = CLIPTextConfig(
-        vocab_size=len(words),
-        hidden_size=12,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=16,
-        bos_token_id=len(words) - 2,
-        eos_token_id=len(words) - 1,
-        pad_token_id=len(words) - 1,
-    )
-    tiny = PIPELINES["StableDiffusionPipeline"]
-    pipe = tiny.make(DDIMScheduler(**STABLE, clip_sample=False, set_alpha_to_one=False, steps_offset=1))
-    pipe.register_modules(text_encoder=seeded(lambda: CLIPTextModel(config)), tokenizer=tokenizer)
+    scheduler = DDIMScheduler(**STABLE, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+    pipe = PIPELINES["StableDiffusionPipeline"].make(scheduler)
+    pipe.register_modules(text_encoder=seeded(lambda: clip(12)), tokenizer=clip_tokenizer(folder))
     return pipe
 
 

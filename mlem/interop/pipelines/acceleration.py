@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import warnings
@@ -212,7 +213,7 @@ class Acceleration:
         if key not in self._families:
             levels = [self._level(name, run, shape) for name in self._networks]
             family = Family(levels)
-            folder = self._cache / family.weights_hash / "x".join(map(str, shape))
+            folder = self._cache / family.weights_hash / hashlib.sha256(key.encode()).hexdigest()[:16]
             self._families[key] = Family(levels, Fitted.load(folder), KeptPlans(folder), folder)
         for level in self._families[key].levels:
             assert isinstance(level.network, CapturedNetwork)
@@ -223,13 +224,18 @@ class Acceleration:
     def _level(self, name: str, run: Run, shape: Sequence[int]) -> Level:
         network, conditions = self._networks[name], {"row": _samples(run)}
         counted = CapturedNetwork(plain_network(network), run.guidance, run.first)
+        try:
+            flops = networks.flops(counted, shape, conditions)
+        except (RuntimeError, TypeError, ValueError) as error:
+            said = " ".join(str(error).split())
+            raise ValueError(f"{name} cannot be told what this pipeline tells its own network: {said}") from error
         return Level(
             name,
             CapturedNetwork(network, run.guidance, run.first),
             run.stepping.schedule,
             shape,
             run.stepping.prediction,
-            flops=networks.flops(counted, shape, conditions) or None,
+            flops=flops or None,
             conditions=conditions,
         )
 

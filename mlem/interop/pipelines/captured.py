@@ -18,6 +18,9 @@ __all__ = ["Call", "CapturedNetwork", "Guidance", "plain_network"]
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
 """How far an answer may be from a guided one, relative; in half precision a twentieth."""
 
+_DIGITS = {torch.float32: 4, torch.float64: 4}
+"""Decimals of a scale of guidance that can be known."""
+
 
 def plain_network(network: nn.Module) -> nn.Module:
     """The network itself, where `torch.compile` put a module around it."""
@@ -129,6 +132,7 @@ class Guidance(NamedTuple):
             due, step = answer[: len(first)].double(), second - first
             length = step.square().sum()
             scale = ((due - first) * step).sum().item() / length.item() if length > 0 else 1.0
+            scale = round(scale, _DIGITS.get(answer.dtype, 2))  # as users write it: calls with other prompts agree
             if _alike((first + scale * step).to(answer.dtype), answer[: len(first)]):
                 return Guidance(scale, len(outputs), mirrored)
         raise ValueError(
