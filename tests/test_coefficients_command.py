@@ -214,7 +214,8 @@ def test_ranks_take_different_samples_and_share_their_coins() -> None:
     def shares(ranks: int) -> list[torch.Tensor]:
         found = []
         for rank in range(ranks):
-            module = CoefficientsModule(problem, torch.zeros(2, 1, dtype=torch.float64), fit, ["1", "2"])
+            start = torch.zeros(2, 1, dtype=torch.float64)
+            module = CoefficientsModule(problem, start, start, fit, ["1", "2"])
             module._home = torch.device("cpu")
             trainer = SimpleNamespace(world_size=ranks, global_rank=rank)
             module.trainer = trainer  # type: ignore[assignment]

@@ -17,7 +17,8 @@ from mlem.level import Level
 from mlem.multilevel.calibrate import calibrate
 from mlem.multilevel.coefficients import CERTAIN, Coefficients
 from mlem.multilevel.fitted import Fitted
-from mlem.multilevel.learning import Objective, first_coefficients, frozen, interval
+from mlem.multilevel.learning import Objective, first_coefficients, frozen, interval, nearest_coefficients
+from mlem.multilevel.learning.optimum import least_variance, predicted_variance
 from mlem.multilevel.plan import Plan
 from mlem.multilevel.planner import make_plan
 from mlem.multilevel.spec import PlanSpec
@@ -247,11 +248,32 @@ def test_learning_begins_near_what_the_budget_buys() -> None:
     # a budget that buys everything: nothing is certain, so that something can be learned
     assert problem.probabilities(first_coefficients(ours, make_solver("ddpm"), log_snr(32), 1.0))[:, 1:].max() < 0.995
     ours.fitted = Fitted(calibrate(ours, images=2, times=4))
+    nearest = nearest_coefficients(ours, make_solver("ddpm"), log_snr(32), 0.3)
+    assert problem.cost(nearest).item() == pytest.approx(0.3, rel=0.4)  # here a bell, which a sigmoid is not
     calibrated = first_coefficients(ours, make_solver("ddpm"), log_snr(32), 0.3)
-    assert problem.cost(calibrated).item() == pytest.approx(0.3, rel=0.4)  # here a bell, which a sigmoid is not
+    assert problem.cost(calibrated).item() == pytest.approx(0.3, abs=1e-6)
     assert (calibrated[0] != theta[0]).all()
     with pytest.raises(ValueError, match=r"budget=0\.001"):
         first_coefficients(ours, make_solver("ddpm"), log_snr(32), 0.001)
+
+
+def test_the_start_is_where_no_other_law_of_the_same_cost_is_predicted_to_err_less() -> None:
+    """On a made-up worth: its gradient is that of the cost, and what is near, at equal cost, is worse."""
+    problem = objective(3, 24)
+    worth = torch.stack([torch.linspace(1, 9, 24).square(), torch.linspace(3, 1, 24)], 1).double()
+    start = torch.tensor([[0.0, 0.0], [-0.5, -1.5]], dtype=torch.float64)
+    for cost in (0.3, 0.5):
+        theta = least_variance(problem, worth, start, cost).requires_grad_()
+        error, spent = predicted_variance(problem, theta, worth), problem.cost(theta)
+        assert spent.item() == pytest.approx(cost, abs=1e-6)
+        by, price = (torch.autograd.grad(value, theta)[0].flatten() for value in (error, spent))
+        assert (by @ price / by.norm() / price.norm()).item() == pytest.approx(-1, abs=1e-4)
+        for seed in range(20):
+            torch.manual_seed(seed)
+            other = theta.detach() + 0.1 * torch.randn(2, 2, dtype=torch.float64)
+            for _ in range(50):  # to the same cost, all betas alike
+                other[1] -= (problem.cost(other) - cost) / problem.cost_gradient(other)[1].sum()
+            assert predicted_variance(problem, other, worth) > error
 
 
 def test_one_level_has_nothing_to_share() -> None:

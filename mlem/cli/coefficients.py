@@ -25,7 +25,7 @@ from mlem.family import Family
 from mlem.files import clear_leftovers, first_process, folder_lock, read_object, write_record
 from mlem.multilevel.coefficients import Coefficients
 from mlem.multilevel.fitted import Fitted
-from mlem.multilevel.learning import Objective, first_coefficients, frozen
+from mlem.multilevel.learning import Objective, first_coefficients, frozen, nearest_coefficients
 from mlem.plots import probabilities as probabilities_figure
 from mlem.report import write_report
 from mlem.solvers import Solver, make_solver
@@ -50,8 +50,11 @@ def learn_coefficients(job: Train, options: Learning) -> None:
     where = family_folder(job.family, job.root, job.data)
     family = Family.load(where)
     objective = _objective(options, family, job.seed)
-    start = first_coefficients(family, objective.solver, objective.grid, options.budget)
-    module = CoefficientsModule(objective, start, fit, family.names)
+    start, nearest = (
+        find(family, objective.solver, objective.grid, options.budget)
+        for find in (first_coefficients, nearest_coefficients)
+    )
+    module = CoefficientsModule(objective, start, nearest, fit, family.names)
     if job.dry_run:
         print(OmegaConf.to_yaml(OmegaConf.create(job.told)))
         _say_duration(where, module)
@@ -75,7 +78,7 @@ def learn_coefficients(job: Train, options: Learning) -> None:
         elif first_process():
             print(f"coefficients: already learned, in {folder}", flush=True)
         if first_process():
-            _hand_over(folder, family, where, objective, start)
+            _hand_over(folder, family, where, objective, nearest)
             log_pictures(loggers_used, {"p/probabilities": folder / "probabilities.png"}, fit.updates)
             write_report(folder)
             if (folder.parent / "report.html").exists():
@@ -184,8 +187,10 @@ def _learn(
 def _log(trainer: pl.Trainer, judged: dict[str, Any]) -> None:
     """The outcome, for W&B and metrics.jsonl."""
     found = judged["systematic"]
-    values = {f"held_out/{key}_{when}": found[when][key] for when in ("before", "after") for key in found[when]}
-    values |= {f"held_out/change_{key}": value for key, value in found["change"].items()}
+    values = {
+        f"held_out/{key}_{when}": found[when][key] for when in ("before", "start", "after") for key in found[when]
+    }
+    values |= {f"held_out/{what}_{key}": found[what][key] for what in ("change", "learned") for key in found[what]}
     for logger in trainer.loggers:
         logger.log_metrics(values, trainer.global_step)
         logger.save()
@@ -209,13 +214,13 @@ def _about(module: CoefficientsModule, family: Family) -> dict[str, Any]:
     }
 
 
-def _hand_over(folder: Path, family: Family, where: Path, objective: Objective, start: Tensor) -> None:
+def _hand_over(folder: Path, family: Family, where: Path, objective: Objective, nearest: Tensor) -> None:
     """Put the coefficients beside the family, draw them, and say what came of it."""
     learned = Coefficients.from_dict(read_object(folder / "coefficients.json"), str(folder / "coefficients.json"))
     _put_beside(where, learned, folder / "coefficients.json")
     before, after = (
         one.probabilities(family.schedule, objective.times).T.tolist()
-        for one in (objective.coefficients(start), learned)
+        for one in (objective.coefficients(nearest), learned)
     )
     log_snr = family.schedule.log_snr(torch.tensor(objective.times, dtype=torch.float64)).tolist()
     curves = {name: (before[k], after[k]) for k, name in enumerate(family.names) if k}

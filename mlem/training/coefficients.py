@@ -96,6 +96,7 @@ class CoefficientsModule(pl.LightningModule):
     Args:
         objective: what is minimised; its networks are no part of the module.
         start: (2, K - 1), where learning begins.
+        nearest: (2, K - 1), what learning is judged against: the calibrated law, as near as coefficients come.
         fit: how to learn.
         names: of the levels.
     """
@@ -104,14 +105,15 @@ class CoefficientsModule(pl.LightningModule):
     beta: nn.Parameter
     weight: Tensor
 
-    def __init__(self, objective: Objective, start: Tensor, fit: Fit, names: list[str]) -> None:
+    def __init__(self, objective: Objective, start: Tensor, nearest: Tensor, fit: Fit, names: list[str]) -> None:
         super().__init__()
         self.alpha, self.beta = nn.Parameter(start[0].clone()), nn.Parameter(start[1].clone())
         # nan: to be measured; kept in the checkpoint, so that a resumed run goes on with the same
         self.register_buffer(
             "weight", torch.tensor(torch.nan if fit.weight is None else fit.weight, dtype=torch.float64)
         )
-        self.objective, self.first, self.fit_options, self.names = objective, start.clone(), fit, names
+        self.objective, self.fit_options, self.names = objective, fit, names
+        self.first, self.nearest = start.clone(), nearest.clone()
         self._truths: dict[int, Tensor] = {}
 
     @property
@@ -195,14 +197,17 @@ class CoefficientsModule(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def judge(self) -> dict[str, Any]:
-        """The objective on held-out samples before and after learning, as plain numbers; every rank must call it.
+        """The objective on held-out samples before, at the start of and after learning; every rank must call it.
 
-        For systematic and bernoulli coins. Every sample has coins of its own, from the same uniform numbers before and
-        after, so that samples are independent: `half_width` is half of a 95 % interval, `change` that of the pairs.
+        Before is the calibrated law, as near as coefficients come; the start is what a calibration predicts to be best.
+        For systematic and bernoulli coins. Every sample has coins of its own, from the same uniform numbers for each,
+        so that samples are independent: `half_width` is half of a 95 % interval, `change` (after less before) and
+        `learned` (after less the start) those of pairs. Plain numbers.
         """
         count, ranks = self.fit_options.held_out, self.trainer.world_size
         indices = torch.arange(HELD_OUT + self.trainer.global_rank, HELD_OUT + count, ranks, device=self._home)
-        thetas, weight = {"before": self.first, "after": self.theta}, self.weight.item()
+        thetas = {"before": self.nearest, "start": self.first, "after": self.theta}
+        weight = self.weight.item()
         kinds = ("systematic", "bernoulli")
         columns = [[] for _ in range(len(kinds) * len(thetas))]
         for block in indices.split(self.fit_options.batch_size):
@@ -220,9 +225,10 @@ class CoefficientsModule(pl.LightningModule):
             for place, (name, cost) in enumerate(costs.items()):
                 mse, half = interval(errors[:, number, place])
                 judged[coins][name] = {"objective": mse + weight * cost, "half_width": half, "mse": mse, "cost": cost}
-            change, half = interval(errors[:, number, 1] - errors[:, number, 0])
-            change += weight * (costs["after"] - costs["before"])
-            judged[coins]["change"] = {"objective": change, "half_width": half}
+            for place, (name, since) in enumerate({"change": "before", "learned": "start"}.items()):
+                change, half = interval(errors[:, number, 2] - errors[:, number, place])
+                change += weight * (costs["after"] - costs[since])
+                judged[coins][name] = {"objective": change, "half_width": half}
         return judged
 
 

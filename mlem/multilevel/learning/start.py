@@ -11,14 +11,17 @@ from mlem.denoiser import NetworkDenoiser
 from mlem.family import Family
 from mlem.grids import TimeGrid
 from mlem.multilevel.coefficients import Coefficients
+from mlem.multilevel.learning.law import Law
+from mlem.multilevel.learning.optimum import least_variance
 from mlem.multilevel.planner import make_plan
+from mlem.multilevel.predict import Predictor
 from mlem.multilevel.spec import PlanSpec
 from mlem.solvers import GridPoint, Solver, quadrature_weights
 
-__all__ = ["LARGEST", "first_coefficients", "frozen"]
+__all__ = ["LARGEST", "first_coefficients", "frozen", "nearest_coefficients"]
 
 LARGEST = 0.99
-"""Where learning begins no p_k is larger: a coin that is certain to fall teaches nothing."""
+"""Of the nearest coefficients no p_k is larger: a coin that is certain to fall teaches nothing."""
 
 
 def frozen(family: Family, device: str | torch.device = "cpu") -> list[NetworkDenoiser]:
@@ -38,8 +41,8 @@ def frozen(family: Family, device: str | torch.device = "cpu") -> list[NetworkDe
     return denoisers
 
 
-def first_coefficients(family: Family, solver: Solver, grid: TimeGrid, budget: float) -> Tensor:
-    """Where learning begins, theta (2, K - 1): near the probabilities that `budget` buys.
+def nearest_coefficients(family: Family, solver: Solver, grid: TimeGrid, budget: float) -> Tensor:
+    """theta (2, K - 1) nearest, in the logit, to the probabilities that `budget` buys.
 
     They are the calibrated ones, or those of the theory's law when the family is not calibrated. budget: share of the
     largest level's cost, in (0, 1], in FLOPs. Raises ValueError when it is too small.
@@ -49,6 +52,27 @@ def first_coefficients(family: Family, solver: Solver, grid: TimeGrid, budget: f
     spec = PlanSpec(budget=budget, probabilities=law, estimator="jump", coins="bernoulli", cost="flops", levels=names)
     table = make_plan(spec, family, solver, grid).probabilities.clone()
     table[:, 1:].clamp_(max=LARGEST)
-    times = [point.t for point in quadrature_weights(solver, family.schedule, GridPoint.of(family.schedule, grid))[1]]
-    alpha, beta = Coefficients.fit(table, family.schedule, times)
+    alpha, beta = Coefficients.fit(table, family.schedule, _times(family, solver, grid))
     return torch.stack([alpha[1:], beta[1:]])
+
+
+def first_coefficients(family: Family, solver: Solver, grid: TimeGrid, budget: float) -> Tensor:
+    """Where learning begins, theta (2, K - 1): what a calibration predicts to err least at the cost `budget`.
+
+    Of a family that is not calibrated, `nearest_coefficients`. Arguments and errors as there.
+    """
+    nearest = nearest_coefficients(family, solver, grid, budget)
+    if not family.fitted.has("calibration"):
+        return nearest
+    predictor = Predictor(family.fitted.calibration_for(family), family.schedule, solver, grid)
+    *corrections, _ = predictor.groups(family.names)
+    worth = torch.stack([predictor.worth(one).square() for one in corrections], 1)
+    flops = torch.tensor([level.flops for level in family.levels], dtype=torch.float64)
+    law = Law(family.schedule, _times(family, solver, grid), flops / flops[-1], seed=0)
+    return least_variance(law, worth, nearest, budget)
+
+
+def _times(family: Family, solver: Solver, grid: TimeGrid) -> list[float]:
+    """Of the evaluations."""
+    points = GridPoint.of(family.schedule, grid)
+    return [point.t for point in quadrature_weights(solver, family.schedule, points)[1]]
