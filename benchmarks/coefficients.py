@@ -3,8 +3,8 @@
     python benchmarks/coefficients.py FAMILY ... [--budgets 0.2 0.35 0.5] [--images 64] [--out FILE]
 
 Of calibrated families, at equal expected cost by FLOPs: the mean squared error to 500 steps of the largest level, of
-samples that nothing was fitted to, with coins of their own, from the same uniform numbers for every law. Beside them the
-free allocation of the calibration, which is no sigmoid. Intervals are over images: 95 percent of the paired difference.
+samples that nothing was fitted to, with coins of their own, from the same uniform numbers for every law. Beside them
+the free allocation of the calibration, which is no sigmoid. Intervals are over images: 95 percent of the difference.
 """
 
 from __future__ import annotations
