@@ -202,7 +202,8 @@ def _read(folder: Path, upcast: bool) -> Any:
     options: dict[str, Any] = {"torch_dtype": dtype, "use_safetensors": True, "local_files_only": True}
     with damaged(folder, _REMEDY):
         try:
-            network, about = AutoencoderKL.from_pretrained(folder, output_loading_info=True, **options)
+            read: Any = AutoencoderKL.from_pretrained
+            network, about = read(folder, output_loading_info=True, **options)
         except OSError as error:
             raise ValueError(" ".join(str(error).split())) from error
         if odd := sorted([*about["missing_keys"], *about["unexpected_keys"], *about["mismatched_keys"]]):

@@ -95,7 +95,7 @@ class Family:
         if self.decoder is not None:
             self.decoder.picture_shape(self.shape)
             for level in self.levels:
-                if level.latents and level.latents != self.decoder.latents:
+                if {**self.decoder.latents, **level.latents} != self.decoder.latents:
                     raise ValueError(
                         f"level {level.name} is of latents scaled by {level.latents}, and {self.decoder.folder} scales "
                         f"by {self.decoder.latents}; take the decoder that it was trained with"

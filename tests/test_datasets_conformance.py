@@ -187,7 +187,8 @@ def test_prepared_twice_gives_the_same_bytes(example: Example, tmp_path: Path) -
     assert len(contents(tmp_path)) == SHARDS + 1
 
 
-@every
+# not of latents: each process would import torch, for seconds, and calls the same function
+@pytest.mark.parametrize("example", sorted(DATASETS.keys() - {"latents"}), indirect=True)
 def test_processes_give_the_same_bytes(example: Example, tmp_path: Path) -> None:
     example.prepare(tmp_path, workers=2)
     assert contents(tmp_path) == contents(example.whole)

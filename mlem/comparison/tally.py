@@ -25,7 +25,7 @@ class Tally:
     Attributes:
         run: what is measured.
         coupled: whether it shares its path with a reference, and so has an error.
-        first: up to SHOWN samples of the first batch, as pictures (B, C, H, W), on the CPU; None before it.
+        first: up to SHOWN samples of the first batch, (B, *shape), on the CPU; None before it.
     """
 
     def __init__(self, setup: Setup, run: Run) -> None:
@@ -44,7 +44,7 @@ class Tally:
         if self._fid is not None:
             self._fid.update(self._setup.family.pictures(result.x), block)
         if self.first is None:
-            self.first = self._setup.family.pictures(result.x[:SHOWN]).cpu()
+            self.first = result.x[:SHOWN].cpu()
 
     @property
     def image_errors(self) -> Tensor:
