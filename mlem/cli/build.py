@@ -11,8 +11,8 @@ import lightning.pytorch as pl
 import torch
 from omegaconf import OmegaConf
 
+from mlem.cli.decoders import data_decoder
 from mlem.cli.metrics import measure_of
-from mlem.cli.paths import data_decoder
 from mlem.cli.schema import Data, Network, Networks, Train, Training
 from mlem.cli.values import parse_indices
 from mlem.comparison.entry import Entry, refuse_duplicates

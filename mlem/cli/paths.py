@@ -8,12 +8,10 @@ from pathlib import Path
 from mlem.cli.choices import usual_options
 from mlem.cli.schema import Data, Learning, Network, Networks, Sample, Train
 from mlem.cli.values import written
-from mlem.data import decoder_of
-from mlem.decoder import Decoder
 from mlem.files import read_object
 from mlem.invocation import command
 
-__all__ = ["data_decoder", "family_folder", "folders", "out_folder", "run_folder", "same_job", "training_command"]
+__all__ = ["family_folder", "folders", "out_folder", "run_folder", "same_job", "training_command"]
 
 _DEFAULT = {"samples": "samples/{sampler}_{steps}", "benchmark": "error_vs_time", "scaling": "scaling_law"}
 """Where each `eval` writes below root; the others write where out= says, or nowhere."""
@@ -51,11 +49,6 @@ def same_job(one: Train | Sample, other: Train | Sample) -> bool:
     if not isinstance(one, Sample) or not isinstance(other, Sample) or one.eval.name != "samples":
         return False
     return one == replace(other, **{name: getattr(one, name) for name in _SHARED})
-
-
-def data_decoder(data: Data) -> Decoder | None:
-    """What makes pictures of a data set of latents; None for pictures."""
-    return decoder_of(data.source, data.folder, **data.options)
 
 
 def family_folder(family: str | None, root: str, data: Data) -> Path:

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 
 from mlem.cli.conditions import conditions_for, guided, told
+from mlem.cli.decoders import decoder_for
 from mlem.cli.experiments import error_against_time, scaling
 from mlem.cli.metrics import measure_folder, measure_of, measure_reference, prepared, report
-from mlem.cli.paths import data_decoder, family_folder, out_folder, run_folder, training_command
+from mlem.cli.paths import family_folder, out_folder, run_folder, training_command
 from mlem.cli.plans import plan_of
 from mlem.cli.progress import SamplingProgress
 from mlem.cli.ranks import all_gather, end_with_parent, fail_together, new_fabric
@@ -49,7 +50,7 @@ def _sample(job: Sample) -> None:
     indices = parse_indices(job.seeds, "seeds")
     folder, model = find_model(job)
     model = guided(model, job.guidance)
-    decoder = _decoder(job, model)
+    decoder = decoder_for(job, model)
     measure = measure_of(job.metric, job.data, prepared(job.data)) if job.metric.features is not None else None
     if measure is not None:
         measure.check(len(indices))
@@ -159,29 +160,6 @@ def _solver(job: Sample, model: Family | Level, device: torch.device) -> Solver:
         return solver_of(job.sampler.solver, **options)
     except (ValueError, TypeError) as error:
         raise ValueError(f"sampler.options: {error}" if options else str(error)) from error
-
-
-def _decoder(job: Sample, model: Family | Level) -> Decoder | None:
-    """What makes pictures of the samples, where they are latents: the family's, or of a level that of its data."""
-    level = model.level() if isinstance(model, Family) else model
-    found = model.decoder if isinstance(model, Family) else None
-    if found is None and not level.latents:
-        return None
-    of_data = data_decoder(job.data)
-    if not isinstance(model, Family):
-        found = of_data
-    if found is None:
-        kind = "the family" if isinstance(model, Family) else f"level {model.name}"
-        raise ValueError(
-            f"{kind} makes latents and has no decoder: name its data set of latents with data=, or save the family "
-            "with one: family.decoder = Decoder(FOLDER of an AutoencoderKL)"
-        )
-    if of_data is not None and found.fingerprint != of_data.fingerprint:
-        raise ValueError(
-            f"the family has decoder {found.fingerprint} and data={job.data.name} was encoded by "
-            f"{of_data.fingerprint}: name the data set that the family was trained on"
-        )
-    return found
 
 
 def _decoded(decoder: Decoder | None) -> dict[str, str]:

@@ -18,9 +18,10 @@ from omegaconf import OmegaConf
 from mlem.cli.build import LoaderFromStep, evaluation, image_shape, loggers, new_level, sampler_entries
 from mlem.cli.callbacks import build_callbacks
 from mlem.cli.coefficients import learn_coefficients
+from mlem.cli.decoders import data_decoder
 from mlem.cli.evaluation import evaluate_family
 from mlem.cli.metrics import check_measure, new_fid
-from mlem.cli.paths import data_decoder, run_folder
+from mlem.cli.paths import run_folder
 from mlem.cli.ranks import fail_together, new_fabric, world_size_of
 from mlem.cli.resume import changes, check_resume, level_settings, note_settings, resume_point
 from mlem.cli.schema import Calibration, Learning, Train
