@@ -3,6 +3,7 @@
 family/family.json                  the levels in order
 family/README.md                    the model card; not read
 family/level_xs/                    a level: see `mlem.level`
+family/decoder/                     of latents: the AutoencoderKL, as diffusers wrote it; see `mlem.decoder`
 family/calibration.json, ..         what was fitted to the levels: see `mlem.multilevel.fitted`
 family/found/                       plans that were found: see `mlem.multilevel.kept`
 family/guided/0123456789abcdef/     what was fitted to the family under guidance
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 from mlem.arguments import named
 from mlem.conditions import ConditionSource, conditions_of
+from mlem.decoder import Decoder
 from mlem.denoiser import NetworkDenoiser
 from mlem.files import check_format, damaged, read_object, remove, write_record, write_text
 from mlem.guidance import GuidedNetwork, guided_level
@@ -47,10 +49,11 @@ class Family:
         fitted: what was fitted to these levels.
         kept: where plans that were found are kept; by default in memory.
         folder: where what is fitted is kept, if anywhere.
+        decoder: makes pictures of the samples, where they are latents.
 
     Raises:
-        ValueError: levels disagree on shape or data set, share a name, or are out of order of cost; both sides are
-            named.
+        ValueError: levels disagree on shape or data set, share a name, are out of order of cost, or do not fit the
+            decoder; both sides are named.
     """
 
     def __init__(
@@ -59,6 +62,7 @@ class Family:
         fitted: Fitted | None = None,
         kept: KeptPlans | None = None,
         folder: Path | None = None,
+        decoder: Decoder | None = None,
     ) -> None:
         if not levels:
             raise ValueError("a family needs at least one level")
@@ -66,6 +70,7 @@ class Family:
         self.fitted = fitted or Fitted()
         self.kept = kept or KeptPlans()
         self.folder = folder
+        self.decoder = decoder
         self._weights_hash: str | None = None
         for name in self.names:
             if self.names.count(name) > 1:
@@ -89,7 +94,14 @@ class Family:
                 f"level {clipped[0].name} clips its estimate of the data, which must not be summed over levels: leave "
                 "clip out, or make a family of that level alone"
             )
-
+        if self.decoder is not None:
+            self.decoder.picture_shape(self.shape)
+            for level in self.levels:
+                if {**self.decoder.latents, **level.latents} != self.decoder.latents:
+                    raise ValueError(
+                        f"level {level.name} is of latents scaled by {level.latents}, and {self.decoder.folder} scales "
+                        f"by {self.decoder.latents}; take the decoder that it was trained with"
+                    )
         for level in self.levels:
             for key, value in level.latents.items():
                 if value != (own := first.latents.get(key, value)):
@@ -112,6 +124,8 @@ class Family:
     ) -> Family:
         """A family of networks that diffusers wrote, in the same pictures or latents.
 
+        An AutoencoderKL in `vae/` of the last pipeline that has one is its decoder.
+
         Args:
             folders: name of a level -> folder of its model or pipeline, cheapest first; see `Level.from_diffusers`.
             data: name of the data set.
@@ -119,7 +133,9 @@ class Family:
 
         Raises: as `Level.from_diffusers` and `Family` do.
         """
-        return Family([Level.from_diffusers(path, name=name, data=data, dtype=dtype) for name, path in folders.items()])
+        levels = [Level.from_diffusers(path, name=name, data=data, dtype=dtype) for name, path in folders.items()]
+        found = [decoder for path in folders.values() if (decoder := Decoder.of_pipeline(path)) is not None]
+        return Family(levels, decoder=found[-1] if found else None)
 
     plan = staticmethod(named(PlanSpec, "family.plan"))
 
@@ -137,6 +153,20 @@ class Family:
     def data(self) -> str:
         """Name of the data set."""
         return self.levels[0].data
+
+    def pictures(self, samples: Tensor) -> Tensor:
+        """What samples (B, *shape) show, nominally in [-1, 1]: themselves; of latents, what the decoder makes of them.
+
+        Raises ValueError for latents without a decoder.
+        """
+        if self.decoder is not None:
+            return self.decoder.decode(samples)
+        if latents := self.level().latents:
+            raise ValueError(
+                f"the family is of latents scaled by {latents} and has no decoder: give it one, "
+                "family.decoder = Decoder(FOLDER of an AutoencoderKL), and save it again"
+            )
+        return samples
 
     @property
     def names(self) -> list[str]:
@@ -198,7 +228,7 @@ class Family:
             level if level is by else guided_level(level, scale, null=null, weak=by, interval=interval)
             for level in self.levels
         ]
-        guided = Family(levels, kept=self.kept)
+        guided = Family(levels, kept=self.kept, decoder=self.decoder)
         if self.folder is not None:
             guided.folder = self.folder / "guided" / guided.weights_hash
             guided.fitted = Fitted.load(guided.folder)
@@ -225,11 +255,13 @@ class Family:
         try:
             for level in self.levels:
                 level.save(aside / f"level_{level.name}")
+            if self.decoder is not None:
+                self.decoder.save(aside / "decoder")
         except BaseException:
             shutil.rmtree(aside, ignore_errors=True)
             raise
         remove(folder / "family.json")
-        for old in folder.glob("level_*"):
+        for old in [*folder.glob("level_*"), *folder.glob("decoder")]:
             shutil.rmtree(old)
         for new in aside.iterdir():
             os.replace(new, folder / new.name)
@@ -237,7 +269,9 @@ class Family:
         self.save_fitted(folder)
         levels = [read_object(folder / f"level_{name}" / "mlem.json") for name in self.names]
         write_text(folder / "README.md", family_card(folder.resolve().name, levels))
-        write_record(folder / "family.json", {"format": FORMAT, "levels": self.names, **self.levels[-1].common()})
+        about = {"format": FORMAT, "levels": self.names, **self.levels[-1].common()}
+        about |= {} if self.decoder is None else {"decoder": self.decoder.fingerprint}
+        write_record(folder / "family.json", about)
 
     def save_fitted(self, folder: str | os.PathLike[str]) -> None:
         """Write what was fitted beside the levels; see `Fitted.save`."""
@@ -269,7 +303,8 @@ class Family:
         levels = [Level.load(one, own.pop(name, None)) for one, name in zip(folders, about["levels"], strict=True)]
         if own:
             raise ValueError(f"networks= names {next(iter(own))!r}; the levels are {', '.join(about['levels'])}")
-        return Family(levels, Fitted.load(folder), KeptPlans(folder), folder)
+        decoder = Decoder.beside(folder, about["decoder"]) if "decoder" in about else None
+        return Family(levels, Fitted.load(folder), KeptPlans(folder), folder, decoder)
 
 
 def _convention(level: Level, family: Family) -> str:

@@ -11,11 +11,12 @@ import lightning.pytorch as pl
 import torch
 from omegaconf import OmegaConf
 
+from mlem.cli.decoders import data_decoder
 from mlem.cli.metrics import measure_of
 from mlem.cli.schema import Data, Network, Networks, Train, Training
 from mlem.cli.values import parse_indices
 from mlem.comparison.entry import Entry, refuse_duplicates
-from mlem.data import DATASETS, BatchSource, Shards, classes_of, held_out_batches, make_source, train_loader
+from mlem.data import DATASETS, BatchSource, Shards, classes_of, held_out_batches, size_of, train_loader
 from mlem.files import first_process, read_object, write_json, write_text
 from mlem.level import Level
 from mlem.networks import build, told
@@ -30,7 +31,7 @@ __all__ = ["LoaderFromStep", "evaluation", "image_shape", "loggers", "new_level"
 
 def image_shape(data: Data) -> tuple[int, int, int]:
     """(C, H, W) without preparing the data."""
-    return make_source(data.source, **data.options).shape
+    return size_of(data.source, data.folder, **data.options)
 
 
 def _schedule(options: dict[str, Any]) -> NoiseSchedule:
@@ -51,7 +52,7 @@ def new_level(job: Train, size: str) -> Level:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(job.seed)
         network = build(model.architecture, size, shape, dropout=model.dropout, classes=classes, **options)
-    return Level(
+    level = Level(
         size,
         network,
         _schedule(job.schedule),
@@ -61,6 +62,9 @@ def new_level(job: Train, size: str) -> Level:
         conditions=told(model.architecture, classes),
         licence=DATASETS[job.data.source].licence,
     )
+    decoder = data_decoder(job.data)
+    level.latents = {} if decoder is None else decoder.latents
+    return level
 
 
 def _number_of_classes(data: Data) -> int:

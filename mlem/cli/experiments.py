@@ -10,6 +10,7 @@ import torch
 
 from mlem.cli.compose import compose, plain
 from mlem.cli.conditions import guided
+from mlem.cli.decoders import decoder_for
 from mlem.cli.metrics import measure_of, prepared
 from mlem.cli.options import read, rows, value_of
 from mlem.cli.paths import family_folder, out_folder
@@ -42,6 +43,8 @@ def error_against_time(job: Sample) -> None:
         raise ValueError(f"eval=benchmark times one process, got {fabric.world_size} ranks: add trainer=cpu or gpu")
     measure = measure_of(job.metric, job.data, prepared(job.data)) if job.metric.features is not None else None
     indices = parse_indices(job.seeds, "seeds")
+    if measure is not None or options.shown:
+        decoder_for(job, family)  # which pictures need
     if measure is not None:
         measure.check(len(indices))
     entries = _possible(entries, family)

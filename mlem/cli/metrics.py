@@ -74,13 +74,15 @@ def new_fid(metric: Metric, shape: tuple[int, int, int]) -> FID | None:
 
 def measure_of(metric: Metric, data: Data, shards: Shards) -> Measure | None:
     """What `metric` asks for, against the images of `data`; None for nothing. Raises ValueError as `new_fid` does."""
-    fid = new_fid(metric, shards.shape)
+    decoder = shards.decoder
+    fid = new_fid(metric, shards.shape if decoder is None else decoder.picture_shape(shards.shape))
     if fid is None:
         return None
-    reals = _RealImages(shards, metric.reference)
+    reals = _RealImages(shards, metric.reference, fid)
     records = json.dumps([record.sha256 for record in shards.manifest.shards])
     manifest = hashlib.sha256(records.encode()).hexdigest()
     key = {"data": data.name, "manifest": manifest, "count": reals.count}
+    key |= {} if decoder is None else {"decoder": decoder.fingerprint}
     return Measure(fid, reals, key, Path(metric.cache), metric.kid, metric.precision_recall, metric.blocks)
 
 
@@ -94,10 +96,13 @@ def check_measure(metric: Metric, shape: tuple[int, int, int], reals: int, count
 
 
 class _RealImages:
-    """Batches (indices, images) of the first real images, the share of this rank, read anew at every iteration."""
+    """Batches (indices, images) of the first real images, the share of this rank, read anew at every iteration.
 
-    def __init__(self, shards: Shards, limit: int | None) -> None:
-        self._shards, self.count = shards, min(len(shards), limit or len(shards))
+    Of latents, what the decoder makes of them, where the features are.
+    """
+
+    def __init__(self, shards: Shards, limit: int | None, fid: FID) -> None:
+        self._shards, self._fid, self.count = shards, fid, min(len(shards), limit or len(shards))
 
     def __iter__(self) -> Iterator[tuple[Sequence[int], torch.Tensor]]:
         rank, world_size = 0, 1
@@ -106,7 +111,8 @@ class _RealImages:
         mine = range(rank, self.count, world_size)
         for start in range(0, len(mine), BATCH):
             indices = mine[start : start + BATCH]
-            yield indices, self._shards.images(indices)
+            images, decoder = self._shards.images(indices), self._shards.decoder
+            yield indices, images if decoder is None else decoder.decode(images.to(self._fid.metric.device))
 
 
 def report(measure: Measure, paths: Sequence[Path], fabric: Any, batch_size: int, out: Path | None) -> None:

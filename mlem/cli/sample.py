@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from mlem.cli.conditions import conditions_for, guided, told
+from mlem.cli.decoders import decoder_for
 from mlem.cli.experiments import error_against_time, scaling
 from mlem.cli.metrics import measure_folder, measure_of, measure_reference, prepared, report
 from mlem.cli.paths import family_folder, out_folder, run_folder, training_command
@@ -19,6 +20,7 @@ from mlem.cli.progress import SamplingProgress
 from mlem.cli.ranks import all_gather, end_with_parent, fail_together, new_fabric
 from mlem.cli.schema import Network, Sample
 from mlem.cli.values import parse_indices
+from mlem.decoder import Decoder
 from mlem.family import Family
 from mlem.files import clear_leftovers, first_process, folder_lock, sha256
 from mlem.ledger import Ledger
@@ -48,18 +50,19 @@ def _sample(job: Sample) -> None:
     indices = parse_indices(job.seeds, "seeds")
     folder, model = find_model(job)
     model = guided(model, job.guidance)
+    decoder = decoder_for(job, model)
     measure = measure_of(job.metric, job.data, prepared(job.data)) if job.metric.features is not None else None
     if measure is not None:
         measure.check(len(indices))
-        _check_shape(model, measure, job.data.name)
+        _check_shape(model, measure, job.data.name, decoder)
     fabric = new_fabric(job.trainer)
     sampler, model = _sampler(job, model, fabric.device)
     out = out_folder(job)
     # all that may be refused is refused before there are other ranks, which would wait for this one
     if first_process():
-        claim(out, _settings(job, model, folder, sampler))
+        claim(out, _settings(job, model, folder, sampler) | _decoded(decoder))
     with folder_lock(out) if first_process() else nullcontext():
-        hashes = _make(job, sampler, model, fabric, indices, out)
+        hashes = _make(job, sampler, model, decoder, fabric, indices, out)
         if measure is not None:
             # from the files, so that samples of earlier runs count too, and the numbers are those of eval=folder
             report(measure, [sample_path(out, index) for index in indices], fabric, job.batch_size, out)
@@ -92,7 +95,13 @@ def _sampler(job: Sample, model: Family | Level, device: torch.device) -> tuple[
 
 
 def _make(
-    job: Sample, sampler: Sampler, model: Family | Level, fabric: Any, indices: Sequence[int], out: Path
+    job: Sample,
+    sampler: Sampler,
+    model: Family | Level,
+    decoder: Decoder | None,
+    fabric: Any,
+    indices: Sequence[int],
+    out: Path,
 ) -> dict[int, str]:
     """Make the samples that are missing; on rank 0, index -> SHA-256 of all images in `out`."""
     over_ranks = job.sampler.over == "ranks"
@@ -121,6 +130,7 @@ def _make(
             world_size=world_size,
             advance=advance,
             keeps=not over_ranks or fabric.is_global_zero,
+            **({} if decoder is None else {"pictures": decoder.decode}),
         )
     if over_ranks and not fabric.is_global_zero:
         ledger.images, ledger.wall_seconds = 0, 0.0  # the same images: only the calls are this rank's own
@@ -152,8 +162,13 @@ def _solver(job: Sample, model: Family | Level, device: torch.device) -> Solver:
         raise ValueError(f"sampler.options: {error}" if options else str(error)) from error
 
 
-def _check_shape(model: Family | Level, measure: Measure, data: str) -> None:
+def _decoded(decoder: Decoder | None) -> dict[str, str]:
+    return {} if decoder is None else {"decoder": decoder.fingerprint}
+
+
+def _check_shape(model: Family | Level, measure: Measure, data: str, decoder: Decoder | None) -> None:
     shape = model.levels[0].shape if isinstance(model, Family) else model.shape
+    shape = shape if decoder is None else decoder.picture_shape(shape)
     if tuple(shape) != measure.fid.image_shape:
         raise ValueError(
             f"data={data} has images {measure.fid.image_shape}, the model makes {tuple(shape)}: name the data set that "

@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 from mlem.cli.build import LoaderFromStep, evaluation, image_shape, loggers, new_level, sampler_entries
 from mlem.cli.callbacks import build_callbacks
 from mlem.cli.coefficients import learn_coefficients
+from mlem.cli.decoders import data_decoder
 from mlem.cli.evaluation import evaluate_family
 from mlem.cli.metrics import check_measure, new_fid
 from mlem.cli.paths import run_folder
@@ -60,7 +61,7 @@ def train(job: Train) -> None:
         return
     levels = [new_level(job, size) for size in job.model.sizes]
     # an odd list of levels is refused before anything is trained
-    family = Family(levels)
+    family = Family(levels, decoder=data_decoder(job.data))
     check_resume(job.resume, [run_folder(job, level.name) for level in levels])
     _check_job(job, family)
     if job.dry_run:
@@ -69,7 +70,8 @@ def train(job: Train) -> None:
     shards = ensure(job.data.source, job.data.folder, **job.data.options)
     for level in levels:
         train_level(job, level, shards)
-    family = Family([Level.load(run_folder(job, level.name) / "level") for level in levels])
+    trained = [Level.load(run_folder(job, level.name) / "level") for level in levels]
+    family = Family(trained, decoder=shards.decoder)
     if job.model.several:
         _save_together(job, family)
         family = Family.load(Path(job.root) / "family")  # every rank knows what the first one fitted
@@ -156,6 +158,10 @@ def _check_job(job: Train, family: Family) -> None:
         )
     _check_samplers(job, family)
     data, shape = job.data, image_shape(job.data)
+    if family.decoder is not None:
+        shape = family.decoder.picture_shape(shape)
+        if job.training.flip:
+            raise ValueError("training.flip=true: latents of mirrored pictures are not mirrored latents; leave it out")
     new_fid(job.metric, shape)  # before the data: what is not there is the nearer fault
     count = count_of(data.source, data.folder, **data.options)
     check_measure(job.metric, shape, count, len(indices))
@@ -215,7 +221,7 @@ def train_level(job: Train, level: Level, shards: Shards) -> None:
             if first_process():
                 print(f"{level.name}: already trained, in {folder}", flush=True)
             return
-        module = _module(job, level)
+        module = _module(job, level, shards)
         asked = ("training.steps", job.training.steps)
         checkpoint, step = resume_point(job.resume, folder, module.state_dict(), asked, changed)
         note_settings(folder, settings)
@@ -235,7 +241,7 @@ def _trained(folder: Path, steps: int) -> bool:
         return read_object(path)["measured"].get("steps", steps) == steps
 
 
-def _module(job: Train, level: Level) -> DenoisingModule:
+def _module(job: Train, level: Level, shards: Shards) -> DenoisingModule:
     options = job.training
     module = DenoisingModule(
         level,
@@ -249,6 +255,7 @@ def _module(job: Train, level: Level) -> DenoisingModule:
         final_rate=options.final_rate,
         label_dropout=options.label_dropout,
         flip=options.flip,
+        decoder=shards.decoder,
     )
     if job.trainer.compile:
         level.network.compile()  # in place: the names of the weights stay

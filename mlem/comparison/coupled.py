@@ -135,8 +135,8 @@ class Comparison:
     def pictures(self, run: Run | str, count: int) -> Tensor:
         """The first images of a run, or of the reference that is named: (count, C, H, W)."""
         if isinstance(run, str):
-            return self.truth(run)[:count]
-        return self.setup.sampler(run).run(self.setup.blocks[0]).x[:count].cpu()
+            return self.setup.pictures(self.truth(run)[:count])
+        return self.setup.pictures(self.setup.sampler(run).run(self.setup.blocks[0]).x[:count])
 
     def _reference(self, name: str) -> Path:
         return self.folder / f"reference_{name}.safetensors"

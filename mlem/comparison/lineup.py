@@ -37,7 +37,7 @@ class Lineup:
     """
 
     def __init__(self, setup: Setup, entries: Sequence[Entry]) -> None:
-        runs = []
+        self._setup, runs = setup, []
         for number, entry in enumerate(entries):
             if entry.spec is not None and len(setup.family.levels) == 1:
                 continue
@@ -62,9 +62,9 @@ class Lineup:
         return [tally.row(total) for tally in self.tallies]
 
     def pictures(self) -> dict[str, Tensor]:
-        """The first samples of each, by `Row.picture`."""
+        """The first samples of each, as pictures, by `Row.picture`."""
         found = {tally.run.row.picture: tally.first for tally in self.tallies}
-        return {name: samples for name, samples in found.items() if samples is not None}
+        return {name: self._setup.pictures(samples) for name, samples in found.items() if samples is not None}
 
 
 def write_evaluation(folder: Path, rows: Sequence[Row], pictures: dict[str, Tensor], caption: str) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
+from torch import Tensor
 
 from mlem.comparison.entry import Entry
 from mlem.comparison.row import MULTILEVEL, Row
@@ -113,6 +114,10 @@ class Setup:
     def reference(self, solver: str) -> Sampler:
         """The many-step sampler of the largest level that errors of runs with this `solver.reference` are to."""
         return self._bind(self.family.level(), solver, self.reference_steps)
+
+    def pictures(self, samples: Tensor) -> Tensor:
+        """What samples (B, *shape) show, on the CPU; see `Family.pictures`."""
+        return self.family.pictures(samples.to(self.device)).cpu()
 
     def warm_up(self) -> None:
         """Keep warm-up out of the timings: the first call for a batch size sets up kernels."""

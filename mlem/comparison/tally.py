@@ -42,7 +42,7 @@ class Tally:
         if truth is not None:
             self._error.update(result.x.to(truth.device), truth)
         if self._fid is not None:
-            self._fid.update(result.x, block)
+            self._fid.update(self._setup.family.pictures(result.x), block)
         if self.first is None:
             self.first = result.x[:SHOWN].cpu()
 

@@ -15,7 +15,16 @@ from typing import TYPE_CHECKING
 os.environ["WDS_SECURE"] = "1"  # before any import of webdataset: it would run `pipe:` addresses in a shell
 
 from mlem.data.datasets import DATASETS
-from mlem.data.preparing import SHARD_SIZE, classes_of, count_of, ensure, make_source, prepare
+from mlem.data.preparing import (
+    SHARD_SIZE,
+    classes_of,
+    count_of,
+    decoder_of,
+    ensure,
+    make_source,
+    prepare,
+    size_of,
+)
 from mlem.data.shards.writing import write_shards
 from mlem.data.sources import DataSet, Labels, Source, Stored
 
@@ -38,10 +47,12 @@ __all__ = [
     "Stored",
     "classes_of",
     "count_of",
+    "decoder_of",
     "ensure",
     "held_out_batches",
     "make_source",
     "prepare",
+    "size_of",
     "train_loader",
     "write_shards",
 ]

@@ -12,11 +12,12 @@ from mlem.data.options import Value, check_known, check_options, options_of
 from mlem.data.shards.manifest import MANIFEST, Manifest, plain_folder, same_data
 from mlem.data.shards.writing import write_shards
 from mlem.data.sources import Source, Stored
+from mlem.decoder import Decoder
 
 if TYPE_CHECKING:
     from mlem.data.shards.reading import Shards
 
-__all__ = ["SHARD_SIZE", "classes_of", "count_of", "ensure", "make_source", "prepare"]
+__all__ = ["SHARD_SIZE", "classes_of", "count_of", "decoder_of", "ensure", "make_source", "prepare", "size_of"]
 
 SHARD_SIZE = 1000
 """Images in a shard, unless told otherwise."""
@@ -68,6 +69,7 @@ def prepare(
         shard_size=shard_size,
         shape=made.shape,
         labels=source.labels,
+        decoder=source.decoder,
         tolerance=source.tolerance,
         workers=workers,
         progress=progress,
@@ -88,7 +90,7 @@ def ensure(name: str, folder: str | os.PathLike[str], *, progress: bool = True, 
         prepare(name, folder, shard_size=SHARD_SIZE, workers=1, progress=progress, wait=True, **options)
     found = Manifest.read(folder / MANIFEST)
     if isinstance(made, Stored) and (made.path is None or not made.path.exists()):
-        wanted = replace(found, name=name, shape=made.shape, info=found.info | made.info)
+        wanted = replace(found, name=name, shape=made.shape or found.shape, info=found.info | made.info)
     else:
         source = made.open()
         wanted = Manifest(name, found.shape, source.info, source.count, found.shard_size, classes=source.classes)
@@ -105,6 +107,25 @@ def count_of(name: str, folder: str | os.PathLike[str], **options: Value) -> int
     if isinstance(made, Stored) and (folder / MANIFEST).is_file():
         return Manifest.read(folder / MANIFEST).count
     return _opened(made, name, folder, options).count
+
+
+def size_of(name: str, folder: str | os.PathLike[str], **options: Value) -> tuple[int, int, int]:
+    """(C, H, W) of the images of data set `name`: those of its source, or in `folder` where only they say it."""
+    made = make_source(name, **options)
+    folder = plain_folder(folder)
+    if made.shape is None and (folder / MANIFEST).is_file():
+        return Manifest.read(folder / MANIFEST).shape
+    return made.shape or _opened(made, name, folder, options).shape
+
+
+def decoder_of(name: str, folder: str | os.PathLike[str], **options: Value) -> Decoder | None:
+    """The decoder of data set `name`, where it is of latents: the one in `folder`, else that of its options."""
+    made = make_source(name, **options)
+    folder = plain_folder(folder)
+    if (folder / MANIFEST).is_file():
+        found = Manifest.read(folder / MANIFEST)
+        return Decoder.beside(folder, found.info["decoder"]) if found.latents else None
+    return made.decoder
 
 
 def classes_of(name: str, folder: str | os.PathLike[str], **options: Value) -> tuple[str, ...]:

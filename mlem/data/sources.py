@@ -6,9 +6,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from mlem.decoder import Decoder
 
 __all__ = ["DataSet", "Images", "Labels", "Partial", "Source", "Stored", "checked", "shape_of"]
 
@@ -81,13 +84,14 @@ class Source:
     """Images to be prepared.
 
     Args:
-        images: `images(start, stop)` gives (stop - start, H, W, C) uint8, C = 1 or 3; pickled where several processes
-            work.
+        images: `images(start, stop)` gives (stop - start, H, W, C) uint8, C = 1 or 3; with a decoder, mean and
+            deviation of latents, (stop - start, 2, C, H, W) float16; pickled where several processes work.
         count: number of images.
         info: what decides the pixels, seed included: two sources with the same `info` and `count` must give the same
             images, however the range is cut.
         tolerance: how many images may be left out as unreadable, in a `Partial`.
         labels: the classes of the images, if they have any; decided by `info` like the pixels.
+        decoder: of latents; None: they are pictures. `info` has its fingerprint as "decoder".
     """
 
     images: Images
@@ -95,6 +99,7 @@ class Source:
     info: dict[str, Any]
     tolerance: int = 0
     labels: Labels | None = None
+    decoder: Decoder | None = None
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -116,18 +121,20 @@ class Stored:
     """Images in files that must be opened first.
 
     Args:
-        shape: (C, H, W).
+        shape: (C, H, W); None where only the files say it.
         info: what the options say of the pixels; the opened source adds what identifies the files.
         path: the archive or folder; None when the user did not say where.
         usual: what to call it then.
         read: opens a path.
+        decoder: of latents, where the options say it.
     """
 
-    shape: tuple[int, int, int]
+    shape: tuple[int, int, int] | None
     info: dict[str, Any]
     path: Path | None
     usual: str
     read: Callable[[Path], Source]
+    decoder: Decoder | None = None
 
     def open(self) -> Source:
         """The images at `path`, which must be known. ValueError when they are not what they should be."""
@@ -138,8 +145,14 @@ class Stored:
 
 def shape_of(images: Images) -> tuple[int, int, int]:
     """(C, H, W) of image 0."""
-    height, width, channels = checked(images, 0, 1)[0].shape[1:]
-    return channels, height, width
+    return _shape(checked(images, 0, 1)[0])
+
+
+def _shape(batch: np.ndarray) -> tuple[int, int, int]:
+    """(C, H, W) of pictures (n, H, W, C), or of latents (n, 2, C, H, W)."""
+    if batch.ndim == 5:
+        return batch.shape[2], batch.shape[3], batch.shape[4]
+    return batch.shape[3], batch.shape[1], batch.shape[2]
 
 
 def checked(
@@ -147,7 +160,8 @@ def checked(
 ) -> tuple[np.ndarray, dict[int, str]]:
     """What `images(start, stop)` gives, checked.
 
-    Returns: (n, H, W, C) uint8, and index -> why it is left out, for the others of the range.
+    Returns: (n, H, W, C) uint8, or (n, 2, C, H, W) float16, and index -> why it is left out, for the others of the
+    range.
 
     Raises:
         ValueError: it is of another kind, or not of `shape` (C, H, W).
@@ -155,10 +169,14 @@ def checked(
     given = images(start, stop)
     batch, left_out = (given.pixels, given.left_out) if isinstance(given, Partial) else (given, {})
     count = stop - start - len(left_out)
-    if batch.dtype != np.uint8 or batch.ndim != 4 or len(batch) != count or batch.shape[-1] not in (1, 3):
+    pictures = batch.dtype == np.uint8 and batch.ndim == 4 and batch.shape[-1] in (1, 3)
+    latents = batch.dtype == np.float16 and batch.ndim == 5 and batch.shape[1] == 2
+    if len(batch) != count or not (pictures or latents):
         raise ValueError(
             f"images({start}, {stop}) must give uint8 ({count}, H, W, 1 or 3), got {batch.dtype} {batch.shape}"
         )
-    if shape is not None and batch.shape[1:] != (shape[1], shape[2], shape[0]):
+    if latents and not np.isfinite(batch).all():
+        raise ValueError(f"images({start}, {stop}) has latents that are not finite, or beyond the range of float16")
+    if shape is not None and _shape(batch) != shape:
         raise ValueError(f"images({start}, {stop}) has shape {batch.shape}, the first image was (C, H, W) = {shape}")
     return batch, left_out

@@ -54,6 +54,7 @@ def write_samples(
     world_size: int = 1,
     advance: Callable[[int], None] = lambda images: None,
     keeps: bool = True,
+    pictures: Callable[[Tensor], Tensor] = lambda samples: samples,
 ) -> tuple[Ledger, NonFiniteError | None, dict[int, str]]:
     """Make this rank's missing samples; return what they cost, the first failure, and index -> SHA-256 of the images.
 
@@ -71,6 +72,7 @@ def write_samples(
         world_size: number of ranks that share the work.
         advance: told of the images done.
         keeps: whether to write them; of several ranks that share every batch one does.
+        pictures: what samples (B, *shape) show, in [-1, 1].
     """
     wanted = set(missing if missing is not None else set(indices) - survey(folder).sound.keys())
     ledger, failure, hashes = Ledger(), None, {}
@@ -83,7 +85,7 @@ def write_samples(
                 failure = failure or error
                 result, good = error.result, error.indices
             ledger.add(result.ledger)
-            pixels = dict(zip(good, quantise(result.x).cpu(), strict=True))
+            pixels = dict(zip(good, quantise(pictures(result.x)).cpu(), strict=True))
             if writing is not None:
                 hashes |= writing.result()
             if keeps:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mlem.conditions import Conditions, of_labels
+from mlem.decoder import Decoder
 from mlem.denoiser import NetworkDenoiser
 from mlem.family import Family
 from mlem.level import Level
@@ -47,6 +48,7 @@ class DenoisingModule(pl.LightningModule):
         final_rate: share of the learning rate at the end.
         label_dropout: share of the images of which the network is told that they have no class.
         flip: whether images are mirrored with probability 1/2.
+        decoder: of latents, for the sampler evaluation.
     """
 
     def __init__(
@@ -63,12 +65,14 @@ class DenoisingModule(pl.LightningModule):
         final_rate: float = 0.1,
         label_dropout: float = 0.0,
         flip: bool = False,
+        decoder: Decoder | None = None,
     ) -> None:
         super().__init__()
         self.network: nn.Module = level.network
         self._level = {"name": level.name, "schedule": level.schedule, "shape": level.shape}
         self._level |= {"prediction": level.prediction, "data": level.data, "conditions": level.conditions}
         self._level["licence"] = level.licence
+        self._latents, self._decoder = level.latents, decoder
         self.conditions = level.conditions
         self.schedule = level.schedule
         self.prediction = level.prediction
@@ -85,11 +89,13 @@ class DenoisingModule(pl.LightningModule):
 
     def family(self) -> Family:
         """The network as a family of one, for the sampler evaluation."""
-        return Family([self.level({})])
+        return Family([self.level({})], decoder=self._decoder)
 
     def level(self, measured: Mapping[str, Any]) -> Level:
         """The network as a level, with what was measured of it."""
-        return Level(network=self.network, measured=dict(measured), **self._level)  # type: ignore[arg-type]
+        level = Level(network=self.network, measured=dict(measured), **self._level)  # type: ignore[arg-type]
+        level.latents = self._latents
+        return level
 
     def times(self, position: Tensor) -> Tensor:
         """Training times of the samples at these positions of the endless sequence: (B,) -> (B,) in [0, 1].

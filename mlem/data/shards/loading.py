@@ -32,7 +32,7 @@ class BatchSource(IterableDataset[Batch]):
     of it, so the global batch is the same for every world size. Use under `train_loader`; worker w of W yields the
     batches with (b - start) % W == w, so the order does not depend on the number of workers.
 
-    A batch is {"image": (n, C, H, W) float32 in [-1, 1], "index": (n,) int64, the data set index,
+    A batch is {"image": (n, C, H, W) float32 in [-1, 1] or latents, "index": (n,) int64, the data set index,
     "position": (n,) int64, the place in the endless sequence}, n = batch_size / world_size; and "label": (n,) int64
     where images have labels. No two images of a run share a position: key noise by it.
 
@@ -97,7 +97,7 @@ class BatchSource(IterableDataset[Batch]):
         index = np.empty_like(positions)
         for value in np.unique(passes):
             index[passes == value] = self._order(int(value))[places[passes == value]]
-        return _batch(self.shards, index, positions)
+        return _batch(self.shards, index, positions, self.seed)
 
     def _order(self, number: int) -> np.ndarray:
         """The order of pass `number`; the last one used is kept, since batches ask for the same one again."""
@@ -166,8 +166,10 @@ class _HeldOut(Dataset[Batch]):
         return _batch(self.shards, self.indices[positions], positions)
 
 
-def _batch(shards: Shards, index: np.ndarray, positions: np.ndarray) -> Batch:
-    batch = {"image": shards.images(index), "index": torch.from_numpy(index), "position": torch.tensor(positions)}
+def _batch(shards: Shards, index: np.ndarray, positions: np.ndarray, seed: int | None = None) -> Batch:
+    """seed: of the draws of latents at these positions; None: those that stay."""
+    images = shards.images(index) if seed is None else shards.images(index, positions, seed)
+    batch = {"image": images, "index": torch.from_numpy(index), "position": torch.tensor(positions)}
     return batch | {"label": shards.labels(index)} if shards.classes else batch
 
 

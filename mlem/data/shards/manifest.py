@@ -44,6 +44,7 @@ class Manifest:
         shards: those that are finished.
         left_out: key -> file and fault of each image of the source that could not be read; not in `count`.
         classes: names of the classes, where every image has a label.
+        latents: `scaling_factor` and `shift_factor` of latents, as `Level.latents` has them; empty for pictures.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Manifest:
     shards: tuple[ShardRecord, ...] = ()
     left_out: dict[str, str] = field(default_factory=dict)
     classes: tuple[str, ...] = ()
+    latents: dict[str, float] = field(default_factory=dict)
 
     @property
     def total(self) -> int:
@@ -61,9 +63,10 @@ class Manifest:
         return self.count + len(self.left_out)
 
     def write(self, path: Path) -> None:
-        """Write to `path` atomically; without labels, the same bytes as before there were any."""
+        """Write to `path` atomically; without labels and of pictures, the same bytes as before there was more."""
         plain = {"format": _FORMAT, **asdict(self)}
-        write_json(path, plain if self.classes else {key: plain[key] for key in plain if key != "classes"})
+        later = ("classes", "latents")
+        write_json(path, {key: value for key, value in plain.items() if value or key not in later})
 
     @classmethod
     def read(cls, path: Path) -> Manifest:
@@ -81,7 +84,10 @@ class Manifest:
             left_out = {str(key): str(why) for key, why in dict(value.get("left_out", {})).items()}
             classes = tuple(str(name) for name in list(value.get("classes", ())))
             shape = (channels, height, width)
-            manifest = cls(str(value["name"]), shape, info, count, shard_size, records, left_out, classes)
+            latents = {str(key): float(factor) for key, factor in dict(value.get("latents", {})).items()}
+            if latents and not ("scaling_factor" in latents and "decoder" in info):
+                raise ValueError("latents without scaling_factor or decoder")
+            manifest = cls(str(value["name"]), shape, info, count, shard_size, records, left_out, classes, latents)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is not a manifest ({error!r}); prepare the data set again") from error
         for record in records:
@@ -93,7 +99,7 @@ class Manifest:
                     f"{path}: left_out names {key!r}, no image of {manifest.total}; restore the file, or delete the "
                     "folder and prepare the data set again"
                 )
-        if channels not in (1, 3):
+        if channels not in (1, 3) and not latents:
             raise ValueError(f"{path}: shape has {channels} channels; grey (1) and RGB (3) images are read")
         return manifest
 

@@ -2,8 +2,8 @@
 
 Plain sequential tar reading ends cleanly at about a third of all cut points, so a damaged shard gives a silently
 short epoch. Here bytes, SHA-256 and count are compared with the manifest first, and nothing is ever unpacked or
-unpickled: members are pixels, labels (`.cls`, a whole number as text) where the manifest names classes, or small side
-files that are left alone.
+unpickled: members are pixels, or latents (`.npy`, float16) where the manifest is of latents, labels (`.cls`, a whole
+number as text) where it names classes, or small side files that are left alone.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import re
 import tarfile
 import zipfile
 from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,11 @@ from torch import Tensor
 from mlem.data.pictures import SUFFIXES as IMAGE_SUFFIXES
 from mlem.data.pictures import opened
 from mlem.data.shards import order
+from mlem.data.shards.arrays import MEMBER, array_of
 from mlem.data.shards.manifest import MANIFEST, UNFINISHED, Manifest, ShardRecord, plain_folder
+from mlem.decoder import Decoder
 from mlem.files import atomic_write, sha256
+from mlem.noise import NoiseStream
 
 __all__ = ["SUFFIXES", "Shards", "decode"]
 
@@ -105,13 +109,32 @@ class Shards:
         return str(self._index["keys"][i])
 
     def read(self, i: int) -> Tensor:
-        """Image `i`, (C, H, W) uint8 in [0, 255]. ValueError names the shard and the key of a broken image."""
-        return torch.from_numpy(self._pixels(i)).permute(2, 0, 1).contiguous()
+        """Image `i`, (C, H, W) uint8 in [0, 255]. ValueError names the shard and the key of a broken image.
 
-    def images(self, indices: Iterable[int]) -> Tensor:
-        """The images at `indices`, (n, C, H, W) float32 in [-1, 1]: x / 127.5 - 1."""
-        pixels = np.stack([self._pixels(int(i)) for i in indices])
-        return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous().to(torch.float32).div_(127.5).sub_(1)
+        Of latents, mean and deviation before they are scaled: (2, C, H, W) float16.
+        """
+        stored = torch.from_numpy(self._stored(i))
+        return stored if self.manifest.latents else stored.permute(2, 0, 1).contiguous()
+
+    def images(self, indices: Iterable[int], positions: Iterable[int] | None = None, seed: int = 0) -> Tensor:
+        """The images at `indices`, (n, C, H, W) float32 in [-1, 1]: x / 127.5 - 1.
+
+        Of latents, `(mean + deviation * noise - shift_factor) * scaling_factor`, with noise keyed by seed and position
+        in training; by default one draw of each, the same for ever.
+        """
+        indices = [int(i) for i in indices]
+        stored = torch.from_numpy(np.stack([self._stored(i) for i in indices]))
+        if not (latents := self.manifest.latents):
+            return stored.permute(0, 3, 1, 2).contiguous().to(torch.float32).div_(127.5).sub_(1)
+        keys = torch.tensor(indices if positions is None else [*positions])
+        noise = NoiseStream(seed, "latents").normal(keys, [0], self.shape, torch.float32)[0]
+        mean, deviation = stored.float().unbind(1)
+        return (mean + deviation * noise - latents.get("shift_factor", 0.0)) * latents["scaling_factor"]
+
+    @cached_property
+    def decoder(self) -> Decoder | None:
+        """Of latents, what makes pictures of them; None where images are pictures."""
+        return Decoder.beside(self.folder, self.manifest.info["decoder"]) if self.manifest.latents else None
 
     def split(self, held_out: int) -> tuple[np.ndarray, np.ndarray]:
         """Sorted (training, held-out) indices: a fixed choice, the same for every run. See `order.split`."""
@@ -128,14 +151,14 @@ class Shards:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_files": {}}
 
-    def _pixels(self, i: int) -> np.ndarray:
-        """Image `i`, (H, W, C) uint8."""
+    def _stored(self, i: int) -> np.ndarray:
+        """Image `i`, (H, W, C) uint8; of latents, (2, C, H, W) float16."""
         if not 0 <= i < len(self):
             raise IndexError(f"image {i} of {self.folder} asked for; it holds images 0 to {len(self) - 1}")
         shard = int(self.shard_of[i])
         data = os.pread(self._file(shard), int(self._index["sizes"][i]), int(self._index["offsets"][i]))
         try:
-            return decode(data, self.shape)
+            return array_of(data, (2, *self.shape)) if self.manifest.latents else decode(data, self.shape)
         except ValueError as error:
             path = self.folder / self.manifest.shards[shard].file
             raise ValueError(f"{path}: image {self.key(i)!r} {error}; {_REMEDY}") from error
@@ -189,7 +212,7 @@ def _build_index(folder: Path, manifest: Manifest) -> dict[str, np.ndarray]:
     places: list[tuple[int, int]] = []
     labels: list[int] = []
     for record in manifest.shards:
-        samples = _scan(folder / record.file)
+        samples = _scan(folder / record.file, (MEMBER,) if manifest.latents else IMAGE_SUFFIXES)
         if len(samples) != record.count:
             found = f"holds {len(samples)} images that can be read, the manifest says {record.count}"
             raise ValueError(f"{folder / record.file} {found}; {_REMEDY}")
@@ -223,18 +246,19 @@ def _labels(path: Path, samples: dict[str, dict[str, tuple[int, int]]], classes:
     return found
 
 
-def _scan(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
+def _scan(path: Path, images: tuple[str, ...] = IMAGE_SUFFIXES) -> dict[str, dict[str, tuple[int, int]]]:
     """Read a shard's headers: key -> kind of a member -> its (offset, size), in the order of the file.
 
-    Refused, with shard and key: members that are no plain files or lead outside, suffixes not in SUFFIXES (pickles
-    among them), a key that is repeated or interleaved with others, members missing from one sample and not others.
+    images: the suffixes of an image. Refused, with shard and key: members that are no plain files or lead outside,
+    other suffixes that are not in SUFFIXES (pickles among them), a key that is repeated or interleaved with others,
+    members missing from one sample and not others.
     """
     samples: dict[str, dict[str, tuple[int, int]]] = {}
     current = None
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
-                key, kind = _key_and_kind(path, member)
+                key, kind = _key_and_kind(path, member, images)
                 if (key != current and key in samples) or kind in samples.get(key, ()):
                     raise ValueError(f"{path}: key {key!r} is duplicate or interleaved with others ({member.name!r})")
                 samples.setdefault(key, {})[kind] = (member.offset_data, member.size)
@@ -248,7 +272,7 @@ def _scan(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
     return samples
 
 
-def _key_and_kind(path: Path, member: tarfile.TarInfo) -> tuple[str, str]:
+def _key_and_kind(path: Path, member: tarfile.TarInfo, images: tuple[str, ...]) -> tuple[str, str]:
     """Key and suffix of a member, split at the first dot of the name as webdataset does; images are all "image"."""
     if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.issparse():
         raise ValueError(f"{path}: member {member.name!r} is a link, folder or device; only plain files are read")
@@ -256,9 +280,10 @@ def _key_and_kind(path: Path, member: tarfile.TarInfo) -> tuple[str, str]:
     if member.name.startswith("/") or "\\" in member.name or ".." in member.name.split("/"):
         raise ValueError(f"{path}: member {member.name!r} leads outside the shard; refused")
     stem, _, suffix = name.partition(".")
-    if suffix.lower() not in SUFFIXES:
-        raise ValueError(f"{path}: member {member.name!r} is not one of .{' .'.join(SUFFIXES)}; refused")
-    kind = "image" if suffix.lower() in IMAGE_SUFFIXES else suffix.lower()
+    known = (*images, *SUFFIXES[len(IMAGE_SUFFIXES) :])
+    if suffix.lower() not in known:
+        raise ValueError(f"{path}: member {member.name!r} is not one of .{' .'.join(known)}; refused")
+    kind = "image" if suffix.lower() in images else suffix.lower()
     return f"{folders}/{stem}" if folders else stem, kind
 
 

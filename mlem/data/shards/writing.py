@@ -18,7 +18,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 import numpy as np
 from PIL import Image
@@ -26,10 +26,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from mlem.data.shards.arrays import MEMBER, array_bytes
 from mlem.data.shards.manifest import MANIFEST, UNFINISHED, Manifest, ShardRecord, plain_folder, same_data
 from mlem.data.shards.parallel import in_order
 from mlem.data.sources import Images, Labels, checked, shape_of
 from mlem.files import atomic_write, sha256, writing
+
+if TYPE_CHECKING:
+    from mlem.decoder import Decoder
 
 __all__ = ["write_shards"]
 
@@ -38,7 +42,7 @@ _MOST = 10**8  # images; the plan of the work is in memory
 _CHUNK_BYTES = 4 * 2**20  # .. unless their pixels are more
 
 _Encoded = tuple[dict[str, bytes], dict[str, str]]
-"""PNGs by key; file and fault, by key, of what is left out."""
+"""PNGs, or arrays, by key; file and fault, by key, of what is left out."""
 
 
 def write_shards(
@@ -52,6 +56,7 @@ def write_shards(
     shape: tuple[int, int, int] | None = None,
     labels: Labels | None = None,
     tolerance: int = 0,
+    decoder: Decoder | None = None,
     workers: int = 1,
     progress: bool = True,
     wait: bool = False,
@@ -64,7 +69,7 @@ def write_shards(
 
     Args:
         folder: to write; one call at a time.
-        images: `images(start, stop)` gives (stop - start, H, W, C) uint8.
+        images: as `Source` has them.
         name: of the data set.
         info: what decides the pixels; a folder that holds other data is refused.
         total: number of images.
@@ -72,6 +77,7 @@ def write_shards(
         shape: (C, H, W); None: that of image 0.
         labels: the classes of all images; None: they have no labels.
         tolerance: how many images may be unreadable; they are left out and named in the manifest.
+        decoder: of latents, which is kept beside them; None: they are pictures.
         workers: processes that call `images`.
         progress: whether to show a bar.
         wait: whether to wait for another call on this folder, instead of being refused.
@@ -89,9 +95,12 @@ def write_shards(
     folder = plain_folder(folder)
     classes = () if labels is None else labels.names
     shape, info = shape or shape_of(images), json.loads(json.dumps(info))
-    wanted = Manifest(name, shape, info, total, shard_size, classes=classes)
+    latents = {} if decoder is None else decoder.latents
+    wanted = Manifest(name, shape, info, total, shard_size, classes=classes, latents=latents)
     with _lock(folder, wait):
         state = _finished(folder, wanted)
+        if decoder is not None:
+            decoder.save(folder / "decoder")
         there = {record.file: record.count for record in state.shards}
         shards = [_chunks(start, wanted) for start in range(0, total, shard_size)]
         shards = [chunks for chunks in shards if _file_of(chunks[0][0], wanted) not in there]
@@ -183,13 +192,14 @@ def _write_shard(
     path = folder / _file_of(chunks[0][0], state)
     count, left_out = 0, {}
     with _tar(path) as write:
-        for (first, last), (pngs, faults) in zip(chunks, encoded, strict=False):
+        kind = MEMBER if state.latents else "png"
+        for (first, last), (members, faults) in zip(chunks, encoded, strict=False):
             left_out |= faults
             _tolerate(replace(state, left_out=state.left_out | left_out, count=state.count - len(left_out)), tolerance)
             cls = {} if labels is None else _members(labels, first, last)
-            for key, png in pngs.items():
-                write({"__key__": key, "png": png} | cls.get(key, {}))
-            count += len(pngs)
+            for key, member in members.items():
+                write({"__key__": key, kind: member} | cls.get(key, {}))
+            count += len(members)
             advance(last - first)
     return _with_shard(state, ShardRecord(path.name, count, path.stat().st_size, sha256(path)), left_out)
 
@@ -228,7 +238,8 @@ def _tar(path: Path) -> Generator[Callable[[dict[str, Any]], Any], None, None]:
 def _encode(images: Images, shape: tuple[int, int, int], start: int, stop: int) -> _Encoded:
     pixels, left_out = checked(images, start, stop, shape)
     keys = [_key(i) for i in range(start, stop) if i not in left_out]
-    return dict(zip(keys, map(_png, pixels), strict=True)), {_key(i): why for i, why in left_out.items()}
+    encode = array_bytes if pixels.ndim == 5 else _png
+    return dict(zip(keys, map(encode, pixels), strict=True)), {_key(i): why for i, why in left_out.items()}
 
 
 def _png(pixels: np.ndarray) -> bytes:
