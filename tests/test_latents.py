@@ -318,8 +318,10 @@ def test_latents_without_a_decoder_are_not_drawn(trained: Path, tmp_path: Path) 
     family = Family.load(trained / "runs/latents/family")
     family.decoder = None
     family.save(tmp_path / "family")
-    with pytest.raises(ValueError, match=r"^the family makes latents and has no decoder: name its data set of latents"):
+    with pytest.raises(ValueError, match=r"^the family makes latents and has no decoder: save it with one"):
         sampled(trained, f"family={tmp_path / 'family'}", "data=digits")
+    with pytest.raises(ValueError, match=r"^level s makes latents and has no decoder: name its data set of latents"):
+        sampled(trained, "model=unet_s", "data=digits", "root=runs/latents")
     with pytest.raises(ValueError, match=r"^the family is of latents scaled by .* and has no decoder: give it one"):
         family.pictures(torch.zeros(1, 4, 4, 4))
     with pytest.raises(ValueError, match=r"vae decodes latents of 4 channels, and these are \(3, 4, 4\)"):
