@@ -123,7 +123,9 @@ class Decoder:
         """The pictures of scaled latents (B, C, h, w), nominally in [-1, 1]: (B, C, H, W) float32, on their device."""
         import torch
 
-        self.picture_shape(tuple(latents.shape[1:]))
+        shape = self.picture_shape(tuple(latents.shape[1:]))
+        if not len(latents):
+            return torch.empty(0, *shape, device=latents.device)
         network = self.network.to(latents.device)
         scale, shift = self.latents["scaling_factor"], self.latents.get("shift_factor", 0.0)
         with torch.no_grad():

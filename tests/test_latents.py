@@ -133,6 +133,7 @@ def test_decoding_is_that_of_diffusers_for_any_batch_size(home: Path) -> None:
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(torch.cat([decoder.decode(one) for one in x.split(1)]), found, rtol=1e-5, atol=1e-5)
     assert not found.requires_grad
+    assert decoder.decode(x[:0]).shape == (0, 1, 8, 8)
 
 
 def test_a_decoder_works_in_the_dtype_of_its_weights(home: Path, tmp_path: Path) -> None:
@@ -140,6 +141,8 @@ def test_a_decoder_works_in_the_dtype_of_its_weights(home: Path, tmp_path: Path)
     decoder = Decoder(tmp_path)
     assert decoder.network.dtype == torch.bfloat16
     assert decoder.decode(torch.zeros(1, 4, 4, 4)).dtype == torch.float32
+    network(home / "vae").to(torch.float16).save_pretrained(tmp_path)  # its config says force_upcast
+    assert Decoder(tmp_path).network.dtype == torch.float32
 
 
 # --- training and sampling ---
@@ -318,8 +321,10 @@ def test_latents_without_a_decoder_are_not_drawn(trained: Path, tmp_path: Path) 
     family = Family.load(trained / "runs/latents/family")
     family.decoder = None
     family.save(tmp_path / "family")
-    with pytest.raises(ValueError, match=r"^the family makes latents and has no decoder: name its data set of latents"):
+    with pytest.raises(ValueError, match=r"^the family makes latents and has no decoder: save it with one"):
         sampled(trained, f"family={tmp_path / 'family'}", "data=digits")
+    with pytest.raises(ValueError, match=r"^level s makes latents and has no decoder: name its data set of latents"):
+        sampled(trained, "model=unet_s", "data=digits", "root=runs/latents")
     with pytest.raises(ValueError, match=r"^the family is of latents scaled by .* and has no decoder: give it one"):
         family.pictures(torch.zeros(1, 4, 4, 4))
     with pytest.raises(ValueError, match=r"vae decodes latents of 4 channels, and these are \(3, 4, 4\)"):

@@ -29,11 +29,11 @@ def decoder_for(job: Sample, model: Family | Level) -> Decoder | None:
     if not isinstance(model, Family):
         found = of_data
     if found is None:
+        remedy = "save it with one, family.decoder = Decoder(FOLDER of an AutoencoderKL)"
+        if not isinstance(model, Family):
+            remedy = "name its data set of latents with data="
         kind = "the family" if isinstance(model, Family) else f"level {model.name}"
-        raise ValueError(
-            f"{kind} makes latents and has no decoder: name its data set of latents with data=, or save the family "
-            "with one: family.decoder = Decoder(FOLDER of an AutoencoderKL)"
-        )
+        raise ValueError(f"{kind} makes latents and has no decoder: {remedy}")
     if of_data is not None and found.fingerprint != of_data.fingerprint:
         raise ValueError(
             f"the family has decoder {found.fingerprint} and data={job.data.name} was encoded by "

@@ -85,16 +85,13 @@ def write_samples(
                 failure = failure or error
                 result, good = error.result, error.indices
             ledger.add(result.ledger)
-            pixels = dict(zip(good, quantise(pictures(result.x)).cpu(), strict=True))
+            pixels = zip(good, quantise(pictures(result.x)).cpu(), strict=True)
             if writing is not None:
                 hashes |= writing.result()
             if keeps:
-                made = {index: image for index, image in pixels.items() if index in wanted}
-                writing = writer.submit(_write, folder, made)
+                writing = writer.submit(_write, folder, {index: one for index, one in pixels if index in wanted})
             advance(len(wanted.intersection(block)))
-        if writing is not None:
-            hashes |= writing.result()
-    return ledger, failure, hashes
+    return ledger, failure, hashes if writing is None else hashes | writing.result()
 
 
 def _write(folder: Path, images: Mapping[int, Tensor]) -> dict[int, str]:
