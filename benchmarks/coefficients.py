@@ -1,4 +1,4 @@
-"""What coefficients are worth: the calibrated law as near as they come, and the one that is predicted to be best.
+"""What coefficients are worth: the calibrated law as near as a sigmoid comes, and the laws predicted to be best.
 
     python benchmarks/coefficients.py FAMILY ... [--budgets 0.2 0.35 0.5] [--images 64] [--out FILE]
 
@@ -32,10 +32,10 @@ from mlem.solvers import make_solver
 
 CASES = (("ddpm", "log_snr"), ("ddim", "log_snr"))
 COINS = ("bernoulli", "systematic")
-STEPS, REFERENCE, PLANS, BATCH = 32, 500, 4, 16
+STEPS, REFERENCE, PLANS, BATCH, KNOTS = 32, 500, 4, 16, 4
 
 
-def objective_of(family: Family, solver: str, grid: str) -> Objective:
+def objective_of(family: Family, solver: str, grid: str, knots: int = 0) -> Objective:
     """J of the family with this solver."""
     method = make_solver(solver)
     flops = torch.tensor([level.flops for level in family.levels], dtype=torch.float64)
@@ -47,6 +47,7 @@ def objective_of(family: Family, solver: str, grid: str) -> Objective:
         method.grid(family.schedule, STEPS, grid),
         flops / flops[-1],
         conditions=lambda indices: conditions_of(family.levels, None, indices),
+        knots=knots,
     )
 
 
@@ -61,28 +62,31 @@ class FreeLaw(Objective):
 
 def rows_of(family: Family, solver: str, grid: str, budgets: list[float], images: int) -> list[dict[str, Any]]:
     """A row for each budget and kind of coins."""
-    problem = objective_of(family, solver, grid)
+    problem, bent = (objective_of(family, solver, grid, knots) for knots in (0, KNOTS))
     index = reserved_indices("judging", images)
     with torch.no_grad():
         truth = torch.cat([problem.reference(part, REFERENCE) for part in index.split(BATCH)])
     rows: list[dict[str, Any]] = []
     for budget in budgets:
-        best = first_coefficients(family, problem.solver, problem.grid, budget)
+        best, best_bent = (
+            first_coefficients(family, problem.solver, problem.grid, budget, knots) for knots in (0, KNOTS)
+        )
         nearest = nearest_coefficients(family, problem.solver, problem.grid, budget)
-        # at the cost of the best: all betas alike
-        for _ in range(100):
-            nearest[1] += (problem.cost(best) - problem.cost(nearest)) / problem.cost_gradient(nearest)[1].sum()
+        for _ in range(100):  # at the same cost: all betas alike
+            nearest[-1] += (budget - problem.cost(nearest)) / problem.cost_gradient(nearest)[-1].sum()
         free = FreeLaw.__new__(FreeLaw)
         vars(free).update(vars(problem))
         spec = PlanSpec(budget=budget, estimator="jump", coins="bernoulli", cost="flops", levels=tuple(family.names))
         free.table = make_plan(spec, family, problem.solver, problem.grid).probabilities
-        laws = {"nearest": (problem, nearest), "best": (problem, best), "free": (free, best)}
+        laws = {"nearest": (problem, nearest), "sigmoid": (problem, best), "knots": (bent, best_bent)}
+        laws["free"] = (free, best)
         for coins in COINS:
             errors = {name: held_out(law, theta, coins, index, truth) for name, (law, theta) in laws.items()}
-            change, half = interval(errors["best"] - errors["nearest"])
             row: dict[str, Any] = {"family": family.data, "solver": solver, "budget": budget, "coins": coins}
             row |= {f"mse of {name}": float(f"{found.mean():.4g}") for name, found in errors.items()}
-            row |= {"change": float(f"{change:.3g}"), "half width": float(f"{half:.2g}")}
+            for name in ("sigmoid", "knots"):
+                change, half = interval(errors[name] - errors["nearest"])
+                row |= {f"change of {name}": float(f"{change:.3g}"), f"half width of {name}": float(f"{half:.2g}")}
             row["cost"] = {name: round(law.cost(theta).item(), 4) for name, (law, theta) in laws.items()}
             rows.append(row)
             print(json.dumps(row), flush=True)
@@ -107,7 +111,7 @@ def main() -> None:
         family = Family.load(folder)
         for solver, grid in CASES:
             rows += rows_of(family, solver, grid, options.budgets, options.images)
-    about = {"machine": processor(), "images": options.images, "steps": STEPS, "plans": PLANS}
+    about = {"machine": processor(), "images": options.images, "steps": STEPS, "plans": PLANS, "knots": KNOTS}
     write_json(options.out, about | {"reference steps": REFERENCE, "rows": rows})
 
 

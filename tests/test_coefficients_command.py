@@ -83,7 +83,7 @@ def test_the_command_learns_and_hands_over(learned: tuple[Path, str]) -> None:
     found = _learned(folder)
     about, held_out = found["about"], found["about"]["held_out"]
     assert found["levels"] == ["xs", "s"]
-    assert (found["alpha"][0], found["beta"][0]) == (0.0, 40.0)
+    assert (found["alpha"][0], found["beta"][0]) == ([0.0] * 5, 40.0)
     assert (about["solver"], about["steps"], about["grid"], about["reference_steps"]) == ("ddpm", 4, "log_snr", 6)
     assert about["log_snr"][0] < about["log_snr"][1]
     assert about["lambda"] > 0
@@ -150,7 +150,7 @@ def test_a_flipped_digit_of_learned_coefficients_is_noticed(learned: tuple[Path,
     """They are read back when the run is asked for again."""
     path = learned[0] / RUN / "coefficients.json"
     whole = path.read_text()
-    number = repr(read_json(path)["alpha"][1])
+    number = repr(read_json(path)["alpha"][1][0])
     digit = number.rindex(".") + 1
     path.write_text(whole.replace(number, number[:digit] + str(9 - int(number[digit])) + number[digit + 1 :]))
     with pytest.raises(ValueError, match=r"coefficients\.json differs from its checksum"):

@@ -43,12 +43,12 @@ def perturbed(amount: float, frequency: float):
     return eps
 
 
-def objective(levels: int, steps: int, solver: str = "ddpm") -> Objective:
+def objective(levels: int, steps: int, solver: str = "ddpm", knots: int = 0) -> Objective:
     """Levels with errors that halve, the last one exact; each costs four times the one below."""
     denoisers = [perturbed(0.4 / 2**k, 1.5 + k) for k in range(levels - 1)] + [mixture(SCHEDULE)]
     costs = 4.0 ** torch.arange(1 - levels, 1, dtype=torch.float64)
     grid = TimeGrid.make("log_snr", SCHEDULE, steps)
-    return Objective(denoisers, SCHEDULE, (3,), make_solver(solver), grid, costs, seed=1)
+    return Objective(denoisers, SCHEDULE, (3,), make_solver(solver), grid, costs, seed=1, knots=knots)
 
 
 def exact_gradient(problem: Objective, theta: Tensor, indices: Tensor, truth: Tensor) -> Tensor:
@@ -91,12 +91,15 @@ def test_the_estimate_is_unbiased(kind: str) -> None:
         assert (part / error).abs().max() > 4
 
 
-@pytest.mark.parametrize("solver", sorted(name for name, solver in SOLVERS.items() if solver.linear))
+LINEAR = sorted(name for name, solver in SOLVERS.items() if solver.linear)
+
+
+@pytest.mark.parametrize(("solver", "knots"), [*((name, 0) for name in LINEAR), ("ddpm", 3)])
 @pytest.mark.usefixtures("float64")
-def test_forward_mode_is_reverse_mode(solver: str) -> None:
+def test_forward_mode_is_reverse_mode(solver: str, knots: int) -> None:
     """On the same coins, for three levels, exactly and along random directions."""
-    problem, indices = objective(3, 6, solver), torch.arange(3)
-    theta = torch.tensor([[-0.4, 0.5], [0.1, -0.6]], dtype=torch.float64)
+    problem, indices = objective(3, 6, solver, knots), torch.arange(3)
+    theta = torch.tensor([[-0.4, 0.5], *[[0.2, -0.3]] * knots, [0.1, -0.6]], dtype=torch.float64)
     truth, counts = problem.reference(indices, 20), problem.toss(theta, 3, 4)
     reverse = reversed_gradients(problem, theta, counts, indices, truth)
     forward = problem.differentiate(theta, counts, indices, truth, None)[1]
@@ -259,9 +262,13 @@ def test_learning_begins_near_what_the_budget_buys() -> None:
 
 def test_the_start_is_where_no_other_law_of_the_same_cost_is_predicted_to_err_less() -> None:
     """On a made-up worth: its gradient is that of the cost, and what is near, at equal cost, is worse."""
-    problem = objective(3, 24)
+    for knots in (0, 2):
+        _check_optimum(objective(3, 24, knots=knots))
+
+
+def _check_optimum(problem: Objective) -> None:
     worth = torch.stack([torch.linspace(1, 9, 24).square(), torch.linspace(3, 1, 24)], 1).double()
-    start = torch.tensor([[0.0, 0.0], [-0.5, -1.5]], dtype=torch.float64)
+    start = torch.tensor([*[[0.0, 0.0]] * (1 + problem.knots), [-0.5, -1.5]], dtype=torch.float64)
     for cost in (0.3, 0.5):
         theta = least_variance(problem, worth, start, cost).requires_grad_()
         error, spent = predicted_variance(problem, theta, worth), problem.cost(theta)
@@ -270,9 +277,9 @@ def test_the_start_is_where_no_other_law_of_the_same_cost_is_predicted_to_err_le
         assert (by @ price / by.norm() / price.norm()).item() == pytest.approx(-1, abs=1e-4)
         for seed in range(20):
             torch.manual_seed(seed)
-            other = theta.detach() + 0.1 * torch.randn(2, 2, dtype=torch.float64)
+            other = theta.detach() + 0.1 * torch.randn_like(start)
             for _ in range(50):  # to the same cost, all betas alike
-                other[1] -= (problem.cost(other) - cost) / problem.cost_gradient(other)[1].sum()
+                other[-1] -= (problem.cost(other) - cost) / problem.cost_gradient(other)[-1].sum()
             assert predicted_variance(problem, other, worth) > error
 
 

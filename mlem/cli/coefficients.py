@@ -51,7 +51,7 @@ def learn_coefficients(job: Train, options: Learning) -> None:
     family = Family.load(where)
     objective = _objective(options, family, job.seed)
     start, nearest = (
-        find(family, objective.solver, objective.grid, options.budget)
+        find(family, objective.solver, objective.grid, options.budget, options.knots)
         for find in (first_coefficients, nearest_coefficients)
     )
     module = CoefficientsModule(objective, start, nearest, fit, family.names)
@@ -131,6 +131,7 @@ def _objective(options: Learning, family: Family, seed: int) -> Objective:
         flops / flops[-1],
         seed=seed,
         conditions=lambda indices: conditions_of(family.levels, None, indices),
+        knots=options.knots,
     )
 
 

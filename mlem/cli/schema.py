@@ -115,6 +115,9 @@ class Learning:
     steps: int = option(whole(1, MOST_STEPS), "of the solver")
     grid: str | None = option(text(null=True), GRIDS)
     budget: float = option(SHARE, "where learning begins: share of the largest level's cost (FLOPs), in (0, 1]")
+    knots: int = option(
+        whole(0, 20), "of a law that is piecewise linear in log-SNR; 0: alpha_k u(t) + beta_k as published"
+    )
     weight: float | None = option(
         number(above=0).or_null(),
         "mean squared error that the cost of one plain sample is worth; null: about keep the budget",

@@ -1,7 +1,8 @@
 """Learnable probabilities, `p_k(t) = sigmoid(alpha_k u(t) + beta_k)`; alpha_k and beta_k as in [J], arXiv:2603.24594.
 
 The feature is ours: u(t) is the log signal-to-noise ratio less its mean, over its standard deviation, both of a uniform
-law in log-SNR between t = 1/N and t = 1: so coefficients mean the same on every grid.
+law in log-SNR between t = 1/N and t = 1: so coefficients mean the same on every grid. With knots c_1 .. c_n, even in u
+over that range, `alpha_k u` becomes piecewise linear, `alpha_k0 u + sum_j alpha_kj max(0, u - c_j)`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import Tensor
 from mlem.files import damaged
 from mlem.schedule import NoiseSchedule
 
-__all__ = ["CERTAIN", "COMMAND", "Coefficients", "feature"]
+__all__ = ["CERTAIN", "COMMAND", "Coefficients", "features"]
 
 COMMAND = "python train.py model=coefficients"
 """What to run where there are no coefficients that fit."""
@@ -28,11 +29,13 @@ CERTAIN = 40.0
 """A beta so large that p = 1 in float64."""
 
 
-def feature(schedule: NoiseSchedule, times: Sequence[float] | Tensor) -> Tensor:
-    """u(t): times (R,) in (0, 1] -> (R,) float64."""
+def features(schedule: NoiseSchedule, times: Sequence[float] | Tensor, knots: int = 0) -> Tensor:
+    """u(t), and max(0, u(t) - c_j) of the knots: times (R,) in (0, 1] -> (R, 1 + knots) float64."""
     high, low = (schedule.log_snr(t).item() for t in (1 / schedule.num_timesteps, schedule.last))
     log_snr = schedule.log_snr(torch.as_tensor(times, dtype=torch.float64))
-    return (log_snr - (high + low) / 2) / ((high - low) / math.sqrt(12))
+    u = ((log_snr - (high + low) / 2) / ((high - low) / math.sqrt(12)))[:, None]
+    places = math.sqrt(3) * (2 * torch.arange(1, knots + 1, dtype=torch.float64) / (knots + 1) - 1)
+    return torch.cat([u, (u - places).clamp(min=0)], 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +43,8 @@ class Coefficients:
     """The coefficients of each level; the first level usually has p = 1 (`beta = CERTAIN`).
 
     Args:
-        alpha, beta: (K,), finite.
+        alpha: (K,), or (K, 1 + knots); finite.
+        beta: (K,), finite.
         levels: their names; empty means all of a family's.
         about: for which solver, steps and grid they were fitted, from which log-SNR to which, and what it brought;
             plain data.
@@ -57,9 +61,10 @@ class Coefficients:
     def __post_init__(self) -> None:
         for name in ("alpha", "beta"):
             object.__setattr__(self, name, torch.as_tensor(getattr(self, name), dtype=torch.float64))
-        if self.alpha.dim() != 1 or self.alpha.shape != self.beta.shape:
+        if self.beta.dim() != 1 or self.alpha.dim() not in (1, 2) or len(self.alpha) != len(self.beta):
             raise ValueError(
-                f"alpha and beta must be (levels,), got {tuple(self.alpha.shape)} and {tuple(self.beta.shape)}"
+                f"alpha must be (levels,) or (levels, 1 + knots) and beta (levels,), got {tuple(self.alpha.shape)} and "
+                f"{tuple(self.beta.shape)}"
             )
         if not bool(torch.isfinite(self.alpha).all() and torch.isfinite(self.beta).all()):
             raise ValueError(f"alpha and beta must be finite; fit them again: {COMMAND}")
@@ -67,7 +72,8 @@ class Coefficients:
     def probabilities(self, schedule: NoiseSchedule, times: Sequence[float] | Tensor, delta: float = 0.0) -> Tensor:
         """p_k at these times: (R, K) float64. delta is added to every beta but the first, as in Fig. 1 of [J]."""
         shift = torch.full_like(self.beta, delta).index_fill_(0, torch.tensor(0), 0.0)
-        logits = self.alpha * feature(schedule, times)[:, None] + self.beta + shift
+        alpha = self.alpha.view(len(self.beta), -1)
+        logits = features(schedule, times, alpha.shape[1] - 1) @ alpha.T + self.beta + shift
         # never 0: the weight of a level that could not run would be infinite
         return torch.sigmoid(logits).clamp(min=1e-9)
 
@@ -89,11 +95,13 @@ class Coefficients:
             return Coefficients(plain["alpha"], plain["beta"], levels, about)
 
     @staticmethod
-    def fit(probabilities: Tensor, schedule: NoiseSchedule, times: Sequence[float]) -> tuple[Tensor, Tensor]:
-        """alpha and beta, (K,) each, nearest (least squares in the logit) to a table of probabilities (R, K)."""
-        u = feature(schedule, times)
-        design = torch.stack([u, torch.ones_like(u)], 1)
+    def fit(
+        probabilities: Tensor, schedule: NoiseSchedule, times: Sequence[float], knots: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        """alpha and beta nearest (least squares in the logit) to a table of probabilities (R, K)."""
+        design = torch.nn.functional.pad(features(schedule, times, knots), (0, 1), value=1.0)
         logits = torch.logit(probabilities.double().clamp(1e-6, 1 - 1e-3))
-        alpha, beta = cast(Tensor, torch.linalg.lstsq(design, logits).solution)
+        solution = cast(Tensor, torch.linalg.lstsq(design, logits).solution)
         certain = (probabilities >= 1).all(0)
-        return torch.where(certain, 0.0, alpha), torch.where(certain, CERTAIN, beta)
+        alpha = torch.where(certain, 0.0, solution[:-1]).T
+        return alpha if knots else alpha[:, 0], torch.where(certain, CERTAIN, solution[-1])

@@ -95,8 +95,8 @@ class CoefficientsModule(pl.LightningModule):
 
     Args:
         objective: what is minimised; its networks are no part of the module.
-        start: (2, K - 1), where learning begins.
-        nearest: (2, K - 1), what learning is judged against: the calibrated law, as near as coefficients come.
+        start: (2 + knots, K - 1), where learning begins.
+        nearest: like start, what learning is judged against: the calibrated law, as near as coefficients come.
         fit: how to learn.
         names: of the levels.
     """
@@ -107,7 +107,8 @@ class CoefficientsModule(pl.LightningModule):
 
     def __init__(self, objective: Objective, start: Tensor, nearest: Tensor, fit: Fit, names: list[str]) -> None:
         super().__init__()
-        self.alpha, self.beta = nn.Parameter(start[0].clone()), nn.Parameter(start[1].clone())
+        alpha = start[:-1] if objective.knots else start[0]
+        self.alpha, self.beta = nn.Parameter(alpha.clone()), nn.Parameter(start[-1].clone())
         # nan: to be measured; kept in the checkpoint, so that a resumed run goes on with the same
         self.register_buffer(
             "weight", torch.tensor(torch.nan if fit.weight is None else fit.weight, dtype=torch.float64)
@@ -118,8 +119,8 @@ class CoefficientsModule(pl.LightningModule):
 
     @property
     def theta(self) -> Tensor:
-        """(2, K - 1), detached, on the CPU."""
-        return torch.stack([self.alpha, self.beta]).detach().cpu()
+        """(2 + knots, K - 1), detached, on the CPU."""
+        return torch.cat([self.alpha.view(-1, len(self.beta)), self.beta[None]]).detach().cpu()
 
     def train_dataloader(self) -> Any:
         """An entry for each step; what a step does depends on its number alone."""
@@ -175,13 +176,14 @@ class CoefficientsModule(pl.LightningModule):
         self._record(self._mean(estimate.mse.mean().item()), estimate.cost)
         # linear in the parameters: its gradient is the estimate, and averaged over ranks as any other
         gradient = estimate.gradient.to(self.alpha)
-        return (self.alpha * gradient[0] + self.beta * gradient[1]).sum()
+        return (self.alpha * gradient[:-1].view_as(self.alpha)).sum() + (self.beta * gradient[-1]).sum()
 
     def _record(self, mse: float, cost: float) -> None:
         theta, values = self.theta, {"mse": mse, "cost": cost}
         values["objective"] = values["mse"] + self.weight.item() * cost
         for k, name in enumerate(self.names[1:]):
-            values |= {f"alpha/{name}": theta[0, k].item(), f"beta/{name}": theta[1, k].item()}
+            values |= {f"alpha/{name}" + f"/{j}" * (j > 0): theta[j, k].item() for j in range(len(theta) - 1)}
+            values[f"beta/{name}"] = theta[-1, k].item()
         p = self.objective.coefficients(theta).probabilities(self.objective.schedule, TIMES)
         for k, name in enumerate(self.names[1:], 1):
             values |= {f"p/{name}/t{time:g}": p[row, k].item() for row, time in enumerate(TIMES)}

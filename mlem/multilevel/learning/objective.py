@@ -46,7 +46,7 @@ TANGENTS = ("exact", "random")
 
 @dataclass(frozen=True)
 class GradientEstimate:
-    """One draw of the gradient. mse: (D,), of each draw of the coins. cost: expected share. gradient: (2, K - 1)."""
+    """One draw of the gradient. mse: (D,), of each draw of the coins. cost: expected share. gradient: like theta."""
 
     mse: Tensor
     cost: float
@@ -54,7 +54,7 @@ class GradientEstimate:
 
 
 class Objective(Law):
-    """J for some denoisers, a solver and a grid; theta is (2, K - 1): alpha and beta of levels 2 .. K.
+    """J for some denoisers, a solver and a grid; theta is (2 + knots, K - 1): alpha and beta of levels 2 .. K.
 
     Args:
         denoisers: cheapest first; networks among them must not be in channels_last (see `frozen`).
@@ -63,6 +63,7 @@ class Objective(Law):
         costs: (K,), of one evaluation of each level, in any unit.
         seed: of the noise of the samples, which is that of `Sampler`, and of coins and directions.
         conditions: indices (N,) -> what each denoiser is told of the samples.
+        knots: of the features: a law that is piecewise linear in log-SNR, before the sigmoid.
 
     Raises: ValueError for a single denoiser.
     """
@@ -78,6 +79,7 @@ class Objective(Law):
         *,
         seed: int = 0,
         conditions: Callable[[Tensor], Sequence[Conditions]] | None = None,
+        knots: int = 0,
     ) -> None:
         if len(denoisers) < 2:
             raise ValueError(
@@ -85,7 +87,7 @@ class Objective(Law):
             )
         self.points = GridPoint.of(schedule, grid)
         asked = quadrature_weights(solver, schedule, self.points)[1]
-        super().__init__(schedule, [point.t for point in asked], costs, seed)
+        super().__init__(schedule, [point.t for point in asked], costs, seed, knots)
         self.denoisers, self.shape = tuple(denoisers), tuple(shape)
         self._conditions = conditions
         self.solver, self.grid = solver, grid
@@ -150,17 +152,17 @@ class Objective(Law):
         """J and an unbiased estimate of its gradient.
 
         counts: (D, R, K), from `toss`, D >= 2. indices: (B,) of the samples, all with the same draws; truth:
-        (B, *shape). weight: of the cost. directions: (D, 2, K - 1), or None for exact derivatives.
+        (B, *shape). weight: of the cost. directions: (D, 2 + knots, K - 1), or None for exact derivatives.
         """
         theta = theta.detach().double().cpu()
         mse, pathwise = self.differentiate(theta, counts, indices, truth, directions)
         return GradientEstimate(mse, self.cost(theta).item(), self.assemble(theta, counts, mse, pathwise, weight))
 
     def assemble(self, theta: Tensor, counts: Tensor, mse: Tensor, pathwise: Tensor, weight: float) -> Tensor:
-        """The gradient (.., 2, K - 1) from D >= 2 draws.
+        """The gradient (.., 2 + knots, K - 1) from D >= 2 draws.
 
-        counts (.., D, R, K), mse (.., D) and pathwise (.., D, 2, K - 1). Linear in mse and pathwise: the mean over
-        ranks that share their coins is the gradient for all their samples together.
+        counts (.., D, R, K), mse (.., D) and pathwise (.., D, 2 + knots, K - 1). Linear in mse and pathwise: the mean
+        over ranks that share their coins is the gradient for all their samples together.
         """
         others = (mse.sum(-1, keepdim=True) - mse) / (mse.shape[-1] - 1)
         score = self.back(counts[..., 1:] - self.probabilities(theta)[:, 1:])
@@ -170,7 +172,7 @@ class Objective(Law):
     def differentiate(
         self, theta: Tensor, counts: Tensor, indices: Tensor, truth: Tensor, directions: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Errors (D,) and their derivatives through the weights (D, 2, K - 1), forward mode; see `estimate`."""
+        """Errors (D,) and their derivatives through the weights (D, 2 + knots, K - 1), forward mode; see `estimate`."""
         p = self.probabilities(theta)
         if directions is not None:
             mse, slopes = self._forward(counts, p, directions[None], indices, truth)
@@ -183,7 +185,7 @@ class Objective(Law):
     def _forward(
         self, counts: Tensor, p: Tensor, directions: Tensor, indices: Tensor, truth: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Errors (D,) and their derivatives along directions (V, D or 1, 2, K - 1): (V, D)."""
+        """Errors (D,) and their derivatives along directions (V, D or 1, 2 + knots, K - 1): (V, D)."""
         device = truth.device
         weights = self.weights(counts, p).to(device)
         tangents = self.weight_tangents(counts, p, directions).to(device)
@@ -220,7 +222,7 @@ class Objective(Law):
             several = indices.expand(len(counts), -1)
             weights = self.weights(counts, p).to(plain.device)
             variance = self.errors(weights, counts, several, plain.expand(len(counts), *plain.shape)).mean().item()
-        return variance / self.cost_gradient(theta.detach())[1].sum().item()
+        return variance / self.cost_gradient(theta.detach())[-1].sum().item()
 
     def held_out(self, theta: Tensor, coins: str, indices: Tensor, truth: Tensor, plans: int) -> Tensor:
         """Error of each sample (N,) with coins of its own, on average over `plans` plans: (N,) float64 on the CPU.

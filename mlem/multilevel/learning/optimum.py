@@ -17,25 +17,25 @@ from mlem.multilevel.learning.law import Law
 
 __all__ = ["least_variance", "predicted_variance"]
 
-_BOUNDS = (10.0, 15.0)
-"""Of |alpha| and |beta|: a sigmoid so steep, or so far off, is a step, or 0 or 1."""
+_STEEP, _FAR = 10.0, 15.0
+"""Bounds of |alpha| and |beta|: a sigmoid so steep, or so far off, is a step, or 0 or 1."""
 _EXACT = 1e-6
 """How far the cost may be from the one that is asked for."""
 
 
 def predicted_variance(law: Law, theta: Tensor, worth: Tensor) -> Tensor:
-    """The mean squared error that the coins add; worth: (R, K - 1), V. Differentiable in theta (2, K - 1)."""
+    """The mean squared error that the coins add; worth: (R, K - 1), V. Differentiable in theta (2 + knots, K - 1)."""
     return (worth * (1 / law.probabilities(theta)[:, 1:] - 1)).sum()
 
 
 def least_variance(law: Law, worth: Tensor, start: Tensor, cost: float) -> Tensor:
-    """theta (2, K - 1) of least `predicted_variance` whose `law.cost` is `cost`, found from `start`.
+    """theta (2 + knots, K - 1) of least `predicted_variance` whose `law.cost` is `cost`, found from `start`.
 
     Sequential quadratic programming (SLSQP), with exact gradients; `start` itself where that finds nothing better.
     """
 
     def differentiated(numbers: Any, value: Any) -> tuple[float, Any]:
-        theta = torch.as_tensor(numbers, dtype=torch.float64).view(2, -1).requires_grad_()
+        theta = torch.as_tensor(numbers, dtype=torch.float64).view(start.shape).requires_grad_()
         found = value(theta)
         (gradient,) = torch.autograd.grad(found, theta)
         return found.item(), gradient.flatten().numpy()
@@ -47,14 +47,16 @@ def least_variance(law: Law, worth: Tensor, start: Tensor, cost: float) -> Tenso
         return differentiated(numbers, lambda theta: law.cost(theta) - cost)
 
     same_cost = {"type": "eq", "fun": lambda numbers: spent(numbers)[0], "jac": lambda numbers: spent(numbers)[1]}
+    far = torch.full_like(start, _STEEP)
+    far[-1] = _FAR
     found: Any = minimize(
         error,
         start.flatten().numpy(),
         jac=True,
         method="SLSQP",
-        bounds=[(-bound, bound) for bound in _BOUNDS for _ in range(start.shape[1])],
+        bounds=[(-bound, bound) for bound in far.flatten().tolist()],
         constraints=same_cost,
         options={"maxiter": 300},
     )
-    theta = torch.as_tensor(found.x, dtype=torch.float64).view(2, -1)
+    theta = torch.as_tensor(found.x, dtype=torch.float64).view(start.shape)
     return theta if abs(law.cost(theta).item() - cost) < _EXACT else start

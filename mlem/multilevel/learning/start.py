@@ -41,8 +41,8 @@ def frozen(family: Family, device: str | torch.device = "cpu") -> list[NetworkDe
     return denoisers
 
 
-def nearest_coefficients(family: Family, solver: Solver, grid: TimeGrid, budget: float) -> Tensor:
-    """theta (2, K - 1) nearest, in the logit, to the probabilities that `budget` buys.
+def nearest_coefficients(family: Family, solver: Solver, grid: TimeGrid, budget: float, knots: int = 0) -> Tensor:
+    """theta (2 + knots, K - 1) nearest, in the logit, to the probabilities that `budget` buys.
 
     They are the calibrated ones, or those of the theory's law when the family is not calibrated. budget: share of the
     largest level's cost, in (0, 1], in FLOPs. Raises ValueError when it is too small.
@@ -52,23 +52,23 @@ def nearest_coefficients(family: Family, solver: Solver, grid: TimeGrid, budget:
     spec = PlanSpec(budget=budget, probabilities=law, estimator="jump", coins="bernoulli", cost="flops", levels=names)
     table = make_plan(spec, family, solver, grid).probabilities.clone()
     table[:, 1:].clamp_(max=LARGEST)
-    alpha, beta = Coefficients.fit(table, family.schedule, _times(family, solver, grid))
-    return torch.stack([alpha[1:], beta[1:]])
+    alpha, beta = Coefficients.fit(table, family.schedule, _times(family, solver, grid), knots)
+    return torch.cat([alpha.view(len(beta), -1)[1:].T, beta[None, 1:]])
 
 
-def first_coefficients(family: Family, solver: Solver, grid: TimeGrid, budget: float) -> Tensor:
-    """Where learning begins, theta (2, K - 1): what a calibration predicts to err least at the cost `budget`.
+def first_coefficients(family: Family, solver: Solver, grid: TimeGrid, budget: float, knots: int = 0) -> Tensor:
+    """Where learning begins, theta (2 + knots, K - 1): what a calibration predicts to err least at the cost `budget`.
 
     Of a family that is not calibrated, `nearest_coefficients`. Arguments and errors as there.
     """
-    nearest = nearest_coefficients(family, solver, grid, budget)
+    nearest = nearest_coefficients(family, solver, grid, budget, knots)
     if not family.fitted.has("calibration"):
         return nearest
     predictor = Predictor(family.fitted.calibration_for(family), family.schedule, solver, grid)
     *corrections, _ = predictor.groups(family.names)
     worth = torch.stack([predictor.worth(one).square() for one in corrections], 1)
     flops = torch.tensor([level.flops for level in family.levels], dtype=torch.float64)
-    law = Law(family.schedule, _times(family, solver, grid), flops / flops[-1], seed=0)
+    law = Law(family.schedule, _times(family, solver, grid), flops / flops[-1], seed=0, knots=knots)
     return least_variance(law, worth, nearest, budget)
 
 
