@@ -211,6 +211,33 @@ def test_inputs_calibrate_at_once(tmp_path: Path) -> None:
     assert not isinstance(pipe.unet, type(accelerated.network))
 
 
+def test_a_callback_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
+    tiny, pipe = pipeline("StableDiffusionPipeline", "DDIM")
+
+    def fail(*arguments: Any) -> Any:
+        raise RuntimeError("stop")
+
+    with mlem.accelerate(pipe, small=tiny.small(), plan=held(), cache=tmp_path, **QUICK):
+        expected = pictures(tiny, pipe)
+        with pytest.raises(RuntimeError, match="stop"):
+            pictures(tiny, pipe, callback_on_step_end=fail)
+        assert torch.equal(pictures(tiny, pipe), expected)
+    assert "step" not in vars(pipe.scheduler)
+
+
+def test_a_budget_in_seconds(tmp_path: Path) -> None:
+    """By a calibration whose seconds are known."""
+    tiny, pipe = pipeline("DDPMPipeline", "DDPM")
+    accelerated = mlem.accelerate(pipe, small=tiny.small(), budget=0.5, cache=tmp_path, **QUICK)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mlem.multilevel.calibrate.time_levels", lambda *about: ((0.1, 1.0), {"ode": 0.0, "sde": 0.0}))
+        pictures(tiny, pipe, 12)
+    plan = accelerated.plan
+    assert plan is not None
+    assert plan.about["cost_unit"] == "seconds"
+    assert 0.3 * 12 < plan.calls @ torch.tensor([0.1, 1.0], dtype=torch.float64) <= 0.5 * 12
+
+
 def test_the_users_callback_still_works(tmp_path: Path) -> None:
     """It sees the samples as they go on, and may change them."""
     tiny, pipe = pipeline("StableDiffusionPipeline", "DDIM")
@@ -255,16 +282,26 @@ def test_offloading_moves_the_large_network_when_it_is_needed(tmp_path: Path, mo
     """Put away where the next row does without it, and at the end; fetched for every row that needs it."""
     tiny, pipe = pipeline("StableDiffusionPipeline", "DDIM")
     asked: list[str] = []
-    monkeypatch.setattr("mlem.interop.pipelines.running.moved", lambda network, device: asked.append(f"{device}"))
-    with mlem.accelerate(pipe, small=tiny.small(), plan=held(), cache=tmp_path, offload=True, **QUICK):
-        pictures(tiny, pipe, 8)
-        asked.clear()
-        plan = pipe.unet.acceleration[0].plan
-        pictures(tiny, pipe, 8)
-    assert plan is not None
-    runs = plan.runs[:, -1].tolist()
+    for module in ("running", "acceleration"):
+        path = f"mlem.interop.pipelines.{module}.moved"
+        monkeypatch.setattr(path, lambda network, device, module=module: asked.append(module))
+    accelerated = mlem.accelerate(pipe, small=tiny.small(), plan=held(), cache=tmp_path, offload=True, **QUICK)
+    pictures(tiny, pipe, 8)
+    asked.clear()
+    pictures(tiny, pipe, 8)
+    assert accelerated.plan is not None
+    runs = accelerated.plan.runs[:, -1].tolist()
     away = sum(not run for run in runs[1:]) + 1
-    assert len(asked) == sum(map(bool, runs)) + away
+    assert asked == ["running"] * (sum(map(bool, runs)) + away)
+    accelerated.restore()
+    assert asked[-1] == "acceleration"  # back where it was
+
+
+def test_a_pipeline_that_offloads_by_itself_is_refused() -> None:
+    tiny, pipe = pipeline("StableDiffusionPipeline", "DDIM")
+    pipe.unet._hf_hook = object()
+    with pytest.raises(ValueError, match=r"the unet of this Stable.* is moved between devices by itself"):
+        mlem.accelerate(pipe, small=tiny.small(), budget=0.5)
 
 
 def test_a_level_of_ours_as_the_small_network(tmp_path: Path) -> None:
@@ -336,7 +373,9 @@ MISTAKES = (
 
 @pytest.mark.parametrize("what", MISTAKES)
 def test_mistakes_get_one_line(what: str, tmp_path: Path) -> None:
-    name, options, message = _mistakes()[what]
+    mistakes = _mistakes()
+    assert set(mistakes) == set(MISTAKES)
+    name, options, message = mistakes[what]
     tiny, pipe = pipeline(name, "DDIM")
     before = traces(pipe)
     if scheduler := options.pop("scheduler", None):

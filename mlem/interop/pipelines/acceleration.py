@@ -114,6 +114,7 @@ class Acceleration:
     ) -> None:
         self._pipe, self._place = weakref.ref(pipe), place_of(pipe)
         self._large: nn.Module = getattr(pipe, self._place)
+        self._home = next(self._large.parameters()).device
         self._networks = named_networks(small, self._large) | {LARGE: self._large}
         self._asked, self._images, self._times, self._offload = asked, images, times, offload
         self._cache = _cache_folder(cache)
@@ -173,6 +174,8 @@ class Acceleration:
         """Give the pipeline its own network back."""
         if self._run is not None:
             self._run.end()
+        if self._offload:
+            moved(self._large, self._home)
         pipe = self._pipe()
         if pipe is not None:
             vars(pipe)[self._place] = self._large

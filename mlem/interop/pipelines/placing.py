@@ -82,6 +82,11 @@ def place_of(pipe: Any) -> str:
     place = next((one for one in PLACES if isinstance(getattr(pipe, one, None), nn.Module)), None)
     if place is None:
         raise ValueError(f"{name} has neither unet nor transformer: it cannot be accelerated")
+    if getattr(getattr(pipe, place), "_hf_hook", None) is not None:
+        raise ValueError(
+            f"the {place} of this {name} is moved between devices by itself (enable_model_cpu_offload and its like); "
+            "put the pipeline on its device, with offload=True where memory is short"
+        )
     if isinstance(getattr(pipe, place), MultilevelNetwork):
         raise ValueError(f"this {name} is accelerated already; mlem.restore(pipe) first")
     return place
