@@ -312,7 +312,7 @@ def test_the_gradient_lowers_the_objective() -> None:
     weight = 30.0
     optimizer = torch.optim.Adam([theta := theta.clone()], lr=0.1)
     for step in range(25):
-        theta.grad = problem.estimate(theta, problem.toss(theta, step, 16), indices, truth, weight, None).gradient
+        theta.grad = problem.estimate(theta, problem.draw(theta, step, 16), indices, truth, weight, None).gradient
         optimizer.step()
     held_out = torch.arange(1000, 1100)
     truth = problem.reference(held_out)

@@ -197,7 +197,7 @@ def test_memorised_plans_and_learning_are_told_too(calibrated: Family) -> None:
     truth = problem.reference(index)
     plain = sample(calibrated, solver="ddim", grid=grid, indices=range(5), conditions=labels([2, 0, 1])).x
     assert (truth - plain).abs().max() < 1e-9
-    counts = problem.toss(theta, 0, 4)
+    counts = problem.draw(theta, 0, 4).counts
     p = problem.probabilities(theta)
     every = index.expand(4, -1)
     together = problem.errors(problem.weights(counts, p), counts, every, truth.expand(4, -1, -1))

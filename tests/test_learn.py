@@ -17,7 +17,8 @@ from mlem.level import Level
 from mlem.multilevel.calibrate import calibrate
 from mlem.multilevel.coefficients import CERTAIN, Coefficients
 from mlem.multilevel.fitted import Fitted
-from mlem.multilevel.learning import Objective, first_coefficients, frozen, interval, nearest_coefficients
+from mlem.multilevel.learning import Objective, Response, first_coefficients, frozen, interval, nearest_coefficients
+from mlem.multilevel.learning.chance import Draws, segments
 from mlem.multilevel.learning.optimum import least_variance, predicted_variance
 from mlem.multilevel.plan import Plan
 from mlem.multilevel.planner import make_plan
@@ -43,23 +44,30 @@ def perturbed(amount: float, frequency: float):
     return eps
 
 
-def objective(levels: int, steps: int, solver: str = "ddpm", knots: int = 0) -> Objective:
+def objective(levels: int, steps: int, solver: str = "ddpm", knots: int = 0, coins: str = "bernoulli") -> Objective:
     """Levels with errors that halve, the last one exact; each costs four times the one below."""
     denoisers = [perturbed(0.4 / 2**k, 1.5 + k) for k in range(levels - 1)] + [mixture(SCHEDULE)]
     costs = 4.0 ** torch.arange(1 - levels, 1, dtype=torch.float64)
     grid = TimeGrid.make("log_snr", SCHEDULE, steps)
-    return Objective(denoisers, SCHEDULE, (3,), make_solver(solver), grid, costs, seed=1, knots=knots)
+    return Objective(denoisers, SCHEDULE, (3,), make_solver(solver), grid, costs, seed=1, coins=coins, knots=knots)
+
+
+def outcomes(coins: str, p: Tensor) -> tuple[Tensor, Tensor]:
+    """All tables of two levels, and their probabilities, differentiable in p (R, 2)."""
+    if coins == "systematic":
+        chance, counts = segments(p[:, 1])
+    else:
+        counts = torch.tensor(list(itertools.product((0, 1), repeat=len(p))))
+        chance = torch.where(counts.bool(), p[:, 1], 1 - p[:, 1]).prod(1)
+    assert torch.isclose(chance.sum(), torch.ones((), dtype=torch.float64))
+    return chance, torch.stack([torch.ones_like(counts), counts], -1)
 
 
 def exact_gradient(problem: Objective, theta: Tensor, indices: Tensor, truth: Tensor) -> Tensor:
-    """By autograd through all coin patterns with their probabilities."""
+    """By autograd through all outcomes of the coins with their probabilities."""
     theta = theta.clone().requires_grad_()
     p = problem.probabilities(theta)
-    free = p[:, 1:].numel()
-    patterns = torch.tensor(list(itertools.product((0, 1), repeat=free))).view(-1, *p[:, 1:].shape)
-    counts = torch.cat([torch.ones_like(patterns[..., :1]), patterns], -1)
-    chance = torch.where(counts.bool(), p, 1 - p)[..., 1:].flatten(1).prod(1)
-    assert torch.isclose(chance.sum(), torch.ones((), dtype=torch.float64))
+    chance, counts = outcomes(problem.coins, p)
     shape = (len(counts), *truth.shape)
     errors = problem.errors(problem.weights(counts, p), counts, indices.expand(len(counts), -1), truth.expand(shape))
     (chance * errors.mean(1)).sum().add(WEIGHT * problem.cost(theta)).backward()
@@ -70,25 +78,89 @@ def exact_gradient(problem: Objective, theta: Tensor, indices: Tensor, truth: Te
 THETA = torch.tensor([[-0.4], [-1.2]], dtype=torch.float64)
 
 
-@pytest.mark.parametrize("kind", ["exact", "random"])
+def some_response(problem: Objective) -> Response:
+    """A quadratic form, of about the size of the errors of `objective(2, 4)`: any will do."""
+    rows = len(problem.times)
+    root = torch.randn(rows, rows, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    return Response((1e-2 * root @ root.T).view(1, rows, 1, rows))
+
+
+@pytest.mark.parametrize("controlled", [False, True])
+@pytest.mark.parametrize(("coins", "kind"), [*itertools.product(("bernoulli", "systematic"), ("exact", "random"))])
 @pytest.mark.usefixtures("float64")
-def test_the_estimate_is_unbiased(kind: str) -> None:
-    """The mean over 20,000 independent draws, taken in pairs, against the enumerated gradient, in standard errors."""
-    problem, indices = objective(2, 4), torch.arange(36, 38)  # whose three parts are all well above the noise
+def test_the_estimate_is_unbiased(coins: str, kind: str, controlled: bool) -> None:
+    """The mean over 20,000 independent draws, taken in fours, against the enumerated gradient, in standard errors."""
+    problem, indices = objective(2, 4, coins=coins), torch.arange(36, 38)  # whose parts are all well above the noise
     truth = problem.reference(indices, 50)
     expected = exact_gradient(problem, THETA, indices, truth)
-    counts = problem.toss(THETA, 0, DRAWS)
+    problem.response = some_response(problem) if controlled else None
+    drawn = problem.draw(THETA, 0, DRAWS)
     directions = problem.directions(0, DRAWS) if kind == "random" else None
-    mse, pathwise = problem.differentiate(THETA, counts, indices, truth, directions)
-    grouped = [part.view(DRAWS // 2, 2, *part.shape[1:]) for part in (counts, mse, pathwise)]
-    found = problem.assemble(THETA, *grouped, WEIGHT)
+    mse, pathwise = problem.differentiate(THETA, drawn.counts, indices, truth, directions)
+    errors = problem.table_errors(THETA, drawn, mse, indices, truth)
+
+    def grouped(part: Tensor) -> Tensor:
+        return part.view(DRAWS // 4, 4, *part.shape[1:])
+
+    tables = None if drawn.tables is None else grouped(drawn.tables)
+    fours = Draws(grouped(drawn.counts), tables, grouped(drawn.scores))
+    along = None if directions is None else grouped(directions)
+    found = problem.assemble(THETA, fours, grouped(errors), grouped(pathwise), WEIGHT, along)
     error = found.std(0) / math.sqrt(len(found))
     assert ((found.mean(0) - expected).abs() / error).max() < 4
+    if controlled:  # by what is no prediction at all: noisy
+        return
     # each of the three parts is needed for that: without it, the mean would be this far off
-    nothing = torch.zeros_like(mse)
-    score = problem.assemble(THETA, counts, mse, torch.zeros_like(pathwise), 0.0)
-    for part in (problem.assemble(THETA, counts, nothing, pathwise, 0.0), score, WEIGHT * problem.cost_gradient(THETA)):
+    coins_alone = problem.assemble(THETA, drawn, errors, torch.zeros_like(pathwise), 0.0)
+    pathwise_alone = problem.assemble(THETA, drawn, torch.zeros_like(errors), pathwise, 0.0)
+    for part in (pathwise_alone, coins_alone, WEIGHT * problem.cost_gradient(THETA)):
         assert (part / error).abs().max() > 4
+
+
+@pytest.mark.parametrize("coins", ["bernoulli", "systematic"])
+@pytest.mark.usefixtures("float64")
+def test_the_means_of_linear_response_are_its_gradient(coins: str) -> None:
+    """The parts of a quadratic form, against autograd through all outcomes; a certain row among them."""
+    response = some_response(objective(2, 4))
+    knotted = torch.tensor([[-0.4], [0.7], [-1.2]], dtype=torch.float64)
+    for theta in (THETA, torch.tensor([[15.0], [24.0]], dtype=torch.float64), knotted):
+        problem = objective(2, 4, coins=coins, knots=len(theta) - 2)
+        free = theta.clone().requires_grad_()
+        p = problem.probabilities(free)
+        assert bool((p[:, 1] == 1).any()) == (theta[-1] > 0)
+        chance, counts = outcomes(coins, p)
+        (pathwise,) = torch.autograd.grad((chance.detach() * response(counts, p)).sum(), free, retain_graph=True)
+        mean = (chance * response(counts, p)).sum()
+        (whole,) = torch.autograd.grad(mean, free)
+        found = problem.chance.expected(problem, theta, response.matrix)
+        torch.testing.assert_close(found[0], mean.detach())
+        torch.testing.assert_close(found[1], pathwise)
+        torch.testing.assert_close(found[1] + found[2], whole)
+
+
+@pytest.mark.parametrize("coins", ["bernoulli", "systematic"])
+@pytest.mark.usefixtures("float64")
+def test_a_prediction_that_is_right_leaves_little_variance(coins: str) -> None:
+    """Errors that go as linear response says, of three levels, by 500 updates of eight draws."""
+    problem, theta = objective(3, 6, coins=coins), torch.tensor([[-0.4, 0.5], [0.1, -0.6]], dtype=torch.float64)
+    root = torch.randn(12, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    response = Response((root @ root.T).view(2, 6, 2, 6))
+    drawn = problem.draw(theta, 0, 4000)
+    p = problem.probabilities(theta)
+    errors = 3 * response(drawn.counts[:, None] if drawn.tables is None else drawn.tables, p) + 1
+    pathwise = 3 * response.slopes(problem, theta, drawn.counts)
+
+    def grouped(part: Tensor) -> Tensor:
+        return part.view(500, 8, *part.shape[1:])
+
+    eights = Draws(*(None if part is None else grouped(part) for part in (drawn.counts, drawn.tables, drawn.scores)))
+    spread: list[Tensor] = []
+    due = 3 * sum(problem.chance.expected(problem, theta, response.matrix)[1:])
+    for problem.response in (None, response):
+        found = problem.assemble(theta, eights, grouped(errors), grouped(pathwise), 0.0)
+        spread.append(found.var(0))
+        assert ((found.mean(0) - due).abs() / (spread[-1] / len(found)).sqrt()).max() < 4
+    assert spread[0].sum() / spread[1].sum() > (4 if coins == "bernoulli" else 0.9)
 
 
 LINEAR = sorted(name for name, solver in SOLVERS.items() if solver.linear)
@@ -100,7 +172,7 @@ def test_forward_mode_is_reverse_mode(solver: str, knots: int) -> None:
     """On the same coins, for three levels, exactly and along random directions."""
     problem, indices = objective(3, 6, solver, knots), torch.arange(3)
     theta = torch.tensor([[-0.4, 0.5], *[[0.2, -0.3]] * knots, [0.1, -0.6]], dtype=torch.float64)
-    truth, counts = problem.reference(indices, 20), problem.toss(theta, 3, 4)
+    truth, counts = problem.reference(indices, 20), problem.draw(theta, 3, 4).counts
     reverse = reversed_gradients(problem, theta, counts, indices, truth)
     forward = problem.differentiate(theta, counts, indices, truth, None)[1]
     torch.testing.assert_close(forward, reverse, rtol=1e-8, atol=1e-8 * reverse.abs().max().item())
@@ -138,7 +210,7 @@ def test_forward_mode_through_networks() -> None:
     strides = [[part.stride() for part in level.network.parameters()] for level in ours.levels]
     problem = Objective(frozen(ours), SCHEDULE, (1, 8, 8), make_solver("ddpm"), log_snr(4), torch.ones(2), seed=2)
     indices = torch.arange(2)
-    truth, counts = problem.reference(indices, 5), problem.toss(THETA, 0, 3)
+    truth, counts = problem.reference(indices, 5), problem.draw(THETA, 0, 3).counts
     forward = problem.differentiate(THETA, counts, indices, truth, None)[1]
     reverse = reversed_gradients(problem, THETA, counts, indices, truth)
     torch.testing.assert_close(forward, reverse, rtol=1e-8, atol=1e-8 * reverse.abs().max().item())
@@ -159,7 +231,7 @@ def peak(steps: int, reverse: bool) -> int:
     problem, indices = objective(2, steps), torch.arange(300)
     wide = torch.ones(3, 64, dtype=torch.float64) / 64  # most of the memory is in the network, as usual
     problem.denoisers = tuple(lambda x, t, k=k: torch.tanh(x @ wide + k) @ wide.T * t[:, None] for k in range(2))
-    truth, counts = torch.zeros(300, 3, dtype=torch.float64), problem.toss(THETA, 0, 2)
+    truth, counts = torch.zeros(300, 3, dtype=torch.float64), problem.draw(THETA, 0, 2).counts
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         if reverse:
             theta = THETA.clone().requires_grad_()
@@ -217,10 +289,9 @@ def test_the_weight_makes_the_beginning_near_stationary() -> None:
     problem.denoisers = (perturbed(0.01, 1.5), perturbed(0.005, 2.5), problem.denoisers[-1])
     theta = torch.tensor([[0.0, 0.0], [-0.5, -1.0]], dtype=torch.float64)
     # no discretisation error: its product with that of the coins has mean near 0, and would hide it
-    truth, counts = problem.reference(indices), problem.toss(theta, 0, 4000)
-    weight = problem.weight_for(theta, indices, counts)
-    mse, pathwise = problem.differentiate(theta, counts, indices, truth, None)
-    score = problem.assemble(theta, counts, mse, pathwise, 0.0)[1].sum()
+    truth, drawn = problem.reference(indices), problem.draw(theta, 0, 4000)
+    weight = problem.weight_for(theta, indices, drawn.counts)
+    score = problem.estimate(theta, drawn, indices, truth, 0.0, None).gradient[1].sum()
     cost = weight * problem.cost_gradient(theta)[1].sum()
     assert abs(float(score / cost) + 1) < 0.25
 
@@ -228,9 +299,9 @@ def test_the_weight_makes_the_beginning_near_stationary() -> None:
 def test_coins_and_directions_are_keyed_by_the_step() -> None:
     problem = objective(3, 6)
     theta = torch.zeros(2, 2, dtype=torch.float64)
-    assert torch.equal(problem.toss(theta, 2, 3), problem.toss(theta, 0, 9)[6:])
+    assert torch.equal(problem.draw(theta, 2, 3).counts, problem.draw(theta, 0, 9).counts[6:])
     assert torch.equal(problem.directions(2, 3), problem.directions(0, 9)[6:])
-    counts = problem.toss(theta, 0, 4000).double()
+    counts = problem.draw(theta, 0, 4000).counts.double()
     assert (counts[..., 0] == 1).all()
     assert (counts[..., 1:].mean(0) - 0.5).abs().max() < 5 * 0.5 / math.sqrt(4000)
 

@@ -25,7 +25,7 @@ from mlem.family import Family
 from mlem.files import clear_leftovers, first_process, folder_lock, read_object, write_record
 from mlem.multilevel.coefficients import Coefficients
 from mlem.multilevel.fitted import Fitted
-from mlem.multilevel.learning import Objective, first_coefficients, frozen, nearest_coefficients
+from mlem.multilevel.learning import Objective, Response, first_coefficients, frozen, nearest_coefficients
 from mlem.plots import probabilities as probabilities_figure
 from mlem.report import write_report
 from mlem.solvers import Solver, make_solver
@@ -130,6 +130,8 @@ def _objective(options: Learning, family: Family, seed: int) -> Objective:
         grid,
         flops / flops[-1],
         seed=seed,
+        coins=options.coins,
+        response=Response.of(family, solver, grid),
         conditions=lambda indices: conditions_of(family.levels, None, indices),
         knots=options.knots,
     )
@@ -205,6 +207,7 @@ def _about(module: CoefficientsModule, family: Family) -> dict[str, Any]:
         "solver": objective.solver.name,
         "steps": objective.grid.steps,
         "grid": objective.grid.name,
+        "coins": objective.coins,
         "log_snr": [log_snr.min().item(), log_snr.max().item()],
         "lambda": module.weight.item(),
         "cost_unit": "flops",
@@ -261,10 +264,10 @@ def _say_duration(where: Path, module: CoefficientsModule) -> None:
     begin = time.perf_counter()
     truth = objective.reference(indices)
     reference = (time.perf_counter() - begin) / objective.grid.steps * fit.reference_steps
-    counts = objective.toss(module.first, 0, fit.draws)
+    drawn = objective.draw(module.first, 0, fit.draws)
     directions = objective.directions(0, fit.draws) if fit.tangents == "random" else None
     begin = time.perf_counter()
-    objective.estimate(module.first, counts, indices, truth, 1.0, directions)
+    objective.estimate(module.first, drawn, indices, truth, 1.0, directions)
     seconds = time.perf_counter() - begin
     minutes = (fit.updates * seconds + (fit.images + fit.held_out) / fit.batch_size * reference) / 60
     print(

@@ -114,6 +114,7 @@ class Learning:
     solver: str = option(TEXT, "for which the coefficients are learned")
     steps: int = option(whole(1, MOST_STEPS), "of the solver")
     grid: str | None = option(text(null=True), GRIDS)
+    coins: str = option(one_of("bernoulli", "systematic"), "to learn with; gradients of systematic ones are noisy")
     budget: float = option(SHARE, "where learning begins: share of the largest level's cost (FLOPs), in (0, 1]")
     knots: int = option(
         whole(0, 20), "of a law that is piecewise linear in log-SNR; 0: alpha_k u(t) + beta_k as published"

@@ -142,8 +142,8 @@ class CoefficientsModule(pl.LightningModule):
     def _measured_weight(self) -> float:
         options, found = self.fit_options, []
         for batch in range(options.images // options.batch_size):
-            counts = self.objective.toss(self.first, -1 - batch, options.draws)  # of steps that are never made
-            found.append(self.objective.weight_for(self.first, self._share(batch), counts))
+            drawn = self.objective.draw(self.first, -1 - batch, options.draws)  # of steps that are never made
+            found.append(self.objective.weight_for(self.first, self._share(batch), drawn.counts))
         return sum(found) / len(found)
 
     def _mean(self, value: float) -> float:
@@ -170,16 +170,16 @@ class CoefficientsModule(pl.LightningModule):
         theta = self.theta
         number = step % (options.images // options.batch_size)
         indices, truth = self._share(number), self._truth(number)
-        counts = objective.toss(theta, step, options.draws)
+        drawn = objective.draw(theta, step, options.draws)
         directions = objective.directions(step, options.draws) if options.tangents == "random" else None
-        estimate = objective.estimate(theta, counts, indices, truth, self.weight.item(), directions)
-        self._record(self._mean(estimate.mse.mean().item()), estimate.cost)
+        estimate = objective.estimate(theta, drawn, indices, truth, self.weight.item(), directions)
+        self._record(self._mean(estimate.mse.mean().item()), estimate.cost, self._mean(estimate.left))
         # linear in the parameters: its gradient is the estimate, and averaged over ranks as any other
         gradient = estimate.gradient.to(self.alpha)
         return (self.alpha * gradient[:-1].view_as(self.alpha)).sum() + (self.beta * gradient[-1]).sum()
 
-    def _record(self, mse: float, cost: float) -> None:
-        theta, values = self.theta, {"mse": mse, "cost": cost}
+    def _record(self, mse: float, cost: float, left: float) -> None:
+        theta, values = self.theta, {"mse": mse, "cost": cost, "variance_left": left}
         values["objective"] = values["mse"] + self.weight.item() * cost
         for k, name in enumerate(self.names[1:]):
             values |= {f"alpha/{name}" + f"/{j}" * (j > 0): theta[j, k].item() for j in range(len(theta) - 1)}

@@ -1,12 +1,14 @@
 """Learning the coefficients of a family: the objective with its gradient, and where learning begins."""
 
 from mlem.multilevel.learning.objective import TANGENTS, GradientEstimate, Objective, interval
+from mlem.multilevel.learning.response import Response
 from mlem.multilevel.learning.start import first_coefficients, frozen, nearest_coefficients
 
 __all__ = [
     "TANGENTS",
     "GradientEstimate",
     "Objective",
+    "Response",
     "first_coefficients",
     "frozen",
     "interval",

@@ -1,4 +1,4 @@
-"""What coefficients say: probabilities of the coins, their draws and weights, and the expected cost.
+"""What coefficients say: probabilities of the coins, their weights, and the expected cost.
 
 `p_k(t) = sigmoid(alpha_k u(t) + beta_k)` for levels 2 .. K, and p_1 = 1. theta is (2, K - 1), float64: alpha, beta;
 with knots (2 + knots, K - 1), beta last.
@@ -12,23 +12,20 @@ import torch
 from torch import Tensor
 
 from mlem.multilevel.coefficients import CERTAIN, Coefficients, features
-from mlem.multilevel.coins import COINS
 from mlem.multilevel.estimators import collect
 from mlem.noise import NoiseStream
 from mlem.schedule import NoiseSchedule
 
 __all__ = ["Law"]
 
-_BERNOULLI = COINS["bernoulli"]
-
 
 class Law:
-    """The law of bernoulli coins under theta.
+    """The probabilities under theta, of coins that levels toss independently.
 
     Args:
         schedule, times: of the R evaluations of a sample.
         costs: (K,), of one evaluation of each level.
-        seed: of coins and directions.
+        seed: of directions.
         knots: of the features.
     """
 
@@ -39,7 +36,7 @@ class Law:
         self.knots = knots
         # what alpha and beta are multiplied with: (R, 2 + knots)
         self.features = torch.nn.functional.pad(features(schedule, self.times, knots), (0, 1), value=1.0)
-        self._coins, self._directions = NoiseStream(seed, "learning/coins"), NoiseStream(seed, "learning/directions")
+        self._directions = NoiseStream(seed, "learning/directions")
 
     @property
     def levels(self) -> int:
@@ -78,13 +75,6 @@ class Law:
     def back(self, by_logit: Tensor) -> Tensor:
         """From a derivative by the logits (.., R, K - 1) to one by theta (.., 2 + knots, K - 1)."""
         return self.features.T @ by_logit.to(self.features)
-
-    def toss(self, theta: Tensor, step: int, draws: int) -> Tensor:
-        """Bernoulli coins of this optimizer step, the same on all ranks: (D, R, K) int64."""
-        p = self.probabilities(theta.detach())
-        keys = torch.arange(step * draws, (step + 1) * draws)
-        uniforms = self._coins.uniform(keys, range(_BERNOULLI.uniforms(p)), torch.float64).T
-        return _BERNOULLI.counts(p, uniforms)
 
     def directions(self, step: int, draws: int) -> Tensor:
         """A random sign for each coefficient and draw, the same on all ranks: (D, 2 + knots, K - 1)."""

@@ -4,18 +4,17 @@
 
 x^ML is sampled with the jump estimator (weights B_k / p_k), x^ref is the many-step run of the largest level from the
 same noise, and cost is a share of what the largest level would cost at every evaluation. Level 1 is certain and not
-learned. With bernoulli coins the gradient has three parts:
+learned. The gradient has three parts:
 
 - pathwise, through the weights B_k / p_k: forward-mode differentiation of the whole trajectory, so that memory does not
   grow with the number of steps. Either all 2 (K - 1) directions, or one random direction v for each draw of the coins,
   `(directional derivative) v` (Baydin et al., arXiv:2202.08587);
-- score function: `(error - baseline) sum_i (B_k - p_k) dlogit p_k`, the baseline being the mean error of the other
-  draws (Kool et al., 2019), which leaves it unbiased;
-- cost, by its formula.
+- that of the coins, whose law moves: errors times scores, see `chance.py`, for bernoulli and for systematic coins;
+- cost, by its formula, the same for both.
 
-Learn with bernoulli coins, sample with systematic ones: both have means p_k and the same expected cost. Systematic
-coins of a level all hang on one uniform number: a change of p moves the rows at which they fall, all at once, and a
-score function of this simple form, a sum over rows, they do not have.
+Draws of an update share samples, noise and path. With a calibration, what linear response predicts of each draw is the
+control variate of the first two parts: its means are known, and its factor is the slope that the other draws show. The
+mean error of the other draws is the baseline of the second part (Kool et al., 2019). Both leave it unbiased.
 """
 
 from __future__ import annotations
@@ -33,24 +32,33 @@ from mlem.conditions import Conditions
 from mlem.denoiser import Conditional, Denoiser, of_rows
 from mlem.grids import TimeGrid
 from mlem.multilevel.coins import coins_called
+from mlem.multilevel.learning.chance import CHANCES, Draws
 from mlem.multilevel.learning.law import Law
+from mlem.multilevel.learning.response import Response, controlled, others
 from mlem.schedule import NoiseSchedule
 from mlem.solvers import EvaluationPoint, GridPoint, Solver, make_solver, model_input, quadrature_weights
 from mlem.trajectory import samples, starting_noise, trajectory
 
 __all__ = ["TANGENTS", "GradientEstimate", "Objective", "interval"]
 
+LEAST_FALL = 0.1
+"""Of what the coins add, for a shift of all beta: below, kinks of systematic coins are seen and no trend."""
 TANGENTS = ("exact", "random")
 """Directions of the pathwise part: all of them, or a random one for each draw."""
 
 
 @dataclass(frozen=True)
 class GradientEstimate:
-    """One draw of the gradient. mse: (D,), of each draw of the coins. cost: expected share. gradient: like theta."""
+    """One draw of the gradient.
+
+    mse: (D,), of each draw of the coins. cost: expected share. gradient: like theta. left: the share of the variance of
+    the part of the coins that its control variate leaves, over the D draws; 1 without one.
+    """
 
     mse: Tensor
     cost: float
     gradient: Tensor
+    left: float
 
 
 class Objective(Law):
@@ -62,10 +70,12 @@ class Objective(Law):
         solver, grid: how samples are made.
         costs: (K,), of one evaluation of each level, in any unit.
         seed: of the noise of the samples, which is that of `Sampler`, and of coins and directions.
+        coins: "systematic" or "bernoulli", with which is learned.
+        response: the control variate, of this solver and grid.
         conditions: indices (N,) -> what each denoiser is told of the samples.
         knots: of the features: a law that is piecewise linear in log-SNR, before the sigmoid.
 
-    Raises: ValueError for a single denoiser.
+    Raises: ValueError for a single denoiser, and for coins that cannot be learned with.
     """
 
     def __init__(
@@ -78,6 +88,8 @@ class Objective(Law):
         costs: Tensor,
         *,
         seed: int = 0,
+        coins: str = "bernoulli",
+        response: Response | None = None,
         conditions: Callable[[Tensor], Sequence[Conditions]] | None = None,
         knots: int = 0,
     ) -> None:
@@ -85,11 +97,14 @@ class Objective(Law):
             raise ValueError(
                 "coefficients share out levels, and this family has one; train another: model.levels=[xs,s]"
             )
+        if coins not in CHANCES:
+            raise ValueError(f"coins must be one of {', '.join(CHANCES)} to learn with, got {coins!r}")
         self.points = GridPoint.of(schedule, grid)
         asked = quadrature_weights(solver, schedule, self.points)[1]
         super().__init__(schedule, [point.t for point in asked], costs, seed, knots)
         self.denoisers, self.shape = tuple(denoisers), tuple(shape)
         self._conditions = conditions
+        self.coins, self.chance, self.response = coins, CHANCES[coins](seed), response
         self.solver, self.grid = solver, grid
 
     def reference(self, indices: Tensor, steps: int | None = None) -> Tensor:
@@ -146,28 +161,76 @@ class Objective(Law):
         """Mean squared difference to the truth (D, B, *shape): (D, B)."""
         return (self.samples(weights, counts, indices) - truth).square().flatten(2).mean(2)
 
+    def draw(self, theta: Tensor, step: int, draws: int) -> Draws:
+        """The coins of this optimizer step, the same on all ranks."""
+        return self.chance.draw(self, theta.detach().double().cpu(), step, draws)
+
     def estimate(
-        self, theta: Tensor, counts: Tensor, indices: Tensor, truth: Tensor, weight: float, directions: Tensor | None
+        self, theta: Tensor, drawn: Draws, indices: Tensor, truth: Tensor, weight: float, directions: Tensor | None
     ) -> GradientEstimate:
         """J and an unbiased estimate of its gradient.
 
-        counts: (D, R, K), from `toss`, D >= 2. indices: (B,) of the samples, all with the same draws; truth:
-        (B, *shape). weight: of the cost. directions: (D, 2 + knots, K - 1), or None for exact derivatives.
+        drawn: D >= 2 draws. indices: (B,) of the samples, all with the same draws; truth: (B, *shape). weight: of the
+        cost. directions: (D, 2 + knots, K - 1), or None for exact derivatives.
         """
         theta = theta.detach().double().cpu()
-        mse, pathwise = self.differentiate(theta, counts, indices, truth, directions)
-        return GradientEstimate(mse, self.cost(theta).item(), self.assemble(theta, counts, mse, pathwise, weight))
+        mse, pathwise = self.differentiate(theta, drawn.counts, indices, truth, directions)
+        errors = self.table_errors(theta, drawn, mse, indices, truth)
+        gradient = self.assemble(theta, drawn, errors, pathwise, weight, directions)
+        return GradientEstimate(mse, self.cost(theta).item(), gradient, self._left(theta, drawn, errors))
 
-    def assemble(self, theta: Tensor, counts: Tensor, mse: Tensor, pathwise: Tensor, weight: float) -> Tensor:
+    @torch.no_grad()
+    def table_errors(self, theta: Tensor, drawn: Draws, mse: Tensor, indices: Tensor, truth: Tensor) -> Tensor:
+        """Errors of the tables of draws whose counts have errors mse (D,): (D, T)."""
+        if drawn.tables is None:
+            return mse[:, None]
+        counts = drawn.tables.flatten(0, 1)
+        weights = self.weights(counts, self.probabilities(theta)).to(truth.device)
+        several, same = indices.expand(len(counts), -1), truth.expand(len(counts), *truth.shape)
+        return self.errors(weights, counts, several, same).mean(1).cpu().view(drawn.tables.shape[:2])
+
+    def assemble(
+        self,
+        theta: Tensor,
+        drawn: Draws,
+        errors: Tensor,
+        pathwise: Tensor,
+        weight: float,
+        directions: Tensor | None = None,
+    ) -> Tensor:
         """The gradient (.., 2 + knots, K - 1) from D >= 2 draws.
 
-        counts (.., D, R, K), mse (.., D) and pathwise (.., D, 2 + knots, K - 1). Linear in mse and pathwise: the mean
-        over ranks that share their coins is the gradient for all their samples together.
+        errors (.., D, T) and pathwise (.., D, 2 + knots, K - 1), along the directions. Linear in both: the mean over ranks
+        that share their coins is the gradient for all their samples together.
         """
-        others = (mse.sum(-1, keepdim=True) - mse) / (mse.shape[-1] - 1)
-        score = self.back(counts[..., 1:] - self.probabilities(theta)[:, 1:])
-        by_chance = (mse - others)[..., None, None] * score
-        return (pathwise + by_chance).mean(-3) + weight * self.cost_gradient(theta)
+        moved, predicted, mean = self._moved(theta, drawn, errors, self.response), None, 0.0
+        if self.response is not None:
+            predicted = self.response.slopes(self, theta, drawn.counts)
+            mean = self.chance.expected(self, theta, self.response.matrix)[1]
+            if directions is not None:
+                predicted = (predicted * directions).sum((-2, -1), keepdim=True) * directions
+        none = torch.zeros_like(pathwise)
+        pathwise = controlled(pathwise, none, none, predicted, mean)
+        return (pathwise + moved).mean(-3) + weight * self.cost_gradient(theta)
+
+    def _moved(self, theta: Tensor, drawn: Draws, errors: Tensor, response: Response | None) -> Tensor:
+        """The part of the coins, of each draw: (.., D, 2 + knots, K - 1)."""
+
+        def scored(values: Tensor) -> Tensor:
+            return (values[..., None, None] * drawn.scores).sum(-3)
+
+        predicted, due = None, 0.0
+        # what moving one systematic coin by a row does is too fine for linear response: it made noise, not less of it
+        if response is not None and drawn.tables is None:
+            mean, _, due = self.chance.expected(self, theta, response.matrix)
+            predicted = scored(response(drawn.counts, self.probabilities(theta))[..., None] - mean)
+        baseline = others(errors.mean(-1)[..., None, None]) / (errors.shape[-2] - 1)
+        return controlled(scored(errors), drawn.scores.sum(-3), baseline, predicted, due)
+
+    def _left(self, theta: Tensor, drawn: Draws, errors: Tensor) -> float:
+        """See `GradientEstimate`."""
+        left, whole = (self._moved(theta, drawn, errors, one).var(0).sum() for one in (self.response, None))
+        return (left / whole).item() if whole > 0 else 1.0
 
     def differentiate(
         self, theta: Tensor, counts: Tensor, indices: Tensor, truth: Tensor, directions: Tensor | None
@@ -211,8 +274,9 @@ class Objective(Law):
     def weight_for(self, theta: Tensor, indices: Tensor, counts: Tensor) -> float:
         """The weight of the cost at which J is near stationary when all beta are shifted alike.
 
-        To first order the coins add a variance `V = sum_i v_i (1/p_i - 1)`, and `dV/dbeta = -V`. So the weight is V
-        over the derivative of the cost; V is measured as the mean squared difference to the run with p = 1. counts:
+        To first order bernoulli coins add a variance `V = sum_i v_i (1/p_i - 1)`, and `dV/dbeta = -V`; of systematic
+        ones linear response says how V falls, and without it the same is assumed. So the weight is the fall of V over
+        the derivative of the cost; V is measured as the mean squared difference to the run with p = 1. counts:
         (D, R, K) for samples with these indices (B,). The spending that theta stands for is thus about kept, and
         learning moves it between levels and times.
         """
@@ -222,7 +286,12 @@ class Objective(Law):
             several = indices.expand(len(counts), -1)
             weights = self.weights(counts, p).to(plain.device)
             variance = self.errors(weights, counts, several, plain.expand(len(counts), *plain.shape)).mean().item()
-        return variance / self.cost_gradient(theta.detach())[-1].sum().item()
+        fall = 1.0
+        if self.response is not None:
+            mean, pathwise, chance = self.chance.expected(self, theta.detach().double(), self.response.matrix)
+            # learned coins can be certain to fall, and then add nothing
+            fall = -((pathwise + chance)[-1].sum() / mean).item() if mean > 0 else 1.0
+        return max(fall, LEAST_FALL) * variance / self.cost_gradient(theta.detach())[-1].sum().item()
 
     def held_out(self, theta: Tensor, coins: str, indices: Tensor, truth: Tensor, plans: int) -> Tensor:
         """Error of each sample (N,) with coins of its own, on average over `plans` plans: (N,) float64 on the CPU.
