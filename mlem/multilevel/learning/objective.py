@@ -13,7 +13,7 @@ learned. The gradient has three parts:
 - cost, by its formula, the same for both.
 
 Draws of an update share samples, noise and path. With a calibration, what linear response predicts of each draw is the
-control variate of the first two parts: its means are known, and its factor is the slope that the other draws show. The
+control variate of the first two parts: its means are known, and its factor is the slope by the other draws. The
 mean error of the other draws is the baseline of the second part (Kool et al., 2019). Both leave it unbiased.
 """
 
@@ -34,7 +34,7 @@ from mlem.grids import TimeGrid
 from mlem.multilevel.coins import coins_called
 from mlem.multilevel.learning.chance import CHANCES, Draws
 from mlem.multilevel.learning.law import Law
-from mlem.multilevel.learning.response import Response, controlled, others
+from mlem.multilevel.learning.response import Response, others, slope
 from mlem.schedule import NoiseSchedule
 from mlem.solvers import EvaluationPoint, GridPoint, Solver, make_solver, model_input, quadrature_weights
 from mlem.trajectory import samples, starting_noise, trajectory
@@ -200,32 +200,43 @@ class Objective(Law):
     ) -> Tensor:
         """The gradient (.., 2 + knots, K - 1) from D >= 2 draws.
 
-        errors (.., D, T) and pathwise (.., D, 2 + knots, K - 1), along the directions. Linear in both: the mean over ranks
-        that share their coins is the gradient for all their samples together.
+        errors (.., D, T) and pathwise (.., D, 2 + knots, K - 1), along the directions. Affine in both: the mean over
+        ranks that share their coins is the gradient for all their samples together.
         """
-        moved, predicted, mean = self._moved(theta, drawn, errors, self.response), None, 0.0
+        moved = self._moved(theta, drawn, errors, self.response)
         if self.response is not None:
-            predicted = self.response.slopes(self, theta, drawn.counts)
+            predicted, factor = self.response.slopes(self, theta, drawn.counts), self._factor(theta, drawn, errors)
             mean = self.chance.expected(self, theta, self.response.matrix)[1]
             if directions is not None:
                 predicted = (predicted * directions).sum((-2, -1), keepdim=True) * directions
-        none = torch.zeros_like(pathwise)
-        pathwise = controlled(pathwise, none, none, predicted, mean)
+            pathwise = pathwise - factor * (predicted - mean)
         return (pathwise + moved).mean(-3) + weight * self.cost_gradient(theta)
+
+    def _predicted(self, theta: Tensor, drawn: Draws, response: Response) -> Tensor:
+        """What linear response says of the tables: (.., D, T)."""
+        tables = drawn.counts.unsqueeze(-3) if drawn.tables is None else drawn.tables
+        return response(tables, self.probabilities(theta))
+
+    def _factor(self, theta: Tensor, drawn: Draws, errors: Tensor) -> Tensor:
+        """Of the control variate: (.., D, 1, 1)."""
+        assert self.response is not None
+        mean = self.chance.expected(self, theta, self.response.matrix)[0]
+        return slope(errors, self._predicted(theta, drawn, self.response), mean)[..., None, None]
 
     def _moved(self, theta: Tensor, drawn: Draws, errors: Tensor, response: Response | None) -> Tensor:
         """The part of the coins, of each draw: (.., D, 2 + knots, K - 1)."""
+        count = errors.shape[-1] * (errors.shape[-2] - 1)
 
         def scored(values: Tensor) -> Tensor:
-            return (values[..., None, None] * drawn.scores).sum(-3)
+            return ((values - others(values)[..., None] / count)[..., None, None] * drawn.scores).sum(-3)
 
-        predicted, due = None, 0.0
         # what moving one systematic coin by a row does is too fine for linear response: it made noise, not less of it
-        if response is not None and drawn.tables is None:
-            mean, _, due = self.chance.expected(self, theta, response.matrix)
-            predicted = scored(response(drawn.counts, self.probabilities(theta))[..., None] - mean)
-        baseline = others(errors.mean(-1)[..., None, None]) / (errors.shape[-2] - 1)
-        return controlled(scored(errors), drawn.scores.sum(-3), baseline, predicted, due)
+        if response is None or drawn.tables is not None:
+            return scored(errors)
+        due = self.chance.expected(self, theta, response.matrix)[2]
+        return scored(errors) - self._factor(theta, drawn, errors) * (
+            scored(self._predicted(theta, drawn, response)) - due
+        )
 
     def _left(self, theta: Tensor, drawn: Draws, errors: Tensor) -> float:
         """See `GradientEstimate`."""

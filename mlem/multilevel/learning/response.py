@@ -16,7 +16,7 @@ from mlem.multilevel.learning.law import Law
 from mlem.multilevel.predict import Predictor
 from mlem.solvers import Solver
 
-__all__ = ["Response", "controlled", "others"]
+__all__ = ["Response", "others", "slope"]
 
 LEAST_DRAWS = 4
 """From which on the slope of the other draws is worth more than none."""
@@ -60,32 +60,27 @@ class Response:
         return product.view(*flat.shape[:-1], corrections, rows).transpose(-1, -2)
 
 
-def controlled(
-    part: Tensor, scores: Tensor, baseline: Tensor, predicted: Tensor | None, mean: Tensor | float = 0.0
-) -> Tensor:
-    """A part of the gradient with less noise and the same mean.
+def slope(errors: Tensor, predicted: Tensor, mean: Tensor) -> Tensor:
+    """The factor of a control variate: how errors rise with what is predicted, by the other draws.
 
-    It is `part - baseline scores - slope (predicted - mean)`. The slope is that of the other draws, and one draw more
-    that goes as predicted: so it is independent of the draw, and no bias comes in. Below four draws it is 1.
+    One draw more is taken to go as predicted. A factor is independent of its own draw, so that no bias comes in; it is
+    affine in the errors.
 
     Args:
-        part, scores: (.., D, 2 + knots, K - 1), of D draws, independent of each other.
-        baseline: (.., D, 1, 1) or as `part`, from the other draws alone.
-        predicted: as `part`, what is predicted of `part - baseline scores`; None: nothing is.
-        mean: (2 + knots, K - 1), the mean of that over draws.
+        errors, predicted: (.., D, T), of D >= 2 independent draws. mean: (), of what is predicted.
+
+    Returns: (.., D). Below four draws 1.
     """
-    found, count = part - baseline * scores, part.shape[-3]
-    if predicted is None:
-        return found
-    excess, slope = predicted - mean, torch.ones(())
-    if count >= LEAST_DRAWS:
-        product = others(part * excess) - baseline * others(scores * excess)
-        square = others(excess.square()).sum((-2, -1), keepdim=True)
-        fitted = product.sum((-2, -1), keepdim=True) / square.clamp(min=1e-300)
-        slope = (1 + (count - 1) * fitted) / count
-    return found - slope * excess
+    count = errors.shape[-2]
+    if count < LEAST_DRAWS:
+        return torch.ones(errors.shape[:-1], dtype=errors.dtype)
+    excess = predicted - mean
+    product = others(errors * excess) - others(errors) * others(excess) / (errors.shape[-1] * (count - 1))
+    fitted = product / others(excess.square()).clamp(min=1e-300)
+    return (1 + (count - 1) * fitted) / count
 
 
 def others(values: Tensor) -> Tensor:
-    """Sums over the other draws: (.., D, 2 + knots, K - 1) -> the same."""
-    return values.sum(-3, keepdim=True) - values
+    """Sums over the other draws: (.., D, T) -> (.., D)."""
+    own = values.sum(-1)
+    return own.sum(-1, keepdim=True) - own
