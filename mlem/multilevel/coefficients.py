@@ -101,7 +101,8 @@ class Coefficients:
         """alpha and beta nearest (least squares in the logit) to a table of probabilities (R, K)."""
         design = torch.nn.functional.pad(features(schedule, times, knots), (0, 1), value=1.0)
         logits = torch.logit(probabilities.double().clamp(1e-6, 1 - 1e-3))
-        solution = cast(Tensor, torch.linalg.lstsq(design, logits).solution)
+        # by singular values: of fewer rows than features the least solution, which rounding cannot change
+        solution = cast(Tensor, torch.linalg.lstsq(design, logits, rcond=1e-7, driver="gelsd").solution)
         certain = (probabilities >= 1).all(0)
         alpha = torch.where(certain, 0.0, solution[:-1]).T
         return alpha if knots else alpha[:, 0], torch.where(certain, CERTAIN, solution[-1])

@@ -53,7 +53,7 @@ def nearest_coefficients(family: Family, solver: Solver, grid: TimeGrid, budget:
     table = make_plan(spec, family, solver, grid).probabilities.clone()
     table[:, 1:].clamp_(max=LARGEST)
     alpha, beta = Coefficients.fit(table, family.schedule, _times(family, solver, grid), knots)
-    return torch.cat([alpha.view(len(beta), -1)[1:].T, beta[None, 1:]])
+    return _rounded(torch.cat([alpha.view(len(beta), -1)[1:].T, beta[None, 1:]]))
 
 
 def first_coefficients(family: Family, solver: Solver, grid: TimeGrid, budget: float, knots: int = 0) -> Tensor:
@@ -69,7 +69,12 @@ def first_coefficients(family: Family, solver: Solver, grid: TimeGrid, budget: f
     worth = torch.stack([predictor.worth(one).square() for one in corrections], 1)
     flops = torch.tensor([level.flops for level in family.levels], dtype=torch.float64)
     law = Law(family.schedule, _times(family, solver, grid), flops / flops[-1], seed=0, knots=knots)
-    return least_variance(law, worth, nearest, budget)
+    return _rounded(least_variance(law, worth, nearest, budget))
+
+
+def _rounded(theta: Tensor) -> Tensor:
+    """To six decimals: last digits of linear algebra depend on where numbers lie; a resumed run must begin alike."""
+    return theta.round(decimals=6)
 
 
 def _times(family: Family, solver: Solver, grid: TimeGrid) -> list[float]:
