@@ -58,7 +58,7 @@ def test_learning_differentiates_from_where_sampling_begins(family: Family) -> N
     plain = sample(family, solver="ddim", grid=grid, indices=range(5), conditions=told).x
     assert (truth - plain).abs().max() < 1e-6
     theta = torch.tensor([[0.3], [-0.4]], dtype=torch.float64)
-    counts = problem.toss(theta, 0, 3)
+    counts = problem.draw(theta, 0, 3).counts
 
     def errors(theta: torch.Tensor) -> torch.Tensor:
         weights = problem.weights(counts, problem.probabilities(theta))

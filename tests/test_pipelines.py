@@ -388,6 +388,12 @@ def test_mistakes_get_one_line(what: str, tmp_path: Path) -> None:
     assert "step" not in vars(pipe.scheduler)
 
 
+def test_a_misspelt_argument_names_its_nearest() -> None:
+    misspelt: dict[str, Any] = {"smal": None, "budget": 0.5}
+    with pytest.raises(TypeError, match=r"^accelerate\(\) has no argument 'smal'; did you mean small\?$"):
+        mlem.accelerate(None, **misspelt)
+
+
 def test_two_networks_are_left_to_the_pipeline() -> None:
     tiny, pipe = pipeline("WanPipeline", "flow Euler")
     pipe.transformer_2 = tiny.small()

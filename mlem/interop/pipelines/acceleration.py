@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mlem import networks
+from mlem.arguments import called
 from mlem.conditions import described
 from mlem.family import Family
 from mlem.interop.pipelines.captured import Call, CapturedNetwork, plain_network
@@ -35,6 +36,7 @@ from mlem.waiting import Waiting
 __all__ = ["Acceleration", "accelerate", "restore"]
 
 
+@called("accelerate")
 def accelerate(
     pipe: Any,
     *,
