@@ -225,6 +225,50 @@ def test_a_callback_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
     assert "step" not in vars(pipe.scheduler)
 
 
+def test_guidance_that_ends_midway_is_refused(tmp_path: Path) -> None:
+    tiny, pipe = pipeline("StableDiffusionPipeline", "DDIM")
+
+    def end(pipe: Any, step: int, time: Any, given: dict[str, Tensor]) -> dict[str, Tensor]:
+        if step == 2:
+            pipe._guidance_scale = 0.0
+            return {"prompt_embeds": given["prompt_embeds"].chunk(2)[1]}
+        return {}
+
+    told: dict[str, Any] = {"callback_on_step_end_tensor_inputs": ["latents", "prompt_embeds"]}
+    with (
+        mlem.accelerate(pipe, small=tiny.small(), plan=held(), cache=tmp_path, **QUICK),
+        pytest.raises(ValueError, match=r"^the pipeline asks for 2 rows now, and began with 4: "),
+    ):
+        pictures(tiny, pipe, callback_on_step_end=end, **told)
+
+
+def test_a_scheduler_that_is_shared(tmp_path: Path) -> None:
+    """A plain pipeline with the scheduler of one whose call was broken off, and a step that a user put there."""
+    tiny, pipe = pipeline("StableDiffusionPipeline", "DDIM")
+    plain = tiny.make(pipe.scheduler)
+    expected = pictures(tiny, plain)
+    seen: list[int] = []
+    own = pipe.scheduler.step
+
+    def step(*args: Any, **kwargs: Any) -> Any:
+        seen.append(1)
+        return own(*args, **kwargs)
+
+    pipe.scheduler.step = step
+    with mlem.accelerate(pipe, small=tiny.small(), plan=held(), cache=tmp_path, **QUICK):
+        pictures(tiny, pipe)
+        assert len(seen) == STEPS
+        _broken_off(tiny, pipe)
+        assert torch.equal(pictures(tiny, plain), expected)
+    assert pipe.scheduler.step is step
+
+
+def test_a_pipeline_that_nobody_else_holds(tmp_path: Path) -> None:
+    tiny = PIPELINES["StableDiffusionPipeline"]
+    with mlem.accelerate(tiny.make(SCHEDULERS["DDIM"]()), small=tiny.small(), plan=ALONE, cache=tmp_path) as pipe:
+        pictures(tiny, pipe)
+
+
 def test_a_budget_in_seconds(tmp_path: Path) -> None:
     """By a calibration whose seconds are known."""
     tiny, pipe = pipeline("DDPMPipeline", "DDPM")
@@ -258,15 +302,17 @@ def test_the_users_callback_still_works(tmp_path: Path) -> None:
 def test_half_precision(tmp_path: Path) -> None:
     tiny, pipe = pipeline("StableDiffusionPipeline", "DDIM")
     pipe.to(torch.bfloat16)
+    small = tiny.small()
     inputs = {
         name: value.bfloat16() if isinstance(value, Tensor) else value for name, value in tiny.inputs(2, 1).items()
     }
     own = pipe(**inputs, num_inference_steps=STEPS).images
     for plan in (ALONE, held(estimator="hindsight")):
-        with mlem.accelerate(pipe, small=tiny.small(), plan=plan, cache=tmp_path, **QUICK):
+        with mlem.accelerate(pipe, small=small, plan=plan, cache=tmp_path, **QUICK):
             found = pipe(**inputs, num_inference_steps=STEPS).images
         assert found.dtype == torch.bfloat16
         assert torch.equal(found, own) is (plan is ALONE)
+    assert next(small.parameters()).dtype == torch.float32  # the user's network is as it was
 
 
 def test_a_compiled_network(tmp_path: Path) -> None:
@@ -326,6 +372,31 @@ def _mistakes() -> dict[str, tuple[str, dict[str, Any], str]]:
         "latents": ("DDPMPipeline", {"small": wide}, r"small network small has in_channels=4, the pipeline's has 1"),
         "rows": (sd, {"plan": mine}, r"the plan has 4 rows, and this call makes 5 steps; pass budget="),
         "budget": (sd, {"plan": PlanSpec(budget=0.01, cost="flops")}, r"^a sample takes small .* ms, large .*no plan"),
+        "levels": (
+            sd,
+            {"plan": Plan.given(torch.ones(5, 3))},
+            r"the plan is for 3 levels \(unnamed\), and the n",
+        ),
+        "names": (
+            sd,
+            {"plan": Plan.given(torch.ones(5, 2), levels=("xs", "l"))},
+            r"the plan is for 2 levels \(xs, l\), and the networks here are small, large",
+        ),
+        "solver": (
+            sd,
+            {"plan": Plan.given(torch.ones(5, 2), about={"solver": "diffusers:DPMSolverMultistepScheduler"})},
+            r"the plan was made for diffusers:DPMSolverMultistepScheduler, and is used with diffusers:DDIMScheduler",
+        ),
+        "prediction": (
+            "DDPMPipeline",
+            {"small": _named("xs", prediction="v")},
+            r"level xs predicts v under .*take",
+        ),
+        "noise": (
+            "DDPMPipeline",
+            {"small": _named("xs", mlem.NoiseSchedule.cosine())},
+            r"level xs predicts eps under .*take one",
+        ),
         "neither": (sd, {"plan": None}, r"^give one of budget= and plan=, such as budget=0\.4$"),
         "coins": (
             sd,
@@ -352,11 +423,17 @@ def _mistakes() -> dict[str, tuple[str, dict[str, Any], str]]:
     }
 
 
-def _named(name: str) -> Level:
-    return Level(name, PIPELINES["DDPMPipeline"].small(), mlem.NoiseSchedule.linear(), (1, 8, 8), "eps")
+def _named(name: str, schedule: mlem.NoiseSchedule | None = None, prediction: str = "eps") -> Level:
+    network = PIPELINES["DDPMPipeline"].small()
+    return Level(name, network, schedule or mlem.NoiseSchedule.from_diffusers(STABLE), (1, 8, 8), prediction)
 
 
 MISTAKES = (
+    "levels",
+    "names",
+    "solver",
+    "prediction",
+    "noise",
     "scheduler",
     "latents",
     "rows",

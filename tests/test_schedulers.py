@@ -11,8 +11,10 @@ import torch
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
+from diffusers.schedulers.scheduling_edm_euler import EDMEulerScheduler
 from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+from diffusers.schedulers.scheduling_heun_discrete import HeunDiscreteScheduler
 from diffusers.schedulers.scheduling_pndm import PNDMScheduler
 from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
 from torch import Tensor
@@ -40,6 +42,8 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "DPM-Solver++": lambda: DPMSolverMultistepScheduler(**STABLE, use_karras_sigmas=True),
     "Euler": lambda: EulerDiscreteScheduler(**STABLE),
     "flow Euler": lambda: FlowMatchEulerDiscreteScheduler(shift=3.0),
+    "default flow Euler": lambda: FlowMatchEulerDiscreteScheduler(),
+    "default Heun": HeunDiscreteScheduler,
     "flow UniPC": lambda: UniPCMultistepScheduler(
         use_flow_sigmas=True, flow_shift=3.0, prediction_type="flow_prediction"
     ),
@@ -229,7 +233,29 @@ def _pictures(found: Any) -> Tensor:
     return found.frames if hasattr(found, "frames") else found.images
 
 
+def test_defaults_of_other_schedulers_are_taken_over() -> None:
+    """diffusers leaves out of a config what was not said."""
+    assert made(FlowMatchEulerDiscreteScheduler().config).flows
+    heun = made(HeunDiscreteScheduler().config)
+    assert (heun.config["beta_start"], heun.config["beta_end"]) == (0.00085, 0.012)
+
+
+def test_a_ddim_pipeline_takes_it() -> None:
+    tiny = PIPELINES["DDIMPipeline"]
+    pipe = tiny.make(DDIMScheduler(clip_sample=False, prediction_type="v_prediction"))
+    pipe.scheduler = made(pipe.scheduler.config)
+    assert pipe(**tiny.inputs(1, 1), num_inference_steps=3).images.shape == (1, 8, 8, 1)
+    with pytest.raises(ValueError, match=r"^eta=0\.5 and use_clipped_model_output are of DDIM; leave them out$"):
+        pipe(**tiny.inputs(1, 1), num_inference_steps=3, eta=0.5)
+
+
 def test_mistakes() -> None:
+    with pytest.raises(ValueError, match=r"has betas or a rectified flow, and the config's sigma_data is of neither"):
+        made(EDMEulerScheduler().config)
+    with pytest.raises(ValueError, match=r"use_dynamic_shifting depends on the picture"):
+        made(FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True).config)
+    with pytest.raises(ValueError, match=r"flow_prediction goes with the sigmas of flows"):
+        RandomizedMidpointScheduler(prediction_type="flow_prediction")
     with pytest.raises(ValueError, match=r"use_dynamic_shifting depends on the picture; set it to False"):
         RandomizedMidpointScheduler(shift=1.0, use_dynamic_shifting=True)
     with pytest.raises(ValueError, match=r"set_timesteps\(steps\) comes before step\(\)"):

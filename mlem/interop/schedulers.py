@@ -13,8 +13,9 @@ from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, Sch
 from torch import Tensor
 
 from mlem.grids import TimeGrid
-from mlem.predictions import Flow, NoiseLevel, Prediction, make_prediction
+from mlem.predictions import Flow, NoiseLevel, Prediction
 from mlem.schedule import NoiseSchedule, expand_like
+from mlem.scheduler_configs import prediction_of
 from mlem.solvers import GridPoint
 from mlem.solvers.randomized_midpoint import draw_midpoints
 
@@ -69,17 +70,18 @@ class RandomizedMidpointScheduler(SchedulerMixin, ConfigMixin):
         grid: str = "log_snr",
         seed: int = 0,
     ) -> None:
-        self.flows = shift is not None or use_flow_sigmas
+        kind = {"_class_name": "FlowMatch" if shift is not None else "", "num_train_timesteps": num_train_timesteps}
+        said = {"prediction_type": prediction_type, "use_flow_sigmas": use_flow_sigmas}
+        self.prediction: Prediction = prediction_of(kind | said)
+        self.flows = isinstance(self.prediction, Flow)
         if self.flows:
             if use_dynamic_shifting:
                 raise ValueError("use_dynamic_shifting depends on the picture; set it to False and give shift=")
             self._schedule = NoiseSchedule.flow(flow_shift if shift is None else shift)
-            self.prediction: Prediction = Flow(timesteps=num_train_timesteps)
         else:
             names = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")
             config: dict[str, Any] = {name: self.config[name] for name in (*names, "trained_betas")}
             self._schedule = NoiseSchedule.from_diffusers(config | {"rescale_betas_zero_snr": rescale_betas_zero_snr})
-            self.prediction = make_prediction(prediction_type)
         self.num_inference_steps: int | None = None
         self.timesteps, self.sigmas = torch.zeros(0), torch.zeros(0)
         self._places: list[GridPoint] = []
@@ -87,6 +89,19 @@ class RandomizedMidpointScheduler(SchedulerMixin, ConfigMixin):
         self._begin_index: int | None = None
         self._step_index: int | None = None
         self._before: Tensor | None = None
+
+    @classmethod
+    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """The scheduler with the noise of another one's config, what that took by default included.
+
+        Raises:
+            ValueError: the noise of that class is none of betas or of a rectified flow.
+        """
+        given = {name: value for name, value in dict(config).items() if name != "_use_default_values"}
+        for name in ("sigma_data", "shift_terminal"):  # of EDM, and of flows that end at noise of their own
+            if given.get(name):
+                raise ValueError(f"{cls.__name__} has betas or a rectified flow, and the config's {name} is of neither")
+        return super().from_config(given, return_unused_kwargs, **kwargs)
 
     @property
     def begin_index(self) -> int | None:
@@ -155,6 +170,8 @@ class RandomizedMidpointScheduler(SchedulerMixin, ConfigMixin):
         model_output: Tensor,
         timestep: float | Tensor,
         sample: Tensor,
+        eta: float = 0.0,
+        use_clipped_model_output: bool | None = None,
         generator: torch.Generator | None = None,
         return_dict: bool = True,
     ) -> SchedulerOutput | tuple[Tensor]:
@@ -164,9 +181,12 @@ class RandomizedMidpointScheduler(SchedulerMixin, ConfigMixin):
             model_output: the answer, (B, ...).
             timestep: an entry of `timesteps`; they must come in their order.
             sample: (B, ...), what the network was asked at.
+            eta, use_clipped_model_output: as DDIM has them, for pipelines that give them: 0, and not set.
             generator: not used, and taken because pipelines give one: midpoints are drawn by `set_timesteps`.
             return_dict: whether to return an object with `.prev_sample`, else a tuple.
         """
+        if eta or use_clipped_model_output:
+            raise ValueError(f"eta={eta} and use_clipped_model_output are of DDIM; leave them out")
         if self.num_inference_steps is None:
             raise ValueError("set_timesteps(steps) comes before step()")
         if self._step_index is None:

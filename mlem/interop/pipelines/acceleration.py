@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import warnings
-import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -100,6 +99,7 @@ class Acceleration:
     """A pipeline that is accelerated; see `accelerate`. As a context manager it gives the pipeline, and restores it.
 
     Attributes:
+        pipe: the pipeline.
         plan: of the last call; None before the first step of the first.
     """
 
@@ -114,10 +114,11 @@ class Acceleration:
         cache: str | os.PathLike[str] | None,
         offload: bool,
     ) -> None:
-        self._pipe, self._place = weakref.ref(pipe), place_of(pipe)
+        self.pipe, self._place = pipe, place_of(pipe)
         self._large: nn.Module = getattr(pipe, self._place)
         self._home = next(self._large.parameters()).device
-        self._networks = named_networks(small, self._large) | {LARGE: self._large}
+        small_ones, self._levels = named_networks(small, self._large)
+        self._networks = small_ones | {LARGE: self._large}
         self._asked, self._images, self._times, self._offload = asked, images, times, offload
         self._cache = _cache_folder(cache)
         self._run: Run | None = None
@@ -138,14 +139,6 @@ class Acceleration:
                 self.restore()
                 raise
         return self
-
-    @property
-    def pipe(self) -> Any:
-        """The pipeline."""
-        pipe = self._pipe()
-        if pipe is None:
-            raise ReferenceError("the pipeline is gone")
-        return pipe
 
     @property
     def family(self) -> Family:
@@ -178,9 +171,7 @@ class Acceleration:
             self._run.end()
         if self._offload:
             moved(self._large, self._home)
-        pipe = self._pipe()
-        if pipe is not None:
-            vars(pipe)[self._place] = self._large
+        vars(self.pipe)[self._place] = self._large
 
     def evaluate(self, call: Call) -> Tensor:
         """What stands for the large network's output; called by the network in its place."""
@@ -190,6 +181,8 @@ class Acceleration:
                 self._run.end()  # one that was broken off
             plan = self._asked if isinstance(self._asked, Plan) else None
             stepping = self._steppings.of(scheduler, call.moment)
+            for level in self._levels:
+                stepping.refuse_other(level)
             self._run = Run(self._networks, scheduler, stepping, plan, self._plan_for, self._offload)
             self.plan = plan
         return self._run.evaluate(call).to(call.x.dtype)
@@ -214,7 +207,8 @@ class Acceleration:
     def _family(self, run: Run) -> Family:
         """The levels of a run, which share what was fitted with those of all runs that are alike."""
         shape = tuple(run.first[0].x.shape[1:])
-        key = json.dumps([run.stepping.identity, run.guidance, shape], sort_keys=True)
+        device = run.first[0].x.device.type
+        key = json.dumps([run.stepping.identity, run.guidance, shape, device], sort_keys=True)
         if key not in self._families:
             levels = [self._level(name, run, shape) for name in self._networks]
             family = Family(levels)

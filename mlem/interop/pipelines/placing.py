@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -92,9 +93,10 @@ def place_of(pipe: Any) -> str:
     return place
 
 
-def named_networks(small: Sequence[Small], large: nn.Module) -> dict[str, nn.Module]:
-    """The small networks by name, on the device of the large one and in its dtype."""
+def named_networks(small: Sequence[Small], large: nn.Module) -> tuple[dict[str, nn.Module], list[Level]]:
+    """The small networks by name, on the device of the large one and in its dtype; and those that came as levels."""
     found: dict[str, nn.Module] = {}
+    levels: list[Level] = []
     like = next(large.parameters())
     for number, one in enumerate(small, 1):
         name, network = "small" if len(small) == 1 else f"small{number}", one
@@ -103,15 +105,16 @@ def named_networks(small: Sequence[Small], large: nn.Module) -> dict[str, nn.Mod
             one = Level.load(folder) if (folder / "mlem.json").is_file() else Level.from_diffusers(folder)
         if isinstance(one, Level):
             name, network = one.name, one.network
+            levels.append(one)
         assert isinstance(network, nn.Module)
         _refuse_other_latents(name, network, large)
         own = next(network.parameters())
-        if (own.device, own.dtype) != (like.device, like.dtype):
-            network.to(device=like.device, dtype=like.dtype)
-        found[name] = network.eval()
+        if own.dtype != like.dtype:
+            network = copy.deepcopy(network).to(like.dtype)  # that of the user stays as it is
+        found[name] = network.to(like.device).eval() if own.device != like.device else network.eval()
     if LARGE in found:
         raise ValueError(f"a small network cannot be called {LARGE}, which is the pipeline's own")
-    return found
+    return found, levels
 
 
 def _refuse_other_latents(name: str, network: nn.Module, large: nn.Module) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mlem.interop.diffusers import PREFIX
 from mlem.interop.pipelines.captured import Call, Guidance
 from mlem.interop.pipelines.stepping import Stepping
 from mlem.multilevel.estimators import ESTIMATORS
@@ -86,6 +87,11 @@ class Run:
     def evaluate(self, call: Call) -> Tensor:
         """The output that stands for the large network's, (N, ...)."""
         side = len(self._told)
+        if self.first and (side >= len(self.first) or len(call.x) != len(self.first[side].x)):
+            raise ValueError(
+                f"the pipeline asks for {len(call.x)} rows now, and began with {len(self.first[0].x)}: guidance that "
+                "ends midway cannot be accelerated"
+            )
         self._told.append(call)
         if self.plan is None:
             output = self._answer(len(self._networks) - 1, call)
@@ -103,6 +109,15 @@ class Run:
                 f"the plan has {plan.evaluations} rows, and this call makes {self.rows} steps; pass budget=, which "
                 "makes one for every call, or a plan of as many rows"
             )
+        names = plan.levels or tuple(self._names)
+        if len(names) != plan.probabilities.shape[1] or not set(names) <= set(self._names):
+            raise ValueError(
+                f"the plan is for {plan.probabilities.shape[1]} levels ({', '.join(plan.levels) or 'unnamed'}), and "
+                f"the networks here are {', '.join(self._names)}"
+            )
+        made_for = str(plan.about.get("solver", ""))
+        if made_for.startswith(PREFIX) and made_for != self.stepping.solver.name:
+            raise ValueError(f"the plan was made for {made_for}, and is used with {self.stepping.solver.name}")
         if plan.per_sample or bool((plan.correction_weights[:, 0] != 1).any()):
             raise ValueError("a pipeline needs a plan that all samples share, whose first level always runs")
         if plan.moves_state and not self.stepping.solver.revisable:
@@ -153,11 +168,14 @@ class Run:
 
     def _watch(self) -> None:
         """Put a function around the scheduler's step."""
-        own = self._scheduler.step
+        own, self._step_before = self._scheduler.step, vars(self._scheduler).get("step")
 
         @functools.wraps(own)
         def step(model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
             result = own(model_output, timestep, sample, *args, **kwargs)
+            if not self._outputs:  # of another pipeline with this scheduler, after a call that was broken off
+                self.end()
+                return result
             try:
                 return self._after(model_output, result)
             except BaseException:
@@ -165,11 +183,18 @@ class Run:
                 raise
 
         self._scheduler.step = step
+        self._watching = True
 
     def end(self) -> None:
         """Take the function away again."""
-        watched = vars(self._scheduler).pop("step", None) is not None
-        if watched and self._offload:
+        if not self._watching:
+            return
+        self._watching = False
+        if self._step_before is None:
+            vars(self._scheduler).pop("step", None)
+        else:
+            self._scheduler.step = self._step_before
+        if self._offload:
             moved(self._networks[-1], torch.device("cpu"))
 
     def _after(self, answer: Tensor, result: Any) -> Any:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
-from functools import cached_property
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 from mlem.brownian import NoisePath
 from mlem.grids import TimeGrid
 from mlem.interop.diffusers import PREFIX
+from mlem.level import Level
 from mlem.multilevel.evaluators import Moment
 from mlem.predictions import NoiseLevel, Prediction
 from mlem.schedule import NoiseSchedule
@@ -24,6 +24,8 @@ from mlem.solvers.base import GridPoints
 
 __all__ = ["LinearPart", "Stepping", "Steppings"]
 
+_SAME_NOISE = 0.01
+"""How far log-SNRs may be apart for the noise to be the same."""
 _MOST = 16
 """Calls of different steps that are kept."""
 
@@ -48,6 +50,7 @@ class Stepping:
     Attributes:
         points: of the noise levels that are visited, the last one included.
         moments: of the evaluations, in the units of the network's output.
+        quadrature: what each noise estimate adds to the last y.
 
     Raises:
         ValueError: plans cannot be made for this scheduler.
@@ -67,11 +70,20 @@ class Stepping:
         self.points = GridPoint.of(self.schedule, TimeGrid("diffusers", tuple(times)))
         self.moments = [Moment(point.alpha, point.kappa, self._unit(point)) for point in self.points[:-1]]
         self.solver = LinearPart(scheduler, self, first)
+        self.quadrature: list[float] = quadrature_weights(self.solver, self.schedule, self.points)[0].tolist()
 
-    @cached_property
-    def quadrature(self) -> list[float]:
-        """What each noise estimate adds to the last y."""
-        return quadrature_weights(self.solver, self.schedule, self.points)[0].tolist()
+    def refuse_other(self, level: Level) -> None:
+        """Raise ValueError unless the network of a level is asked and answers as the pipeline's own does."""
+        times = torch.tensor([0.1, 0.3, 0.5, 0.7, 0.9], dtype=torch.float64)
+        same = level.prediction.name == self.prediction.name
+        if same and not self.flows:
+            difference = (level.schedule.log_snr(times) - self.schedule.log_snr(times)).abs().max()
+            same = level.schedule.num_timesteps == self.schedule.num_timesteps and difference < _SAME_NOISE
+        if not same:
+            raise ValueError(
+                f"level {level.name} predicts {level.prediction} under {level.schedule}, and this pipeline's network "
+                f"{self.prediction} under {self.schedule}; take one that was trained alike"
+            )
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -149,17 +161,14 @@ class LinearPart(Solver):
         config = stepping.config
         self.revisable = _REVISABLE[type(scheduler).__name__]
         self.stochastic = type(scheduler).__name__ in _STOCHASTIC or str(config.get("algorithm_type")).startswith("sde")
+        self.stochastic |= bool(config.get("stochastic_sampling"))
         if self.stochastic:
             self.reference = "ddpm"
         self._fresh, self._stepping, self._first = copy.deepcopy(scheduler), stepping, first
+        vars(self._fresh).pop("step", None)  # what was put around the step of the other one
         for option in ("clip_sample", "thresholding"):
             if option in config:
                 self._fresh.register_to_config(**{option: False})
-
-    @property
-    def settings(self) -> Mapping[str, Any]:
-        """Options of the scheduler; plain data."""
-        return {name: value for name, value in self._stepping.config.items() if not name.startswith("_")}
 
     def init(self, points: GridPoints, indices: Tensor, seed: int) -> Any:
         """Two schedulers that draw the same noise: one of them sees nothing else."""
