@@ -50,7 +50,7 @@ class Export:
 
     @property
     def of_diffusers(self) -> bool:
-        """Whether diffusers opens the network."""
+        """Whether diffusers opens the network, beside mlem where the class is one of mlem's."""
         return "_diffusers_version" in self.config and "." not in self.kind
 
     @property

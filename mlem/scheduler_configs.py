@@ -16,6 +16,9 @@ from mlem.schedule import EDMSchedule, FlowSchedule, NoiseSchedule
 
 __all__ = ["pipeline_index", "prediction_of", "to_diffusers"]
 
+_UNETS = {"UNet2DModel": "diffusers", "PatchUNet2DModel": "mlem.networks.patch_unet"}
+"""Networks of pictures that pipelines of diffusers call alike: class -> the library that model_index.json names."""
+
 
 def prediction_of(config: Mapping[str, Any]) -> Prediction:
     """What a network predicts that comes with this scheduler config.
@@ -85,7 +88,8 @@ def pipeline_index(
     Returns: None where diffusers has no such pipeline.
     """
     kind = None if scheduler is None else scheduler["_class_name"]
-    if network["_class_name"] != "UNet2DModel" or kind not in ("DDIMScheduler", "DDPMScheduler"):
+    library = _UNETS.get(network["_class_name"])
+    if library is None or kind not in ("DDIMScheduler", "DDPMScheduler"):
         return None
     size, channels = network["sample_size"], network["in_channels"]
     square = isinstance(size, int)
@@ -93,12 +97,12 @@ def pipeline_index(
     if tuple(shape) != made or channels not in (1, 3) or network["out_channels"] != channels:
         return None
     pipeline = kind.replace("Scheduler", "Pipeline")
-    if network["num_class_embeds"] is not None or network["class_embed_type"] is not None or conditions:
+    if network["num_class_embeds"] is not None or network.get("class_embed_type") is not None or conditions:
         # the one that tells a UNet2DModel its class; it makes squares
         if conditions != {"class_labels": (network["num_class_embeds"] or 0) - 1} or not square:
             return None
         pipeline = "ConsistencyModelPipeline"
-    parts = {"unet": ["diffusers", "UNet2DModel"], "scheduler": ["diffusers", kind]}
+    parts = {"unet": [library, network["_class_name"]], "scheduler": ["diffusers", kind]}
     return {"_class_name": pipeline, "_diffusers_version": network["_diffusers_version"], **parts}
 
 

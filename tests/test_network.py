@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 
+from mlem import Level, NoiseSchedule
 from mlem.networks import DIT_SIZES, SIZES, build, dit, flops, parameters, told, unet
 from tests.problems import level
 
@@ -196,3 +199,30 @@ def test_attention_needs_large_images(shape: tuple[int, int, int]) -> None:
     message = r"^attention needs images of 32x32 or more, height and width multiples of 8, got \d+ and \d+$"
     with pytest.raises(ValueError, match=message):
         unet("xs", shape, attention=True)
+
+
+@pytest.mark.parametrize("classes", [0, 3])
+def test_small_sizes_see_patches(classes: int, tmp_path: Path) -> None:
+    """Where there are pixels enough; a level of them is a folder that a pipeline of diffusers opens and samples."""
+    assert [type(unet(size, (3, 8, 8))).__name__ for size in ("xs", "s", "m")] == ["UNet2DModel"] * 3
+    built = [type(unet(size, (3, 16, 16))).__name__ for size in ("xs", "s", "m")]
+    assert built == ["PatchUNet2DModel", "PatchUNet2DModel", "UNet2DModel"]
+
+    network = unet("xs", (3, 16, 16), classes=classes).eval()
+    told = {"class_labels": torch.tensor([1, 2])} if classes else {}
+    x, t = torch.randn(2, 3, 16, 16), torch.tensor([3.0, 500.0])
+    with torch.no_grad():
+        found = network(x, t, **told).sample
+        patches = x.view(2, 3, 8, 2, 8, 2).permute(0, 1, 3, 5, 2, 4).reshape(2, 12, 8, 8)
+        inner = network.unet(patches, t, **told).sample
+    assert torch.equal(found, inner.view(2, 3, 2, 2, 8, 8).permute(0, 1, 4, 2, 5, 3).reshape(x.shape))
+
+    conditions = {"class_labels": classes} if classes else None
+    one = Level("xs", network, NoiseSchedule.cosine(), (3, 16, 16), prediction="v", conditions=conditions)
+    one.save(tmp_path)
+    pipe = DiffusionPipeline.from_pretrained(tmp_path)
+    pipe.set_progress_bar_config(disable=True)
+    options: dict[str, Any] = {"class_labels": [0, 1]} if classes else {}
+    assert pipe(batch_size=2, num_inference_steps=2, output_type="np", **options).images.shape == (2, 16, 16, 3)
+    loaded = Level.load(tmp_path).network.eval()  # in channels_last
+    torch.testing.assert_close(loaded(x, t, **told).sample.detach(), found)

@@ -38,13 +38,14 @@ ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {"unet": unet, "dit": dit}
 
 CLASSES: dict[str, LoadableClass] = {
     "UNet2DModel": LoadableClass("diffusers.models.unets.unet_2d", 3),
+    "PatchUNet2DModel": LoadableClass("mlem.networks.patch_unet", 3),
     "UNet2DConditionModel": LoadableClass("diffusers.models.unets.unet_2d_condition", 3),
     "DiTTransformer2DModel": LoadableClass("diffusers.models.transformers.dit_transformer_2d", 3),
     "SD3Transformer2DModel": LoadableClass("diffusers.models.transformers.transformer_sd3", 3),
     "SanaTransformer2DModel": LoadableClass("diffusers.models.transformers.sana_transformer", 3),
     "WanTransformer3DModel": LoadableClass("diffusers.models.transformers.transformer_wan", 4),
 }
-"""The allow-list: diffusers' name of a class -> where it is."""
+"""The allow-list: name of a class -> where it is; all but one are of diffusers."""
 
 
 def build(name: str, size: str, shape: Sequence[int], **options: float | int | str | bool) -> nn.Module:
