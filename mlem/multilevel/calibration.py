@@ -57,8 +57,10 @@ class Calibration:
         responses: "ode" and "sde".
         about: number of images, seed, device, hash of the weights; plain data.
         discretisation: "solver/grid" -> {steps: mean squared error of the largest level}.
-        pilots: "sde/hindsight" and so on -> [predicted, measured] errors of plans.
+        pilots: "sde/hindsight" and so on -> of each plan the predicted and the measured error, and, unless it was
+            calibrated before these were kept, the standard error of the latter and the steps.
         outside: batch size -> seconds per image that a step takes outside the networks, for "ode" and "sde".
+        stderr: like `discretisation`, the standard errors of these over images.
     """
 
     names: tuple[str, ...]
@@ -72,6 +74,7 @@ class Calibration:
     discretisation: dict[str, dict[int, float]] = field(default_factory=dict[str, dict[int, float]])
     pilots: dict[str, list[list[float]]] = field(default_factory=dict[str, list[list[float]]])
     outside: dict[int, dict[str, float]] = field(default_factory=dict[int, dict[str, float]])
+    stderr: dict[str, dict[int, float]] = field(default_factory=dict[str, dict[int, float]])
 
     def __post_init__(self) -> None:
         _in_float64(self, "log_snr", "differences", "image_differences")
@@ -165,6 +168,7 @@ class Calibration:
                     int(size): {kind: float(one[kind]) for kind in KINDS}
                     for size, one in plain.get("outside", {}).items()
                 },
+                {name: by_number(errors) for name, errors in plain.get("stderr", {}).items()},
             )
             found._check_shapes()
         return found

@@ -5,19 +5,21 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from mlem.conditions import ConditionSource, conditions_of
 from mlem.denoiser import Conditional, Denoiser, NetworkDenoiser
-from mlem.family import Family
 from mlem.level import Level
 from mlem.multilevel.estimators import ESTIMATORS
 from mlem.multilevel.evaluators import Evaluator, OwnCoinsEvaluator
 from mlem.multilevel.plan import Plan
 from mlem.schedule import NoiseSchedule
 from mlem.solvers import EvaluationPoint, GridPoint, model_input
+
+if TYPE_CHECKING:
+    from mlem.family import Family
 
 __all__ = ["MultilevelDenoiser", "MultilevelTrajectory"]
 
@@ -45,7 +47,7 @@ class MultilevelDenoiser:
         self, model: Family | Sequence[Denoiser], plan: Plan, *, schedule: NoiseSchedule | None = None
     ) -> None:
         self._levels: list[Level] = []
-        if isinstance(model, Family):
+        if not isinstance(model, Sequence):
             self._levels = levels = [model.level(name) for name in plan.levels] if plan.levels else list(model.levels)
             self.names = [level.name for level in levels]
             denoisers: list[Denoiser] = [level.denoiser for level in levels]

@@ -10,16 +10,18 @@ import json
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from mlem.family import Family
 from mlem.multilevel.coefficients import COMMAND
 from mlem.multilevel.plan import Plan
 from mlem.multilevel.planner import make_plan
 from mlem.multilevel.spec import PlanSpec
 from mlem.solvers import GridPoints, Solver
+
+if TYPE_CHECKING:
+    from mlem.family import Family
 
 __all__ = ["identity", "plan_for_use"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -25,10 +26,10 @@ from mlem.trajectory import samples
 
 __all__ = ["ESTIMATORS", "PILOTS", "SPENT", "STEPS", "discretisations", "pilot"]
 
-STEPS = (8, 16, 32, 64)
+STEPS = (8, 12, 16, 24, 32, 48, 64)
 """At these step counts."""
-PILOTS = (("ddpm", "uniform", 128, 0), ("dpm_solver_pp", "log_snr", 48, 1))
-"""Solver, grid, steps and order of held corrections of the pilot plans."""
+PILOTS = (("ddpm", "uniform", (32, 64, 128), 0), ("dpm_solver_pp", "log_snr", (16, 32, 48), 1))
+"""Solver, grid, steps and order of held corrections of the pilot plans; estimators but the first at most steps only."""
 SPENT = (6.0, 12.0, 24.0)
 """Their costs, in evaluations of the largest level by FLOPs."""
 ESTIMATORS = (("hindsight", None, 1), ("held", None, 1), ("jump", "systematic", 3), ("jump", "bernoulli", 3))
@@ -60,21 +61,27 @@ def pilot(
     family = Family(family.levels, Fitted(calibration))
     with torch.inference_mode(), evaluating(networks):
         runs = _Runs(family, reserved_indices("pilots", images, device), reference_steps, seed, conditions)
-        errors = {}
+        errors, stderr = {}, {}
         for name, grid in discretisations():
             progress(f"discretisation error of {name} on the {grid} grid")
-            found = {steps: runs.error(make_solver(name), grid, steps) for steps in STEPS}
+            found = {steps: runs.errors(make_solver(name), grid, steps) for steps in STEPS}
             # the reference itself is no measurement of its error
-            errors[f"{name}/{grid}"] = {steps: error for steps, error in found.items() if error > 0}
-        calibration = replace(calibration, discretisation=errors)
+            found = {steps: each for steps, each in found.items() if each.mean() > 0}
+            errors[f"{name}/{grid}"] = {steps: each.mean().item() for steps, each in found.items()}
+            stderr[f"{name}/{grid}"] = {steps: _stderr(each) for steps, each in found.items()}
+        calibration = replace(calibration, discretisation=errors, stderr=stderr)
         family.fitted = Fitted(calibration)
         pilots = {}
-        for name, grid, steps, order in PILOTS:
-            for estimator, coins, draws in ESTIMATORS:
+        for name, grid, counts, order in PILOTS:
+            for number, (estimator, coins, draws) in enumerate(ESTIMATORS):
                 progress(f"pilot plans: {name}, {estimator} {coins or ''}")
                 spec = PlanSpec(budget=1.0, estimator=estimator, coins=coins, order=order, cost="flops")
-                found = _pilots(runs, spec, make_solver(name), grid, steps, draws)
-                pilots[pilot_key(make_solver(name), estimator, coins)] = found
+                found = [
+                    row
+                    for steps in (counts if number == 0 else counts[-1:])
+                    for row in _pilots(runs, spec, make_solver(name), grid, steps, draws)
+                ]
+                pilots[pilot_key(make_solver(name), estimator, coins)] = sorted(found)
     about = calibration.about | {"pilot_images": images, "reference_steps": reference_steps}
     return replace(calibration, pilots=pilots, about=about)
 
@@ -95,10 +102,10 @@ class _Runs:
         self._conditions = conditions
         self._references: dict[str, Tensor] = {}
 
-    def error(self, solver: Solver, grid: str | None, steps: int, plan: Plan | None = None) -> float:
-        """Mean squared error of the largest level, or of a plan."""
+    def errors(self, solver: Solver, grid: str | None, steps: int, plan: Plan | None = None) -> Tensor:
+        """Mean squared errors of the images by the largest level, or by a plan: (B,)."""
         truth = self._reference(solver.reference)
-        return (self._samples(solver, grid, steps, plan) - truth).square().mean().item()
+        return (self._samples(solver, grid, steps, plan) - truth).square().flatten(1).mean(1)
 
     def _reference(self, name: str) -> Tensor:
         if name not in self._references:
@@ -114,21 +121,31 @@ class _Runs:
         return samples(denoiser, solver, points, family.shape, self._index, self._seed)
 
 
+def _stderr(errors: Tensor) -> float:
+    """Standard error of the mean of these, (B,)."""
+    return (errors.std() / math.sqrt(len(errors))).item()
+
+
 def _pilots(runs: _Runs, spec: PlanSpec, solver: Solver, grid: str, steps: int, draws: int) -> list[list[float]]:
-    """[predicted by linear response, measured less discretisation] at each cost that a plan can have, rising."""
+    """At each cost that a plan can have, rising: predicted by linear response, measured less discretisation, steps.
+
+    Before the steps comes the standard error of what was measured.
+    """
     family = runs.family
     times = solver.grid(family.schedule, steps, grid)
     predictor = Predictor(family.fitted.calibration_for(family), family.schedule, solver, times)
     found: list[list[float]] = []
     for spent in SPENT:
-        predicted, measured = 0.0, 0.0
+        if spent >= steps:
+            continue
+        predicted, measured = 0.0, torch.zeros(())
         try:
             for seed in range(draws):
                 plan = make_plan(replace(spec, budget=spent / steps, seed=seed), family, solver, times)
                 predicted += predictor.response_error(plan) / draws
-                measured += runs.error(solver, grid, steps, plan) / draws
+                measured = measured + runs.errors(solver, grid, steps, plan) / draws
         except ValueError:  # a family whose cheapest level costs more than that
             continue
-        alone = predictor.discretisation or 0.0
-        found.append([predicted, max(measured - alone, 0.1 * measured)])
-    return sorted(found)
+        mean, alone = measured.mean().item(), predictor.discretisation or 0.0
+        found.append([predicted, max(mean - alone, 0.1 * mean), _stderr(measured), float(steps)])
+    return found

@@ -10,12 +10,11 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
 
-from mlem.family import Family
 from mlem.grids import TimeGrid
 from mlem.multilevel.choices import COINS, ESTIMATORS
 from mlem.multilevel.plan import Plan
@@ -23,6 +22,9 @@ from mlem.multilevel.predict import Predictor
 from mlem.multilevel.search import search
 from mlem.multilevel.spec import PlanSpec
 from mlem.solvers import GridPoint, GridPoints, Solver, quadrature_weights
+
+if TYPE_CHECKING:
+    from mlem.family import Family
 
 __all__ = ["check_estimator", "check_spec", "make_plan", "refuse_levels"]
 

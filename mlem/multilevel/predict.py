@@ -12,13 +12,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from mlem.grids import TimeGrid
 from mlem.multilevel.calibration import Calibration
 from mlem.multilevel.coins import COINS
+from mlem.multilevel.correction import UNKNOWN, Factor, correction
 from mlem.multilevel.covariance import CorrectionCovariance, knot_weights
 from mlem.multilevel.estimators import ESTIMATORS
 from mlem.multilevel.plan import Plan
@@ -69,9 +69,20 @@ class Predictor:
         found = self.calibration.discretisation.get(f"{self.solver.name}/{self.grid.name}")
         return None if found is None else _power_law(found, steps)
 
+    @property
+    def discretisation_spread(self) -> float:
+        """Standard error of the logarithm of `discretisation`, over the images that it was measured on."""
+        name = f"{self.solver.name}/{self.grid.name}"
+        found, stderr = self.calibration.discretisation.get(name, {}), self.calibration.stderr.get(name)
+        if not stderr:
+            return UNKNOWN
+        near = min(stderr, key=lambda steps: abs(math.log(steps / self.grid.steps)))
+        return stderr[near] / found[near]
+
     def error(self, plan: Plan) -> float:
         """Mean squared error per pixel that the plan adds to the solver's: linear response, corrected by pilots."""
-        return self._corrected(self.response_error(plan), plan)
+        error = self.response_error(plan)
+        return error * self._factor(error, plan).factor
 
     def response_error(self, plan: Plan) -> float:
         """`error` by linear response alone.
@@ -94,14 +105,12 @@ class Predictor:
         """What to compare plans on different levels by: coins by their variance, so that no lucky draw wins."""
         return self.response_error(plan) if plan.holds else self.variance(plan)
 
-    def _corrected(self, error: float, plan: Plan) -> float:
-        """Times measured over predicted, of the pilots nearest to that error on either side."""
-        pilots = self.calibration.pilots.get(pilot_key(self.solver, plan.estimator, plan.coins))
-        if not pilots or error <= 0:
-            return error
-        predicted, measured = torch.tensor(pilots, dtype=torch.float64).log().T
-        ratio = np.interp(math.log(error), predicted, measured - predicted)
-        return error * math.exp(ratio)
+    def _factor(self, error: float, plan: Plan) -> Factor:
+        """Measured over predicted, as pilots say."""
+        if error <= 0:
+            return Factor(1.0, 0.0)
+        pilots = self.calibration.pilots.get(pilot_key(self.solver, plan.estimator, plan.coins), [])
+        return correction(pilots, error, self.grid.steps)
 
     def total(self, plan: Plan) -> float:
         """`error` plus `discretisation`. Raises ValueError where that was not measured."""
@@ -110,6 +119,15 @@ class Predictor:
             measured = ", ".join(self.calibration.discretisation)
             raise ValueError(f"the error of {self.solver.name}/{self.grid.name} was not measured; choose of {measured}")
         return self.error(plan) + discretisation
+
+    def spread(self, plan: Plan | None = None) -> float:
+        """Standard error of the logarithm of `total`; None: of the largest level alone."""
+        if plan is None or (response := self.response_error(plan)) <= 0:
+            return self.discretisation_spread
+        factor, alone = self._factor(response, plan), self.discretisation or 0.0
+        error = response * factor.factor
+        # both were measured on the same images
+        return (error * factor.spread + alone * self.discretisation_spread) / (error + alone)
 
     def variance(self, plan: Plan) -> float:
         """`response_error` on average over coins, as if rows tossed independently, plus what missing levels cost.

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 
 from mlem.conditions import ConditionSource
-from mlem.family import Family
 from mlem.multilevel.denoiser import MultilevelDenoiser
 from mlem.multilevel.plan import Plan
 from mlem.solvers import GridPoints, Solver, quadrature_weights
 from mlem.trajectory import starting_noise, trajectory
+
+if TYPE_CHECKING:
+    from mlem.family import Family
 
 __all__ = ["plan_samples"]
 

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import statistics
 import time
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from mlem.conditions import ConditionSource
-from mlem.family import Family
 from mlem.ledger import Meter
 from mlem.level import Level
 from mlem.multilevel.calibration import KINDS
 from mlem.noise import reserved_indices
 from mlem.solvers import GridPoint, make_solver
 from mlem.trajectory import samples
+
+if TYPE_CHECKING:
+    from mlem.family import Family
 
 __all__ = ["time_levels"]
 
