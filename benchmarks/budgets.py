@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import processor, spread
+from measuring import spread
 
 from mlem.family import Family
 from mlem.files import write_json
 from mlem.multilevel.plan import Plan
+from mlem.provenance import processor
 from mlem.sampling import Sampler
 
 BATCH = 64

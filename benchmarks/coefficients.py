@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import processor
 from torch import Tensor
 
 from mlem.conditions import conditions_of
@@ -28,6 +27,7 @@ from mlem.multilevel.learning import Objective, first_coefficients, frozen, inte
 from mlem.multilevel.planner import make_plan
 from mlem.multilevel.spec import PlanSpec
 from mlem.noise import reserved_indices
+from mlem.provenance import processor
 from mlem.solvers import make_solver
 
 CASES = (("ddpm", "log_snr"), ("ddim", "log_snr"))

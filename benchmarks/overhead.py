@@ -26,13 +26,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import processor, spread
+from measuring import spread
 
 from mlem.data import BatchSource, Shards, ensure, train_loader
 from mlem.files import write_json
 from mlem.level import Level
 from mlem.networks import unet
 from mlem.predictions import NoiseLevel, make_prediction
+from mlem.provenance import processor
 from mlem.sampling import Sampler
 from mlem.schedule import NUM_TIMESTEPS, NoiseSchedule
 from mlem.training.averaging import make_average

@@ -24,12 +24,13 @@ from typing import Any
 import torch
 from diffusers.pipelines.ddpm.pipeline_ddpm import DDPMPipeline
 from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
-from measuring import processor, spread
+from measuring import spread
 from torch import Tensor
 
 from mlem.family import Family
 from mlem.files import write_json
 from mlem.grids import TimeGrid
+from mlem.provenance import processor
 from mlem.sampling import Sampler
 from mlem.scheduler_configs import to_diffusers
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mlem.arguments import named
+from mlem.arguments import called, named
 from mlem.conditions import ConditionSource, conditions_of
 from mlem.decoder import Decoder
 from mlem.denoiser import NetworkDenoiser
@@ -32,6 +32,7 @@ from mlem.level import FORMAT, Level
 from mlem.model_card import family_card
 from mlem.multilevel.fitted import Fitted
 from mlem.multilevel.kept import KeptPlans
+from mlem.multilevel.recommend import Recommendation, recommend
 from mlem.multilevel.spec import PlanSpec
 from mlem.schedule import NoiseSchedule
 
@@ -138,6 +139,28 @@ class Family:
         return Family(levels, decoder=found[-1] if found else None)
 
     plan = staticmethod(named(PlanSpec, "family.plan"))
+
+    @called("family.recommend")
+    def recommend(
+        self,
+        *,
+        mse: float | None = None,
+        seconds: float | None = None,
+        kind: str = "ode",
+        batch_size: int = 64,
+    ) -> Recommendation:
+        """What to run; see `mlem.multilevel.recommend`: `sample(family, ..., **family.recommend(mse=1e-3).options)`.
+
+        Args:
+            mse: the error that is allowed: mean squared, per pixel, to the many-step run of the largest level.
+            seconds: or the time that is allowed, wall seconds an image.
+            kind: "ode" or "sde": what is solved.
+            batch_size: images in a batch.
+
+        Raises:
+            ValueError: no target or two, the family is not calibrated, or nothing reaches the target.
+        """
+        return recommend(self, mse=mse, seconds=seconds, kind=kind, batch_size=batch_size)
 
     @property
     def schedule(self) -> NoiseSchedule:

@@ -1,19 +1,30 @@
-"""Which code makes a run: the version of the package and the git commit that it was imported from."""
+"""Which code makes a run, the version of the package and the git commit that it was imported from; and on what."""
 
 from __future__ import annotations
 
+import os
+import platform
 import subprocess
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-__all__ = ["provenance"]
+__all__ = ["processor", "provenance"]
 
 
 @cache
 def provenance() -> dict[str, str]:
     """`{"version": ..., "commit": ...}`, "unknown" where there is none; "-dirty" ends the commit of changed code."""
     return {"version": _version(), "commit": _commit(Path(__file__).resolve().parent)}
+
+
+@cache
+def processor() -> str:
+    """The processor of this machine: `2 cores AMD EPYC ..`."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    name = next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())
+    return f"{os.cpu_count()} cores {name}"
 
 
 def _version() -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from mlem.cli.auto import chosen
 from mlem.cli.conditions import conditions_for, guided, told
 from mlem.cli.decoders import decoder_for
 from mlem.cli.experiments import error_against_time, scaling
@@ -27,6 +28,7 @@ from mlem.ledger import Ledger
 from mlem.level import Level
 from mlem.metrics import Measure
 from mlem.multilevel.predict import Predictor
+from mlem.multilevel.recommend import Recommendation
 from mlem.outputs import claim, finish, pack, sample_path, survey, write_samples
 from mlem.sampling import Sampler, solver_of
 from mlem.solvers import Solver
@@ -56,7 +58,8 @@ def _sample(job: Sample) -> None:
         measure.check(len(indices))
         _check_shape(model, measure, job.data.name, decoder)
     fabric = new_fabric(job.trainer)
-    sampler, model = _sampler(job, model, fabric.device)
+    job, choice = chosen(job, model)
+    sampler, model = _sampler(job, model, fabric.device, choice)
     out = out_folder(job)
     # all that may be refused is refused before there are other ranks, which would wait for this one
     if first_process():
@@ -70,9 +73,11 @@ def _sample(job: Sample) -> None:
             print(f"packed: {pack(out, indices, hashes, job.format)}")
 
 
-def _sampler(job: Sample, model: Family | Level, device: torch.device) -> tuple[Sampler, Family | Level]:
+def _sampler(
+    job: Sample, model: Family | Level, device: torch.device, choice: Recommendation | None
+) -> tuple[Sampler, Family | Level]:
     """The sampler, and what it runs: the family where its levels share the work, else one of them."""
-    plan = plan_of(job, model)
+    plan = plan_of(job, model) if choice is None else choice.plan
     if isinstance(model, Family) and plan is None:
         model = model.level(job.level)
     if job.trainer.compile:

@@ -331,6 +331,9 @@ class Sample:
         PLAN_ONLY,
     )
     shared: dict[str, Any] = field(default_factory=dict, metadata={"plans": True})
+    seconds: float | None = option(
+        number(above=0).or_null(), "target of sampler=auto: wall seconds an image; else it is mse=", None, PLAN_ONLY
+    )
     plan: str | None = option(text(null=True), "best (memorised with the family), or a plan's JSON file", None)
     steps: int = option(whole(1, MOST_STEPS), "of the solver", "${sampler.steps}", PLAN_ONLY)
     grid: str | None = option(text(null=True), GRIDS, "${sampler.grid}", PLAN_ONLY)

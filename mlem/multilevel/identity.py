@@ -23,7 +23,7 @@ from mlem.solvers import GridPoints, Solver
 if TYPE_CHECKING:
     from mlem.family import Family
 
-__all__ = ["identity", "plan_for_use"]
+__all__ = ["found_plan", "identity", "plan_for_use"]
 
 _WORDS = {
     "solver": "the solver {}",
@@ -50,21 +50,29 @@ def plan_for_use(plan: Plan | PlanSpec, family: Family, solver: Solver, points: 
     Raises: ValueError where a plan says that it was made for something else, and as `make_plan` does.
     """
     if isinstance(plan, PlanSpec):
-        own = identity(family, solver, points)
         if plan.probabilities == "learned":
-            _warn_of_other_coefficients(family, own)
-        spec, fitted = plan, family.fitted
-        parts = {"calibration": fitted.calibration, "coefficients": fitted.coefficients}
-        asked: dict[str, Any] = {name: part and part.fingerprint for name, part in parts.items()}
-        asked |= own | {"spec": asdict(spec)}
-        slow = spec.searched or spec.mse is not None
-        made = family.kept.plan(asked, lambda: make_plan(spec, family, solver, points.grid), on_disk=slow)
-        if spec.chooses_levels and made.levels and made.levels[-1] != family.names[-1]:
-            _warn_of_missing_level(made, spec, family)
-        return replace(made, about=made.about | own)
+            _warn_of_other_coefficients(family, identity(family, solver, points))
+        made = found_plan(plan, family, solver, points)
+        if plan.chooses_levels and made.levels and made.levels[-1] != family.names[-1]:
+            _warn_of_missing_level(made, plan, family)
+        return made
     if plan.about.keys() & _WORDS.keys():
         _refuse_other_use(plan, identity(family, solver, points))
     return plan
+
+
+def found_plan(spec: PlanSpec, family: Family, solver: Solver, points: GridPoints) -> Plan:
+    """The plan that a specification asks for, with the identity in its `about`, found only where it is not kept.
+
+    Raises: ValueError as `make_plan` does.
+    """
+    own, fitted = identity(family, solver, points), family.fitted
+    parts = {"calibration": fitted.calibration, "coefficients": fitted.coefficients}
+    asked: dict[str, Any] = {name: part and part.fingerprint for name, part in parts.items()}
+    asked |= own | {"spec": asdict(spec)}
+    slow = spec.searched or spec.mse is not None
+    made = family.kept.plan(asked, lambda: make_plan(spec, family, solver, points.grid), on_disk=slow)
+    return replace(made, about=made.about | own)
 
 
 def _refuse_other_use(plan: Plan, own: Mapping[str, Any]) -> None:

@@ -21,12 +21,12 @@ from mlem.multilevel.probes import plan_samples
 from mlem.multilevel.spec import PlanSpec
 from mlem.networks import evaluating
 from mlem.noise import reserved_indices
-from mlem.solvers import SOLVERS, GridPoint, Solver, make_solver
+from mlem.solvers import SOLVERS, GridPoint, GridPoints, Solver, make_solver
 from mlem.trajectory import samples
 
 __all__ = ["ESTIMATORS", "PILOTS", "SPENT", "STEPS", "discretisations", "pilot"]
 
-STEPS = (8, 12, 16, 24, 32, 48, 64)
+STEPS = {"ode": (8, 12, 16, 24, 32, 48, 64), "sde": (8, 16, 32, 64, 128)}
 """At these step counts."""
 PILOTS = (("ddpm", "uniform", (32, 64, 128), 0), ("dpm_solver_pp", "log_snr", (16, 32, 48), 1))
 """Solver, grid, steps and order of held corrections of the pilot plans; estimators but the first at most steps only."""
@@ -64,7 +64,8 @@ def pilot(
         errors, stderr = {}, {}
         for name, grid in discretisations():
             progress(f"discretisation error of {name} on the {grid} grid")
-            found = {steps: runs.errors(make_solver(name), grid, steps) for steps in STEPS}
+            kind = "sde" if make_solver(name).stochastic else "ode"
+            found = {steps: runs.errors(make_solver(name), grid, steps) for steps in STEPS[kind]}
             # the reference itself is no measurement of its error
             found = {steps: each for steps, each in found.items() if each.mean() > 0}
             errors[f"{name}/{grid}"] = {steps: each.mean().item() for steps, each in found.items()}
@@ -100,25 +101,30 @@ class _Runs:
     ) -> None:
         self.family, self._index, self._reference_steps, self._seed = family, index, reference_steps, seed
         self._conditions = conditions
-        self._references: dict[str, Tensor] = {}
+        self._made: dict[tuple[str, str | None, int], Tensor] = {}
 
-    def errors(self, solver: Solver, grid: str | None, steps: int, plan: Plan | None = None) -> Tensor:
-        """Mean squared errors of the images by the largest level, or by a plan: (B,)."""
-        truth = self._reference(solver.reference)
-        return (self._samples(solver, grid, steps, plan) - truth).square().flatten(1).mean(1)
+    def errors(self, solver: Solver, grid: str, steps: int) -> Tensor:
+        """Mean squared errors of the images by the largest level, to the many-step run: (B,)."""
+        truth = self._alone(make_solver(solver.reference), None, self._reference_steps)
+        return (self._alone(solver, grid, steps) - truth).square().flatten(1).mean(1)
 
-    def _reference(self, name: str) -> Tensor:
-        if name not in self._references:
-            self._references[name] = self._samples(make_solver(name), None, self._reference_steps)
-        return self._references[name]
+    def added(self, solver: Solver, grid: str, steps: int, plan: Plan) -> Tensor:
+        """What a plan adds to that, mean squared difference to the largest level in as many steps: (B,)."""
+        points = self._points(solver, grid, steps)
+        x = plan_samples(self.family, plan, solver, points, self._index, self._seed, self._conditions)
+        return (x - self._alone(solver, grid, steps)).square().flatten(1).mean(1)
 
-    def _samples(self, solver: Solver, grid: str | None, steps: int, plan: Plan | None = None) -> Tensor:
-        family = self.family
-        points = GridPoint.of(family.schedule, solver.grid(family.schedule, steps, grid))
-        if plan is not None:
-            return plan_samples(family, plan, solver, points, self._index, self._seed, self._conditions)
-        denoiser = family.level().denoiser_for(self._index, self._conditions)
-        return samples(denoiser, solver, points, family.shape, self._index, self._seed)
+    def _alone(self, solver: Solver, grid: str | None, steps: int) -> Tensor:
+        """The samples of the largest level, made once."""
+        key = (solver.name, grid, steps)
+        if key not in self._made:
+            denoiser = self.family.level().denoiser_for(self._index, self._conditions)
+            points = self._points(solver, grid, steps)
+            self._made[key] = samples(denoiser, solver, points, self.family.shape, self._index, self._seed)
+        return self._made[key]
+
+    def _points(self, solver: Solver, grid: str | None, steps: int) -> GridPoints:
+        return GridPoint.of(self.family.schedule, solver.grid(self.family.schedule, steps, grid))
 
 
 def _stderr(errors: Tensor) -> float:
@@ -127,9 +133,9 @@ def _stderr(errors: Tensor) -> float:
 
 
 def _pilots(runs: _Runs, spec: PlanSpec, solver: Solver, grid: str, steps: int, draws: int) -> list[list[float]]:
-    """At each cost that a plan can have, rising: predicted by linear response, measured less discretisation, steps.
+    """At each cost that a plan can have, rising: what it adds as predicted by linear response, and as measured.
 
-    Before the steps comes the standard error of what was measured.
+    Then the standard error of what was measured, and the steps.
     """
     family = runs.family
     times = solver.grid(family.schedule, steps, grid)
@@ -143,9 +149,9 @@ def _pilots(runs: _Runs, spec: PlanSpec, solver: Solver, grid: str, steps: int, 
             for seed in range(draws):
                 plan = make_plan(replace(spec, budget=spent / steps, seed=seed), family, solver, times)
                 predicted += predictor.response_error(plan) / draws
-                measured = measured + runs.errors(solver, grid, steps, plan) / draws
+                measured = measured + runs.added(solver, grid, steps, plan) / draws
         except ValueError:  # a family whose cheapest level costs more than that
             continue
-        mean, alone = measured.mean().item(), predictor.discretisation or 0.0
-        found.append([predicted, max(mean - alone, 0.1 * mean), _stderr(measured), float(steps)])
+        if predicted > 0:  # a plan that runs all there is adds nothing
+            found.append([predicted, measured.mean().item(), _stderr(measured), float(steps)])
     return found

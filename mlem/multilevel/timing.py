@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,15 +13,18 @@ from torch import Tensor
 from mlem.conditions import ConditionSource
 from mlem.ledger import Meter
 from mlem.level import Level
-from mlem.multilevel.calibration import KINDS
+from mlem.multilevel.calibration import KINDS, Calibration
+from mlem.networks import evaluating
 from mlem.noise import reserved_indices
+from mlem.provenance import processor
 from mlem.solvers import GridPoint, make_solver
 from mlem.trajectory import samples
+from mlem.waiting import Waiting
 
 if TYPE_CHECKING:
     from mlem.family import Family
 
-__all__ = ["time_levels"]
+__all__ = ["machine", "time_levels", "timed_here"]
 
 REPEATS = 3
 CALLS, STEPS = 2, 16
@@ -49,6 +53,29 @@ def time_levels(
         others = [_run(family.levels[0], solver, STEPS, index, conditions)[1] for _ in range(REPEATS)]
         outside[kind] = statistics.median(others) / STEPS / batch_size
     return tuple(seconds), outside
+
+
+def machine(device: torch.device) -> str:
+    """What the times of levels depend on beside batch size and network."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{processor()}, {torch.get_num_threads()} threads"
+
+
+def timed_here(family: Family, calibration: Calibration, batch_size: int) -> Calibration:
+    """The calibration with times of this machine: its own, or where it is of another one, measured now.
+
+    Calibrations from before machines were noted stay as they are.
+    """
+    place = next(family.level().network.parameters(), torch.empty(0)).device
+    if calibration.about.get("machine", here := machine(place)) == here:
+        return calibration
+    networks = torch.nn.ModuleList(level.network for level in family.levels)
+    with torch.inference_mode(), evaluating(networks), Waiting("timing the levels on this machine", 1) as waiting:
+        seconds, outside = time_levels(family, batch_size, place)
+        waiting.advance()
+    about = calibration.about | {"machine": here}
+    return replace(calibration, seconds={batch_size: seconds}, outside={batch_size: outside}, about=about)
 
 
 def _run(

@@ -1,0 +1,74 @@
+"""`sampler=auto`: what is recommended for the error or the time that is asked for."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from mlem.cli.options import plan_defaults
+from mlem.cli.schema import Sample
+from mlem.cli.values import written
+from mlem.family import Family
+from mlem.files import first_process
+from mlem.level import Level
+from mlem.multilevel.recommend import Candidate, Recommendation
+
+__all__ = ["chosen", "is_auto"]
+
+
+def is_auto(job: Sample) -> bool:
+    """Whether the job leaves the choice to the recommendation."""
+    return job.sampler.solver == "auto"
+
+
+def chosen(job: Sample, model: Family | Level) -> tuple[Sample, Recommendation | None]:
+    """The job with what is recommended in place of `sampler=auto`, and the recommendation; other jobs as they are.
+
+    Raises: ValueError for options that do not go with it, and where nothing can be recommended.
+    """
+    if not is_auto(job):
+        if job.seconds is not None:
+            raise ValueError(f"seconds={job.seconds:g} is a target of sampler=auto: add it, or give budget=")
+        return job, None
+    kind = _checked(job, model)
+    assert isinstance(model, Family)
+    choice = model.recommend(mse=job.shared["mse"], seconds=job.seconds, kind=kind, batch_size=job.batch_size)
+    if first_process():
+        _print(choice)
+    sampler = replace(job.sampler, solver=choice.solver, options={})
+    return replace(job, sampler=sampler, steps=choice.steps, grid=choice.grid, level=choice.level), choice
+
+
+def _checked(job: Sample, model: Family | Level) -> str:
+    """What is solved, "ode" or "sde"."""
+    if not isinstance(model, Family):
+        raise ValueError("sampler=auto chooses among the levels of a family, and model= is one; leave it out")
+    if (job.shared["mse"] is None) == (job.seconds is None):
+        raise ValueError("sampler=auto needs a target: mse=, such as mse=1e-3, or seconds= an image; give one of them")
+    usual = plan_defaults()
+    given: dict[str, Any] = {"steps": (job.steps, job.sampler.steps), "grid": (job.grid, None)}
+    given |= {"level": (job.level, None), "plan": (job.plan, None)}
+    given |= {key: (value, usual[key]) for key, value in job.shared.items() if key != "mse"}
+    for name, (value, unset) in given.items():
+        if value != unset:
+            raise ValueError(f"sampler=auto chooses {name} itself; leave out {name}={written(value)}")
+    options = dict(job.sampler.options)
+    kind = options.pop("kind", "ode")
+    if options:
+        raise ValueError(f"sampler.options of sampler=auto are kind alone; leave out {next(iter(options))}")
+    return str(kind)
+
+
+def _print(choice: Recommendation) -> None:
+    """The recommendation, why, and what else there was."""
+    print(f"recommended: {choice}\n  {choice.why}\n  {_expected(choice)}")
+    if choice.extrapolated:
+        print("  its steps are fewer or more than any that were measured, so that its error may be off")
+    for other in choice.alternatives:
+        print(f"  instead: {other}: {_expected(other)}")
+
+
+def _expected(one: Candidate) -> str:
+    low, high = one.interval
+    seconds = f"{1e3 * one.predicted_seconds:.3g} ms/image"
+    return f"mean squared error {one.predicted_mse:.2g} ({low:.2g} to {high:.2g}), {seconds} expected"

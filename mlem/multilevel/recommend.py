@@ -1,0 +1,330 @@
+"""What to run: the fastest way to an error, or the least error in a time.
+
+Candidates are every solver and grid whose error was measured, in any number of steps: the largest level alone, smaller
+levels alone, and plans on every subset of levels. Errors are those of the calibration, and the upper end of their
+interval is what counts; seconds are those of a call of each level as the loop makes it, and of a step outside. A plan
+is searched for only where it may be faster than the best that is known.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from mlem.grids import TimeGrid
+from mlem.multilevel.calibration import KINDS
+from mlem.multilevel.choices import check_choice
+from mlem.multilevel.identity import found_plan
+from mlem.multilevel.plan import Plan
+from mlem.multilevel.predict import Predictor
+from mlem.multilevel.spec import PlanSpec
+from mlem.multilevel.timing import timed_here
+from mlem.solvers import SOLVERS, GridPoint, Solver, make_solver
+
+if TYPE_CHECKING:
+    from mlem.family import Family
+
+__all__ = ["Candidate", "Recommendation", "recommend"]
+
+SURE = 1.28
+"""Standard errors above the prediction at which a target counts as reached: nine times in ten."""
+WIDE = 1.96
+"""Standard errors on either side of an interval: 95 percent."""
+MOST_STEPS = 1000
+"""Of a candidate."""
+SHARES = (0.2, 0.4, 0.6, 0.8)
+"""Shares of the error that may be the solver's own; the rest is the plan's."""
+LONGER = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+"""How many times as many steps as the largest level alone could take a plan is tried with."""
+HALVINGS = 5
+"""Of the interval in which the budget of a plan is looked for."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to sample; `sample(family, **candidate.options)` goes it.
+
+    Args:
+        solver, steps, grid: as `sample` has them.
+        level: the level that runs alone; None: the plan runs several.
+        plan: None: one level runs alone.
+        predicted_mse: mean squared error per pixel to the many-step run of the largest level from the same noise.
+        interval: 95 percent, of that.
+        predicted_seconds: wall seconds an image, in batches of the size that was asked for.
+        extrapolated: whether its steps are fewer or more than any that were measured.
+    """
+
+    solver: str
+    steps: int
+    grid: str
+    level: str | None
+    plan: Plan | None
+    predicted_mse: float
+    interval: tuple[float, float]
+    predicted_seconds: float
+    extrapolated: bool = False
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Arguments of `sample`."""
+        own: dict[str, Any] = {"solver": self.solver, "steps": self.steps, "grid": self.grid}
+        return own | ({"level": self.level} if self.plan is None else {"plan": self.plan})
+
+    @property
+    def upper_mse(self) -> float:
+        """The error that it stays below nine times in ten."""
+        return self.predicted_mse * (self.interval[1] / self.predicted_mse) ** (SURE / WIDE)
+
+    def __str__(self) -> str:
+        what = self.level if self.plan is None else f"{self.plan.estimator} of {', '.join(self.plan.levels)}"
+        return f"{self.solver}, {self.steps} steps on the {self.grid} grid, {what}"
+
+
+@dataclass(frozen=True)
+class Recommendation(Candidate):
+    """The candidate to run.
+
+    Args:
+        alternatives: the other candidates, the best one of each kind, best first.
+        why: one line.
+    """
+
+    alternatives: tuple[Candidate, ...] = ()
+    why: str = ""
+
+
+def recommend(
+    family: Family,
+    *,
+    mse: float | None = None,
+    seconds: float | None = None,
+    kind: str = "ode",
+    batch_size: int = 64,
+) -> Recommendation:
+    """The fastest way to an error, or the least error in a time, on this machine.
+
+    Where the family was calibrated on another machine, its levels are timed here first, which takes seconds.
+
+    Args:
+        mse: mean squared error per pixel to the many-step run of the largest level from the same noise, > 0.
+        seconds: wall seconds an image, > 0; one of the two is given.
+        kind: "ode" or "sde": what is solved.
+        batch_size: images in a batch.
+
+    Raises:
+        ValueError: no target or two, the family is not calibrated, or nothing reaches the target.
+    """
+    if (mse is None) == (seconds is None):
+        raise ValueError("recommend() takes mse=, the error that is allowed, or seconds= an image; give one of them")
+    name, target = ("mse", mse) if mse is not None else ("seconds", seconds)
+    if target is None or not 0 < target < math.inf:
+        raise ValueError(f"{name} must be a number > 0, got {target!r}")
+    check_choice("kind", kind, KINDS)
+    choosing = _ForError if mse is not None else _ForTime
+    return choosing(family, target, kind, batch_size).choice()
+
+
+@dataclass
+class _Choosing:
+    """A family, what is asked, and the candidates that were found."""
+
+    family: Family
+    target: float
+    kind: str
+    batch_size: int
+    found: list[Candidate] = field(default_factory=list[Candidate])
+
+    def __post_init__(self) -> None:
+        family = self.family
+        self.calibration = timed_here(family, family.fitted.calibration_for(family), self.batch_size)
+        family.fitted = replace(family.fitted, calibration=self.calibration)
+        self._seconds = {
+            name: self.calibration.predicted_seconds({name: 1.0}, 0, self.kind, self.batch_size)
+            for name in family.names
+        }
+        self.outside = self.calibration.predicted_seconds({}, 1, self.kind, self.batch_size)
+
+    def methods(self) -> Iterator[tuple[Solver, str]]:
+        """Solvers of the kind, and the grids that they were measured on."""
+        for key in self.calibration.discretisation:
+            name, _, grid = key.rpartition("/")
+            if name in SOLVERS and SOLVERS[name].stochastic == (self.kind == "sde"):
+                yield make_solver(name), grid
+
+    def step_seconds(self, level: str) -> float:
+        """Wall seconds an image of a step of this level alone."""
+        return self._seconds[level] + self.outside
+
+    def grid(self, solver: Solver, grid: str, steps: int) -> TimeGrid:
+        return solver.grid(self.family.schedule, steps, grid)
+
+    def predictor(self, solver: Solver, grid: str, steps: int) -> Predictor:
+        return Predictor(self.calibration, self.family.schedule, solver, self.grid(solver, grid, steps))
+
+    def measured(self, solver: Solver, grid: str) -> Sequence[int]:
+        return sorted(self.calibration.discretisation[f"{solver.name}/{grid}"])
+
+    def alone(self, solver: Solver, grid: str, steps: int) -> Candidate:
+        """The largest level at every step."""
+        by = self.predictor(solver, grid, steps)
+        error, spread = by.discretisation or 0.0, by.discretisation_spread
+        level = self.family.names[-1]
+        seconds = by.rows * self._seconds[level] + steps * self.outside
+        return self._candidate(solver, grid, steps, level, None, error, spread, seconds)
+
+    def planned(self, solver: Solver, grid: str, steps: int, spec: PlanSpec) -> Candidate | None:
+        """A plan; None where no plan costs so little."""
+        points = GridPoint.of(self.family.schedule, self.grid(solver, grid, steps))
+        try:
+            plan = found_plan(spec, self.family, solver, points)
+        except ValueError:
+            return None
+        by = self.predictor(solver, grid, steps)
+        calls = dict(zip(plan.levels or self.family.names, plan.expected_calls.tolist(), strict=True))
+        seconds = self.calibration.predicted_seconds(calls, steps, self.kind, self.batch_size)
+        return self._candidate(solver, grid, steps, None, plan, by.total(plan), by.spread(plan), seconds)
+
+    def _candidate(
+        self,
+        solver: Solver,
+        grid: str,
+        steps: int,
+        level: str | None,
+        plan: Plan | None,
+        error: float,
+        spread: float,
+        seconds: float,
+    ) -> Candidate:
+        interval = (error * math.exp(-WIDE * spread), error * math.exp(WIDE * spread))
+        measured = self.measured(solver, grid)
+        beyond = not measured[0] <= steps <= measured[-1]
+        one = Candidate(solver.name, steps, grid, level, plan, error, interval, seconds, beyond)
+        if plan is not None and len(plan.levels) == 1:  # one level, which needs no plan
+            one = replace(one, level=plan.levels[0], plan=None)
+        self.found.append(one)
+        return one
+
+    def spec(self, seconds: float, steps: int) -> PlanSpec | None:
+        """A plan of so many wall seconds an image in so many steps; None where that is no share of the largest."""
+        budget = seconds / (steps * self.step_seconds(self.family.names[-1]))
+        return PlanSpec(budget=budget, batch_size=self.batch_size) if 0 < budget <= 1 else None
+
+    def recommendation(self, order: list[Candidate], met: str, missed: str) -> Recommendation:
+        """The first of these, the others of other kinds behind it."""
+        best, others, kinds = order[0], list[Candidate](), set[tuple[object, ...]]()
+        for one in order:
+            key = (one.solver, one.level, None if one.plan is None else one.plan.estimator)
+            if key not in kinds and one is not best:
+                others.append(one)
+            kinds.add(key)
+        return Recommendation(
+            **{name: getattr(best, name) for name in Candidate.__dataclass_fields__},
+            alternatives=tuple(others[:8]),
+            why=self._why(best, order, met, missed),
+        )
+
+    def _why(self, best: Candidate, order: list[Candidate], met: str, missed: str) -> str:
+        top = self.family.names[-1]
+        plain = next((one for one in order if one.level == top), None)
+        ratio = self._seconds[top] / self._seconds[self.family.names[0]]
+        levels = f"a call of {top} takes {ratio:.3g} times as long as one of {self.family.names[0]}"
+        if best.plan is None and best.level == top:
+            return f"{top} alone {met}: {levels}, and no plan that was found does better"
+        if plain is None:
+            return f"{missed}: {levels}"
+        if best.predicted_seconds < 0.99 * plain.predicted_seconds:
+            gain = f"{plain.predicted_seconds / best.predicted_seconds:.2g} times as fast as"
+        else:
+            gain = f"{plain.predicted_mse / best.predicted_mse:.2g} times less error than"
+        return f"{gain} {top} alone in {plain.steps} steps of {plain.solver}: {levels}"
+
+
+class _ForError(_Choosing):
+    """The fastest way to an error."""
+
+    def choice(self) -> Recommendation:
+        for solver, grid in self.methods():
+            self._alone(solver, grid)
+        for solver, grid in self.methods():
+            if len(self.family.names) > 1 and solver.revisable:
+                for share in SHARES:
+                    self._sharing(solver, grid, share)
+        good = sorted(self._reaching(), key=lambda one: one.predicted_seconds)
+        if not good:
+            errors = [by.discretisation_at(MOST_STEPS) for by in self._longest()]
+            least = min(error for error in errors if error is not None)
+            raise ValueError(
+                f"mse={self.target:g}: nothing reaches it for sure in {MOST_STEPS} steps, where {least:.2g} are left; "
+                "allow more, or calibrate on more images"
+            )
+        return self.recommendation(good, "is fastest", "the largest level alone does not reach it")
+
+    def _longest(self) -> list[Predictor]:
+        return [self.predictor(solver, grid, self.measured(solver, grid)[-1]) for solver, grid in self.methods()]
+
+    def _reaching(self) -> list[Candidate]:
+        return [one for one in self.found if one.upper_mse <= self.target]
+
+    def _steps(self, solver: Solver, grid: str, error: float, sure: bool) -> int | None:
+        """The fewest steps of the largest level to this error; sure: for the upper end; None: too many."""
+        by = self.predictor(solver, grid, self.measured(solver, grid)[0])
+        margin = math.exp(SURE * by.discretisation_spread) if sure else 1.0
+        low, high = 1, MOST_STEPS
+        if (by.discretisation_at(high) or 0.0) * margin > error:
+            return None
+        while low < high:
+            middle = (low + high) // 2
+            if (by.discretisation_at(middle) or 0.0) * margin <= error:
+                high = middle
+            else:
+                low = middle + 1
+        return low
+
+    def _alone(self, solver: Solver, grid: str) -> None:
+        steps = self._steps(solver, grid, self.target, sure=True)
+        while steps is not None and steps <= MOST_STEPS and self.alone(solver, grid, steps).upper_mse > self.target:
+            steps += 1
+
+    def _sharing(self, solver: Solver, grid: str, share: float) -> None:
+        """Plans in as many steps as leave this share of the error to the solver."""
+        steps = self._steps(solver, grid, share * self.target, sure=False)
+        if steps is None:
+            return
+        best = min((one.predicted_seconds for one in self._reaching()), default=math.inf)
+        high = min(best, steps * self.step_seconds(self.family.names[-1]))
+        low = steps * self.step_seconds(self.family.names[0])
+        if low >= high or not self._reaches(solver, grid, steps, high):
+            return
+        for _ in range(HALVINGS):
+            middle = math.sqrt(low * high)
+            low, high = (low, middle) if self._reaches(solver, grid, steps, middle) else (middle, high)
+
+    def _reaches(self, solver: Solver, grid: str, steps: int, seconds: float) -> bool:
+        spec = self.spec(seconds, steps)
+        one = None if spec is None else self.planned(solver, grid, steps, spec)
+        return one is not None and one.upper_mse <= self.target
+
+
+class _ForTime(_Choosing):
+    """The least error in a time."""
+
+    def choice(self) -> Recommendation:
+        top = self.family.names[-1]
+        for solver, grid in self.methods():
+            most = int(self.target / self.step_seconds(top))
+            if most >= 1:
+                self.alone(solver, grid, min(most, MOST_STEPS))
+            if len(self.family.names) > 1 and solver.revisable:
+                for steps in sorted({round(max(most, 4) * longer) for longer in LONGER}):
+                    if steps <= MOST_STEPS and (spec := self.spec(self.target, steps)) is not None:
+                        self.planned(solver, grid, steps, spec)
+        good = [one for one in self.found if one.predicted_seconds <= 1.0001 * self.target]
+        if not good:
+            raise ValueError(
+                f"seconds={self.target:g} an image: a step of {self.family.names[0]} takes "
+                f"{self.step_seconds(self.family.names[0]):.2g}; allow more"
+            )
+        good.sort(key=lambda one: one.upper_mse)
+        return self.recommendation(good, "errs least", "the largest level alone takes longer")

@@ -1,0 +1,139 @@
+"""What is recommended: it reaches its target on other images, never slower than what a user would have typed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from mlem import Family, Sampler, sample
+from mlem.multilevel import pilot as pilot_module
+from mlem.multilevel.calibration import Calibration
+from mlem.multilevel.correction import correction
+from mlem.multilevel.fitted import Fitted
+from mlem.multilevel.recommend import Candidate
+from mlem.multilevel.timing import machine
+from tests.waves import family
+
+pytestmark = pytest.mark.usefixtures("float64_module")
+
+INDICES = range(128)
+
+
+@pytest.fixture(scope="module")
+def waves() -> Family:
+    """Three levels whose seconds are 1 : 8 : 64, with pilots; the solver's error is its own."""
+    few = [("ddpm", "uniform"), ("dpm_solver_pp", "uniform"), ("dpm_solver_pp", "log_snr")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pilot_module, "discretisations", lambda: few)  # for speed
+        calibration = pilot_module.pilot(
+            family(), family().fitted.calibration_for(family()), images=32, reference_steps=200
+        )
+    return Family(family().levels, Fitted(calibration))
+
+
+def error(of: Family, one: Candidate, kind: str) -> float:
+    """Mean squared error on images that no calibration has seen."""
+    truth = sample(of, solver={"ode": "dpm_solver_pp", "sde": "ddpm"}[kind], steps=200, indices=INDICES).x
+    return (sample(of, indices=INDICES, **one.options).x - truth).square().mean().item()
+
+
+@pytest.mark.parametrize(("kind", "mse"), [("ode", 1e-4), ("ode", 1e-6), ("sde", 5e-3), ("sde", 2e-3)])
+def test_it_reaches_an_error_as_fast_as_anything(waves: Family, kind: str, mse: float) -> None:
+    choice = waves.recommend(mse=mse, kind=kind)
+    assert error(waves, choice, kind) <= mse
+    assert choice.interval[0] < choice.predicted_mse <= choice.upper_mse <= mse
+    assert choice.predicted_seconds == min(one.predicted_seconds for one in (choice, *choice.alternatives))
+    plain = [one for one in choice.alternatives if one.level == "3" and one.upper_mse <= mse]
+    assert plain
+    assert choice.plan is not None
+    assert choice.why.startswith(f"{plain[0].predicted_seconds / choice.predicted_seconds:.2g} times as fast as 3 ")
+
+
+@pytest.mark.parametrize("kind", ["ode", "sde"])
+def test_in_a_time_it_errs_least(waves: Family, kind: str) -> None:
+    seconds = 16 * 64.0
+    choice = waves.recommend(seconds=seconds, kind=kind)
+    assert choice.predicted_seconds <= 1.0001 * seconds
+    plain = next(one for one in choice.alternatives if one.level == "3")
+    assert error(waves, choice, kind) < error(waves, plain, kind)
+
+
+def test_where_levels_do_not_pay_one_runs(waves: Family) -> None:
+    """All levels take as long: the largest alone, and the line that says why."""
+    calibration = waves.fitted.calibration_for(waves)
+    alike = Family(waves.levels, Fitted(replace(calibration, seconds={64: (0.98, 0.99, 1.0)})))
+    choice = alike.recommend(mse=1e-5)
+    assert (choice.level, choice.plan) == ("3", None)
+    assert choice.why.startswith("3 alone is fastest: a call of 3 takes 1.02 times as long as one of 1")
+    assert choice.options == {"solver": choice.solver, "steps": choice.steps, "grid": choice.grid, "level": "3"}
+
+
+def test_a_plan_that_is_recommended_runs_as_it_was_predicted_to(waves: Family) -> None:
+    choice = waves.recommend(mse=1e-5)
+    assert choice.plan is not None
+    sampler = Sampler(waves, **choice.options)
+    ledger = sampler.run(INDICES).ledger
+    calls = {name: cost.calls / ledger.images for name, cost in ledger.levels.items()}
+    seconds = dict(zip(waves.names, waves.fitted.calibration_for(waves).seconds[64], strict=True))
+    assert sum(seconds[name] * count for name, count in calls.items()) == pytest.approx(choice.predicted_seconds)
+
+
+def test_a_family_from_another_machine_is_timed_here(waves: Family) -> None:
+    calibration = waves.fitted.calibration_for(waves)
+    here = machine(torch.device("cpu"))
+    for noted, kept in (({}, True), ({"machine": here}, True), ({"machine": "1 cores Babbage"}, False)):
+        of = Family(waves.levels, Fitted(replace(calibration, about=calibration.about | noted)))
+        of.recommend(mse=1e-2)
+        found = of.fitted.calibration_for(of)
+        assert (found.seconds == calibration.seconds) is kept
+        assert found.discretisation == calibration.discretisation
+    assert found.about["machine"] == here
+    assert max(found.seconds[64]) < 1
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({}, r"takes mse=, the error that is allowed, or seconds= an image; give one of them$"),
+        ({"mse": 1e-3, "seconds": 1.0}, r"; give one of them$"),
+        ({"mse": 0.0}, r"^mse must be a number > 0, got 0\.0$"),
+        ({"seconds": float("nan")}, r"^seconds must be a number > 0, got nan$"),
+        ({"mse": 1e-3, "kind": "pde"}, r"^kind must be one of ode, sde, got .pde.; did you mean sde\?$"),
+        ({"mse": 1e-30}, r"^mse=1e-30: nothing reaches it for sure in 1000 steps, where .* are left; allow more"),
+        ({"seconds": 0.5}, r"^seconds=0\.5 an image: a step of 1 takes 1; allow more$"),
+    ],
+)
+def test_mistakes_get_one_line(waves: Family, options: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        waves.recommend(**options)
+
+
+def test_steps_that_were_not_measured_are_said(waves: Family) -> None:
+    assert not waves.recommend(mse=1e-4).extrapolated
+    calibration: Calibration = waves.fitted.calibration_for(waves)
+    few = {key: {8: found[8], 16: found[16]} for key, found in calibration.discretisation.items()}
+    of = Family(waves.levels, Fitted(replace(calibration, discretisation=few, stderr={})))
+    assert of.recommend(mse=1e-6).extrapolated
+
+
+# --- how sure a prediction is --------------------------------------------------------------------------------------
+
+
+def test_pilots_along_a_line_are_followed_and_others_distrusted() -> None:
+    """log(measured / predicted) = 0.5 + 0.1 log(predicted) - 0.2 log(steps), exactly, and with scatter."""
+    pilots = [
+        [predicted, predicted * 2.718281828**0.5 * predicted**0.1 * steps**-0.2, 0.0, steps]
+        for predicted in (1e-5, 1e-4, 1e-3)
+        for steps in (16.0, 32.0, 64.0)
+    ]
+    found = correction(pilots, 3e-4, 24)
+    assert found.factor == pytest.approx(2.718281828**0.5 * 3e-4**0.1 * 24**-0.2, rel=0.05)
+    assert found.spread < 0.1
+    scattered = [[row[0], row[1] * (3.0 if number % 2 else 1 / 3.0), *row[2:]] for number, row in enumerate(pilots)]
+    assert correction(scattered, 3e-4, 24).spread > 0.8
+    unsure = [[*row[:2], 0.5 * row[1], row[3]] for row in pilots]
+    assert correction(unsure, 3e-4, 24).spread > 0.5
+    assert correction([], 3e-4, 24) == (1.0, 1.0)
