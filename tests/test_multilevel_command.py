@@ -66,7 +66,7 @@ def test_training_a_family_ends_with_its_calibration(made: tuple[Path, str]) -> 
     assert list(found.pilots) == [
         f"{kind}/{name}"
         for kind in ("sde", "ode")
-        for name in ("hindsight", "held", "jump/systematic", "jump/bernoulli")
+        for name in ("hindsight", "switch", "held", "jump/systematic", "jump/bernoulli")
     ]
     assert all(tuple(sorted(errors)) in STEPS.values() for errors in found.discretisation.values())
     assert min(mse for errors in found.discretisation.values() for mse in errors.values()) > 0

@@ -19,16 +19,19 @@ class Traits:
     Args:
         holds: whether corrections are held between the evaluations at which they are measured.
         moves_state: whether the state is moved between evaluations, for which the solver must evaluate once a step.
+        searched: whether a calibration finds what runs at which evaluation, where no coins are asked for.
     """
 
     holds: bool
     moves_state: bool
+    searched: bool
 
 
 ESTIMATORS = {
-    "jump": Traits(holds=False, moves_state=False),
-    "held": Traits(holds=True, moves_state=False),
-    "hindsight": Traits(holds=True, moves_state=True),
+    "jump": Traits(holds=False, moves_state=False, searched=False),
+    "held": Traits(holds=True, moves_state=False, searched=True),
+    "hindsight": Traits(holds=True, moves_state=True, searched=True),
+    "switch": Traits(holds=False, moves_state=False, searched=True),
 }
 COINS = ("systematic", "bernoulli", "nested", "poisson")
 """The kinds of coins, the recommended one first."""

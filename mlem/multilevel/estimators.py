@@ -8,7 +8,9 @@ of counts says which corrections are evaluated at which row.
   (order 0) or the last two (order 1, linearly in `-ln kappa`): see `holding.py`. Biased, but smooth: multistep solvers
   work on it;
 - hindsight: held, and when a correction is measured again, the state is moved by what interpolation between the two
-  measurements says that extrapolation got wrong (ours; the corrector of a multistep method, for the correction alone).
+  measurements says that extrapolation got wrong (ours; the corrector of a multistep method, for the correction alone);
+- switch: at each row one level runs, and no correction above it counts (T-Stitch, arXiv:2402.14167; a searched sequence
+  is OMS-DPM's, arXiv:2306.08860). What the larger levels would have said is lost.
 
 Weights are collected before anything is evaluated: `F = sum_k w_k f^k` with `w_k = W_k - W_(k+1)`, W_k being that of
 `g^k`; and a level of weight zero is not run, unless a held correction has to be measured.
@@ -36,7 +38,7 @@ from mlem.multilevel.evaluators import Evaluator, HeldEvaluator, HindsightEvalua
 from mlem.multilevel.holding import Holding
 from mlem.schedule import NoiseSchedule
 
-__all__ = ["ESTIMATORS", "Estimator", "Held", "Hindsight", "Jump", "collect", "estimator_called"]
+__all__ = ["ESTIMATORS", "Estimator", "Held", "Hindsight", "Jump", "Switch", "collect", "estimator_called"]
 
 Levels = Sequence[Denoiser]
 Quadrature = Sequence[float] | None
@@ -58,6 +60,11 @@ class Estimator(ABC):
     def moves_state(self) -> bool:
         """Whether the state is moved between evaluations."""
         return choices.ESTIMATORS[self.name].moves_state
+
+    @property
+    def searched(self) -> bool:
+        """Whether no coins are tossed: a plan's rows are chosen."""
+        return choices.ESTIMATORS[self.name].searched
 
     @abstractmethod
     def check(self, probabilities: Tensor, counts: Tensor | None) -> None:
@@ -131,6 +138,19 @@ class Jump(Estimator):
         return JumpEvaluator(levels, program)
 
 
+class Switch(Jump):
+    name = "switch"
+
+    def check(self, probabilities: Tensor, counts: Tensor | None) -> None:
+        table = probabilities if counts is None else counts
+        fits = table.dim() == 2 and table.numel() > 0 and bool(((table == 0) | (table == 1)).all())
+        if counts is None or not fits or bool((table[:, 1:] > table[:, :-1]).any() or (table[:, 0] != 1).any()):
+            raise ValueError("a plan that switches runs one level at each evaluation: make it by Plan.switching")
+
+    def correction_weights(self, counts: Tensor, probabilities: Tensor) -> Tensor:
+        return counts.double()
+
+
 class Held(Estimator):
     name = "held"
 
@@ -190,7 +210,7 @@ class Hindsight(Held):
         return HindsightEvaluator(levels, schedule, program, quadrature)
 
 
-ESTIMATORS: dict[str, Estimator] = {one.name: one for one in (Jump(), Held(), Hindsight())}
+ESTIMATORS: dict[str, Estimator] = {one.name: one for one in (Jump(), Held(), Hindsight(), Switch())}
 
 
 def estimator_called(name: str) -> Estimator:

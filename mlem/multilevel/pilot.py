@@ -29,10 +29,16 @@ __all__ = ["ESTIMATORS", "PILOTS", "SPENT", "STEPS", "discretisations", "pilot"]
 STEPS = {"ode": (8, 12, 16, 24, 32, 48, 64), "sde": (8, 16, 32, 64, 128)}
 """At these step counts."""
 PILOTS = (("ddpm", "uniform", (32, 64, 128), 0), ("dpm_solver_pp", "log_snr", (16, 32, 48), 1))
-"""Solver, grid, steps and order of held corrections of the pilot plans; estimators but the first at most steps only."""
+"""Solver, grid, steps and order of held corrections of the pilot plans."""
 SPENT = (6.0, 12.0, 24.0)
 """Their costs, in evaluations of the largest level by FLOPs."""
-ESTIMATORS = (("hindsight", None, 1), ("held", None, 1), ("jump", "systematic", 3), ("jump", "bernoulli", 3))
+ESTIMATORS = (
+    ("hindsight", None, 1),
+    ("switch", None, 1),
+    ("held", None, 1),
+    ("jump", "systematic", 3),
+    ("jump", "bernoulli", 3),
+)
 """Estimator, coins and number of draws of the pilot plans."""
 
 
@@ -79,7 +85,7 @@ def pilot(
                 spec = PlanSpec(budget=1.0, estimator=estimator, coins=coins, order=order, cost="flops")
                 found = [
                     row
-                    for steps in (counts if number == 0 else counts[-1:])
+                    for steps in (counts if number < 2 else counts[-1:])
                     for row in _pilots(runs, spec, make_solver(name), grid, steps, draws)
                 ]
                 pilots[pilot_key(make_solver(name), estimator, coins)] = sorted(found)

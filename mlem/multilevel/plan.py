@@ -132,12 +132,23 @@ class Plan:
         options = (estimator, order, 0, tuple(levels), correlation_length, dict(about or {}))
         return Plan(counts.double(), counts, "given", *options)
 
+    @staticmethod
+    def switching(running: Sequence[int], levels: Sequence[str], about: Mapping[str, Any] | None = None) -> Plan:
+        """One level at each evaluation.
+
+        Args:
+            running: number of the level, from 0, at each of the R evaluations.
+            levels: names, cheapest first.
+        """
+        counts = (torch.arange(len(levels)) <= torch.tensor(list(running))[:, None]).long()
+        return Plan(counts.double(), counts, "given", "switch", levels=tuple(levels), about=dict(about or {}))
+
     def redrawn(self, delta: float = 0.0, seed: int = 0) -> Plan:
         """The coins tossed again, with delta added to the logits of all p_k but the first ([J], Fig. 1).
 
         What is certain stays certain. Raises ValueError for held corrections, whose rows are chosen, not tossed.
         """
-        if self.holds:
+        if self._estimator.searched:
             raise ValueError(f"{self.estimator} tosses no coins again; use estimator=jump")
         p = torch.sigmoid(torch.logit(self.probabilities) + delta).clamp(min=1e-9)
         p[:, 0] = self.probabilities[:, 0]
@@ -238,8 +249,8 @@ class Plan:
 
     @property
     def expected_calls(self) -> Tensor:
-        """What `calls` is on average over the coins: (K,) float64. Of held corrections that are given: `calls`."""
-        if self.holds:
+        """What `calls` is on average over the coins: (K,) float64. Where rows are chosen: `calls`."""
+        if self._estimator.searched:
             return self.calls
         p = self.probabilities
         above = torch.cat([p[:, 1:], torch.zeros_like(p[:, :1])], 1)

@@ -21,6 +21,7 @@ from mlem.multilevel.plan import Plan
 from mlem.multilevel.predict import Predictor
 from mlem.multilevel.search import search
 from mlem.multilevel.spec import PlanSpec
+from mlem.multilevel.switching import switches
 from mlem.solvers import GridPoint, GridPoints, Solver, quadrature_weights
 
 if TYPE_CHECKING:
@@ -198,6 +199,8 @@ class _Planner:
         predictor, spec = self._predictor, self._spec
         if spec.searched:
             assert predictor is not None
+            if not ESTIMATORS[spec.estimator].holds:
+                return switches(predictor, subsets, self._costs, budget)
             return search(predictor, subsets, self._costs, self._order, spec.estimator, budget)
         plans = [plan for levels in subsets if (plan := self._spending(levels, budget)) is not None]
         if predictor is None or len(plans) < 2:

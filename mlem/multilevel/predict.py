@@ -92,7 +92,7 @@ class Predictor:
         """
         if bool((plan.probabilities[:, 0] < 1).any()):
             raise ValueError("only a plan whose first level always runs can be predicted; give it probability 1")
-        if not plan.holds and COINS[plan.coins].independent:
+        if plan.coins in COINS and not plan.holds and COINS[plan.coins].independent:
             return self.variance(plan)
         if plan.counts is None:
             tables = COINS[plan.coins].toss(plan.probabilities, plan.seed, torch.arange(256))
@@ -103,7 +103,7 @@ class Predictor:
 
     def choice(self, plan: Plan) -> float:
         """What to compare plans on different levels by: coins by their variance, so that no lucky draw wins."""
-        return self.response_error(plan) if plan.holds else self.variance(plan)
+        return self.response_error(plan) if plan.holds or plan.coins not in COINS else self.variance(plan)
 
     def _factor(self, error: float, plan: Plan) -> Factor:
         """Measured over predicted, as pilots say."""
@@ -193,7 +193,7 @@ class Predictor:
 
 def pilot_key(solver: Solver, estimator: str, coins: str | None) -> str:
     """The name under which a calibration keeps the pilots of this kind of plan."""
-    tossed = [] if coins is None or ESTIMATORS[estimator].holds else [COINS[coins].pilot]
+    tossed = [] if coins is None or ESTIMATORS[estimator].searched else [COINS[coins].pilot]
     return "/".join([_kind(solver), estimator, *tossed])
 
 

@@ -8,6 +8,7 @@ is searched for only where it may be faster than the best that is known.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -34,10 +35,14 @@ WIDE = 1.96
 """Standard errors on either side of an interval: 95 percent."""
 MOST_STEPS = 1000
 """Of a candidate."""
+PLANS = ("hindsight", "switch")
+"""Estimators of the plans that are tried."""
 SHARES = (0.2, 0.4, 0.6, 0.8)
 """Shares of the error that may be the solver's own; the rest is the plan's."""
 LONGER = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """How many times as many steps as the largest level alone could take a plan is tried with."""
+WORTH = 1.03
+"""Times as long as it takes for which a plan of several levels counts: to gain less it is not worth the trouble."""
 HALVINGS = 5
 """Of the interval in which the budget of a plan is looked for."""
 
@@ -206,10 +211,12 @@ class _Choosing:
         self.found.append(one)
         return one
 
-    def spec(self, seconds: float, steps: int) -> PlanSpec | None:
+    def spec(self, estimator: str, seconds: float, steps: int) -> PlanSpec | None:
         """A plan of so many wall seconds an image in so many steps; None where that is no share of the largest."""
         budget = seconds / (steps * self.step_seconds(self.family.names[-1]))
-        return PlanSpec(budget=budget, batch_size=self.batch_size) if 0 < budget <= 1 else None
+        if not 0 < budget <= 1:
+            return None
+        return PlanSpec(budget=budget, estimator=estimator, batch_size=self.batch_size)
 
     def recommendation(self, order: list[Candidate], met: str, missed: str) -> Recommendation:
         """The first of these, the others of other kinds behind it."""
@@ -249,9 +256,9 @@ class _ForError(_Choosing):
             self._alone(solver, grid)
         for solver, grid in self.methods():
             if len(self.family.names) > 1 and solver.revisable:
-                for share in SHARES:
-                    self._sharing(solver, grid, share)
-        good = sorted(self._reaching(), key=lambda one: one.predicted_seconds)
+                for share, estimator in itertools.product(SHARES, PLANS):
+                    self._sharing(solver, grid, share, estimator)
+        good = sorted(self._reaching(), key=lambda one: one.predicted_seconds * (1.0 if one.plan is None else WORTH))
         if not good:
             errors = [by.discretisation_at(MOST_STEPS) for by in self._longest()]
             least = min(error for error in errors if error is not None)
@@ -287,7 +294,7 @@ class _ForError(_Choosing):
         while steps is not None and steps <= MOST_STEPS and self.alone(solver, grid, steps).upper_mse > self.target:
             steps += 1
 
-    def _sharing(self, solver: Solver, grid: str, share: float) -> None:
+    def _sharing(self, solver: Solver, grid: str, share: float, estimator: str) -> None:
         """Plans in as many steps as leave this share of the error to the solver."""
         steps = self._steps(solver, grid, share * self.target, sure=False)
         if steps is None:
@@ -295,14 +302,14 @@ class _ForError(_Choosing):
         best = min((one.predicted_seconds for one in self._reaching()), default=math.inf)
         high = min(best, steps * self.step_seconds(self.family.names[-1]))
         low = steps * self.step_seconds(self.family.names[0])
-        if low >= high or not self._reaches(solver, grid, steps, high):
+        if low >= high or not self._reaches(solver, grid, steps, estimator, high):
             return
         for _ in range(HALVINGS):
             middle = math.sqrt(low * high)
-            low, high = (low, middle) if self._reaches(solver, grid, steps, middle) else (middle, high)
+            low, high = (low, middle) if self._reaches(solver, grid, steps, estimator, middle) else (middle, high)
 
-    def _reaches(self, solver: Solver, grid: str, steps: int, seconds: float) -> bool:
-        spec = self.spec(seconds, steps)
+    def _reaches(self, solver: Solver, grid: str, steps: int, estimator: str, seconds: float) -> bool:
+        spec = self.spec(estimator, seconds, steps)
         one = None if spec is None else self.planned(solver, grid, steps, spec)
         return one is not None and one.upper_mse <= self.target
 
@@ -317,8 +324,9 @@ class _ForTime(_Choosing):
             if most >= 1:
                 self.alone(solver, grid, min(most, MOST_STEPS))
             if len(self.family.names) > 1 and solver.revisable:
-                for steps in sorted({round(max(most, 4) * longer) for longer in LONGER}):
-                    if steps <= MOST_STEPS and (spec := self.spec(self.target, steps)) is not None:
+                counts = sorted({min(round(max(most, 4) * longer), MOST_STEPS) for longer in LONGER})
+                for steps, estimator in itertools.product(counts, PLANS):
+                    if (spec := self.spec(estimator, self.target, steps)) is not None:
                         self.planned(solver, grid, steps, spec)
         good = [one for one in self.found if one.predicted_seconds <= 1.0001 * self.target]
         if not good:

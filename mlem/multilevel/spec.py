@@ -43,7 +43,8 @@ class PlanSpec:
         coins: "systematic", "bernoulli", "nested" or "poisson". By default systematic; but for held corrections with
             calibrated probabilities no coin is tossed: the evaluations at which corrections are measured are searched
             for, such that the predicted error is least.
-        estimator: "hindsight", "held" or "jump": what stands in for a level that is not evaluated.
+        estimator: "hindsight", "held" or "jump": what stands in for a level that is not evaluated; or "switch": one
+            level runs at each evaluation, and nothing stands in for the larger ones.
         order: of the extrapolation of a held correction, 0 or 1; by default 0 for SDEs and 1 for ODEs.
         levels: names of the levels, cheapest first; by default the best subset.
         gamma: of the theorem, for theory probabilities, > 0.
@@ -106,7 +107,7 @@ class PlanSpec:
     @property
     def searched(self) -> bool:
         """Whether the evaluations that measure are searched for: no coin is tossed, every seed gives the same plan."""
-        return ESTIMATORS[self.estimator].holds and self.probabilities == "calibrated" and self.coins is None
+        return ESTIMATORS[self.estimator].searched and self.probabilities == "calibrated" and self.coins is None
 
     @staticmethod
     def from_options(options: Mapping[str, Any], where: str = "") -> PlanSpec:
@@ -156,6 +157,10 @@ class PlanSpec:
         if self.coins is not None:
             check_choice("coins", self.coins, COINS)
         check_choice("estimator", self.estimator, tuple(ESTIMATORS))
+        if self.estimator == "switch" and not self.searched:
+            raise ValueError(
+                "estimator=switch tosses no coins: leave out coins= and probabilities=, or take estimator=jump"
+            )
         levels: object = self.levels
         if levels is not None and (not isinstance(levels, tuple) or not levels):
             raise ValueError(f"levels must be a list of names, as in levels=[xs,s], got {levels!r}")
@@ -163,7 +168,7 @@ class PlanSpec:
             raise ValueError(f"cost must be {' or '.join(UNITS)}, got {self.cost!r}")
 
     def _check_per_sample(self) -> None:
-        if self.per_sample not in (False, True) or (self.per_sample and ESTIMATORS[self.estimator].holds):
+        if self.per_sample not in (False, True) or (self.per_sample and ESTIMATORS[self.estimator].searched):
             raise ValueError(
                 f"per_sample must be true or false, and true only with estimator=jump, got {self.per_sample!r} with "
                 f"{self.estimator}; leave it out, for one plan for all samples"
