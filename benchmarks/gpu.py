@@ -67,6 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     scale = SMALL if options.small else LARGE
     trains = options.family is None and not options.small
     settings = {"small": options.small, "experiment": options.experiment, "family": str(options.family or "trained")}
+    settings |= {name: getattr(scale, name) for name in ("images", "reference_steps", "rounds", "fid_images", "cost")}
     rows = Rows(options.out / "gpu.json", {"machine": machine(device), "settings": settings})
     bench = _bench(options, scale, device, rows)
     clock = Clock(options.minutes)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import numpy as np
 from gpu_rows import Rows
 
 from mlem.comparison.equal_error import Setting, cost_ratio, frontier
-from mlem.plots.style import COLOURS, STYLES, legend_key, panels, save
+from mlem.plots.style import COLOURS, STYLES, in_digits, legend_key, panels, save
 
 __all__ = ["advantages", "draw", "measured", "report"]
 
@@ -117,12 +117,35 @@ def _table(console: Any, title: str, columns: Sequence[str], rows: Sequence[Sequ
 
 
 def draw(rows: Rows, folder: Path) -> None:
-    """Write the figures that there are rows for: gpu_levels.png, gpu_error_ODE.png and so on."""
-    machine = rows.about["machine"]
+    """Write the figures that there are rows for: gpu_levels.png, gpu_error_ODE_bf16.png and so on."""
+    machine, settings = rows.about["machine"], rows.about["settings"]
     where = f"{machine.get('gpu', machine['processor'])}, torch {machine['torch']}"
+    data = next((row["data"] for row in rows.of("family")), "")
+    _draw_levels(rows, folder / "gpu_levels.png", where)
+    errors = f"{data}, {settings['images']} images, reference of {settings['reference_steps']} steps; {where}"
+    _draw_errors(rows, folder, errors)
+    scores = [
+        (_named(*row["key"][2:]), (1e3 * row["seconds"], value))
+        for row in rows.of("fid")
+        for name, value in row["scores"].items()
+        if name.startswith("fid_")
+    ]
+    label = f"FID, {settings['fid_images']} images"
+    _draw(folder / "gpu_fid.png", "time per image [ms]", [label], [_grouped(scores)], f"{data}; {where}")
+    parallel = [
+        (f"{one['solver']}, {row['key'][0]}", (row["key"][1], one["ratio"]["median"]))
+        for row in rows.of("parallel")
+        for one in row["solvers"]
+    ]
+    label = "time over that of parallel midpoints"
+    _draw(folder / "gpu_parallel.png", "batch", [label], [_grouped(parallel)], f"{data}; {where}")
+
+
+def _draw_levels(rows: Rows, path: Path, where: str) -> None:
+    """Time of a call against FLOPs: a panel for each batch size, a line for each mode."""
     levels = rows.of("levels")
     batches = list(dict.fromkeys(row["key"][1] for row in levels))
-    by_batch: list[Lines] = [
+    lines = [
         {
             row["key"][0]: [(n / 1e6, 1e6 * one) for n, one in zip(row["flops"], row["seconds"], strict=True)]
             for row in levels
@@ -131,34 +154,34 @@ def draw(rows: Rows, folder: Path) -> None:
         for batch in batches
     ]
     labels = [f"batch {batch}: time of a call [µs per image]" for batch in batches]
-    _draw(folder / "gpu_levels.png", "MFLOPs per image", labels, by_batch, f"levels; {where}")
+    _draw(path, "MFLOPs per image", labels, lines, f"levels; {where}")
+
+
+def _draw_errors(rows: Rows, folder: Path, caption: str) -> None:
+    """Error against time, a figure for each mode and kind: a panel for each batch size, a line for each sampler."""
     found = measured(rows)
-    for (mode, kind), word in {(row["mode"], row["reference"]): KINDS[row["reference"]] for row in found}.items():
+    for mode, kind in dict.fromkeys((row["mode"], row["reference"]) for row in found):
         here = [row for row in found if (row["mode"], row["reference"]) == (mode, kind)]
         batches = list(dict.fromkeys(row["batch"] for row in here))
-        by_batch = [
-            _grouped((row["label"], (1e3 * row["time"], row["mse"])) for row in here if row["batch"] == batch)
+        lines = [
+            _grouped(
+                (_named(row["label"], row["target"], row["steps"]), (1e3 * row["time"], row["mse"]))
+                for row in here
+                if row["batch"] == batch
+            )
             for batch in batches
         ]
         labels = [f"batch {batch}: mean squared error to the reference" for batch in batches]
-        name = f"gpu_error_{word}_{mode.replace(', ', '_')}.png"
-        _draw(folder / name, "time per image [ms]", labels, by_batch, f"{word}, {mode}; {where}")
-    scores = [
-        (row["key"][2], (1e3 * row["seconds"], value))
-        for row in rows.of("fid")
-        for name, value in row["scores"].items()
-        if name.startswith("fid_")
-    ]
-    _draw(folder / "gpu_fid.png", "time per image [ms]", ["FID"], [_grouped(scores)], where)
-    parallel = [
-        (f"{one['solver']}, {row['key'][0]}", (row["key"][1], one["ratio"]["median"]))
-        for row in rows.of("parallel")
-        for one in row["solvers"]
-    ]
-    _draw(folder / "gpu_parallel.png", "batch", ["time over that of parallel midpoints"], [_grouped(parallel)], where)
+        name = f"gpu_error_{KINDS[kind]}_{mode.replace(', ', '_')}.png"
+        _draw(folder / name, "time per image [ms]", labels, lines, f"{KINDS[kind]}, {mode}; {caption}")
 
 
-def _grouped(points: Any) -> Lines:
+def _named(label: str, target: str, steps: int) -> str:
+    """The line that a sampler stands in: steps differ along those of one level, budgets along those of several."""
+    return f"{label}, {steps} steps" if target else label
+
+
+def _grouped(points: Iterable[tuple[str, tuple[float, float]]]) -> Lines:
     """Points by name, each line in the order of x."""
     lines: dict[str, list[tuple[float, float]]] = {}
     for name, point in points:
@@ -175,6 +198,7 @@ def _draw(path: Path, xlabel: str, ylabels: Sequence[str], lines: Sequence[Lines
     looks = dict(zip(names, zip(cycle(COLOURS), cycle(STYLES + STYLES[:1]), strict=False), strict=False))
     for axes, some in zip(axes_of, lines, strict=True):
         axes.set(xscale="log", yscale="log")
+        in_digits(axes.xaxis)
         for name, points in some.items():
             colour, (marker, line) = looks[name]
             axes.plot(*zip(*points, strict=True), color=colour, marker=marker, linestyle=line, markersize=4)

@@ -121,10 +121,10 @@ def speed_jobs(bench: Bench) -> Iterator[Job]:
     for mode in scale.modes:
         for batch in scale.batches:
             yield Job("levels", (mode, batch), lambda m=mode, b=batch: _timed_levels(bench, m, b))
-    for mode in (mode for mode in scale.modes if not MODES[mode].graphs):
+    for mode in scale.train_modes:
         for name in scale.trained:
             yield Job("training", (mode, name), lambda m=mode, n=name: _training(bench, m, n))
-    for name in (scale.levels[0], scale.levels[-1]):
+    for name in dict.fromkeys((scale.trained[0], scale.trained[-1])):
         yield Job("folder", (name,), lambda n=name: _folder(bench, n))
 
 
@@ -159,7 +159,7 @@ def _folder(bench: Bench, name: str) -> dict[str, Any]:
 def family_jobs(bench: Bench) -> Iterator[Job]:
     """What needs a trained family: errors, their seconds, parallel midpoints, FID."""
     family = bench.family
-    assert bench.references  # refuses a folder of others
+    _ = bench.references  # refuses a folder of others
     yield Job("family", (family.weights_hash,), lambda: _about(family))
     if len(bench.rows.of("family")) > 1:
         raise SystemExit(f"{bench.rows.out} has rows of another family; move it away, or choose another --out")

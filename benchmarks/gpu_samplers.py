@@ -30,7 +30,7 @@ class Scale:
         fid_images, fid_steps: of FID; samplers of more steps are left out.
         parallel, parallel_modes: sizes of a batch, and modes, of parallel midpoints.
         blocks, midpoints, most: of parallel midpoints, and the most steps of what they are compared with.
-        trained, train_batch, train_steps, train_images, workers: of the throughput of training.
+        trained, train_modes, train_batch, train_steps, train_images, workers: of the throughput of training.
         folder: samples in a folder.
     """
 
@@ -65,6 +65,7 @@ class Scale:
     midpoints: int = 8
     most: int = 1000
     trained: tuple[str, ...] = ("xs", "s", "m", "l", "xl")
+    train_modes: tuple[str, ...] = ("fp32", "bf16", "bf16, compiled")
     train_batch: int = 64
     train_steps: int = 30
     train_images: int = 2000
@@ -92,7 +93,7 @@ SMALL = Scale(
     levels=("xs", "s"),
     shape=(3, 8, 8),
     batches=(2,),
-    modes=("fp32", "bf16, graphs"),
+    modes=("bf16, graphs",),
     sampling=("bf16, graphs",),
     images=2,
     reference_steps=16,
@@ -108,6 +109,7 @@ SMALL = Scale(
     midpoints=2,
     most=8,
     trained=("xs",),
+    train_modes=("fp32",),
     train_batch=2,
     train_steps=1,
     train_images=20,
