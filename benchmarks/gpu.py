@@ -98,7 +98,7 @@ def _bench(options: argparse.Namespace, scale: Scale, device: str, rows: Rows) -
             family.fitted = Fitted(calibrate(family, images=2, times=4, batch_sizes=(size,), device=device))
             return family
 
-        return Bench(scale, device, options.root, rows, calibrated, lambda: _noise(scale))
+        return Bench(scale, device, options.root, rows, False, calibrated, lambda: _noise(scale))
     from mlem.cli.main import job_of
     from mlem.cli.metrics import measure_of, prepared
 
@@ -110,7 +110,7 @@ def _bench(options: argparse.Namespace, scale: Scale, device: str, rows: Rows) -
         assert found is not None
         return found
 
-    return Bench(scale, device, options.root, rows, lambda: Family.load(folder), measure)
+    return Bench(scale, device, options.root, rows, options.family is not None, lambda: Family.load(folder), measure)
 
 
 def _noise(scale: Scale) -> Measure:

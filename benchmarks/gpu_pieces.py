@@ -50,6 +50,7 @@ class Bench:
         device: "cpu" or "cuda".
         root: folder of what lies beside the rows: references, and data to train on.
         rows: what is measured already.
+        given: whether there is a trained family from the beginning.
         trained: the family, calibrated; called only when a piece needs it.
         measure: FID against its data set.
     """
@@ -58,26 +59,23 @@ class Bench:
     device: str
     root: Path
     rows: Rows
+    given: bool
     trained: Callable[[], Family]
     measure: Callable[[], Measure]
 
     @cached_property
     def family(self) -> Family:
-        """The trained family, on the device. Raises ValueError where it is not calibrated, or not of this scale."""
+        """The trained family, on the device. Raises ValueError where it is not calibrated."""
         family = self.trained()
         family.fitted.calibration_for(family)
-        names, shape = family.names, family.shape
-        if names != [*self.scale.levels] or shape != self.scale.shape:
-            wanted = f"{', '.join(self.scale.levels)} of {self.scale.shape}"
-            raise ValueError(f"the family has levels {', '.join(names)} of {shape}, and {wanted} were timed")
         for level in family.levels:
             level.network.to(self.device).eval()
         return family
 
     @cached_property
     def fresh(self) -> Family:
-        """A family with random weights, which takes as long as a trained one."""
-        return fresh_family(self.scale, self.device)
+        """What is timed before there is a trained family: the same networks with random weights."""
+        return self.family if self.given else fresh_family(self.scale, self.device)
 
     @cached_property
     def score(self) -> Measure:
@@ -97,6 +95,8 @@ class Bench:
         timed = self.rows.find("levels", (mode, batch))
         if timed is None or "failed" in timed:
             raise ValueError(f"levels were not timed in {mode} at batch {batch}")
+        if timed["flops"] != [level.flops for level in self.family.levels]:
+            raise ValueError("levels that were timed are not those of the family; move the rows away")
         family, seconds = copy.copy(self.family), {batch: tuple(timed["seconds"])}
         family.fitted = Fitted(replace(calibration, seconds=seconds, outside={batch: timed["outside"]}))
         count = self.scale.images if measure is None else self.scale.fid_images
