@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from gpu_modes import MODES
 from gpu_rows import Rows
 
 from mlem.comparison.equal_error import Setting, cost_ratio, frontier
@@ -24,11 +25,12 @@ KINDS = {"ddpm": "SDE", "dpm_solver_pp": "ODE"}
 
 def measured(rows: Rows) -> list[dict[str, Any]]:
     """Seconds with their errors: a row for each sampler, mode and batch."""
-    errors = {tuple(row["key"][1:]): row for row in rows.of("errors")}
+    errors = {tuple(row["key"]): row for row in rows.of("errors")}
     found: list[dict[str, Any]] = []
     for row in rows.of("seconds"):
         mode, batch, label, target, steps = row["key"]
-        error = errors.get((batch if target else 0, label, target, steps))
+        where = (mode, batch) if target else (MODES[mode].precision, 0)  # as in `error_key`
+        error = errors.get((*where, label, target, steps))
         if error is not None and error["mse"] > 0:
             about = {"mode": mode, "batch": batch, "label": label, "target": target, "steps": steps}
             costs = {"time": row["seconds"]["median"], "outside": row["outside_percent"], "flops": row["flops"]}

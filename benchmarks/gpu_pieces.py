@@ -144,6 +144,7 @@ def _training(bench: Bench, mode: str, name: str) -> dict[str, Any]:
     shards = ensure("dead_leaves", bench.root / "leaves", size=size, count=scale.train_images, progress=False)
     one = Training(name, scale.train_batch, bench.device, how.precision, how.compiled, scale.workers)
     ratios, rates = one.rates(shards, scale.rounds, scale.train_steps)
+    torch.compiler.reset()
     images = [rate * scale.train_batch for rate in rates]
     return {"batch": scale.train_batch, "images_per_second": spread(images), "over_bare_loop": spread(ratios)}
 

@@ -165,19 +165,20 @@ def test_a_training_ends_in_its_time_and_says_when_it_fails(
 
 
 def test_advantages(tmp_path: Path) -> None:
-    """Levels together that cost half at every error: a ratio of 2, in the mode and at the batch where they do."""
+    """Levels together that cost half at every error: a ratio of 2; in another mode, with other plans, of 1."""
     rows = Rows(tmp_path / "gpu.json", {})
+    settings = [("bf16", "", 2.0, 1.0), ("bf16", "budget0.5", 1.0, 1.0), ("bf16, graphs", "budget0.5", 1.0, 2.0)]
     for steps in (4, 8, 16):
-        for label, target, cost in (("ddpm", "", 2.0), ("hindsight ddpm", "budget0.5", 1.0)):
-            errors = {"mse": 1 / steps, "images": [0.9 / steps, 1.1 / steps], "reference": "ddpm"}
-            key = ["bf16", 64 if target else 0, label, target, steps]
-            rows.rows.append({"piece": "errors", "key": key, **errors})
-            seconds = {"median": cost * steps}
-            costs = {"seconds": seconds, "outside_percent": 1.0, "flops": 3 * cost * steps}
-            rows.rows.append({"piece": "seconds", "key": ["bf16", 64, label, target, steps], **costs})
+        for mode, target, cost, error in settings:
+            name = ["hindsight ddpm" if target else "ddpm", target, steps]
+            errors = {"mse": error / steps, "images": [0.9 * error / steps, 1.1 * error / steps], "reference": "ddpm"}
+            rows.rows.append({"piece": "errors", "key": [mode, 64 if target else 0, *name], **errors})
+            costs = {"seconds": {"median": cost * steps}, "outside_percent": 1.0, "flops": 3 * cost * steps}
+            modes = (mode,) if target else ("bf16", "bf16, graphs")
+            rows.rows += [{"piece": "seconds", "key": [one, 64, *name], **costs} for one in modes]
     table = gpu_figures.advantages(rows)
-    assert len(table) == 3
+    assert {(one["batch"], one["kind"], one["sampler"]) for one in table} == {(64, "SDE", "hindsight ddpm")}
+    assert [one["mode"] for one in table] == 3 * ["bf16"] + 3 * ["bf16, graphs"]
     for one in table:
-        assert (one["mode"], one["batch"], one["kind"], one["sampler"]) == ("bf16", 64, "SDE", "hindsight ddpm")
-        assert one["time"]["ratio"] == pytest.approx(2)
-        assert one["flops"]["ratio"] == pytest.approx(2)
+        for cost in ("time", "flops"):
+            assert one[cost]["ratio"] == pytest.approx(2 if one["mode"] == "bf16" else 1)
