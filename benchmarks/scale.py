@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import processor, spread
+from measuring import spread
 
 from mlem.files import write_json
 from mlem.level import Level
 from mlem.networks import unet
 from mlem.outputs import claim, finish, pack, sample_path, survey, verify, write_png, write_samples
+from mlem.provenance import processor
 from mlem.sampling import Sampler
 from mlem.schedule import NoiseSchedule
 
