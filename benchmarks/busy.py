@@ -22,10 +22,11 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
-from measuring import processor, spread
+from measuring import spread
 from rich.progress import track
 
 from mlem.files import write_json
+from mlem.provenance import processor
 
 SPINS = {"GOMP_SPINCOUNT=1000 (mlem's)": "1000", "the runtime's own": "300000"}
 LIMIT = 2.2

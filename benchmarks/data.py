@@ -20,11 +20,12 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from measuring import processor, spread
+from measuring import spread
 from PIL import Image
 
 from mlem.data import BatchSource, Shards, prepare, train_loader, write_shards
 from mlem.files import write_json
+from mlem.provenance import processor
 
 WORKERS, BATCH, DIFFERENT = 2, 128, 500
 

@@ -22,6 +22,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from mlem.networks import unet
 from mlem.predictions import NoiseLevel, make_prediction
 from mlem.provenance import processor
 from mlem.sampling import Sampler
+from mlem.sampling.sampler import PRECISIONS
 from mlem.schedule import NUM_TIMESTEPS, NoiseSchedule
 from mlem.training.averaging import make_average
 from mlem.training.denoising import DenoisingModule
@@ -63,7 +65,9 @@ def main() -> None:
     for name, theirs in times.items():
         ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
         results[f"DDIM-50: our time / DDIMPipeline's, {name}"] = spread(ratios)
-    ratio, ours = _training(device, options.rounds, options.train_steps)
+    with tempfile.TemporaryDirectory() as folder:
+        shards = ensure("dead_leaves", folder, size=32, count=2000, progress=False)
+        ratio, ours = Training(device=device).rates(shards, options.rounds, options.train_steps)
     results["training: our steps/s / bare loop's steps/s"] = spread(ratio)
     results["training: our steps/s, batch 32"] = spread(ours)
     for name, value in results.items():
@@ -124,86 +128,100 @@ def _pipeline(network: Any, device: str) -> Callable[[], Any]:
     return lambda: pipeline(batch_size=BATCH, num_inference_steps=STEPS, output_type="np")
 
 
-def _training(device: str, rounds: int, steps: int) -> tuple[list[float], list[float]]:
-    with tempfile.TemporaryDirectory() as folder:
-        shards = ensure("dead_leaves", folder, size=32, count=2000, progress=False)
+@dataclass(frozen=True)
+class Training:
+    """What is trained, and how: size of the UNet, batch, device, precision, whether compiled, processes that read."""
+
+    size: str = "m"
+    batch: int = BATCH
+    device: str = "cpu"
+    precision: str = "fp32"
+    compiled: bool = False
+    workers: int = 0
+
+    def rates(self, shards: Shards, rounds: int, steps: int) -> tuple[list[float], list[float]]:
+        """Steps per second over those of the bare loop, and steps per second, each round: the sides take turns."""
         pairs = []
         for number in range(rounds):
-            sides = (_lightning_rate, _bare_rate)
+            sides = (self._lightning_rate, self._bare_rate)
             order = sides if number % 2 else sides[::-1]
-            rates = {side: side(shards, device, steps) for side in order}
-            pairs.append((rates[_lightning_rate], rates[_bare_rate]))
-    return [a / b for a, b in pairs], [a for a, _ in pairs]
+            rates = {side: side(shards, steps) for side in order}
+            pairs.append((rates[self._lightning_rate], rates[self._bare_rate]))
+        return [a / b for a, b in pairs], [a for a, _ in pairs]
 
+    def _module(self, shape: tuple[int, int, int]) -> DenoisingModule:
+        level = Level(self.size, unet(self.size, shape), NoiseSchedule.cosine(), shape)
+        if self.compiled:
+            level.network.compile()
+        options: dict[str, Any] = {"learning_rate": 1e-3, "warmup_steps": 10, "weight_decay": 0.01}
+        return DenoisingModule(level, seed=0, batch_size=self.batch, steps=1000, **options)
 
-def _module() -> DenoisingModule:
-    level = Level("m", unet("m", SHAPE), NoiseSchedule.cosine(), SHAPE)
-    options: dict[str, Any] = {"learning_rate": 1e-3, "warmup_steps": 10, "weight_decay": 0.01}
-    return DenoisingModule(level, seed=0, batch_size=BATCH, steps=1000, **options)
+    def _batches(self, shards: Shards) -> Any:
+        train, _ = shards.split(len(shards) // 10)
+        return train_loader(BatchSource(shards, train, batch_size=self.batch, seed=0), self.workers)
 
+    def _lightning_rate(self, shards: Shards, steps: int) -> float:
+        import lightning.pytorch as pl
+        from lightning.pytorch.callbacks import LambdaCallback
 
-def _source(shards: Shards) -> BatchSource:
-    train, _ = shards.split(200)
-    return BatchSource(shards, train, batch_size=BATCH, seed=0)
+        from mlem.cli.train import LIGHTNING_PRECISION
 
+        times: list[float] = []
 
-def _lightning_rate(shards: Shards, device: str, steps: int) -> float:
-    import lightning.pytorch as pl
-    from lightning.pytorch.callbacks import LambdaCallback
+        def note(*args: Any) -> None:
+            self._wait()
+            times.append(time.perf_counter())
 
-    times: list[float] = []
+        trainer = pl.Trainer(
+            accelerator=self.device,
+            devices=1,
+            precision=LIGHTNING_PRECISION[self.precision],  # type: ignore[arg-type]
+            max_steps=steps + 5,
+            max_epochs=-1,
+            callbacks=[make_average(0.999), LambdaCallback(on_train_batch_end=note)],
+            gradient_clip_val=1.0,
+            logger=False,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            enable_progress_bar=False,
+            limit_val_batches=0,
+        )
+        trainer.fit(self._module(shards.shape), self._batches(shards))
+        return steps / (times[-1] - times[-1 - steps])
 
-    def note(*args: Any) -> None:
-        if device == "cuda":
+    def _bare_rate(self, shards: Shards, steps: int) -> float:
+        """The same network, batches, loss, clipping, optimizer and average, in a plain loop."""
+        module = self._module(shards.shape).to(self.device).train()
+        network, schedule = module.network, module.schedule
+        optimizer = torch.optim.AdamW(network.parameters(), 1e-3, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+        average = [parameter.detach().clone() for parameter in network.parameters()]
+        dtype, times = PRECISIONS[self.precision], []
+        for number, batch in enumerate(self._batches(shards)):
+            x_0 = batch["image"].to(self.device)
+            t = torch.rand(len(x_0), device=self.device)
+            z = torch.randn_like(x_0)
+            at = NoiseLevel.of(schedule, t)
+            alpha, sigma = at.like(x_0)
+            x_t = (alpha * x_0 + sigma * z).contiguous(memory_format=torch.channels_last)
+            with torch.autocast(self.device, dtype or torch.bfloat16, dtype is not None):
+                output = network(x_t, t * NUM_TIMESTEPS - 1).sample
+                loss = torch.nn.functional.mse_loss(output, make_prediction("v").target(x_0, z, at))
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+            optimizer.step()
+            with torch.no_grad():
+                for mean, parameter in zip(average, network.parameters(), strict=True):
+                    mean.lerp_(parameter, 1e-3)
+            self._wait()
+            times.append(time.perf_counter())
+            if number == steps + 4:
+                break
+        return steps / (times[-1] - times[-1 - steps])
+
+    def _wait(self) -> None:
+        if self.device == "cuda":
             torch.cuda.synchronize()
-        times.append(time.perf_counter())
-
-    trainer = pl.Trainer(
-        accelerator=device,
-        devices=1,
-        max_steps=steps + 5,
-        max_epochs=-1,
-        callbacks=[make_average(0.999), LambdaCallback(on_train_batch_end=note)],
-        gradient_clip_val=1.0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=False,
-        limit_val_batches=0,
-    )
-    trainer.fit(_module(), train_loader(_source(shards)))
-    return steps / (times[-1] - times[-1 - steps])
-
-
-def _bare_rate(shards: Shards, device: str, steps: int) -> float:
-    """The same network, batches, loss, clipping, optimizer and average, in a plain loop."""
-    module = _module().to(device).train()
-    network, schedule = module.network, module.schedule
-    optimizer = torch.optim.AdamW(network.parameters(), 1e-3, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-    average = [parameter.detach().clone() for parameter in network.parameters()]
-    times = []
-    for number, batch in enumerate(train_loader(_source(shards))):
-        x_0 = batch["image"].to(device)
-        t = torch.rand(len(x_0), device=device)
-        z = torch.randn_like(x_0)
-        at = NoiseLevel.of(schedule, t)
-        alpha, sigma = at.like(x_0)
-        x_t = alpha * x_0 + sigma * z
-        output = network(x_t.contiguous(memory_format=torch.channels_last), t * NUM_TIMESTEPS - 1).sample
-        loss = torch.nn.functional.mse_loss(output, make_prediction("v").target(x_0, z, at))
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        optimizer.step()
-        with torch.no_grad():
-            for mean, parameter in zip(average, network.parameters(), strict=True):
-                mean.lerp_(parameter, 1e-3)
-        if device == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter())
-        if number == steps + 4:
-            break
-    return steps / (times[-1] - times[-1 - steps])
 
 
 if __name__ == "__main__":

@@ -36,6 +36,8 @@ from mlem.solvers.parallel_midpoint import ParallelMidpoint
 
 SEQUENTIAL = ("ddim", "dpm_solver_pp", "randomized_midpoint")
 GRIDS = ("uniform", "log_snr", "karras")
+Run = tuple[Solver | str, int, str]
+"""Solver, steps and grid."""
 
 
 def main() -> None:
@@ -56,14 +58,7 @@ def main() -> None:
     comparison = Comparison(level, options.device, max(options.batches), options.reference)
     window = options.blocks * options.midpoints
     ours = ParallelMidpoint(options.midpoints, tolerance=options.tolerance, window=window)
-    runs: dict[str, tuple[Solver | str, int, str]] = {"parallel_midpoint": (ours, options.blocks, options.grid)}
-    error = comparison.error(*runs["parallel_midpoint"])
-    for solver in SEQUENTIAL:
-        found = comparison.fewest(solver, error, options.most)
-        if found is None:
-            print(f"{solver} does not come to {error:.2e} in {options.most} steps on any grid: left out")
-        else:
-            runs[solver] = (solver, *found)
+    runs = comparison.equal(ours, options.blocks, options.grid, options.most)
     rows = [row for batch in options.batches for row in comparison.timed(runs, batch, options.rounds)]
     report(rows, level, comparison)
     if options.out is not None:
@@ -77,20 +72,33 @@ def main() -> None:
 class Comparison:
     """Runs samplers of one level on the same images."""
 
-    def __init__(self, level: Level, device: str, images: int, steps: int) -> None:
-        self.level, self.device, self.images = level, device, images
+    def __init__(self, level: Level, device: str, images: int, steps: int, precision: str = "fp32") -> None:
+        self.level, self.device, self.images, self._precision = level, device, images, precision
         self._samplers: dict[tuple[Any, ...], Sampler] = {}
         self._truth: Tensor = self._sampler("dpm_solver_pp", steps, "log_snr").run(range(images)).x
 
     def _sampler(self, solver: Solver | str, steps: int, grid: str) -> Sampler:
         key = (solver, steps, grid)
         if key not in self._samplers:
-            self._samplers[key] = Sampler(self.level, solver=solver, steps=steps, grid=grid, device=self.device)
+            options: dict[str, Any] = {"grid": grid, "device": self.device, "precision": self._precision}
+            self._samplers[key] = Sampler(self.level, solver=solver, steps=steps, **options)
         return self._samplers[key]
 
     def error(self, solver: Solver | str, steps: int, grid: str) -> float:
         """Mean squared error per pixel to the reference."""
         return (self._sampler(solver, steps, grid).run(range(self.images)).x - self._truth).square().mean().item()
+
+    def equal(self, ours: ParallelMidpoint, blocks: int, grid: str, most: int) -> dict[str, Run]:
+        """Runs of the same error: parallel midpoints, and every sequential solver that comes to it in `most` steps."""
+        runs: dict[str, Run] = {"parallel_midpoint": (ours, blocks, grid)}
+        error = self.error(*runs["parallel_midpoint"])
+        for solver in SEQUENTIAL:
+            found = self.fewest(solver, error, most)
+            if found is None:
+                print(f"{solver} does not come to {error:.2e} in {most} steps on any grid: left out")
+            else:
+                runs[solver] = (solver, *found)
+        return runs
 
     def fewest(self, solver: str, error: float, most: int) -> tuple[int, str] | None:
         """The fewest steps, and the grid, with at most this error; None where `most` are too few."""
@@ -113,7 +121,7 @@ class Comparison:
             best = (high, grid)
         return best
 
-    def timed(self, runs: dict[str, tuple[Solver | str, int, str]], batch: int, rounds: int) -> list[dict[str, Any]]:
+    def timed(self, runs: dict[str, Run], batch: int, rounds: int) -> list[dict[str, Any]]:
         """A row for each run with this batch size; the order of the runs changes from round to round."""
         seconds: dict[str, list[float]] = {name: [] for name in runs}
         ledgers = {name: self._sampler(*run).run(range(batch)).ledger for name, run in runs.items()}

@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import processor, spread
+from measuring import spread
 
 from mlem.files import write_json
 from mlem.level import Level
 from mlem.networks import unet
 from mlem.outputs import claim, finish, pack, sample_path, survey, verify, write_png, write_samples
+from mlem.provenance import processor
 from mlem.sampling import Sampler
 from mlem.schedule import NoiseSchedule
 
@@ -41,7 +42,7 @@ def main() -> None:
     level = Level("s", unet("s", SHAPE).eval(), NoiseSchedule.cosine(), SHAPE)
     sampler = Sampler(level, solver="ddim", steps=STEPS)
     sampler.run(range(BATCH))
-    rounds = [_round(sampler, options.count) for _ in range(options.rounds)]
+    rounds = [folder_round(sampler, options.count, BATCH) for _ in range(options.rounds)]
     machine = f"{processor()}, torch {torch.__version__}, {torch.get_num_threads()} threads"
     results: dict[str, Any] = {"machine": machine, "rounds": options.rounds, "images": options.count}
     results |= {name: spread([one[name] for one in rounds]) for name in rounds[0]}
@@ -56,12 +57,13 @@ def _seconds(work: Callable[[], Any]) -> float:
     return time.perf_counter() - begin
 
 
-def _round(sampler: Sampler, count: int) -> dict[str, float]:
+def folder_round(sampler: Sampler, count: int, batch: int) -> dict[str, float]:
+    """A folder of `count` samples, from nothing to the manifest: shares of its time, and what else there is to do."""
     with tempfile.TemporaryDirectory() as place:
         folder, indices = Path(place) / "samples", range(count)
         begin = time.perf_counter()
         claim(folder, {})
-        ledger, _, hashes = write_samples(sampler, indices, folder, batch_size=BATCH)
+        ledger, _, hashes = write_samples(sampler, indices, folder, batch_size=batch)
         finish(folder, indices, ledger, hashes)
         wall = time.perf_counter() - begin
         found = {
@@ -69,10 +71,10 @@ def _round(sampler: Sampler, count: int) -> dict[str, float]:
             ".. by the sampler alone": 100 * (ledger.wall_seconds - ledger.network_seconds) / wall,
             "images/s": count / wall,
         }
-        pixels = sampler.run(range(BATCH)).x.clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
-        paths = [sample_path(Path(place) / "png", index) for index in range(BATCH)]
+        pixels = sampler.run(range(batch)).x.clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
+        paths = [sample_path(Path(place) / "png", index) for index in range(batch)]
         per_image: dict[str, tuple[Callable[[], Any], int]] = {
-            "writing a PNG and its SHA-256": (lambda: list(map(write_png, paths, pixels)), BATCH),
+            "writing a PNG and its SHA-256": (lambda: list(map(write_png, paths, pixels)), batch),
             "looking at what is there": (lambda: survey(folder), count),
             "verify": (lambda: verify(folder), count),
             "packing as npz": (lambda: pack(folder, indices, hashes, "npz"), count),

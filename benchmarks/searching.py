@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import processor
 from torch import Tensor, nn
 
 from mlem.denoiser import MixtureDenoiser
@@ -33,6 +32,7 @@ from mlem.multilevel.fitted import Fitted
 from mlem.multilevel.planner import make_plan
 from mlem.multilevel.spec import PlanSpec
 from mlem.noise import reserved_indices
+from mlem.provenance import processor
 from mlem.schedule import NoiseSchedule
 from mlem.solvers import make_solver
 

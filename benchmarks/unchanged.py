@@ -33,11 +33,12 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from measuring import processor
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from unchanged_checks import CHECKS, KEPT, Items
 from unchanged_files import attempt
+
+from mlem.provenance import processor
 
 TIMELESS = re.compile(r"second|outside|\btime\b|\bdate\b|device|commit|version|^format$|system/")
 """Keys of what was measured, or says when and by which code: left out."""

@@ -9,7 +9,7 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-__all__ = ["processor", "provenance"]
+__all__ = ["machine", "processor", "provenance"]
 
 
 @cache
@@ -25,6 +25,19 @@ def processor() -> str:
     lines = info.read_text().splitlines() if info.exists() else []
     name = next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())
     return f"{os.cpu_count()} cores {name}"
+
+
+def machine(device: str = "cpu") -> dict[str, str | int]:
+    """What times depend on: processor, threads, versions, and of "cuda" the GPU and what it is driven with."""
+    import torch
+
+    found: dict[str, str | int] = {"device": device, "processor": processor(), "threads": torch.get_num_threads()}
+    found |= {"python": platform.python_version(), "torch": str(torch.__version__)}
+    if torch.device(device).type == "cuda":
+        about = torch.cuda.get_device_properties(device)
+        found |= {"gpu": about.name, "gpu_memory_gib": round(about.total_memory / 2**30)}
+        found |= {"cuda": str(torch.version.cuda), "cudnn": str(torch.backends.cudnn.version())}
+    return found
 
 
 def _version() -> str:
