@@ -78,10 +78,12 @@ class MeteredModel:
         return torch.device("cpu") if parameter is None else parameter.device
 
     def denoiser_for(self, indices: Tensor, conditions: ConditionSource | None) -> Denoiser:
-        """The denoiser, told its conditions of the samples with these indices (B,).
+        """The denoiser for a trajectory of the samples with these indices (B,), told its conditions of them.
 
         Raises: ValueError for conditions that do not fit, and for those of a denoiser that takes none.
         """
+        for meter in self.meters.values():
+            meter.begin()
         if self.level is not None:
             own = conditions_of([self.level], conditions, indices)[0]
         elif conditions is None:
