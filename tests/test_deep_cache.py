@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,9 +15,11 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from mlem import Family, Level, NoiseSchedule, Plan, Reuse, Sampler, sample
+from mlem.comparison.coupled import Comparison
 from mlem.comparison.entry import Entry
 from mlem.comparison.lineup import Lineup
 from mlem.comparison.setup import Setup
+from mlem.comparison.summary import ratios
 from mlem.networks import DeepCache, by_position, dit
 from mlem.sampling import Step
 from tests.problems import gaussian, level
@@ -231,6 +234,22 @@ def test_in_a_comparison_it_is_a_sampler_of_the_largest_level() -> None:
         assert row.flops == pytest.approx(run.cost * family.level().flops, rel=1e-12)
     assert three.flops < two.flops < plain.flops
     assert len({plain.mse, two.mse, three.mse}) == 3
+
+
+def test_a_benchmark_compares_it_with_levels_alone_and_tells_reuses_apart(tmp_path: Path) -> None:
+    def entry(**options: Any) -> Entry:
+        return Entry.from_options({"solver": "ddim", "steps": [2, 4, 8]} | options, "here", named=True)
+
+    comparison = Comparison(Family([level("xs", SHAPE)]), range(3), tmp_path, reference_steps=16)
+    plain, two = (comparison.runs(one) for one in (entry(name="DDIM"), entry(name="kept", reuse={"every": 2})))
+    comparison.measure([*plain, *two])
+    found = ratios(comparison, [*plain, *two], draws=2)
+    assert [one.sampler for one in found] == ["kept"] * 2  # between two of the three errors of the level alone
+    (row,) = [row for row in comparison.rows if row.sampler == "kept" and row.steps == 8]
+    share = DeepCache(comparison.family.level().network, Reuse(2), SHAPE).shallow_share
+    assert row.flops == pytest.approx((4 + 4 * share) * comparison.family.level().flops)
+    assert not comparison.missing(two)
+    assert len(comparison.missing(comparison.runs(entry(name="kept", reuse={"every": 3})))) == 3
 
 
 def mistakes() -> dict[str, tuple[Any, dict[str, Any]]]:

@@ -44,6 +44,11 @@ class Run:
     cost: float
     reuse: Reuse | None = None
 
+    @property
+    def alone(self) -> bool:
+        """Whether one level runs, whole at every evaluation."""
+        return self.plan is None and self.reuse is None
+
 
 @dataclass(frozen=True)
 class Setup:
