@@ -41,7 +41,10 @@ class MeteredModel:
 
     def __post_init__(self) -> None:
         metered = [meter.network for meter in self.meters.values()]
-        inside = [one.network if isinstance(one, HoldsNetwork) else one for one in metered]
+        # a module is taken whole: a guided one holds two networks
+        inside = [
+            one if isinstance(one, nn.Module) or not isinstance(one, HoldsNetwork) else one.network for one in metered
+        ]
         self.networks = nn.ModuleList(one for one in inside if isinstance(one, nn.Module))
 
     @staticmethod
