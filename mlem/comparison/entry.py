@@ -110,7 +110,7 @@ class Entry:
         """The entry that a config describes.
 
         Args:
-            options: plain data; a mapping with solver, steps and, where wanted, grid, options, plan.
+            options: plain data; a mapping with solver, steps and, where wanted, grid, options, plan, reuse.
             where: begins every message, such as evaluation.samplers[0].
             named: the entry has a name too and, where wanted, levels, deltas, trials.
 
