@@ -12,6 +12,7 @@ import torch
 from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
+from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 from torch.utils.flop_counter import FlopCounterMode
 
 from mlem import Family, Level, NoiseSchedule, Plan, Reuse, Sampler, sample
@@ -140,6 +141,18 @@ def test_a_skipped_step_is_a_partial_forward_pass(kind: str) -> None:
         DeepCache(unet, Reuse(2, branch + 1), SHAPE, CONDITIONS[kind])
 
 
+@torch.no_grad()
+def test_a_unet_on_patches_reuses_features_of_the_unet_within() -> None:
+    patched: Any = level("xs", (1, 16, 16)).network.eval()
+    cache, within = (
+        DeepCache(one, Reuse(2, 1), shape) for one, shape in ((patched, (1, 16, 16)), (patched.unet, (4, 8, 8)))
+    )
+    for time in (900.0, 700.0, 500.0):
+        x, t = torch.randn(2, 1, 16, 16), torch.full((2,), time)
+        assert torch.equal(cache(x, t).sample, pixel_shuffle(within(pixel_unshuffle(x, 2), t).sample, 2))
+    assert cache.shallow_share == within.shallow_share < 0.8
+
+
 def test_every_evaluation_whole_is_the_level_itself_bit_for_bit() -> None:
     model = level("s", SHAPE)
     before = dict(model.network.state_dict())
@@ -259,8 +272,8 @@ def mistakes() -> dict[str, tuple[Any, dict[str, Any]]]:
     transformer = Level("d", dit("s", SHAPE), cosine, SHAPE, conditions={"class_labels": 1})
     unknown = Level("k", UNet2DModel(**SMALL | {"norm_num_groups": 1}, **skipping), cosine, SHAPE, flops=1)
     return {
-        "features are reused in a UNet2DModel or a UNet2DConditionModel, and this is a DiTTransformer2DModel; leave "
-        "reuse out": (transformer, {}),
+        "features are reused in a UNet2DModel or a UNet2DConditionModel or a PatchUNet2DModel, and this is a "
+        "DiTTransformer2DModel; leave reuse out": (transformer, {}),
         "features are reused in a UNet of DownBlock2D, AttnDownBlock2D, CrossAttnDownBlock2D, and this one has a "
         "SkipDownBlock2D; leave reuse out": (unknown, {}),
         "reuse= is of the network of a Level, and the model is a bare denoiser; leave reuse out": (

@@ -21,7 +21,7 @@ from mlem.networks.cost import flops
 
 __all__ = ["DeepCache", "Reuse", "deep_cache_in"]
 
-_UNETS = ("UNet2DModel", "UNet2DConditionModel")
+_UNETS = ("UNet2DModel", "UNet2DConditionModel", "PatchUNet2DModel")
 _DOWN = ("DownBlock2D", "AttnDownBlock2D", "CrossAttnDownBlock2D")
 _UP = ("UpBlock2D", "AttnUpBlock2D", "CrossAttnUpBlock2D")
 
@@ -54,7 +54,7 @@ class DeepCache(nn.Module):
     another trajectory; so does a call with another number of rows.
 
     Args:
-        network: a UNet2DModel or UNet2DConditionModel of diffusers, which stays as it is.
+        network: a UNet2DModel or UNet2DConditionModel of diffusers, or one on patches; it stays as it is.
         reuse: when the whole network runs, and what is kept.
         shape: of one sample, for which FLOPs are counted.
         conditions: what the network is told beside x and t, as `Level` has it.
@@ -150,8 +150,11 @@ class _Cut(NamedTuple):
 def _cut(network: Any, branch: int) -> _Cut:
     """Cut a UNet of diffusers at a skip path. Raises ValueError where it cannot be cut."""
     kind = type(network).__name__
-    if kind not in _UNETS or not type(network).__module__.startswith("diffusers."):
+    if kind not in _UNETS or not type(network).__module__.startswith(("diffusers.", "mlem.")):
         raise ValueError(f"features are reused in a {' or a '.join(_UNETS)}, and this is a {kind}; leave reuse out")
+    if kind == "PatchUNet2DModel":
+        inner = _cut(network.unet, branch)
+        return inner._replace(shallow=_with(network, unet=inner.shallow))
     ups = [*network.up_blocks]
     for block, known in [*((one, _DOWN) for one in network.down_blocks), *((one, _UP) for one in ups)]:
         if type(block).__name__ not in known:
