@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from mlem.multilevel.denoiser import MultilevelDenoiser as MultilevelDenoiser
     from mlem.multilevel.plan import Plan as Plan
     from mlem.multilevel.spec import PlanSpec as PlanSpec
+    from mlem.networks import Reuse as Reuse
     from mlem.sampling import NonFiniteError as NonFiniteError
     from mlem.sampling import Result as Result
     from mlem.sampling import Sampler as Sampler
@@ -43,6 +44,7 @@ _HOMES = {
     "PlanSpec": "multilevel.spec",
     "RandomizedMidpointScheduler": "interop.schedulers",
     "Result": "sampling",
+    "Reuse": "networks",
     "Sampler": "sampling",
     "TimeGrid": "grids",
     "accelerate": "interop.pipelines",
@@ -60,6 +62,7 @@ __all__ = [
     "PlanSpec",
     "RandomizedMidpointScheduler",
     "Result",
+    "Reuse",
     "Sampler",
     "TimeGrid",
     "accelerate",

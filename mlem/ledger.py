@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mlem.files import damaged
 from mlem.guidance import GuidedNetwork
+from mlem.networks import deep_cache_in
 
 __all__ = ["Ledger", "LevelLedger", "Meter", "Network"]
 
@@ -95,7 +96,8 @@ def _number(value: Any) -> Any:
 class Meter:
     """Counts the calls of a network, or of a denoiser without one, and the seconds spent in it.
 
-    Calls never wait for a device; only `collect` does. A guided network counts as the two that it calls.
+    Calls never wait for a device; only `collect` does. A guided network counts as the two that it calls; a call on
+    reused features counts as one, with its own FLOPs.
 
     Attributes:
         images: rows that it was asked for since the last `collect`.
@@ -103,13 +105,25 @@ class Meter:
 
     def __init__(self, network: Network, flops: float) -> None:
         self.network, self._flops = network, flops
-        self.images, self._twice, self._seconds = 0, 0, 0.0
+        self.images, self._twice, self._saved, self._seconds = 0, 0, 0.0, 0.0
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._cache = deep_cache_in(network)
+
+    def begin(self) -> None:
+        """Begin a trajectory: features of the last one are not reused."""
+        if self._cache is not None:
+            self._cache.start()
 
     def __call__(self, x: Tensor, t: Tensor, **conditions: Tensor) -> Any:
+        output = self._timed(x, t, conditions)
         self.images += len(x)
         if isinstance(self.network, GuidedNetwork):
             self._twice += self.network.evaluations(t)
+        if self._cache is not None:
+            self._saved += len(x) * (1 - self._cache.share)
+        return output
+
+    def _timed(self, x: Tensor, t: Tensor, conditions: Mapping[str, Tensor]) -> Any:
         if x.device.type == "cuda":
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()
@@ -131,7 +145,9 @@ class Meter:
         if isinstance(self.network, GuidedNetwork):
             share = self.network.weak_share
             flops = self._flops * (self.images * (1 - share) + self._twice * share)
+        if self._cache is not None:
+            flops -= self._flops * self._saved
         calls = self.images + self._twice
         cost = LevelLedger(calls, calls, self._seconds, flops)
-        self.images, self._twice, self._seconds, self._events = 0, 0, 0.0, []
+        self.images, self._twice, self._saved, self._seconds, self._events = 0, 0, 0.0, 0.0, []
         return cost

@@ -55,13 +55,15 @@ def modes(network: nn.Module) -> list[bool]:
     return [part.training for part in network.modules()]
 
 
-@pytest.mark.parametrize("wrap", ["level", "module"])
+@pytest.mark.parametrize("wrap", ["level", "module", "weak side of guidance"])
 def test_sampling_leaves_no_trace(wrap: str) -> None:
     """Dropout on, train mode, one part frozen in eval: two runs are equal; modes, weights and RNG as before."""
     model: Any = level(dropout=0.5)
     network = model.network
     if wrap == "module":  # a module that is a denoiser by itself
         model, network = (module := Wrapped(network)), module
+    elif wrap == "weak side of guidance":
+        model = Family([level("s")]).guided(2.0, weak=model)
     network.train()
     next(iter(network.children())).eval()
     before = modes(network), [weight.clone() for weight in network.parameters()], torch.get_rng_state()

@@ -35,7 +35,9 @@ class Benchmark(Verb):
     coins: str = option(one_of("systematic", "bernoulli", "nested", "poisson"), "how the coins are tossed")
     draws: int = option(whole(1), "bootstrap samples of the images")
     shown: int = option(whole(0), "images of a row of samples; 0: none")
-    samplers: list[Any] = option(LIST, "name, solver, steps; grid, options; levels: each alone; or plan: together")
+    samplers: list[Any] = option(
+        LIST, "name, solver, steps; grid, options, reuse; levels: each alone; or plan: together"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

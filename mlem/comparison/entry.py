@@ -9,13 +9,14 @@ from typing import Any
 from mlem.family import Family
 from mlem.multilevel.choices import ESTIMATORS
 from mlem.multilevel.spec import TARGETS, PlanSpec
+from mlem.networks import Reuse
 from mlem.sampling import solver_of
 
 __all__ = ["Entry", "refuse_duplicates"]
 
 _NEEDS = {"learned": "coefficients", "calibrated": "calibration"}
-_KEYS = {"grid": "grid: name", "options": "options: of it", "plan": "plan: options"}
-_NAMED = ("grid", "options", "levels", "plan", "deltas", "trials")
+_KEYS = {"grid": "grid: name", "options": "options: of it", "plan": "plan: options", "reuse": "reuse: {every: n}"}
+_NAMED = ("grid", "options", "levels", "plan", "reuse", "deltas", "trials")
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Entry:
         levels: which levels run by themselves; None for all. Only without `spec`.
         deltas: shifts of the logits of p_k, one plan each; None for the plan as it is. Only with coins.
         trials: replicates of the coins; None for the plan's own coins. Only with coins.
+        reuse: of deep features, by the largest level or by each of `levels`. Only without `spec`.
 
     Raises:
         ValueError: for no steps, and for options that do not go together.
@@ -46,6 +48,7 @@ class Entry:
     levels: tuple[str, ...] | None = None
     deltas: tuple[float, ...] | None = None
     trials: int | None = None
+    reuse: Reuse | None = None
 
     def __post_init__(self) -> None:
         if not self.steps:
@@ -57,6 +60,8 @@ class Entry:
             raise ValueError("deltas and trials toss coins: add estimator: jump to its plan")
         if self.spec is not None and self.levels is not None:
             raise ValueError("levels is of levels that run alone; of a plan, write plan={levels: [..]}")
+        if self.spec is not None and self.reuse is not None:
+            raise ValueError("reuse is of one level's features, plan of several levels; give one of them")
 
     @property
     def label(self) -> str:
@@ -64,7 +69,7 @@ class Entry:
         if self.name is not None:
             return self.name
         label = "_".join([self.solver.replace(":", "_"), *([self.grid] if self.grid else [])])
-        label += "".join(f"_{key}-{value}" for key, value in self.options.items())
+        label += "".join(f"_{key}-{value}" for key, value in self._settings.items())
         if self.spec is None:
             return label
         label += f"_{self.spec.estimator}" + (f"_{self.spec.coins}" if self.spec.coins else "")
@@ -76,9 +81,15 @@ class Entry:
 
     @property
     def method(self) -> str:
-        """The solver with its options, such as heun(order=2)."""
-        options = ", ".join(f"{key}={value}" for key, value in self.options.items())
+        """The solver with its options, such as heun(order=2), and what is reused."""
+        options = ", ".join(f"{key}={value}" for key, value in self._settings.items())
         return f"{self.solver}({options})" if options else self.solver
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        """Options of the solver, and of the reuse of features."""
+        reused = {} if self.reuse is None else {"reuse": self.reuse.every, "branch": self.reuse.branch}
+        return {**self.options, **reused}
 
     @property
     def target(self) -> str:
@@ -99,7 +110,7 @@ class Entry:
         """The entry that a config describes.
 
         Args:
-            options: plain data; a mapping with solver, steps and, where wanted, grid, options, plan.
+            options: plain data; a mapping with solver, steps and, where wanted, grid, options, plan, reuse.
             where: begins every message, such as evaluation.samplers[0].
             named: the entry has a name too and, where wanted, levels, deltas, trials.
 
@@ -114,6 +125,7 @@ class Entry:
         own["levels"] = tuple(given["levels"]) if "levels" in given else None
         own["deltas"] = tuple(map(float, given["deltas"])) if "deltas" in given else None
         try:
+            own["reuse"] = _reuse(given["reuse"]) if "reuse" in given else None
             solver_of(given["solver"], **given.get("options", {}))
             return cls(given["solver"], tuple(given["steps"]), given.get("grid"), spec, given.get("options", {}), **own)
         except (ValueError, TypeError) as error:
@@ -130,6 +142,12 @@ def _check_keys(options: Any, where: str, named: bool) -> None:
     raise ValueError(
         f"{where} must be {{{first}solver: name, steps: [n, ..], and, where wanted, {others}}}, got {options}"
     )
+
+
+def _reuse(options: Any) -> Reuse:
+    if not isinstance(options, dict) or not {"every"} <= {*options} <= {"every", "branch"}:
+        raise ValueError(f"reuse must be {{every: n}} and, where wanted, branch: n, got {options}")
+    return Reuse(**options)
 
 
 def _check_kinds(given: Mapping[str, Any], where: str) -> None:

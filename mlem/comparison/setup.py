@@ -16,7 +16,9 @@ from mlem.level import Level
 from mlem.metrics import Measure
 from mlem.multilevel.plan import Plan
 from mlem.multilevel.planner import make_plan
+from mlem.networks import Reuse
 from mlem.sampling import Sampler, solver_of
+from mlem.sampling.reusing import reusing
 from mlem.solvers import GridPoint, Solver
 
 __all__ = ["Run", "Setup"]
@@ -32,6 +34,7 @@ class Run:
         grid: name of the time grid; None for the solver's own choice.
         plan: how levels share the work; None: the level `row.level` runs alone.
         cost: of an image, in evaluations of the largest level by FLOPs.
+        reuse: of the deep features of that level.
     """
 
     row: Row
@@ -39,6 +42,12 @@ class Run:
     grid: str | None
     plan: Plan | None
     cost: float
+    reuse: Reuse | None = None
+
+    @property
+    def alone(self) -> bool:
+        """Whether one level runs, whole at every evaluation."""
+        return self.plan is None and self.reuse is None
 
 
 @dataclass(frozen=True)
@@ -88,9 +97,12 @@ class Setup:
 
     def _alone(self, entry: Entry, solver: Solver, grid: TimeGrid, row: Row) -> Iterator[Run]:
         evaluations = solver.evaluations(GridPoint.of(self.family.schedule, grid))
-        for name in entry.levels or self.family.names:
-            cost = evaluations * self.family.level(name).flops / self.family.level().flops
-            yield Run(replace(row, level=name, levels=name), solver, entry.grid, None, cost)
+        names = self.family.names if entry.reuse is None else self.family.names[-1:]
+        for name in entry.levels or names:
+            level = self.family.level(name)
+            whole = evaluations if entry.reuse is None else reusing(level, entry.reuse).cache.evaluations(evaluations)
+            cost = whole * level.flops / self.family.level().flops
+            yield Run(replace(row, level=name, levels=name), solver, entry.grid, None, cost, entry.reuse)
 
     def _together(self, entry: Entry, solver: Solver, grid: TimeGrid, row: Row) -> Iterator[Run]:
         assert entry.spec is not None
@@ -109,7 +121,7 @@ class Setup:
     def sampler(self, run: Run) -> Sampler:
         """The sampler of this run."""
         model = self.family if run.plan is not None else self.family.level(run.row.level)
-        return self._bind(model, run.solver, run.row.steps, run.grid, run.plan)
+        return self._bind(model, run.solver, run.row.steps, run.grid, run.plan, run.reuse)
 
     def reference(self, solver: str) -> Sampler:
         """The many-step sampler of the largest level that errors of runs with this `solver.reference` are to."""
@@ -132,6 +144,7 @@ class Setup:
         steps: int,
         grid: str | None = None,
         plan: Plan | None = None,
+        reuse: Reuse | None = None,
     ) -> Sampler:
         return Sampler(
             model,
@@ -139,6 +152,7 @@ class Setup:
             steps=steps,
             grid=grid,
             plan=plan,
+            reuse=reuse,
             seed=self.seed,
             device=self.device,
             precision=self.precision,

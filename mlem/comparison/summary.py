@@ -48,7 +48,7 @@ def _trials(rows: Sequence[Row]) -> int:
 
 
 def ratios(comparison: Comparison, runs: Sequence[Run], draws: int = 400) -> list[Advantage]:
-    """For each sampler whose levels share the work: what single levels cost over what it costs, at equal error.
+    """For each sampler with a plan or a reuse: what single levels cost over what it costs, at equal error.
 
     The errors lie half-way, in the logarithm, between those of the largest level alone in its numbers of steps. Single
     levels are the largest one, and whichever is best; replicates of coins count on average, and the best of each
@@ -60,14 +60,14 @@ def ratios(comparison: Comparison, runs: Sequence[Run], draws: int = 400) -> lis
     """
     table = []
     for solver in dict.fromkeys(run.solver.reference for run in runs):
-        rows = [row for run in runs if run.solver.reference == solver and (row := comparison.row(run))]
-        alone = [row for row in rows if not row.shared]
+        pairs = [(run, row) for run in runs if run.solver.reference == solver and (row := comparison.row(run))]
+        alone = [row for run, row in pairs if run.alone]
         top = [row for row in alone if row.levels == comparison.family.level().name]
         errors = sorted({row.mse for row in top if row.mse > 0}, reverse=True)
         errors = [math.sqrt(high * low) for high, low in itertools.pairwise(errors)] or errors
-        shared = [row for row in rows if row.shared]
-        for name in dict.fromkeys((row.sampler, row.solver) for row in shared):
-            own = [row for row in shared if (row.sampler, row.solver) == name]
+        others = [row for run, row in pairs if not run.alone]
+        for name in dict.fromkeys((row.sampler, row.solver) for row in others):
+            own = [row for row in others if (row.sampler, row.solver) == name]
             for best in (False, True)[: 2 if _trials(own) > 1 else 1]:
                 table += [_advantage(own, top, alone, error, best, draws) for error in errors]
     return table
@@ -131,7 +131,7 @@ def selected(
     is nearest to the first of these.
     """
     top = comparison.family.level().name
-    alone = sorted((row.steps, i) for i, (_, row) in enumerate(pairs) if not row.shared and row.levels == top)
+    alone = sorted((row.steps, i) for i, (run, row) in enumerate(pairs) if run.alone and row.levels == top)
     chosen = [pairs[i] for _, i in alone[:2]]
     target = chosen[0][1].flops if chosen else 0.0
     for name in dict.fromkeys((row.sampler, row.solver) for row in best):

@@ -2,6 +2,7 @@
 
 from mlem.networks.calling import argument_names, by_position
 from mlem.networks.cost import evaluating, flops, parameters, seconds_per_image, to_channels_last
+from mlem.networks.deep_cache import DeepCache, Reuse, deep_cache_in
 from mlem.networks.dit import DIT_SIZES, dit
 from mlem.networks.foreign import ForeignNetwork, read_foreign
 from mlem.networks.registry import ARCHITECTURES, CLASSES, build, config_of, from_config, told
@@ -12,11 +13,14 @@ __all__ = [
     "CLASSES",
     "DIT_SIZES",
     "SIZES",
+    "DeepCache",
     "ForeignNetwork",
+    "Reuse",
     "argument_names",
     "build",
     "by_position",
     "config_of",
+    "deep_cache_in",
     "dit",
     "evaluating",
     "flops",

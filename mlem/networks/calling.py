@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-__all__ = ["argument_names", "by_position"]
+__all__ = ["argument_names", "by_position", "unwrapped"]
 
 
 class _Call(NamedTuple):
@@ -62,3 +62,8 @@ def by_position(network: Any) -> Any:
     """The network as a function of (x, time, **conditions): itself, or a module around it."""
     call = _CALLS.get(type(network).__name__)
     return network if call is None or not type(network).__module__.startswith("diffusers.") else _ByName(network, call)
+
+
+def unwrapped(network: nn.Module) -> nn.Module:
+    """The network that `by_position` was given."""
+    return network.network if isinstance(network, _ByName) else network

@@ -12,6 +12,7 @@ from mlem.grids import TimeGrid
 from mlem.ledger import Ledger
 from mlem.multilevel.plan import Plan
 from mlem.multilevel.spec import PlanSpec
+from mlem.networks import Reuse
 from mlem.noise import check_indices
 from mlem.sampling.bars import with_bar
 from mlem.sampling.hooks import Revise, Start, Watch
@@ -47,6 +48,7 @@ def sample(
     grid: str | TimeGrid | None = None,
     level: str | None = None,
     plan: Plan | PlanSpec | None = None,
+    reuse: Reuse | None = None,
     schedule: NoiseSchedule | None = None,
     shape: Sequence[int] | None = None,
     device: str | torch.device | None = None,
@@ -72,6 +74,7 @@ def sample(
         grid: name of a time grid, or a TimeGrid, which has steps of its own; by default the solver's choice.
         level: name of a level of the family.
         plan: which levels run when: a Plan, or a specification, `family.plan(...)`.
+        reuse: the level's UNet runs as a whole at every Nth evaluation only: `Reuse(every=3)`, DeepCache.
         schedule, shape: of a bare denoiser, and of one sample.
         device: where to run; by default where the network is.
         precision: "fp32", "bf16" or "fp16" (autocast of the network).
@@ -100,6 +103,7 @@ def sample(
         grid=grid,
         level=level,
         plan=plan,
+        reuse=reuse,
         schedule=schedule,
         shape=shape,
         device=device,

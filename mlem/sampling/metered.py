@@ -41,7 +41,10 @@ class MeteredModel:
 
     def __post_init__(self) -> None:
         metered = [meter.network for meter in self.meters.values()]
-        inside = [one.network if isinstance(one, HoldsNetwork) else one for one in metered]
+        # a module is taken whole: a guided one holds two networks
+        inside = [
+            one if isinstance(one, nn.Module) or not isinstance(one, HoldsNetwork) else one.network for one in metered
+        ]
         self.networks = nn.ModuleList(one for one in inside if isinstance(one, nn.Module))
 
     @staticmethod
@@ -78,10 +81,12 @@ class MeteredModel:
         return torch.device("cpu") if parameter is None else parameter.device
 
     def denoiser_for(self, indices: Tensor, conditions: ConditionSource | None) -> Denoiser:
-        """The denoiser, told its conditions of the samples with these indices (B,).
+        """The denoiser for a trajectory of the samples with these indices (B,), told its conditions of them.
 
         Raises: ValueError for conditions that do not fit, and for those of a denoiser that takes none.
         """
+        for meter in self.meters.values():
+            meter.begin()
         if self.level is not None:
             own = conditions_of([self.level], conditions, indices)[0]
         elif conditions is None:

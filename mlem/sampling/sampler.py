@@ -26,11 +26,12 @@ from mlem.multilevel.identity import plan_for_use
 from mlem.multilevel.plan import Plan
 from mlem.multilevel.planner import check_estimator
 from mlem.multilevel.spec import PlanSpec
-from mlem.networks import evaluating
+from mlem.networks import Reuse, evaluating
 from mlem.noise import check_indices
 from mlem.sampling.hooks import Hooks, Revise, Start, Watch, started
 from mlem.sampling.metered import MeteredModel, Model
 from mlem.sampling.nonfinite import FirstFailure, suspects
+from mlem.sampling.reusing import reusing
 from mlem.sampling.spreading import own_rows, spread_rows
 from mlem.schedule import NoiseSchedule
 from mlem.solvers import (
@@ -92,6 +93,7 @@ class Sampler:
         grid: str | TimeGrid | None = None,
         level: str | None = None,
         plan: Plan | PlanSpec | None = None,
+        reuse: Reuse | None = None,
         schedule: NoiseSchedule | None = None,
         shape: Sequence[int] | None = None,
         device: str | torch.device | None = None,
@@ -103,6 +105,8 @@ class Sampler:
         revise: Revise | None = None,
     ) -> None:
         _check_choices(model, seed, precision, level, plan)
+        if reuse is not None:
+            model, level = _reusing(model, level, plan, reuse), None
         if isinstance(model, Family | Level):
             own = model.denoiser.schedule if isinstance(model, Level) else model.schedule
             schedule, shape = schedule or own, shape or model.shape
@@ -117,6 +121,8 @@ class Sampler:
             _check_beginning(schedule, self.grid)
         if not self.solver.sequential and (watch is not None or revise is not None):
             raise ValueError(f"{self.solver.name} solves for many times at once: leave watch= and revise= out")
+        if not self.solver.sequential and reuse is not None:
+            raise ValueError(f"{self.solver.name} solves for many times at once: leave reuse out")
         self.plan = None if plan is None else self._fitting(model, plan, spread)
         self._model = self._metered(model, level)
         _refuse_other_schedule(schedule, self._model.schedule)
@@ -179,6 +185,7 @@ class Sampler:
             ValueError: indices out of range.
         """
         begin = time.perf_counter()
+        self._model.collect(0, None)  # of a run that was broken off
         with torch.inference_mode(), evaluating(self._model.networks):
             index = torch.as_tensor(check_indices(indices), dtype=torch.int64, device=self.device)
             x_T, self._rounds = self.start(index), 0
@@ -272,6 +279,17 @@ def _check_choices(model: Model, seed: int, precision: str, level: str | None, p
         raise ValueError(f"level={level!r} runs one level, plan= several; give one of them")
     if level is not None and not isinstance(model, Family):
         raise ValueError(f"level={level!r} chooses within a family, but the model is not a Family; leave level out")
+
+
+def _reusing(model: Model, level: str | None, plan: Plan | PlanSpec | None, reuse: Reuse) -> Level:
+    """The level that reuses its features. Raises ValueError where none can."""
+    if plan is not None:
+        raise ValueError("reuse= is of one level's features, plan= of several levels; give one of them")
+    if isinstance(model, Family):
+        model = model.level(level)
+    if not isinstance(model, Level):
+        raise ValueError("reuse= is of the network of a Level, and the model is a bare denoiser; leave reuse out")
+    return reusing(model, reuse).level
 
 
 def _check_beginning(schedule: NoiseSchedule, grid: TimeGrid) -> None:

@@ -1,0 +1,41 @@
+"""A level whose network reuses its deep features, for one sampler."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from mlem.guidance import GuidedNetwork
+from mlem.level import Level
+from mlem.networks import DeepCache, Reuse
+
+__all__ = ["ReusingLevel", "reusing"]
+
+
+class ReusingLevel(NamedTuple):
+    """A level that is no function of (x, t), and what in it keeps features.
+
+    Args:
+        level: to be sampled by itself, one trajectory after another.
+        cache: which starts each trajectory.
+    """
+
+    level: Level
+    cache: DeepCache
+
+
+def reusing(level: Level, reuse: Reuse) -> ReusingLevel:
+    """The level on its network with reused features (DeepCache); under guidance, on the one that is guided.
+
+    Raises ValueError for a network whose features cannot be reused.
+    """
+    guided = level.network if isinstance(level.network, GuidedNetwork) else None
+    if guided is None:
+        cache = network = DeepCache(level.network, reuse, level.shape, level.conditions)
+    elif guided.weak is not None or guided.interval is not None:
+        raise ValueError(
+            f"level {level.name} is guided by a weaker one, or in an interval: leave reuse out, or weak= and interval="
+        )
+    else:
+        cache = DeepCache(guided.network, reuse, level.shape, level.conditions)
+        network = GuidedNetwork(cache, guided.scale, guided.null)
+    return ReusingLevel(level.through(network), cache)
