@@ -157,7 +157,8 @@ def similarity_vs_time(rows: Sequence[Row], best: Sequence[Row], path: str | os.
     for axes, quality in zip(axes_of, (_PSNR, _SSIM), strict=True):
         axes.set(xscale="log", yscale=quality.scale)
         _coupled_panel(axes, rows, best, cost, quality)
-    axes_of[0].legend(fontsize="x-small", frameon=False)
+    handles, labels = axes_of[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper", fontsize="x-small", frameon=False)
     save(figure, path)
 
 
@@ -193,7 +194,7 @@ def _coupled_panel(
 
 
 def quality_vs_evaluations(rows: Sequence[Row], path: str | os.PathLike[str], caption: str) -> None:
-    """Error, PSNR and SSIM to the reference, and FID, where measured, against network evaluations (NFE) of an image.
+    """Error and SSIM to the reference, and FID, where measured, against network evaluations (NFE) of an image.
 
     Args:
         rows: those of the last level that runs alone are drawn, a line for each sampler.
@@ -209,7 +210,7 @@ def quality_vs_evaluations(rows: Sequence[Row], path: str | os.PathLike[str], ca
         raise ValueError("quality_vs_evaluations has nothing to draw: no level runs alone")
     largest = alone[-1]
     rows = [row for row in rows if row.level == largest]
-    qualities = [_MSE, *(one for one in (_PSNR, _SSIM) if any(map(one.shows, rows)))]
+    qualities = [_MSE, *([_SSIM] if any(map(_SSIM.shows, rows)) else [])]  # PSNR would be the error once more
     if (fid := rows[0].frechet) is not None:
         qualities.append(_Quality(fid, lambda row: (row.scores.get(fid, math.nan), math.nan)))
     labels = [quality.label for quality in qualities]

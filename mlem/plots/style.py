@@ -54,13 +54,12 @@ def figure_with_axes(xlabel: str, ylabel: str, caption: str) -> tuple[Figure, Ax
 
 
 def panels(xlabel: str, ylabels: Sequence[str], caption: str) -> tuple[Figure, list[Axes]]:
-    """A panel for each ylabel, side by side, from four on in rows of two; the caption stands above the first."""
+    """A panel for each ylabel, side by side; the caption stands above the first."""
     from matplotlib.figure import Figure
 
-    columns = min(len(ylabels), 2 if len(ylabels) > 3 else 3)
-    rows = math.ceil(len(ylabels) / columns)
-    figure = Figure(figsize=(3.0 + 4.5 * columns, 4.5 * rows), dpi=150, layout="constrained")
-    found = [figure.add_subplot(rows, columns, i, xlabel=xlabel, ylabel=y) for i, y in enumerate(ylabels, 1)]
+    width = 3.0 + 4.5 * len(ylabels)
+    figure = Figure(figsize=(width, 4.5), dpi=150, layout="constrained")
+    found = [figure.add_subplot(1, len(ylabels), i, xlabel=xlabel, ylabel=y) for i, y in enumerate(ylabels, 1)]
     # wrapped here, since matplotlib would let it run on under the legend; at y=1, which it would find in vain
     found[0].set_title(fill(caption, 72), y=1.0, fontsize="small", loc="left", color="0.3")
     for axes in found:
