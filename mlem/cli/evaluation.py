@@ -97,13 +97,11 @@ def _samplers_table(rows: list[Row]) -> Table:
 
     fid = rows[0].frechet
     title = "samplers: mean squared error to the many-step reference ± standard error" + (f"; {fid}" if fid else "")
-    columns = ("level", "sampler", "steps", "calls", "ms/image", "MSE", "PSNR", "SSIM", "FID" if fid else "")
-    table = Table(*columns, title=title)
+    table = Table("level", "sampler", "steps", "calls", "ms/image", "MSE", "FID" if fid else "", title=title)
     for row in rows:
         error = "law only" if math.isnan(row.mse) else f"{row.mse:.2e} ± {row.mse_stderr:.1e}"
-        alike = [f"{one:.{digits}f}" if math.isfinite(one) else "" for one, digits in ((row.psnr, 1), (row.ssim, 3))]
         milliseconds, score = f"{1e3 * row.seconds:.2f}", f"{row.scores[fid]:.3f}" if fid else ""
-        table.add_row(row.level, row.sampler, str(row.steps), _calls(row), milliseconds, error, *alike, score)
+        table.add_row(row.level, row.sampler, str(row.steps), _calls(row), milliseconds, error, score)
     return table
 
 
