@@ -20,7 +20,8 @@ _CHUNK = 8  # images at a time: float64 convolutions of small tensors are severa
 def psnr(pictures: Tensor, reference: Tensor) -> Tensor:
     """Peak signal-to-noise ratio of each image in dB, 10 log10(4 / mean squared difference): (N,), float64.
 
-    Infinite for equal pictures. Arguments and errors as for `ssim`, for pictures of any size.
+    pictures, reference: (N, C, H, W), nominally in [-1, 1]. Infinite for equal pictures. Raises ValueError for shapes
+    that differ or are no pictures.
     """
     from torchmetrics.functional.image import peak_signal_noise_ratio
 
