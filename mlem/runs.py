@@ -116,7 +116,9 @@ def _logged(path: Path) -> tuple[int, float | None, str | None, float | None]:
         step = max(step, values.get("step") or 0)
         if values.get("val/error") is not None:
             errors.append(values["val/error"])
-        fids = {key: value for key, value in values.items() if re.search(r"/fid_\w+@\d+$", key) and value} or fids
+        fids = {
+            key: value for key, value in values.items() if re.search(r"/(fid|fd)_[\w-]+@\d+$", key) and value
+        } or fids
     best = min(fids, key=fids.__getitem__, default=None)
     name = None if best is None else " ".join(best.removeprefix("eval/").rsplit("/", 1))
     return step, min(errors, default=None), name, None if best is None else fids[best]

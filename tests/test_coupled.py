@@ -82,7 +82,19 @@ def table(path: Path, *without: str) -> list[dict[str, str]]:
 def test_a_row_for_each_run(measured: tuple[Path, str]) -> None:
     folder, printed = measured
     rows = read_rows(folder / "runs.csv")
-    costs = ["calls_xs", "calls_s", "flops", *SECONDS, "mse", "mse_stderr", "image_mse"]
+    costs = [
+        "calls_xs",
+        "calls_s",
+        "flops",
+        *SECONDS,
+        "mse",
+        "mse_stderr",
+        "psnr",
+        "psnr_stderr",
+        "ssim",
+        "ssim_stderr",
+    ]
+    costs += ["image_mse", "image_psnr", "image_ssim"]
     assert list(table(folder / "runs.csv")[0]) == [*KEY, *costs, "checksum"]
     assert len(rows) == ROWS
     assert [(row.levels, row.steps) for row in rows[:6]] == [(n, k) for k in (2, 4, 6) for n in ("xs", "s")]
@@ -90,7 +102,10 @@ def test_a_row_for_each_run(measured: tuple[Path, str]) -> None:
         assert (row.levels, row.steps, row.coins) == ("xs+s", 6, "bernoulli")
         assert 0 < row.calls["xs"] <= 6
     for row in rows:
-        assert row.mse == pytest.approx(np.mean(row.image_mse), rel=1e-5)
+        for name in ("mse", "psnr", "ssim"):
+            values = getattr(row, f"image_{name}")
+            assert getattr(row, name) == pytest.approx(np.mean(values), rel=1e-5)
+            assert getattr(row, f"{name}_stderr") == pytest.approx(np.std(values, ddof=1) / 2, rel=1e-4)
         assert row.seconds >= row.network_seconds > 0
     assert {(row.sampler, row.delta, row.trial) for row in rows[6:]} == {
         (f"ML-EM, {law}", delta, trial) for law in ("fixed law", "learned") for delta in (-2, 1) for trial in (0, 1)
@@ -102,7 +117,8 @@ def test_a_row_for_each_run(measured: tuple[Path, str]) -> None:
 
 def test_figure_and_summary(measured: tuple[Path, str]) -> None:
     folder, _ = measured
-    assert (folder / "error_vs_time.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("error_vs_time.png", "similarity_vs_time.png"):
+        assert (folder / name).read_bytes().startswith(b"\x89PNG")
     summary = read_json(folder / "summary.json")
     assert "4 images, seed 0; reference: level s, 9 steps, same noise" in summary["caption"]
     # two errors (between those of 2, 4 and 6 steps), two laws, the mean and the best of two trials
@@ -347,7 +363,11 @@ def test_a_row_is_the_same_after_json_and_csv() -> None:
         Row.from_json({"sampler": "a", "steps": 2}, "runs/a/evaluation.json")
     settings: dict[str, Any] = {"solver": "ddpm", "grid": "uniform", "coins": "nested", "plan": "0f", "delta": -2.0}
     settings |= {"trial": 1, "mse": 0.25, "mse_stderr": 0.1, "image_mse": (0.2, 0.3), "scores": {"fid_x@7": 1.0}}
-    row = replace(row, target="", rounds=math.nan, **settings)
+    older = row = replace(row, target="", rounds=math.nan, **settings)
+    row = replace(row, psnr=math.inf, ssim=0.9, ssim_stderr=0.1, image_psnr=(math.inf, 20.5), image_ssim=(1.0, 0.8))
     assert repr(Row.from_csv(row.to_csv())) == repr(row)
+    cells = {name: cell for name, cell in older.to_csv().items() if "psnr" not in name and "ssim" not in name}
+    del cells["checksum"]
+    assert repr(Row.from_csv(cells)) == repr(older)
     assert row.key == ("a", "ddpm", "xs+s", 6, "uniform", "nested", "0f", -2.0, 1)
     assert row.setting == row.key[:-1]

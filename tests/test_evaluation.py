@@ -43,7 +43,7 @@ MEASURED = {
     "seconds_per_image",
     "network_seconds_per_image",
 }
-MEASURED |= {"mse", "mse_stderr"}
+MEASURED |= {"mse", "mse_stderr", "psnr", "psnr_stderr", "ssim", "ssim_stderr"}
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +106,11 @@ def test_every_sampler_on_every_level_has_its_row(one_rank: Path) -> None:
 def test_the_reference_is_at_distance_zero_from_itself(one_rank: Path) -> None:
     zero = {(row["level"], row["sampler"], row["steps"]) for row in rows(one_rank) if row["mse"] == 0}
     assert zero == {("s", "ddpm", 4)}
-    assert all(row["mse_stderr"] > 0 for row in rows(one_rank) if row["mse"] > 0)
+    for row in rows(one_rank):
+        if row["mse"] == 0:
+            assert (row["psnr"], row["psnr_stderr"], row["ssim"], row["ssim_stderr"]) == (None, None, 1, 0)
+        else:
+            assert min(row["mse_stderr"], row["psnr"], row["psnr_stderr"], row["ssim_stderr"], 1 - row["ssim"]) > 0
 
 
 def test_pictures_of_each(one_rank: Path) -> None:
@@ -133,7 +137,10 @@ def test_only_rank_0_logs(two_ranks: Path) -> None:
     lines = [json.loads(line) for line in (two_ranks / "metrics.jsonl").read_text().splitlines()]
     evaluated = [line for line in lines if "eval/s/ddpm@2/mse" in line]
     assert len(evaluated) == 1
-    assert evaluated[0]["eval/s/ddpm@2/mse"] == rows(two_ranks)[4]["mse"]
+    for name in ("mse", "psnr", "ssim"):
+        assert evaluated[0][f"eval/s/ddpm@2/{name}"] == rows(two_ranks)[4][name]
+    assert "eval/s/ddpm@4/ssim" in evaluated[0]
+    assert "eval/s/ddpm@4/psnr" not in evaluated[0]  # of the reference itself: JSON has no infinity
     assert len(list((two_ranks / "wandb").glob("offline-run-*"))) == 1
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,12 +14,15 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
+from mlem.comparison.coupled import Comparison
+from mlem.comparison.entry import Entry
 from mlem.data import Shards, held_out_batches, prepare, train_loader
 from mlem.data.command import main
 from mlem.data.shards.loading import BatchSource
 from mlem.decoder import Decoder
 from mlem.family import Family
 from mlem.images import quantise
+from mlem.metrics import ssim
 from mlem.noise import NoiseStream
 from mlem.outputs import read_pixels, sample_path
 from mlem.sampling import sample
@@ -172,6 +176,25 @@ def test_a_trained_family_carries_its_decoder(trained: Path) -> None:
     assert read_pixels(next((trained / "runs/latents/grids").glob("*.png"))).shape[1] > 16  # pictures were drawn
     (row, *_) = json.loads((trained / "runs/latents/evaluation.json").read_text())["rows"]
     assert any(name.startswith("fid_") for name in row)
+    assert 0 < row["ssim"] < 1
+
+
+def test_similarity_is_of_what_latents_show(trained: Path, tmp_path: Path) -> None:
+    family = Family.load(trained / "runs/latents/family")
+    seen, entry = [], Entry("ddim", (2,), levels=("xs",))
+    for name in ("with", "without"):
+        comparison = Comparison(family, range(2), tmp_path / name, reference_steps=3)
+        (run,) = comparison.runs(entry)
+        comparison.measure([run])
+        seen.append(comparison.rows[0])
+        if name == "with":
+            pictures = family.pictures(sample(family, solver="ddim", steps=2, level="xs", indices=range(2)).x)
+            truth = family.pictures(comparison.truth(run.solver.reference))
+            assert seen[0].image_ssim == pytest.approx(ssim(pictures, truth).tolist(), rel=1e-4)
+        family.decoder = None
+    assert seen[0].mse == seen[1].mse > 0
+    assert math.isnan(seen[1].psnr)
+    assert seen[1].image_psnr == ()
 
 
 def sampled(home: Path, *options: str) -> Path:

@@ -1,4 +1,4 @@
-"""Quantisation and the pathwise error."""
+"""Quantisation, the pathwise error, PSNR and SSIM."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import math
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy.ndimage import gaussian_filter
 
-from mlem.metrics import PathwiseError, pathwise_error, quantise
+from mlem.metrics import ImageMean, PathwiseError, pathwise_error, psnr, quantise, ssim
 
 
 def test_quantise_rounds_and_clamps():
@@ -27,8 +29,6 @@ def test_quantise_inverts_every_pixel_value(dtype):
 
 
 def test_quantise_agrees_with_png(tmp_path):
-    import numpy as np
-
     pixels = quantise(torch.rand(1, 16, 16, generator=torch.Generator().manual_seed(0)) * 3 - 1.5)
     Image.fromarray(pixels[0].numpy()).save(tmp_path / "image.png")
     read = np.asarray(Image.open(tmp_path / "image.png"))
@@ -115,3 +115,66 @@ def test_equal_errors_have_no_standard_error(count):
     mse, standard_error = metric.compute()
     assert mse == pytest.approx(0.09, rel=1e-14)
     assert 0 <= standard_error < 1e-8
+
+
+def alike(count, channels, height, width):
+    """Pictures in [-1.2, 1.2] and others near them, float64."""
+    generator = torch.Generator().manual_seed(3)
+    x, z = torch.rand(2, count, channels, height, width, generator=generator, dtype=torch.float64)
+    return 2.4 * x - 1.2, 2.4 * x - 1.2 + 0.3 * (z - 0.5)
+
+
+def test_psnr_by_hand():
+    x = torch.zeros(3, 1, 2, 2)
+    y = torch.tensor([0.0, 0.02, -7.0])[:, None, None, None].expand(3, 1, 2, 2)
+    # the range is 2, and -7 is shown as -1
+    assert psnr(x, y).tolist() == pytest.approx([math.inf, 10 * math.log10(4 / 0.02**2), 10 * math.log10(4)], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("shape", "radius", "sigma"),
+    [((3, 16, 16), 5, 1.5), ((1, 28, 28), 5, 1.5), ((1, 8, 8), 3, 0.9), ((2, 12, 5), 2, 0.6)],
+)
+def test_ssim_is_that_of_the_paper_in_a_window_that_fits(shape, radius, sigma):
+    x, y = alike(9, *shape)
+
+    def blurred(images):
+        return gaussian_filter(images, sigma, mode="mirror", radius=radius, axes=(2, 3))
+
+    a, b = (images.clamp(-1, 1).numpy() for images in (x, y))
+    mean_a, mean_b = blurred(a), blurred(b)
+    var_a, var_b, cov = blurred(a * a) - mean_a**2, blurred(b * b) - mean_b**2, blurred(a * b) - mean_a * mean_b
+    c_1, c_2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2
+    top, bottom = (2 * mean_a * mean_b + c_1) * (2 * cov + c_2), (mean_a**2 + mean_b**2 + c_1) * (var_a + var_b + c_2)
+    expected = (top / bottom).mean((1, 2, 3))
+    assert 0.2 < expected.min() < expected.max() < 0.99
+    np.testing.assert_allclose(ssim(x, y), expected, rtol=1e-10)
+    np.testing.assert_allclose(ssim(x, x), np.ones(9), rtol=1e-12)
+
+
+def test_similarities_of_an_image_know_no_batch():
+    x, y = alike(19, 1, 8, 8)
+    for measure in (psnr, ssim):
+        whole = ImageMean(measure)
+        whole.update(x, y)
+        parts = ImageMean(measure)
+        for rows in (slice(0, 1), slice(1, 12), slice(12, 12), slice(12, 19)):
+            parts.update(x[rows], y[rows])
+        assert torch.equal(torch.cat(parts.values), torch.cat(whole.values))
+        assert parts.compute() == pytest.approx(whole.compute(), rel=1e-12)
+
+
+def test_similarities_refuse():
+    x = torch.zeros(2, 1, 8, 8)
+    for measure in (psnr, ssim):
+        with pytest.raises(ValueError, match=r"both be \(N, C, H, W\), got \(2, 1, 8, 8\) and \(2, 1, 8, 7\)"):
+            measure(x, x[..., :7])
+    with pytest.raises(ValueError, match="at least 3x3, got"):
+        ssim(x[..., :2], x[..., :2])
+
+
+def test_a_picture_that_is_its_reference_has_a_psnr_without_end():
+    mean = ImageMean(psnr)
+    mean.update(torch.zeros(2, 1, 8, 8), torch.tensor([0.0, 1.0])[:, None, None, None].expand(2, 1, 8, 8))
+    value, error = mean.compute()
+    assert (value, math.isnan(error)) == (math.inf, True)

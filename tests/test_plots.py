@@ -10,7 +10,7 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from mlem.comparison.figures import error_vs_time, quality_vs_evaluations
+from mlem.comparison.figures import error_vs_time, quality_vs_evaluations, similarity_vs_time
 from mlem.comparison.row import MULTILEVEL, Row
 from mlem.plots import error_by_noise_level, probabilities, scaling_law
 
@@ -103,6 +103,34 @@ def test_quality_is_of_the_largest_level_that_runs_alone(monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="nothing to draw: no level runs alone"):
         quality_vs_evaluations(shared, tmp_path / "x.png", "digits")
     assert not list(tmp_path.iterdir())
+
+
+def test_similarity_and_distance_stand_beside_the_error_where_they_were_measured(monkeypatch):
+    alone = [replace(row, evaluations=float(row.steps), psnr=30.0, ssim=0.75) for row in ROWS]
+    exact = replace(alone[-1], mse=0.0, psnr=math.inf, ssim=1.0)  # the reference itself
+    rows = [replace(row, scores={"fd_dinov2-s-0a@7": 2.0, "fd_dinov2-s-0a@7_std": 9.0}) for row in [*alone[:-1], exact]]
+    panels = figure_of(monkeypatch, lambda: quality_vs_evaluations(rows, "x.png", "digits")).axes
+    shown = ["mean squared error to the reference", "1 - SSIM to the reference"]
+    assert [axes.get_ylabel() for axes in panels] == [*shown, "fd_dinov2-s-0a@7"]
+    assert {axes.get_yscale() for axes in panels} == {"log"}
+    for axes, (value, count) in zip(panels[1:], ((0.25, 3), (2.0, 4)), strict=True):
+        lines = [container.lines[0] for container in axes.containers]
+        assert [y for line in lines for y in line.get_ydata()] == [value] * count
+
+
+def test_similarity_against_time(monkeypatch, tmp_path):
+    alone = [replace(row, psnr=30.0 + row.steps, psnr_stderr=1.0, ssim=0.75, ssim_stderr=0.1) for row in ROWS[:2]]
+    shared = replace(alone[0], level=MULTILEVEL, psnr=50.0)
+    rows = [*alone, shared, replace(alone[0], psnr=math.inf, ssim=1.0)]
+    figure = figure_of(monkeypatch, lambda: similarity_vs_time(rows, [shared], "x.png", "digits"))
+    psnr, ssim = figure.axes
+    assert (psnr.get_ylabel(), psnr.get_yscale()) == ("PSNR to the reference [dB]", "linear")
+    assert (ssim.get_ylabel(), ssim.get_yscale()) == ("1 - SSIM to the reference", "log")
+    assert list(psnr.containers[0].lines[0].get_ydata()) == [55.0, 130.0]
+    assert [list(line.get_ydata()) for line in psnr.lines[-2:]] == [[50.0], [50.0]]
+    assert {y for line in ssim.lines for y in line.get_ydata()} == {0.25}
+    with pytest.raises(ValueError, match="similarity_vs_time has nothing to draw"):
+        similarity_vs_time(ROWS, [], tmp_path / "x.png", "")
 
 
 def test_scaling_law_shows_points_lines_bands_and_gamma(monkeypatch):

@@ -36,7 +36,7 @@ def row(
 
 
 ROWS = [
-    row("xs", "ddpm", 9, 0.02, {"xs": 9}),
+    row("xs", "ddpm", 9, 0.02, {"xs": 9}, psnr=23.456, psnr_stderr=0.25, ssim=0.98765, ssim_stderr=0.0012),
     row("xs", EVIL, 100, 0.3, {"xs": 100}),
     row("s", "a_sampler_with_a_name_that_goes_on_and_on_beyond_all_measure_and_reason", 10, None, {"s": 10}),
     row("mlem", "ddpm_hindsight", 20, 0.001, {"xs": 40, "s": 9.5}, dial="budget0.6"),
@@ -63,6 +63,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     curves({"a": ([1, 2], [1, 2])}, folder / "error_vs_time.png", "x", "y", "caption")
     (folder / "error_vs_time").mkdir()
     curves({"a": ([1, 2], [1, 2])}, folder / "error_vs_time" / "error_vs_time.png", "x", "y", "caption")
+    curves({"a": ([1, 2], [1, 2])}, folder / "error_vs_time" / "similarity_vs_time.png", "x", "y", "caption")
     against = {
         "time, largest": {"ratio": 2.5, "low": 2.0, "high": 3.0},
         "FLOPs, any": dict.fromkeys(("ratio", "low", "high")),
@@ -112,7 +113,7 @@ def test_it_asks_for_nothing_and_all_pictures_load(opened: Any, run: Path) -> No
     assert [url for url in opened.asked if not url.startswith("data:")] == [(run / "report.html").as_uri()]
     assert opened.errors == []
     pictures = opened.evaluate("[...document.images].map(one => [one.naturalWidth, one.alt])")
-    assert len(pictures) == 1 + 1 + 3 + 4 + 1 + 3
+    assert len(pictures) == 1 + 2 + 3 + 4 + 1 + 3
     assert all(width > 0 and len(alt) > 10 for width, alt in pictures)
 
 
@@ -162,6 +163,15 @@ def test_a_press_on_a_header_sorts(opened: Any) -> None:
     assert column(10) == ["0.3", "0.02", "0.001", "–"]
     opened.get_by_role("button", name="level", exact=True).first.click()
     assert column(1) == ["mlem", "s", "xs", "xs"]
+
+
+def test_similarity_stands_beside_the_error(run: Path, tmp_path: Path) -> None:
+    text = (run / "report.html").read_text()
+    assert ">23.5<" in text
+    assert ">0.988<" in text
+    assert "PSNR and SSIM against time of single levels" in text
+    (tmp_path / "evaluation.json").write_text(json.dumps({"caption": "", "rows": ROWS[1:]}))
+    assert ">PSNR [dB]<" not in write_report(tmp_path).read_text()  # of a version that had none
 
 
 def test_ratios_at_equal_error_are_told(run: Path) -> None:

@@ -36,6 +36,14 @@ def test_the_runs_of_a_family_are_listed(trained: Path) -> None:
         assert run.changed == max(path.lstat().st_mtime for path in files)
 
 
+@pytest.mark.parametrize("name", ["fid_inception-0a1b2c3d@5", "fd_dinov2-l-0a1b2c3d@5"])
+def test_distances_are_those_of_any_features(unet: Path, name: str) -> None:
+    with open(unet / "metrics.jsonl", "a") as log:
+        log.write(json.dumps({"step": 4, f"eval/s/ddpm@2/{name}": 0.5, f"eval/s/ddpm@2/{name}_std": 0.25}) + "\n")
+    run = read_run(unet)
+    assert (run.fid, run.fid_name) == (0.5, f"s/ddpm@2 {name}")
+
+
 def test_a_run_without_a_result_is_interrupted_or_training(unet: Path) -> None:
     shutil.rmtree(unet / "level")
     assert read_run(unet).state == "interrupted"

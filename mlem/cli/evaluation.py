@@ -71,7 +71,7 @@ def _report(rows: list[Row], family: Family, folder: Path, artefact: Path) -> No
         ("trained", artefact),
         ("sample grids", folder / "grids"),
         ("error against time", folder / "error_vs_time.png"),
-        ("error and FID against evaluations", folder / "quality_vs_evaluations.png"),
+        ("error, similarity, FID against calls", folder / "quality_vs_evaluations.png"),
         ("error by noise level", folder / "error_by_noise_level.png"),
         ("scaling law", folder / "scaling_law.png"),
         ("metrics", folder / "metrics.jsonl"),
@@ -95,7 +95,7 @@ def _levels_table(family: Family) -> Table:
 def _samplers_table(rows: list[Row]) -> Table:
     from rich.table import Table
 
-    fid = next((name for name in rows[0].scores if name.startswith("fid_")), None)
+    fid = rows[0].frechet
     title = "samplers: mean squared error to the many-step reference ± standard error" + (f"; {fid}" if fid else "")
     table = Table("level", "sampler", "steps", "calls", "ms/image", "MSE", "FID" if fid else "", title=title)
     for row in rows:

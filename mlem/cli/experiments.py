@@ -75,8 +75,14 @@ def error_against_time(job: Sample) -> None:
     for message in dict.fromkeys(str(warning.message) for warning in caught):
         print(f"warning: {message}")
     _table(found, comparison)
-    for what, name in (("rows", "runs.csv"), ("error against time", "error_vs_time.png"), ("ratios", "summary.json")):
-        print(f"{what:38s}{out / name}", flush=True)
+    for what, name in (
+        ("rows", "runs.csv"),
+        ("error against time", "error_vs_time*.png"),
+        ("PSNR and SSIM against time", "similarity_vs_time*.png"),
+        ("ratios", "summary.json"),
+    ):
+        for path in sorted(out.glob(name)):  # a figure for each reference
+            print(f"{what:38s}{path}", flush=True)
 
 
 def _possible(entries: list[Entry], family: Family) -> list[Entry]:

@@ -180,15 +180,20 @@ class Logger:
 class Metric:
     """The score of samples against real images."""
 
-    features: str | None = option(text(null=True), "random256 or inception; null: no metrics", unused=("scaling",))
+    features: str | None = option(
+        text(null=True), "random256, inception or dinov2; null: no metrics", unused=("scaling",)
+    )
     kid: bool = option(BOOL, "KID of the same features too")
     precision_recall: bool = option(BOOL, "precision and recall of the same features too")
     blocks: int = option(whole(1), "above 1: also mean and spread over as many disjoint blocks of the samples")
     reference: int | None = option(whole(2).or_null(), "real images to compare with, the first ones; null: all")
     cache: str = option(TEXT, "folder of the reference statistics")
-    weights: str | None = option(text(null=True), "of Inception: path of the file; null: the torch hub cache")
+    weights: str | None = option(
+        text(null=True), "of Inception: path of the file; null: the torch hub cache. Of DINOv2: path of the folder"
+    )
     sha256: str | None = option(
-        text(null=True), "of Inception weights that are not the original ones: the first 8 digits or more"
+        text(null=True),
+        "that weights must have, the first 8 digits or more; null: of Inception the original ones, of DINOv2 any",
     )
 
 

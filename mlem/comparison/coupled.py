@@ -158,16 +158,13 @@ class Comparison:
     def _measured(self, run: Run) -> Row:
         truth, tally = self.truth(run.solver.reference), Tally(self.setup, run)
         for block, expected in zip(self.setup.blocks, truth.split(len(self.setup.blocks[0])), strict=True):
-            tally.add(block, expected)
-        row, errors = tally.row(), tally.image_errors
-        mse, stderr = mean_error(errors)  # all errors are here: more exact than sums over batches
-        return replace(
-            row,
-            calls={name: row.calls.get(name, 0.0) for name in self.family.names},
-            mse=mse,
-            mse_stderr=stderr,
-            image_mse=tuple(float(f"{error:.6g}") for error in errors.tolist()),
-        )
+            tally.add(block, self.setup.truth(expected))
+        row, found = tally.row(), {}
+        for name, values in tally.image_values.items():
+            # all values are here: more exact than sums over batches
+            found[name], found[f"{name}_stderr"] = mean_error(values)
+            found[f"image_{name}"] = tuple(float(f"{value:.6g}") for value in values.tolist())
+        return replace(row, calls={name: row.calls.get(name, 0.0) for name in self.family.names}, **found)
 
     @cached_property
     def caption(self) -> str:

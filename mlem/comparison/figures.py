@@ -1,10 +1,11 @@
-"""The figures of samplers: error against time, against cost, and quality against network evaluations."""
+"""The figures of samplers: error and similarity against time, error against cost, quality against evaluations."""
 
 from __future__ import annotations
 
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import cycle
 from textwrap import fill
 from typing import TYPE_CHECKING
@@ -16,7 +17,32 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from PIL.Image import Image
 
-__all__ = ["coupled_errors", "error_vs_time", "quality_vs_evaluations"]
+__all__ = ["coupled_errors", "error_vs_time", "quality_vs_evaluations", "similarity_vs_time"]
+
+
+@dataclass(frozen=True)
+class _Quality:
+    """What a y axis shows.
+
+    Attributes:
+        label: of the axis.
+        of: of a row, with its standard error; NaN for what was not measured.
+        scale: of the axis.
+    """
+
+    label: str
+    of: Callable[[Row], tuple[float, float]]
+    scale: str = "log"
+
+    def shows(self, row: Row) -> bool:
+        """Whether the axis has a place for this row."""
+        value, _ = self.of(row)
+        return positive(value) if self.scale == "log" else math.isfinite(value)
+
+
+_MSE = _Quality("mean squared error to the reference", lambda row: (row.mse, row.mse_stderr))
+_PSNR = _Quality("PSNR to the reference [dB]", lambda row: (row.psnr, row.psnr_stderr), "linear")
+_SSIM = _Quality("1 - SSIM to the reference", lambda row: (1 - row.ssim, row.ssim_stderr))
 
 
 def error_vs_time(rows: Sequence[Row], path: str | os.PathLike[str], caption: str) -> None:
@@ -36,7 +62,7 @@ def error_vs_time(rows: Sequence[Row], path: str | os.PathLike[str], caption: st
             raise ValueError(f"error_vs_time needs seconds and mse above 0 and a standard error, got {row}")
     colours = dict(zip(dict.fromkeys(row.level for row in rows), cycle(COLOURS), strict=False))
     styles = dict(zip(dict.fromkeys(row.sampler for row in rows), cycle(STYLES), strict=False))
-    figure, axes = figure_with_axes("time per image [ms]", "mean squared error to the reference", caption)
+    figure, axes = figure_with_axes("time per image [ms]", _MSE.label, caption)
     axes.set(xscale="log", yscale="log")
     in_digits(axes.xaxis)
     for level, colour in colours.items():
@@ -105,10 +131,10 @@ def coupled_errors(
     letters = {words.partition(":")[0]: row for words, (row, _) in pictures.items() if row is not None}
     for place, (label, cost) in enumerate(_COSTS):
         axes = figure.add_subplot(grid[place], xlabel=label)
-        axes.set(xscale="log", yscale="log", ylabel="mean squared error to the reference")
+        axes.set(xscale="log", yscale="log", ylabel=_MSE.label)
         axes.grid(which="major", color="0.9")
         axes.set_axisbelow(True)
-        _coupled_panel(axes, rows, best, cost)
+        _coupled_panel(axes, rows, best, cost, _MSE)
         for letter, row in letters.items():
             axes.annotate(letter, (cost(row), row.mse), (4, 5), textcoords="offset points", fontweight="bold")
     figure.axes[0].legend(fontsize="x-small", frameon=False)
@@ -122,7 +148,23 @@ def coupled_errors(
     save(figure, path)
 
 
-def _coupled_panel(axes: Axes, rows: Sequence[Row], best: Sequence[Row], cost: Callable[[Row], float]) -> None:
+def similarity_vs_time(rows: Sequence[Row], best: Sequence[Row], path: str | os.PathLike[str], caption: str) -> None:
+    """PSNR and 1 - SSIM to the reference against time, drawn and refused as the error in `coupled_errors`."""
+    rows, best = ([row for row in some if _PSNR.shows(row) and _SSIM.shows(row)] for some in (rows, best))
+    _refuse_empty(rows, "similarity_vs_time")
+    (label, cost), *_ = _COSTS
+    figure, axes_of = panels(label, [_PSNR.label, _SSIM.label], caption)
+    for axes, quality in zip(axes_of, (_PSNR, _SSIM), strict=True):
+        axes.set(xscale="log", yscale=quality.scale)
+        _coupled_panel(axes, rows, best, cost, quality)
+    handles, labels = axes_of[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper", fontsize="x-small", frameon=False)
+    save(figure, path)
+
+
+def _coupled_panel(
+    axes: Axes, rows: Sequence[Row], best: Sequence[Row], cost: Callable[[Row], float], quality: _Quality
+) -> None:
     """Lines of levels alone and points of levels that share the work, against `cost`."""
     several = len({row.solver for row in rows}) > 1
 
@@ -130,7 +172,7 @@ def _coupled_panel(axes: Axes, rows: Sequence[Row], best: Sequence[Row], cost: C
         return f"{name} ({solver})" if several else name
 
     def against(points: Sequence[Row]) -> tuple[list[float], list[float]]:
-        return [cost(row) for row in points], [row.mse for row in points]
+        return [cost(row) for row in points], [quality.of(row)[0] for row in points]
 
     alone = [row for row in rows if not row.shared]
     lines = list(dict.fromkeys((row.sampler, row.solver, row.levels) for row in alone))
@@ -138,7 +180,7 @@ def _coupled_panel(axes: Axes, rows: Sequence[Row], best: Sequence[Row], cost: C
     for line, shade, (_, style) in zip(lines, greys, cycle(STYLES), strict=False):
         points = [row for row in alone if (row.sampler, row.solver, row.levels) == line]
         points.sort(key=lambda row: row.steps)
-        bars, label = [row.mse_stderr for row in points], named(f"{line[0]}, level {line[2]}", line[1])
+        bars, label = [quality.of(row)[1] for row in points], named(f"{line[0]}, level {line[2]}", line[1])
         axes.errorbar(*against(points), bars, color=shade, linestyle=style, marker=".", elinewidth=0.8, label=label)
     together = list(dict.fromkeys((row.sampler, row.solver) for row in rows if row.shared))
     for one, colour, (marker, _) in zip(together, cycle(COLOURS), cycle(STYLES), strict=False):
@@ -152,7 +194,7 @@ def _coupled_panel(axes: Axes, rows: Sequence[Row], best: Sequence[Row], cost: C
 
 
 def quality_vs_evaluations(rows: Sequence[Row], path: str | os.PathLike[str], caption: str) -> None:
-    """Error to the reference, and FID beside it where it was measured, against network evaluations (NFE) of an image.
+    """Error and SSIM to the reference, and FID, where measured, against network evaluations (NFE) of an image.
 
     Args:
         rows: those of the last level that runs alone are drawn, a line for each sampler.
@@ -168,27 +210,23 @@ def quality_vs_evaluations(rows: Sequence[Row], path: str | os.PathLike[str], ca
         raise ValueError("quality_vs_evaluations has nothing to draw: no level runs alone")
     largest = alone[-1]
     rows = [row for row in rows if row.level == largest]
-    fid = next((name for name in rows[0].scores if name.startswith("fid_") and not name.endswith("_std")), None)
-    labels = ["mean squared error to the reference", *([fid] if fid else [])]
+    qualities = [_MSE, *([_SSIM] if any(map(_SSIM.shows, rows)) else [])]  # PSNR would be the error once more
+    if (fid := rows[0].frechet) is not None:
+        qualities.append(_Quality(fid, lambda row: (row.scores.get(fid, math.nan), math.nan)))
+    labels = [quality.label for quality in qualities]
     figure, axes_of = panels("network calls per image", labels, f"level {largest}; {caption}")
     # the eighth has the first colour again, with another marker and line
     pairs = [(COLOURS[i % len(COLOURS)], STYLES[(i + i // len(COLOURS)) % len(STYLES)]) for i in range(49)]
     looks = dict(zip(dict.fromkeys(row.sampler for row in rows), cycle(pairs), strict=False))
-    for axes, score in zip(axes_of, (None, fid), strict=False):
-        axes.set(xscale="log", yscale="log")
+    for axes, quality in zip(axes_of, qualities, strict=True):
+        axes.set(xscale="log", yscale=quality.scale)
         for sampler, (colour, (marker, line)) in looks.items():
-            own = sorted(_of(rows, largest, sampler), key=lambda row: row.evaluations)
-            points = [(row, value) for row in own if (value := _quality(row, score)) > 0]
-            x, y = [row.evaluations for row, _ in points], [value for _, value in points]
-            bars = [row.mse_stderr for row, _ in points] if score is None else None
-            axes.errorbar(x, y, yerr=bars, color=colour, marker=marker, linestyle=line, capsize=2, elinewidth=0.8)
-        for axis in (axes.xaxis, *([axes.yaxis] if score is not None else [])):
+            own = sorted(filter(quality.shows, _of(rows, largest, sampler)), key=lambda row: row.evaluations)
+            y, bars = [quality.of(row)[0] for row in own], [quality.of(row)[1] for row in own]
+            look = {"color": colour, "marker": marker, "linestyle": line, "capsize": 2, "elinewidth": 0.8}
+            axes.errorbar([row.evaluations for row in own], y, None if quality.label == fid else bars, **look)
+        for axis in (axes.xaxis, *([axes.yaxis] if quality.label == fid else [])):
             in_digits(axis)
     handles = [legend_key(sampler, colour, marker, line) for sampler, (colour, (marker, line)) in looks.items()]
     figure.legend(handles=handles, title="sampler", loc="outside right upper", frameon=False)
     save(figure, path)
-
-
-def _quality(row: Row, score: str | None) -> float:
-    """The error, or a score by name; NaN where it was not measured."""
-    return row.mse if score is None else row.scores.get(score, math.nan)

@@ -53,7 +53,7 @@ class Lineup:
 
     def add(self, block: Sequence[int]) -> None:
         """Run everything on the images with these indices."""
-        truths = {name: sampler.run(block).x for name, sampler in self._references.items()}
+        truths = {name: self._setup.truth(sampler.run(block).x) for name, sampler in self._references.items()}
         for tally in self.tallies:
             tally.add(block, truths[tally.run.solver.reference] if tally.coupled else None)
 

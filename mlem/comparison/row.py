@@ -31,17 +31,28 @@ _JSON = {
     "network_seconds": "network_seconds_per_image",
     "mse": "mse",
     "mse_stderr": "mse_stderr",
+    "psnr": "psnr",
+    "psnr_stderr": "psnr_stderr",
+    "ssim": "ssim",
+    "ssim_stderr": "ssim_stderr",
 }
 """Attribute -> key; all other keys are scores."""
 _CSV = {"flops": "flops", "network_seconds": "network_seconds", "seconds": "wall_seconds"}
 _CSV |= {"mse": "mse", "mse_stderr": "mse_stderr"}
-"""Attribute -> column, beside KEY, `calls_LEVEL`, the scores and `image_mse`."""
+"""Attribute -> column, beside KEY, `calls_LEVEL`, the scores and those below."""
+_SIMILARITY = ("psnr", "psnr_stderr", "ssim", "ssim_stderr")
+"""Attributes, and columns that older files lack."""
+_IMAGES = ("image_mse", "image_psnr", "image_ssim")
+"""Attributes, and columns, with a number of each image; older files have the first alone."""
 _SPREAD = "_std"
 
 
 @dataclass(frozen=True)
 class Row:
     """One sampler at one number of steps. Costs are per image; NaN means not measured, or not in the file.
+
+    Errors and similarities are to the reference, means over images; NaN for a solver that shares a law with it, not a
+    path. Similarities are of pictures, and NaN where samples cannot be shown.
 
     Attributes:
         sampler: its name in figures and metrics.
@@ -61,10 +72,16 @@ class Row:
         flops: of the networks.
         seconds: wall time.
         network_seconds: time in the networks.
-        mse: mean squared error to the reference; NaN for a solver that shares a law with it, not a path.
+        mse: mean squared error.
         mse_stderr: standard error of `mse` over images.
+        psnr: peak signal-to-noise ratio in dB; infinite where a picture is that of the reference.
+        psnr_stderr: standard error of `psnr` over images.
+        ssim: structural similarity, at most 1.
+        ssim_stderr: standard error of `ssim` over images.
         scores: FID and its like, named by protocol and count; `NAME_std` is the spread of NAME.
         image_mse: error of each image, to six digits; () where it is not kept.
+        image_psnr: PSNR of each image, likewise.
+        image_ssim: SSIM of each image, likewise.
     """
 
     sampler: str
@@ -86,8 +103,14 @@ class Row:
     network_seconds: float = math.nan
     mse: float = math.nan
     mse_stderr: float = math.nan
+    psnr: float = math.nan
+    psnr_stderr: float = math.nan
+    ssim: float = math.nan
+    ssim_stderr: float = math.nan
     scores: Mapping[str, float] = field(default_factory=dict)
     image_mse: tuple[float, ...] = ()
+    image_psnr: tuple[float, ...] = ()
+    image_ssim: tuple[float, ...] = ()
 
     @property
     def shared(self) -> bool:
@@ -110,6 +133,11 @@ class Row:
         return f"{self.steps}_{self.target}" if self.target else str(self.steps)
 
     @property
+    def frechet(self) -> str | None:
+        """Name of the score that is a Frechet distance, such as fid_random256@2000; None where it was not measured."""
+        return next((name for name in self.scores if name.startswith(("fid_", "fd_"))), None)
+
+    @property
     def picture(self) -> str:
         """Name of the file that shows samples, without its suffix."""
         return f"{self.level}_{self.sampler}_{self.point}"
@@ -117,15 +145,16 @@ class Row:
     def metrics(self) -> dict[str, float]:
         """Metrics for loggers, by names such as eval/s/ddpm@20/mse."""
         prefix = f"eval/{self.level}/{self.sampler}@{self.point}"
-        measured = {"mse": self.mse, "seconds_per_image": self.seconds, "evaluations": self.evaluations, **self.scores}
+        measured = {"mse": self.mse, "psnr": self.psnr, "ssim": self.ssim}
+        measured |= {"seconds_per_image": self.seconds, "evaluations": self.evaluations, **self.scores}
         values = {f"calls_{name}": calls for name, calls in self.calls.items()}
-        values |= {name: value for name, value in measured.items() if not math.isnan(value)}
+        values |= {name: value for name, value in measured.items() if math.isfinite(value)}
         return {f"{prefix}/{name}": value for name, value in values.items()}
 
     def to_json(self) -> dict[str, Any]:
-        """The object of `evaluation.json`."""
+        """The object of `evaluation.json`; null for what is not finite."""
         known = {key: getattr(self, name) for name, key in _JSON.items()}
-        return {key: None if _is_nan(value) else value for key, value in (known | dict(self.scores)).items()}
+        return {key: None if _not_finite(value) else value for key, value in (known | dict(self.scores)).items()}
 
     @staticmethod
     def from_json(plain: Mapping[str, Any], where: str = "evaluation.json") -> Row:
@@ -144,7 +173,8 @@ class Row:
         cells |= {f"calls_{name}": calls for name, calls in self.calls.items()}
         cells |= {column: getattr(self, name) for name, column in _CSV.items()}
         cells |= {name: value for name, value in self.scores.items() if not name.endswith(_SPREAD)}
-        cells["image_mse"] = " ".join(map(str, self.image_mse))
+        cells |= {name: getattr(self, name) for name in _SIMILARITY}
+        cells |= {name: " ".join(map(str, getattr(self, name))) for name in _IMAGES}
         plain = {name: "" if value is None else str(value) for name, value in cells.items()}
         return {**plain, CHECKSUM: checksum(plain)}
 
@@ -156,11 +186,14 @@ class Row:
             raise ValueError(f"a row differs from its {CHECKSUM}")
         texts = {name: cells[name] for name in ("sampler", "solver", "levels", "grid", "coins", "plan")}
         numbers: dict[str, Any] = {name: float(cells[column]) for name, column in _CSV.items()}
+        numbers |= {name: float(cells.get(name, math.nan)) for name in _SIMILARITY}
+        images: dict[str, Any] = {name: tuple(map(float, cells.get(name, "").split())) for name in _IMAGES}
         calls = {name.removeprefix("calls_"): float(cells[name]) for name in cells if name.startswith("calls_")}
-        known = {*KEY, *_CSV.values(), "image_mse", *(f"calls_{name}" for name in calls)}
+        known = {*KEY, *_CSV.values(), *_SIMILARITY, *_IMAGES, *(f"calls_{name}" for name in calls)}
         return Row(
             **texts,
             **numbers,
+            **images,
             steps=int(cells["steps"]),
             level=MULTILEVEL if texts["plan"] else texts["levels"],
             delta=float(cells["delta"]) if cells["delta"] else None,
@@ -168,9 +201,8 @@ class Row:
             calls=calls,
             evaluations=sum(calls.values()),
             scores={name: float(cells[name]) for name in cells if name not in known},
-            image_mse=tuple(float(part) for part in cells["image_mse"].split()),
         )
 
 
-def _is_nan(value: Any) -> bool:
-    return isinstance(value, float) and math.isnan(value)
+def _not_finite(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)

@@ -14,6 +14,7 @@ from mlem.family import Family
 from mlem.grids import TimeGrid
 from mlem.level import Level
 from mlem.metrics import Measure
+from mlem.metrics.similarity import SMALLEST
 from mlem.multilevel.plan import Plan
 from mlem.multilevel.planner import make_plan
 from mlem.networks import Reuse
@@ -21,7 +22,7 @@ from mlem.sampling import Sampler, solver_of
 from mlem.sampling.reusing import reusing
 from mlem.solvers import GridPoint, Solver
 
-__all__ = ["Run", "Setup"]
+__all__ = ["Run", "Setup", "Truth"]
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,19 @@ class Run:
     def alone(self) -> bool:
         """Whether one level runs, whole at every evaluation."""
         return self.plan is None and self.reuse is None
+
+
+@dataclass(frozen=True)
+class Truth:
+    """Reference samples of a batch.
+
+    Attributes:
+        x: (B, *shape).
+        pictures: what they show, (B, C, H, W); None where the family has no `comparable` pictures.
+    """
+
+    x: Tensor
+    pictures: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -126,6 +140,20 @@ class Setup:
     def reference(self, solver: str) -> Sampler:
         """The many-step sampler of the largest level that errors of runs with this `solver.reference` are to."""
         return self._bind(self.family.level(), solver, self.reference_steps)
+
+    @property
+    def comparable(self) -> bool:
+        """Whether samples are pictures, or a decoder makes them, large enough for `mlem.metrics.ssim`."""
+        decoder, shape = self.family.decoder, self.family.shape
+        if decoder is not None:
+            shape = decoder.picture_shape(shape)
+        elif self.family.level().latents:
+            return False
+        return len(shape) == 3 and min(shape[1:]) >= SMALLEST
+
+    def truth(self, x: Tensor) -> Truth:
+        """These samples (B, *shape) of the reference, as others are measured against them."""
+        return Truth(x, self.family.pictures(x.to(self.device)) if self.comparable else None)
 
     def pictures(self, samples: Tensor) -> Tensor:
         """What samples (B, *shape) show, on the CPU; see `Family.pictures`."""

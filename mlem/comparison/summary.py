@@ -12,7 +12,7 @@ from PIL.Image import Image
 
 from mlem.comparison.coupled import Comparison
 from mlem.comparison.equal_error import Advantage, Setting, cost_ratio
-from mlem.comparison.figures import coupled_errors
+from mlem.comparison.figures import coupled_errors, similarity_vs_time
 from mlem.comparison.row import Row
 from mlem.comparison.setup import Run
 from mlem.images import image_grid
@@ -90,7 +90,7 @@ def _advantage(
 
 
 def draw(comparison: Comparison, runs: Sequence[Run], path: Path, shown: int) -> None:
-    """One figure for each reference: `path`, and with several `path` with their names added."""
+    """Two figures for each reference: errors in `path`, `similarity_vs_time.png` beside it; several: names added."""
     references = list(dict.fromkeys(run.solver.reference for run in runs))
     for name in references:
         pairs = [(run, row) for run in runs if run.solver.reference == name and (row := comparison.row(run))]
@@ -103,8 +103,10 @@ def draw(comparison: Comparison, runs: Sequence[Run], path: Path, shown: int) ->
         trials = _trials(rows)
         caption = f"{comparison.caption}; bars: one standard error over images"
         caption += f"; {trials} trials of the coins, the best by these images large" if trials > 1 else ""
-        own = path if len(references) == 1 else path.with_name(f"{path.stem}_{name}.png")
-        coupled_errors(rows, best, own, caption, pictures)
+        suffix = "" if len(references) == 1 else f"_{name}"
+        coupled_errors(rows, best, path.with_name(f"{path.stem}{suffix}.png"), caption, pictures)
+        if any(math.isfinite(row.psnr) for row in rows):
+            similarity_vs_time(rows, best, path.with_name(f"similarity_vs_time{suffix}.png"), caption)
 
 
 def _pictures(

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from mlem.comparison.row import Row
-from mlem.comparison.setup import Run, Setup
+from mlem.comparison.setup import Run, Setup, Truth
 from mlem.ledger import Ledger, LevelLedger
-from mlem.metrics import PathwiseError
+from mlem.metrics import ImageMean, PathwiseError, psnr, ssim
 
 __all__ = ["SHOWN", "Tally"]
 
@@ -32,24 +32,33 @@ class Tally:
         self.run, self.coupled = run, run.solver.coupled
         self.first: Tensor | None = None
         self._setup, self._sampler, self._ledger = setup, setup.sampler(run), Ledger()
-        self._error = PathwiseError().to(setup.device)
+        similarities = {"psnr": ImageMean(psnr), "ssim": ImageMean(ssim)} if setup.comparable else {}
+        self._means: dict[str, ImageMean] = {"mse": PathwiseError(), **similarities}
+        for mean in self._means.values():
+            mean.to(setup.device)
         self._fid = None if setup.measure is None else setup.measure.start(setup.device)
 
-    def add(self, block: Sequence[int], truth: Tensor | None) -> None:
-        """Sample this batch; `truth` holds its reference samples, (B, *shape), where the run is `coupled`."""
+    def add(self, block: Sequence[int], truth: Truth | None) -> None:
+        """Sample this batch. truth: of the same images, where the run is `coupled`."""
         result = self._sampler.run(block)
         self._ledger.add(result.ledger)
         if truth is not None:
-            self._error.update(result.x.to(truth.device), truth)
-        if self._fid is not None:
-            self._fid.update(self._setup.family.pictures(result.x), block)
+            self._means["mse"].update(result.x.to(truth.x.device), truth.x)
+        reference = None if truth is None else truth.pictures
+        if reference is not None or self._fid is not None:
+            pictures = self._setup.family.pictures(result.x)
+            if reference is not None:
+                self._means["psnr"].update(pictures, reference)
+                self._means["ssim"].update(pictures, reference)
+            if self._fid is not None:
+                self._fid.update(pictures, block)
         if self.first is None:
             self.first = result.x[:SHOWN].cpu()
 
     @property
-    def image_errors(self) -> Tensor:
-        """Mean squared error of each image that this rank has sampled: (N,), float64, on the CPU."""
-        return torch.cat([errors.cpu() for errors in self._error.errors])
+    def image_values(self) -> dict[str, Tensor]:
+        """mse, psnr and ssim of each image that this rank has sampled: (N,), float64, on the CPU."""
+        return {name: torch.cat([values.cpu() for values in mean.values]) for name, mean in self._means.items()}
 
     def row(self, total: Callable[[Tensor], Tensor] = lambda sums: sums) -> Row:
         """The result over all ranks; every rank must call it. total: sums a tensor over them."""
@@ -72,8 +81,10 @@ class Tally:
         )
         if not self.coupled:
             return row
-        mse, stderr = self._error.compute()
-        return replace(row, mse=mse, mse_stderr=stderr)
+        found: dict[str, float] = {}
+        for name, mean in self._means.items():
+            found[name], found[f"{name}_stderr"] = mean.compute()
+        return replace(row, **found)
 
     def _scores(self) -> dict[str, float]:
         measure, found = self._setup.measure, {}

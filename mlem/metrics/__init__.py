@@ -1,4 +1,4 @@
-"""How good the samples are: FID, KID, precision and recall, and the pathwise error to a reference.
+"""How good the samples are: FID, KID, precision and recall; pathwise error, PSNR and SSIM to a reference.
 
 Names are loaded when first used: the torchmetrics import takes seconds, so neither `import mlem.metrics` nor the
 command line pays for it.
@@ -14,14 +14,16 @@ if TYPE_CHECKING:
     from mlem.metrics.fid import FID, FewImagesWarning, Score, frechet_distance
     from mlem.metrics.kernel import kernel_distance
     from mlem.metrics.neighbours import precision_recall
-    from mlem.metrics.pathwise import PathwiseError, mean_error, pathwise_error
+    from mlem.metrics.pathwise import ImageMean, PathwiseError, mean_error, pathwise_error
     from mlem.metrics.random_features import RandomFeatures
     from mlem.metrics.reference import reference_path, reference_statistics
     from mlem.metrics.scores import Measure
+    from mlem.metrics.similarity import psnr, ssim
 
 _HOMES = {
     "FID": "mlem.metrics.fid",
     "FewImagesWarning": "mlem.metrics.fid",
+    "ImageMean": "mlem.metrics.pathwise",
     "Measure": "mlem.metrics.scores",
     "PathwiseError": "mlem.metrics.pathwise",
     "RandomFeatures": "mlem.metrics.random_features",
@@ -31,14 +33,17 @@ _HOMES = {
     "mean_error": "mlem.metrics.pathwise",
     "pathwise_error": "mlem.metrics.pathwise",
     "precision_recall": "mlem.metrics.neighbours",
+    "psnr": "mlem.metrics.similarity",
     "quantise": "mlem.images",
     "reference_path": "mlem.metrics.reference",
     "reference_statistics": "mlem.metrics.reference",
+    "ssim": "mlem.metrics.similarity",
 }
 
 __all__ = [
     "FID",
     "FewImagesWarning",
+    "ImageMean",
     "Measure",
     "PathwiseError",
     "RandomFeatures",
@@ -48,9 +53,11 @@ __all__ = [
     "mean_error",
     "pathwise_error",
     "precision_recall",
+    "psnr",
     "quantise",
     "reference_path",
     "reference_statistics",
+    "ssim",
 ]
 
 

@@ -1,8 +1,8 @@
 """Frechet distance between images and reference images, named after its protocol and its count.
 
 Lives here: the distance, and the metric `FID` on torchmetrics' sums, which can keep the features for `scores.py`. The
-features are `random_features.py` or `inception.py`. Images become uint8 by `mlem.images.quantise` before anything
-else, so a PNG and the tensor it was written from give the same value.
+features are `random_features.py`, `inception.py` or `dinov2.py`. Images become uint8 by `mlem.images.quantise` before
+anything else, so a PNG and the tensor it was written from give the same value.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from mlem.images import quantise
 from mlem.metrics.bank import FeatureBank
+from mlem.metrics.dinov2 import dinov2
 from mlem.metrics.inception import inception
 from mlem.metrics.random_features import RandomFeatures
 
@@ -75,16 +76,17 @@ class FID:
     Sums are float64. Nothing is downloaded.
 
     Args:
-        features: "random256" (`RandomFeatures`), "inception" (needs the extra `fid` and a weights file; grey images
-            are repeated to three channels), or a module from uint8 (N, C, H, W) to (N, num_features) with the
-            attributes `num_features` and `protocol`, its name.
+        features: "random256" (`RandomFeatures`), "inception" (needs the extra `fid` and a weights file), "dinov2"
+            (needs transformers and a folder), or a module from uint8 (N, C, H, W) to (N, num_features) with the
+            attributes `num_features` and `protocol`, its name. For the two in the middle grey images are repeated to
+            three channels.
         image_shape: (C, H, W).
-        weights: of Inception, see `inception`.
-        sha256: of Inception, see `inception`.
+        weights: see `inception` and `dinov2`.
+        sha256: likewise.
         keep: keep the features of every image too, in float64; updates then need the indices.
 
     Raises:
-        ValueError: where Inception cannot run.
+        ValueError: where the network cannot run.
     """
 
     def __init__(
@@ -97,18 +99,22 @@ class FID:
     ):
         channels, height, width = image_shape
         self.image_shape, self.keep = (channels, height, width), keep
-        self._repeat = 1
-        if features == "inception":
+        self._kind, self._repeat = "fid", 1
+        if features in ("inception", "dinov2"):
             if channels not in (1, 3):
-                raise ValueError(f"fid_inception takes images of 1 or 3 channels, got image_shape {self.image_shape}")
+                raise ValueError(f"{features} takes images of 1 or 3 channels, got image_shape {self.image_shape}")
             self._repeat = 3 // channels
+        if features == "inception":
             self.network, self.protocol = inception(weights, sha256)
+        elif features == "dinov2":
+            self._kind, self.network = "fd", dinov2(weights, sha256)
+            self.protocol = self.network.protocol
         elif features == "random256":
             self.network, self.protocol = RandomFeatures(channels, min(height, width)), RandomFeatures.protocol
         elif isinstance(features, nn.Module):
             self.network, self.protocol = features, str(features.protocol)
         else:
-            raise ValueError(f'features must be "random256", "inception" or a module, got {features!r}')
+            raise ValueError(f'features must be "random256", "inception", "dinov2" or a module, got {features!r}')
         self.network.requires_grad_(False)
         self.num_features = int(self.network.num_features)  # type: ignore[arg-type]
         from torchmetrics.image.fid import FrechetInceptionDistance
@@ -119,8 +125,8 @@ class FID:
 
     @property
     def name(self) -> str:
-        """The name without the count: `fid_random256`."""
-        return f"fid_{self.protocol}"
+        """The name without the count: `fid_random256`; of DINOv2, as in its paper, `fd_dinov2-l-1a2b3c4d`."""
+        return f"{self._kind}_{self.protocol}"
 
     def to(self, device: str | torch.device) -> FID:
         """Move network, sums and features; images are moved there by the updates."""

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from mlem.files import sha256 as sha256_of
+from mlem.metrics.checksums import check_sha256
 
 __all__ = ["ORIGINAL", "inception"]
 
@@ -39,11 +40,9 @@ def inception(weights: str | Path | None = None, sha256: str | None = None) -> t
     """
     path = _weights_file(weights)
     found = sha256_of(path)
-    if sha256 is not None and len(sha256) < 8:
-        raise ValueError(f"metric.sha256 must be the first 8 or more digits of the file's SHA-256, got {sha256!r}")
-    if not found.startswith((sha256 or ORIGINAL).lower()):
-        if sha256 is not None:
-            raise ValueError(f"{path} has SHA-256 {found[:16]}..., metric.sha256 is {sha256}; correct one of them")
+    if sha256 is not None:
+        check_sha256(path, found, sha256)
+    elif found != ORIGINAL:
         raise ValueError(
             f"{path} is not the original Inception: its SHA-256 does not start with {ORIGINAL[:8]}; for other weights "
             f"add metric.sha256={found[:12]}"

@@ -1,17 +1,19 @@
 """Pathwise error: how far samples are from reference samples driven by the same noise (same seed and index).
 
-The mean squared difference per value, with its standard error over samples.
+The mean squared difference per value, with its standard error over samples; `ImageMean` does the same for any
+measure of a sample beside its reference.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-__all__ = ["PathwiseError", "mean_error", "pathwise_error"]
+__all__ = ["ImageMean", "PathwiseError", "mean_error", "pathwise_error"]
 
 
 def pathwise_error(x: Tensor, reference: Tensor) -> tuple[float, float]:
@@ -25,58 +27,72 @@ def pathwise_error(x: Tensor, reference: Tensor) -> tuple[float, float]:
 
 
 def mean_error(errors: Tensor) -> tuple[float, float]:
-    """Mean and its standard error of the errors of samples, (N,). Raises ValueError for N < 2."""
+    """Mean and its standard error of the errors of samples, or other values, (N,). Raises ValueError for N < 2."""
     if len(errors) < 2:
         raise ValueError(f"a standard error needs at least 2 samples, got {len(errors)}")
     return float(errors.mean()), float(errors.std() / math.sqrt(len(errors)))
 
 
-class PathwiseError(Metric):
-    """`pathwise_error` in pieces: update on shards and ranks, compute once on their sums (float64).
+class ImageMean(Metric):
+    """A measure of samples beside their references, in pieces: update on shards and ranks, compute once on their sums.
 
-    compute returns (mse, standard_error) as floats and raises ValueError for fewer than 2 samples.
+    compute returns (mean, standard_error) as floats and raises ValueError for fewer than 2 samples.
+
+    Args:
+        measure: of x and reference, (N, ...) both: (N,), float64.
 
     Attributes:
-        errors: of the samples that this rank has seen, in order: a tensor (N,) for each update.
+        values: of the samples that this rank has seen, in order: a tensor (N,) for each update.
     """
 
     is_differentiable = False
-    higher_is_better = False
     full_state_update = False
     total: Tensor
     total_squares: Tensor
     count: Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, measure: Callable[[Tensor, Tensor], Tensor]) -> None:
         super().__init__()
-        self.errors: list[Tensor] = []
+        self._measure = measure
+        self.values: list[Tensor] = []
         self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("total_squares", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, x: Tensor, reference: Tensor) -> None:
-        """x, reference: (N, ...), N >= 0, as for `pathwise_error`."""
-        errors = _errors(x, reference)
-        self.errors.append(errors)
-        errors = errors.to(self.total.device)
-        self.total += errors.sum()
-        self.total_squares += errors.square().sum()
-        self.count += len(errors)
+        """x, reference: (N, ...), N >= 0, row i of both from the same noise."""
+        values = self._measure(x, reference)
+        self.values.append(values)
+        values = values.to(self.total.device)
+        self.total += values.sum()
+        self.total_squares += values.square().sum()
+        self.count += len(values)
 
     def reset(self) -> None:
         """Forget everything seen so far."""
         super().reset()
-        self.errors = []
+        self.values = []
 
     def compute(self) -> tuple[float, float]:
-        """(mse, standard_error) over everything seen on all ranks."""
+        """(mean, standard_error) over everything seen on all ranks; of an infinite mean the error is NaN."""
         count = int(self.count)
         if count < 2:
             raise ValueError(f"a standard error needs at least 2 samples, got {count}")
         mean = float(self.total) / count
-        # round-off can take the difference below zero when all errors are equal
+        if not math.isfinite(mean):
+            return mean, math.nan
+        # round-off can take the difference below zero when all values are equal
         variance = max(0.0, (float(self.total_squares) - count * mean**2) / (count - 1))
         return mean, math.sqrt(variance / count)
+
+
+class PathwiseError(ImageMean):
+    """`pathwise_error` in pieces; compute returns (mse, standard_error)."""
+
+    higher_is_better = False
+
+    def __init__(self) -> None:
+        super().__init__(_errors)
 
 
 def _errors(x: Tensor, reference: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ __all__ = ["write_report"]
 
 _PICTURES = {
     "error_vs_time": "Mean squared error to the many-step reference against time per image in milliseconds",
-    "quality_vs_evaluations": "Mean squared error, and FID where it was measured, against network calls per image",
+    "quality_vs_evaluations": "Mean squared error, SSIM, and FID where measured, against network calls per image",
     "error_by_noise_level": "Denoising error of every level against the log signal-to-noise ratio",
     "scaling_law": "Mean squared error against FLOPs per image, with fitted power laws",
     "probabilities": "Probabilities p_k of running each level against the log signal-to-noise ratio",

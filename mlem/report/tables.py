@@ -59,7 +59,9 @@ def sampler_table(home: Path | None) -> list[Markup]:
     found, caption = evaluation_rows(home)
     scores = list(dict.fromkeys(name for row in found for name in row.scores))
     columns = ["level", "sampler", "steps", "target", "calls per level", "calls per image", "rounds"]
-    columns += ["MFLOPs per image", "time [ms/image]", "MSE", "standard error", *scores]
+    alike = any(math.isfinite(row.ssim) for row in found)  # older evaluations have none
+    columns += ["MFLOPs per image", "time [ms/image]", "MSE", "standard error"]
+    columns += [*(["PSNR [dB]", "SSIM"] if alike else []), *scores]
     rows = []
     for row in found:
         per_level = " + ".join(f"{count:.4g} {name}" for name, count in row.calls.items() if count)
@@ -74,6 +76,7 @@ def sampler_table(home: Path | None) -> list[Markup]:
                 _number(1e3 * row.seconds, ".3g"),
                 _number(row.mse, ".3g"),
                 _number(row.mse_stderr, ".1g"),
+                *([_number(row.psnr, ".1f"), _number(row.ssim, ".3f")] * alike),
                 *(_number(row.scores.get(name), ".4g") for name in scores),
             ]
         )
@@ -89,7 +92,8 @@ def equal_error(folder: Path) -> list[Markup]:
             caption, ratios = found["caption"], [Advantage.from_dict(one, str(path)) for one in found["ratios"]]
             rows = [cells for one in ratios if one.known for cells in _ratios(one)]
         for picture in sorted(path.parent.glob("*.png")):
-            words = "Error against time and FLOPs of single levels and of levels that share the work"
+            what = "PSNR and SSIM against time" if picture.name.startswith("sim") else "Error against time and FLOPs"
+            words = f"{what} of single levels and of levels that share the work"
             shown.append(figure(picture.read_bytes(), f"Figure: {words}", f"{words}; {caption}.", "plot wide"))
         columns = ["sampler", "solver", "coins", "MSE", "cost in", "against", "its cost over ours", "95 % interval"]
         if rows:

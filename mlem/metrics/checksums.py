@@ -1,0 +1,15 @@
+"""Weights that are named by the first digits of their SHA-256."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+__all__ = ["check_sha256"]
+
+
+def check_sha256(path: Path, found: str, given: str) -> None:
+    """Raise ValueError unless `given`, at least 8 hexadecimal digits, begins what was `found` of the file."""
+    if len(given) < 8:
+        raise ValueError(f"metric.sha256 must be the first 8 or more digits of the file's SHA-256, got {given!r}")
+    if not found.startswith(given.lower()):
+        raise ValueError(f"{path} has SHA-256 {found[:16]}..., metric.sha256 is {given}; correct one of them")
