@@ -1,0 +1,209 @@
+"""Seconds at equal error: what is recommended, against everything else that a user could do. Writes figures and JSON.
+
+    python train.py experiment=dead_leaves16_xl
+    python benchmarks/fastest.py runs/dead_leaves16_xl/family --kind ode
+    python benchmarks/fastest.py runs/dead_leaves16_xl/family --kind sde
+
+All samplers run in one process on one batch of 64 images from the same noise (SDEs: along the same Brownian paths), two
+rounds in turns; the second counts for errors and both for seconds. Error is to a many-step run of the largest level.
+Rows are kept as they come: a run that was cut off goes on where it was. Time it on an idle machine.
+"""
+
+from __future__ import annotations
+
+import mlem as mlem  # before torch, whose threads shall not spin
+
+# isort: split
+import argparse
+import itertools
+import json
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from multilevel_runs import write_rows
+
+from mlem import Family, Plan
+from mlem.comparison.equal_error import Setting, cost_ratio
+from mlem.multilevel.timing import machine
+from mlem.sampling import Sampler, solver_of
+
+IMAGES, ROUNDS = 64, 2
+REFERENCE = {"ode": ("dpm_solver_pp", 300), "sde": ("ddpm", 1000)}
+TARGETS = {"ode": (1e-2, 3e-3, 1e-3, 3e-4, 1e-4), "sde": (3e-2, 1e-2, 5e-3, 3e-3, 2e-3)}
+"""Mean squared errors at which seconds are compared."""
+PLAIN: dict[str, list[tuple[str, str | None, dict[str, Any], tuple[int, ...]]]] = {
+    "ode": [
+        ("dpm_solver_pp", "log_snr", {}, (6, 8, 10, 12, 16, 20, 26, 32)),
+        ("dpm_solver_pp", "uniform", {}, (6, 8, 12, 16, 24)),
+        ("diffusers:UniPCMultistepScheduler", None, {}, (6, 8, 12, 16, 24)),
+        ("diffusers:DPMSolverMultistepScheduler", None, {"solver_order": 3}, (8, 12, 16, 24)),
+    ],
+    "sde": [
+        ("ddpm", "uniform", {}, (12, 16, 24, 32, 48, 64, 96)),
+        ("dpm_solver_pp_sde", "uniform", {}, (12, 16, 24, 32, 48, 64)),
+        ("dpm_solver_pp_sde", "log_snr", {}, (24, 32, 48, 64)),
+    ],
+}
+"""Solver, grid, options and steps of the largest level alone."""
+STITCHED = {"ode": ("dpm_solver_pp", "log_snr", (12, 16, 24)), "sde": ("ddpm", "uniform", (24, 48, 96))}
+"""Solver, grid and steps of T-Stitch: a small level for the first share of the steps, the largest after."""
+PLANNED = {"ode": ("dpm_solver_pp", "log_snr", (12, 16, 20, 26, 32, 48)), "sde": ("ddpm", "uniform", (32, 64, 96, 128))}
+BUDGETS = (0.08, 0.12, 0.18, 0.27, 0.4, 0.6)
+"""Of plans: shares of the largest level's seconds in as many steps."""
+
+Job = tuple[list[Any], Callable[[], Sampler]]
+
+
+class Rows:
+    """Measured rows of one family and kind, kept in a file."""
+
+    def __init__(self, folder: Path, kind: str, out: Path) -> None:
+        self.family, self.kind, self.out = Family.load(folder), kind, out
+        self.about = {"family": self.family.data, "weights": self.family.weights_hash, "kind": kind, "images": IMAGES}
+        self.about |= {"machine": machine(torch.device("cpu")), "rounds": ROUNDS, "reference": REFERENCE[kind]}
+        found = json.loads(out.read_text()) if out.exists() else {"rows": []}
+        self.rows: list[dict[str, Any]] = found["rows"]
+        self._truth: torch.Tensor | None = None
+
+    def truth(self) -> torch.Tensor:
+        """The many-step run of the largest level."""
+        if self._truth is None:
+            solver, steps = REFERENCE[self.kind]
+            path = self.out.with_name(f"{self.out.stem}_{self.kind}_{self.about['weights']}.pt")
+            if not path.exists():
+                print(f"reference: {solver}, {steps} steps", flush=True)
+                torch.save(Sampler(self.family.level(), solver=solver, steps=steps).run(range(IMAGES)).x, path)
+            self._truth = torch.load(path, weights_only=True)
+        return self._truth
+
+    def measure(self, key: list[Any], make: Callable[[], Sampler], round: int) -> None:
+        """A round of a sampler, unless it is there."""
+        row = next((one for one in self.rows if one["key"] == key), None)
+        if row is not None and len(row["seconds"]) > round:
+            return
+        try:
+            sampler = make()
+        except ValueError as error:
+            print(f"left out: {key}: {error}", flush=True)
+            return
+        result = sampler.run(range(IMAGES))
+        errors = (result.x - self.truth()).square().flatten(1).mean(1)
+        about = {} if sampler.plan is None else sampler.plan.about
+        if row is None:
+            row = {"key": key, "seconds": list[float]()}
+            self.rows.append(row)
+        row["seconds"].append(result.ledger.wall_seconds / IMAGES)
+        row |= {
+            "outside": 1 - result.ledger.network_seconds / result.ledger.wall_seconds,
+            "calls": {name: cost.calls / IMAGES for name, cost in result.ledger.levels.items()},
+            "mse": errors.mean().item(),
+            "image_mse": [float(f"{error:.4g}") for error in errors.tolist()],
+            "predicted": [about.get("predicted_mse"), about.get("predicted_seconds")],
+        }
+        self.save()
+        print(f"{key!s:80s} {1e3 * row['seconds'][-1]:8.3f} ms/image  MSE {row['mse']:.3e}", flush=True)
+
+    def save(self, **more: Any) -> None:
+        """Write what there is."""
+        write_rows(self.out, {"about": self.about, "rows": self.rows, **more})
+
+
+def jobs(family: Family, kind: str) -> Iterator[Job]:
+    """All samplers: what they are, group first, and what makes them."""
+    top = family.names[-1]
+    for solver, grid, options, several in PLAIN[kind]:
+        name = "fewer steps" if not solver.startswith("diffusers:") else "fewer steps, diffusers"
+        for steps in several:
+            yield (
+                [name, solver, grid, steps],
+                lambda s=solver, g=grid, o=options, n=steps: Sampler(
+                    family, solver=solver_of(s, **o), steps=n, grid=g, level=top
+                ),
+            )
+    solver, grid, several = STITCHED[kind]
+    for steps, share, small in itertools.product(several, (0.25, 0.5, 0.75), family.names[:-1:2]):
+        first = round(share * steps)
+        plan = Plan.switching([0] * first + [1] * (steps - first), [small, top])
+        yield (
+            ["T-Stitch", solver, grid, steps, small, share],
+            lambda n=steps, p=plan: Sampler(family, solver=solver, steps=n, grid=grid, plan=p),
+        )
+    solver, grid, several = PLANNED[kind]
+    for estimator, steps, budget in itertools.product(("hindsight", "switch"), several, BUDGETS):
+        spec = family.plan(budget=budget, estimator=estimator)
+        yield (
+            [estimator, solver, grid, steps, budget],
+            lambda n=steps, p=spec: Sampler(family, solver=solver, steps=n, grid=grid, plan=p),
+        )
+    for target in TARGETS[kind]:
+        yield ["recommended", target], lambda t=target: Sampler(family, **family.recommend(mse=t, kind=kind).options)
+
+
+GROUPS = {
+    "recommended": ("recommended",),
+    "hindsight": ("hindsight",),
+    "switch": ("switch",),
+    "any plan": ("hindsight", "switch"),
+}
+OTHERS = ("fewer steps", "fewer steps, diffusers", "T-Stitch")
+
+
+def settings(rows: list[dict[str, Any]], groups: tuple[str, ...]) -> list[Setting]:
+    """Curves of these groups, in wall seconds an image."""
+    chosen = [row for row in rows if row["key"][0] in groups]
+    return [Setting(np.array([np.mean(row["seconds"])]), np.array([row["image_mse"]])) for row in chosen]
+
+
+def summary(rows: Rows) -> list[dict[str, Any]]:
+    """Seconds of all others over ours at equal error, and how the recommendation did; printed."""
+    table = []
+    for target, (name, groups) in itertools.product(TARGETS[rows.kind], GROUPS.items()):
+        if name == "recommended":
+            continue
+        for rivals in (OTHERS, (*OTHERS, "switch")):
+            if name != "hindsight" and "switch" in rivals:
+                continue
+            theirs, ours = settings(rows.rows, rivals), settings(rows.rows, groups)
+            found = cost_ratio(theirs, ours, target, np.random.default_rng(0), draws=400)
+            table.append({"ours": name, "rivals": list(rivals), **found.to_dict()})
+            if not math.isnan(found.ratio):
+                against = "all others" if rivals == OTHERS else "all others and searched switches"
+                print(
+                    f"error {target:7.0e}: {name:10s} {found.ratio:5.2f} times as fast as {against} "
+                    f"({found.low:.2f} to {found.high:.2f}), {1e3 * found.cost:.2f} ms/image"
+                )
+    for row in rows.rows:
+        if row["key"][0] == "recommended":
+            target = row["key"][1]
+            reaching = [one for one in rows.rows if one["mse"] <= target and one["key"][0] != "recommended"]
+            best = min((float(np.mean(one["seconds"])) for one in reaching), default=math.nan)
+            taken = float(np.mean(row["seconds"]))
+            table.append({"recommended": target, "mse": row["mse"], "seconds": taken, "best other": best})
+            print(
+                f"recommended for {target:.0e}: {row['mse']:.2e} in {1e3 * taken:.2f} ms/image, "
+                f"{taken / best:.2f} of the best other that reaches it"
+            )
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("family", type=Path)
+    parser.add_argument("--kind", choices=("ode", "sde"), default="ode")
+    parser.add_argument("--out", type=Path, default=None, help="default: benchmarks/fastest_KIND.json")
+    options = parser.parse_args()
+    out = options.out or Path(__file__).with_name(f"fastest_{options.kind}.json")
+    rows = Rows(options.family, options.kind, out)
+    rows.truth()
+    for round in range(ROUNDS):
+        for key, make in jobs(rows.family, options.kind):
+            rows.measure(key, make, round)
+    rows.save(summary=summary(rows))
+
+
+if __name__ == "__main__":
+    main()
