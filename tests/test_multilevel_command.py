@@ -218,6 +218,23 @@ def test_calibrate_writes_and_reports(
     assert re.search(r"│ xs +│", printed)
 
 
+def test_until_errors_are_known_well_more_images_are_taken(
+    made: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    family = Path(shutil.copytree(made[0] / FAMILY, tmp_path / "family"))
+    for name, value in (("discretisations", lambda: discretisations()[-1:]), ("PILOTS", ())):
+        monkeypatch.setattr(sys.modules["mlem.multilevel.pilot"], name, value)  # for speed
+    monkeypatch.setattr(sys.modules["mlem.multilevel.command"], "MOST_IMAGES", 6)
+    options = ["--images", 2, "--times", 4, "--reference-steps", 100, "--batch-sizes", 2]
+    for until, count in (("900%", 2), ("0.0001", 6)):
+        tool(monkeypatch, "calibrate", family, *options, "--until", until)
+        assert read_json(family / "calibration.json")["about"]["pilot_images"] == count
+        assert f"Standard errors of these over {count} images: at most " in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        tool(monkeypatch, "calibrate", family, "--until", "much")
+    assert "argument --until: must be a share, such as 20% or 0.2, got 'much'" in capsys.readouterr().err
+
+
 def test_memorise_keeps_the_best_plan(
     here: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, out: Path, capsys: pytest.CaptureFixture
 ) -> None:

@@ -100,6 +100,16 @@ class Calibration:
         """Tells these apart from others: 16 hexadecimal digits."""
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
 
+    @property
+    def uncertainty(self) -> float | None:
+        """The largest standard error of a measured error of the solvers, as a share of it; None: they were not kept."""
+        shares = [
+            stderr / self.discretisation[name][steps]
+            for name, errors in self.stderr.items()
+            for steps, stderr in errors.items()
+        ]
+        return max(shares, default=None)
+
     def outside_cost(self, kind: str, unit: str = "seconds", batch_size: int = 64) -> float:
         """What a step costs outside the networks, when one evaluation of the largest level costs 1.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
 
 __all__ = ["calibrate_folder", "main"]
 
+MOST_IMAGES = 512
+"""Of pilots, however unsure their errors are."""
+
 
 def calibrate_folder(
     family: Family,
@@ -43,6 +47,7 @@ def calibrate_folder(
     seed: int = 0,
     device: str | torch.device = "cpu",
     conditions: ConditionSource | None = None,
+    until: float | None = None,
 ) -> Calibration:
     """Calibrate the family in `folder`, run pilots, keep the result there, print the report.
 
@@ -51,6 +56,7 @@ def calibrate_folder(
         times, batch_sizes: see `calibrate`.
         reference_steps: see `pilot`.
         conditions: of the trajectories; by default classes take turns.
+        until: pilots are run on more images until no standard error of a solver's error is a larger share of it.
     """
     check_whole("reference_steps", reference_steps, most=MOST_STEPS)  # of the pilots, which come after all the rest
     check_writable(folder)
@@ -70,16 +76,21 @@ def calibrate_folder(
             conditions=conditions,
             progress=progress,
         )
-        found = pilot(
-            family,
-            found,
-            images=images,
-            reference_steps=reference_steps,
-            seed=seed,
-            device=device,
-            conditions=conditions,
-            progress=progress,
-        )
+        while True:
+            found = pilot(
+                family,
+                found,
+                images=images,
+                reference_steps=reference_steps,
+                seed=seed,
+                device=device,
+                conditions=conditions,
+                progress=progress,
+            )
+            unsure = found.uncertainty or 0.0
+            if until is None or unsure <= until or images >= MOST_IMAGES:
+                break
+            images = min(MOST_IMAGES, max(2 * images, math.ceil(images * (unsure / until) ** 2)))
     family.fitted = replace(family.fitted, calibration=found)
     family.save_fitted(folder)
     report(found, console)
@@ -130,6 +141,9 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--times", type=int, default=24, help="noise levels along them")
     one.add_argument("--batch-sizes", type=int, nargs="+", default=[64], help="at which levels are timed")
     one.add_argument("--reference-steps", type=int, default=500, help="of the run discretisation is measured against")
+    one.add_argument(
+        "--until", type=_share, default=None, help="such as 20%%: on more images until errors are known so well"
+    )
     one.add_argument("--seed", type=int, default=0)
     one.add_argument("--device", default="cpu")
     verb("report", "show what calibration found")
@@ -148,6 +162,17 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--reference-steps", type=int, default=1000)
     one.add_argument("--device", default="cpu")
     return parser
+
+
+def _share(text: str) -> float:
+    """`20%` or `0.2`."""
+    try:
+        share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        share = 0.0
+    if not 0 < share < 10:
+        raise argparse.ArgumentTypeError(f"must be a share, such as 20% or 0.2, got {text!r}")
+    return share
 
 
 def _guided(family: Family, options: argparse.Namespace) -> Family:
@@ -171,7 +196,7 @@ def _check_device(name: str) -> None:
 
 
 def _calibrate(family: Family, options: argparse.Namespace) -> None:
-    names = ("images", "times", "batch_sizes", "reference_steps", "seed", "device")
+    names = ("images", "times", "batch_sizes", "reference_steps", "seed", "device", "until")
     given = {name: getattr(options, name) for name in names}
     calibrate_folder(family, _folder(family, options), conditions=_conditions(options), **given)
 

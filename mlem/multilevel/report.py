@@ -11,6 +11,9 @@ from mlem.multilevel.scaling import fit_differences
 
 __all__ = ["missing", "report"]
 
+WIDE = 0.25
+"""A share above which standard errors are called so."""
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -62,3 +65,7 @@ def _discretisation(found: Calibration, console: Console) -> None:
     for name, errors in found.discretisation.items():
         table.add_row(name, *(f"{errors[count]:.1e}" if count in errors else "" for count in steps))
     console.print(table)
+    if (unsure := found.uncertainty) is not None:
+        images = found.about.get("pilot_images")
+        remedy = "; on more images: calibrate --until 20%" if unsure > WIDE else ""
+        console.print(f"Standard errors of these over {images} images: at most {100 * unsure:.0f} percent{remedy}")
