@@ -34,6 +34,7 @@ from mlem.multilevel.fitted import Fitted
 from mlem.multilevel.kept import KeptPlans
 from mlem.multilevel.recommend import Recommendation, recommend
 from mlem.multilevel.spec import PlanSpec
+from mlem.pretrained import comes_along, folder_of
 from mlem.schedule import NoiseSchedule
 
 __all__ = ["Family"]
@@ -305,14 +306,14 @@ class Family:
         """Read a family.
 
         Args:
-            folder: as `save` wrote it.
+            folder: as `save` wrote it; or "pretrained:NAME", of those that come with the package.
             networks: name of a level -> the module that takes its weights, for levels of modules of one's own.
 
         Raises:
             FileNotFoundError: a file is missing; it is named.
             ValueError: a file is damaged, or a network is not known; it names the file and the remedy.
         """
-        folder = Path(folder)
+        folder = folder_of(folder)
         if not (folder / "family.json").is_file():
             raise FileNotFoundError(
                 f"{folder} holds no family (no family.json); make one with: python train.py model=family"
@@ -327,6 +328,10 @@ class Family:
         if own:
             raise ValueError(f"networks= names {next(iter(own))!r}; the levels are {', '.join(about['levels'])}")
         decoder = Decoder.beside(folder, about["decoder"]) if "decoder" in about else None
+        if comes_along(folder):  # kept in half precision; nothing is written beside what belongs to the package
+            for level in levels:
+                level.network.float()
+            return Family(levels, Fitted.load(folder), decoder=decoder)
         return Family(levels, Fitted.load(folder), KeptPlans(folder), folder, decoder)
 
 

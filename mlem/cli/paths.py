@@ -10,6 +10,7 @@ from mlem.cli.schema import Data, Learning, Network, Networks, Sample, Train
 from mlem.cli.values import written
 from mlem.files import read_object
 from mlem.invocation import command
+from mlem.pretrained import folder_of
 
 __all__ = ["family_folder", "folders", "out_folder", "run_folder", "same_job", "training_command"]
 
@@ -52,12 +53,12 @@ def same_job(one: Train | Sample, other: Train | Sample) -> bool:
 
 
 def family_folder(family: str | None, root: str, data: Data) -> Path:
-    """The folder that `family=` names, or of the newest family of this data set beside root.
+    """The folder that `family=` names (also "pretrained:NAME"), or of the newest family of this data set beside root.
 
     Raises: FileNotFoundError that says how to make one.
     """
     if family is not None:
-        return Path(family)
+        return folder_of(family)
     beside = Path(root).parent
     found = [path for path in beside.glob("*/family/family.json") if read_object(path).get("data", "") == data.name]
     if not found:

@@ -324,7 +324,9 @@ class Sample:
     eval: Verb = group(Verb, Benchmark, Scaling)
     root: str = option(TEXT, "where samples are written: <root>/samples", "runs/${data.name}")
     family: str | None = option(
-        text(null=True), "folder of a family; null: the newest of this data set, or the level of model=", None
+        text(null=True),
+        "folder of a family, or pretrained:NAME; null: the newest of this data set, or the level of model=",
+        None,
     )
     level: str | None = option(text(null=True), "the level of the family to run; null: the largest", None)
     guidance: Guidance = group(Guidance)
