@@ -1,0 +1,90 @@
+"""Hooks of MkDocs: pages that lie outside `docs/`, and links from names in code spans to the reference."""
+
+from __future__ import annotations
+
+import logging
+import posixpath
+import re
+from pathlib import Path
+from typing import Any
+from xml.etree.ElementTree import Element, SubElement
+
+from markdown import Extension, Markdown
+from markdown.inlinepatterns import InlineProcessor
+from markdown.util import AtomicString
+from mkdocs.plugins import event_priority
+from mkdocs.structure.files import File
+from public_names import REPOSITORY, documented, identifiers
+
+OUTSIDE = {
+    "README.md": "index.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "SECURITY.md": "security.md",
+    "CHANGELOG.md": "changelog.md",
+    "LOG.md": "log.md",
+    "benchmarks/README.md": "measurements.md",
+}
+"""Path in the repository -> page of the site."""
+
+log = logging.getLogger("mkdocs.hooks")
+
+LINK = re.compile(r'(\]\(|src=")([^)"#\s]+)')
+NAME = r"(?<![`\[])`((?:mlem\.)?[A-Za-z_][\w.]*)(\([^`]*\))?`(?!`)"
+
+
+class Names(Extension):
+    """A code span that is a public name, or a call of one, links to the reference."""
+
+    def extendMarkdown(self, md: Markdown) -> None:
+        md.inlinePatterns.register(_Name(NAME, md), "names", 195)  # before code spans, at 190
+
+
+class _Name(InlineProcessor):
+    known = identifiers()
+
+    def handleMatch(self, m: re.Match[str], data: str) -> tuple[Element | None, int | None, int | None]:
+        owner, _, member = m[1].partition(".")
+        if m[1] in self.known:
+            link = Element("autoref", identifier=self.known[m[1]])
+        elif owner in self.known and owner[0].isupper():
+            link = Element("autoref", identifier=f"{self.known[owner]}.{member}", optional="")
+        else:
+            return None, None, None
+        SubElement(link, "code").text = AtomicString(m[1] + (m[2] or ""))
+        return link, m.start(), m.end()
+
+
+def on_env(env: Any, config: Any, files: Any) -> None:
+    """Every public name of a module in the reference has its place there."""
+    for module, names in documented().items():
+        for name in names:
+            try:
+                config.plugins["autorefs"].get_item_url(f"{module}.{name}")
+            except KeyError:
+                log.warning("the reference has nothing on %s.%s", module, name)
+
+
+@event_priority(100)  # before mkdocstrings, which reads the list for docstrings
+def on_config(config: Any) -> Any:
+    config.markdown_extensions.append(Names())
+    return config
+
+
+def on_files(files: Any, config: Any) -> Any:
+    for path, page in OUTSIDE.items():
+        files.append(File.generated(config, page, abs_src_path=str(REPOSITORY / path)))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
+    """Links between files of the repository, as links between pages of the site."""
+    here = Path(page.file.abs_src_path).relative_to(REPOSITORY).as_posix()
+
+    def moved(link: re.Match[str]) -> str:
+        target = posixpath.normpath(posixpath.join(posixpath.dirname(here), link[2]))
+        if "://" in link[2] or not (target in OUTSIDE or target.startswith("docs/")):
+            return link[0]
+        target = OUTSIDE.get(target, target.removeprefix("docs/"))
+        return link[1] + posixpath.relpath(target, posixpath.dirname(page.file.src_uri) or ".")
+
+    return LINK.sub(moved, markdown)
