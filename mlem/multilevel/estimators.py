@@ -116,6 +116,8 @@ class Estimator(ABC):
 
 
 class Jump(Estimator):
+    """A correction counts `count / p` times where its coin fell, and nothing elsewhere: unbiased at every row."""
+
     name = "jump"
 
     def check(self, probabilities: Tensor, counts: Tensor | None) -> None:
@@ -132,6 +134,8 @@ class Jump(Estimator):
 
 
 class Held(Estimator):
+    """The last measured correction, kept or extrapolated, until the next measurement."""
+
     name = "held"
 
     def check(self, probabilities: Tensor, counts: Tensor | None) -> None:
@@ -174,6 +178,8 @@ class Held(Estimator):
 
 
 class Hindsight(Held):
+    """`Held`; a new measurement also moves the state by what interpolation says that extrapolation got wrong."""
+
     name = "hindsight"
 
     def revising(self, measured: Table) -> Table:
@@ -191,6 +197,7 @@ class Hindsight(Held):
 
 
 ESTIMATORS: dict[str, Estimator] = {one.name: one for one in (Jump(), Held(), Hindsight())}
+"""Name -> estimator."""
 
 
 def estimator_called(name: str) -> Estimator:
