@@ -1,4 +1,4 @@
-"""Source distribution and wheel: built, installed into a fresh environment elsewhere, and used there without the repository."""
+"""Source distribution and wheel: built, installed into a fresh environment, and used there without the repository."""
 
 from __future__ import annotations
 
