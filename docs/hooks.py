@@ -85,6 +85,8 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
         if "://" in link[2] or not (target in OUTSIDE or target.startswith("docs/")):
             return link[0]
         target = OUTSIDE.get(target, target.removeprefix("docs/"))
+        if files.get_file_from_path(target) is None:  # MkDocs does not look into HTML
+            log.warning("%s has %s, which does not exist", here, link[2])
         return link[1] + posixpath.relpath(target, posixpath.dirname(page.file.src_uri) or ".")
 
     return LINK.sub(moved, markdown)

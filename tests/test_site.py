@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import ast
 import re
+import shlex
 from functools import cache
 from itertools import pairwise
 
 import yaml
 from public_names import REPOSITORY, documented, public_names
+
+from mlem.cli.compose import compose
 
 PACKAGES = sorted(
     ".".join(path.parent.relative_to(REPOSITORY).parts) for path in (REPOSITORY / "mlem").rglob("__init__.py")
@@ -18,6 +21,7 @@ SCRIPTS = sorted((REPOSITORY / "examples").glob("*.py"))
 REFERENCE = documented()
 KNOWN = {**REFERENCE, "mlem": public_names("mlem")}
 NAMES = {name for names in REFERENCE.values() for name in names}
+COMMAND = re.compile(r"^python (train|sample)\.py ([^#\n-][^#\n]*)", re.MULTILINE)
 IMPORTED = re.compile(r"^ *from (mlem[\w.]*) import (.+)$", re.MULTILINE)
 
 
@@ -71,3 +75,11 @@ def test_every_page_is_in_the_menu_two_clicks_from_the_start() -> None:
     docs = REPOSITORY / "docs"
     outside = {"index.md", "contributing.md", "security.md", "changelog.md", "log.md", "measurements.md"}
     assert pages == outside | {str(path.relative_to(docs)) for path in docs.rglob("*.md")}
+
+
+def test_every_command_of_a_page_composes() -> None:
+    """Those of README.md and CONTRIBUTING.md are run in test_demo.py and test_contributing.py."""
+    lines = [found for page in (REPOSITORY / "docs").glob("*.md") for found in COMMAND.findall(page.read_text())]
+    assert len(lines) > 20
+    for name, options in lines:
+        compose(name, shlex.split(options))
