@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -15,7 +14,9 @@ from email.parser import Parser
 from pathlib import Path
 
 import pytest
+import yaml
 
+import mlem
 from tests.commands import PLAIN, REPOSITORY, environment
 
 SHIPPED = ("mlem", "configs", "train.py", "sample.py", "pyproject.toml", "README.md", "LICENSE")
@@ -79,9 +80,9 @@ def test_the_head_says_what_is_needed(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
         head = Parser().parsestr(archive.read(name).decode())
-    version = re.search(r'^__version__ = "(.+)"', (REPOSITORY / "mlem/__init__.py").read_text(), re.MULTILINE)
-    assert version is not None
-    assert (head["Name"], head["Version"], head["License-Expression"]) == ("mlem-diffusion", version[1], "Apache-2.0")
+    assert (head["Name"], head["License-Expression"]) == ("mlem-diffusion", "Apache-2.0")
+    cited = yaml.safe_load((REPOSITORY / "CITATION.cff").read_text())
+    assert head["Version"] == mlem.__version__ == cited["version"]
     assert "Typing :: Typed" in head.get_all("Classifier", [])
     assert str(head.get_payload()).startswith("# mlem\n")
 
