@@ -44,9 +44,10 @@ class _Name(InlineProcessor):
 
     def handleMatch(self, m: re.Match[str], data: str) -> tuple[Element | None, int | None, int | None]:
         owner, _, member = m[1].partition(".")
+        owner = owner.title() if member and owner.title() in self.known else owner  # `family.plan` is `Family.plan`
         if m[1] in self.known:
             link = Element("autoref", identifier=self.known[m[1]])
-        elif owner in self.known and owner[0].isupper():
+        elif owner in self.known and owner[0].isupper() and member not in ("json", "py"):
             link = Element("autoref", identifier=f"{self.known[owner]}.{member}", optional="")
         else:
             return None, None, None

@@ -141,6 +141,7 @@ class Family:
         return Family(levels, decoder=found[-1] if found else None)
 
     plan = staticmethod(named(PlanSpec, "family.plan"))
+    """What is wanted of a plan, as `family.plan(budget=0.4)`: the arguments are those of `PlanSpec`."""
 
     @called("family.recommend")
     def recommend(
