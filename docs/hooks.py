@@ -1,11 +1,11 @@
-"""Hooks of MkDocs: pages that lie outside `docs/`, and links from names in code spans to the reference."""
+"""Hooks of MkDocs: pages and notebooks outside `docs/`, and links from names in code spans to the reference."""
 
 from __future__ import annotations
 
+import json
 import logging
 import posixpath
 import re
-from pathlib import Path
 from typing import Any
 from xml.etree.ElementTree import Element, SubElement
 
@@ -23,6 +23,8 @@ OUTSIDE = {
     "CHANGELOG.md": "changelog.md",
     "LOG.md": "log.md",
     "benchmarks/README.md": "measurements.md",
+    "examples/multilevel_in_pictures.ipynb": "multilevel_in_pictures.md",
+    "examples/bring_your_own_family.ipynb": "bring_your_own_family.md",
 }
 """Path in the repository -> page of the site."""
 
@@ -73,17 +75,33 @@ def on_config(config: Any) -> Any:
 
 def on_files(files: Any, config: Any) -> Any:
     for path, page in OUTSIDE.items():
-        files.append(File.generated(config, page, abs_src_path=str(REPOSITORY / path)))
+        text = (REPOSITORY / path).read_text()
+        files.append(File.generated(config, page, content=_of_notebook(text) if path.endswith(".ipynb") else text))
     return files
+
+
+def _of_notebook(text: str) -> str:
+    """The cells of a notebook and what they gave, as Markdown."""
+    parts: list[str] = []
+    for cell in json.loads(text)["cells"]:
+        source = "".join(cell["source"])
+        parts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
+        for output in cell.get("outputs", []):
+            if picture := output.get("data", {}).get("image/png"):
+                parts.append(f'<img alt="{cell["metadata"]["alt"]}" src="data:image/png;base64,{picture}">')
+            elif output["output_type"] == "stream":
+                parts.append(f"```text\n{''.join(output['text'])}```")
+    return "\n\n".join(parts)
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     """Links between files of the repository, as links between pages of the site."""
-    here = Path(page.file.abs_src_path).relative_to(REPOSITORY).as_posix()
+    names = {name: path for path, name in OUTSIDE.items()}
+    here = names.get(page.file.src_uri, f"docs/{page.file.src_uri}")
 
     def moved(link: re.Match[str]) -> str:
         target = posixpath.normpath(posixpath.join(posixpath.dirname(here), link[2]))
-        if "://" in link[2] or not (target in OUTSIDE or target.startswith("docs/")):
+        if not (target in OUTSIDE or target.startswith("docs/")):
             return link[0]
         target = OUTSIDE.get(target, target.removeprefix("docs/"))
         if files.get_file_from_path(target) is None:  # MkDocs does not look into HTML

@@ -13,6 +13,7 @@ from PIL import Image
 from mlem import Family
 from mlem.files import read_json
 from tests.commands import REPOSITORY, configure, execute_code, metrics, succeed
+from tests.test_notebooks import execute
 from tests.test_your_own_family import blocks
 
 SMALL = (
@@ -95,6 +96,16 @@ def test_the_first_tutorial_runs(
     assert re.fullmatch(r"the largest: error \S+, \d+ MFLOPs an image, calls: s 13", compared[2])
     assert re.fullmatch(r" xs [1-9]{32}", smallest)
     assert re.fullmatch(r"  s 1[.1-9]{31}", largest)
+
+
+def test_the_notebook_of_pictures_runs(demo: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(demo[0])
+    names = execute("multilevel_in_pictures")
+    assert names["runs"].shape == (32, 2)
+    own, others = names["own"], names["others"]
+    assert own.shape == (32, 16, 1, 8, 8)
+    apart = {name: (x[-1] - own[-1]).square().mean() for name, x in others.items()}
+    assert max(apart["held"], apart["hindsight"]) < apart["xs alone"]
 
 
 def test_readme_commands_exist(demo: tuple[Path, str]) -> None:

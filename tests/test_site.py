@@ -74,6 +74,7 @@ def test_every_page_is_in_the_menu_two_clicks_from_the_start() -> None:
     assert all(isinstance(page, str) for page in pages)
     docs = REPOSITORY / "docs"
     outside = {"index.md", "contributing.md", "security.md", "changelog.md", "log.md", "measurements.md"}
+    outside |= {path.with_suffix(".md").name for path in (REPOSITORY / "examples").glob("*.ipynb")}
     assert pages == outside | {str(path.relative_to(docs)) for path in docs.rglob("*.md")}
 
 
