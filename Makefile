@@ -5,7 +5,7 @@ export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 export GOMP_SPINCOUNT ?= 1000
 export KMP_BLOCKTIME ?= 1
 
-.PHONY: setup demo test check lint bench clean
+.PHONY: setup demo test check lint docs bench clean
 setup: .venv/installed
 
 .venv/installed: pyproject.toml constraints.txt
@@ -32,6 +32,13 @@ lint: setup
 
 check: lint test  ## what continuous integration runs
 
+docs: .venv/docs-installed  ## the site, strictly: site/index.html
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --clean
+
+.venv/docs-installed: .venv/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	@touch $@
+
 bench: setup  ## the figures of benchmarks/README.md, but for those that need the family of `make demo`
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/busy.py
@@ -45,4 +52,4 @@ bench: setup  ## the figures of benchmarks/README.md, but for those that need th
 	$(BIN)/python benchmarks/multilevel.py runs/dead_leaves16/family
 
 clean:
-	rm -rf .venv runs data
+	rm -rf .venv runs data site

@@ -1,12 +1,14 @@
 """A family: networks of increasing cost for one data set, under one schedule; a folder on disk.
 
-family/family.json                  the levels in order
-family/README.md                    the model card; not read
-family/level_xs/                    a level: see `mlem.level`
-family/decoder/                     of latents: the AutoencoderKL, as diffusers wrote it; see `mlem.decoder`
-family/calibration.json, ..         what was fitted to the levels: see `mlem.multilevel.fitted`
-family/found/                       plans that were found: see `mlem.multilevel.kept`
-family/guided/0123456789abcdef/     what was fitted to the family under guidance
+What lies there:
+
+    family/family.json                  the levels in order
+    family/README.md                    the model card; not read
+    family/level_xs/                    a level: see `mlem.level`
+    family/decoder/                     of latents: the AutoencoderKL, as diffusers wrote it; see `mlem.decoder`
+    family/calibration.json, ..         what was fitted to the levels: see `mlem.multilevel.fitted`
+    family/found/                       plans that were found: see `mlem.multilevel.kept`
+    family/guided/0123456789abcdef/     what was fitted to the family under guidance
 """
 
 from __future__ import annotations
@@ -140,6 +142,7 @@ class Family:
         return Family(levels, decoder=found[-1] if found else None)
 
     plan = staticmethod(named(PlanSpec, "family.plan"))
+    """What is wanted of a plan, as `family.plan(budget=0.4)`: the arguments are those of `PlanSpec`."""
 
     @called("family.recommend")
     def recommend(

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 __all__ = ["GUTTER", "image_grid", "quantise"]
 
-GUTTER = 200  # the grey between images, told apart from black and white pictures alike
+GUTTER = 200
+"""The grey between images of a grid, told apart from black and white pictures alike."""
 
 
 def quantise(x: Tensor) -> Tensor:

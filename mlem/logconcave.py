@@ -27,6 +27,7 @@ from mlem.noise import NoiseStream
 __all__ = ["METHODS", "Chains", "Gradient", "default_step_size", "sample"]
 
 METHODS = ("randomized_midpoint", "underdamped", "parallel")
+"""Steps of `sample`."""
 
 Gradient = Callable[[Tensor], Tensor]
 """grad V at x (B, *shape), like x; each row by itself."""

@@ -1,10 +1,11 @@
-"""The demo, made small, and the README's Python, run on what it leaves."""
+"""The demo, made small, and the Python of the README and of the first tutorial, run on what it leaves."""
 
 from __future__ import annotations
 
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -12,6 +13,8 @@ from PIL import Image
 from mlem import Family
 from mlem.files import read_json
 from tests.commands import REPOSITORY, configure, execute_code, metrics, succeed
+from tests.test_notebooks import execute
+from tests.test_your_own_family import blocks
 
 SMALL = (
     "experiment=demo",
@@ -77,6 +80,32 @@ def test_readme_python_runs(demo: tuple[Path, str]) -> None:
     done = execute_code(blocks[0], cwd=folder)
     assert done.returncode == 0, done.stderr
     assert re.search(r"^level s: \d+ calls an image, ", done.stdout, re.MULTILINE)
+
+
+def test_the_first_tutorial_runs(
+    demo: tuple[Path, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(demo[0])
+    names: dict[str, Any] = {}
+    for block in blocks("docs/first_family.md"):
+        exec(compile(block.replace("steps=200", "steps=40"), "docs/first_family.md", "exec"), names)
+    with Image.open("levels.png") as image:
+        assert image.width > 3 * image.height  # 8 columns, 2 levels
+    *compared, smallest, largest = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"all levels: error \S+, \d+ MFLOPs an image, calls: xs \d+, s \d+", compared[0])
+    assert re.fullmatch(r"the largest: error \S+, \d+ MFLOPs an image, calls: s 13", compared[2])
+    assert re.fullmatch(r" xs [1-9]{32}", smallest)
+    assert re.fullmatch(r"  s 1[.1-9]{31}", largest)
+
+
+def test_the_notebook_of_pictures_runs(demo: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(demo[0])
+    names = execute("multilevel_in_pictures")
+    assert names["runs"].shape == (32, 2)
+    own, others = names["own"], names["others"]
+    assert own.shape == (32, 16, 1, 8, 8)
+    apart = {name: (x[-1] - own[-1]).square().mean() for name, x in others.items()}
+    assert max(apart["held"], apart["hindsight"]) < apart["xs alone"]
 
 
 def test_readme_commands_exist(demo: tuple[Path, str]) -> None:

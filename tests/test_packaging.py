@@ -1,4 +1,4 @@
-"""The wheel: built, installed into a fresh environment elsewhere, and used there without the repository."""
+"""Source distribution and wheel: built, installed into a fresh environment, and used there without the repository."""
 
 from __future__ import annotations
 
@@ -10,24 +10,37 @@ import sysconfig
 import tomllib
 import venv
 import zipfile
+from email.parser import Parser
 from pathlib import Path
 
 import pytest
+import yaml
 
+import mlem
 from tests.commands import PLAIN, REPOSITORY, environment
 
 SHIPPED = ("mlem", "configs", "train.py", "sample.py", "pyproject.toml", "README.md", "LICENSE")
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Built from a copy, for building leaves folders behind; no download."""
-    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("sdist")
     for name in SHIPPED:
         copy = shutil.copytree if (REPOSITORY / name).is_dir() else shutil.copy
         copy(REPOSITORY / name, source / name)
+    code = f"from setuptools.build_meta import build_sdist; build_sdist({str(out)!r})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=source, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return next(out.glob("*.tar.gz"))
+
+
+@pytest.fixture(scope="module")
+def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from the source distribution, as pip does for who has no wheel: so what is tested here holds for both."""
+    out = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", str(out)]
-    done = subprocess.run([*command, str(source)], capture_output=True, text=True, check=False)
+    done = subprocess.run([*command, str(sdist)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return next(out.glob("*.whl"))
 
@@ -61,6 +74,17 @@ def test_the_wheel_holds_all_code_and_configs_and_no_foreign_name(wheel: Path) -
     expected = {str(path.relative_to(REPOSITORY)) for path in code}
     expected |= {f"mlem/{path.relative_to(REPOSITORY)}" for path in configs}
     assert names == expected
+
+
+def test_the_head_says_what_is_needed(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+        head = Parser().parsestr(archive.read(name).decode())
+    assert (head["Name"], head["License-Expression"]) == ("mlem-diffusion", "Apache-2.0")
+    cited = yaml.safe_load((REPOSITORY / "CITATION.cff").read_text())
+    assert head["Version"] == mlem.__version__ == cited["version"]
+    assert "Typing :: Typed" in head.get_all("Classifier", [])
+    assert str(head.get_payload()).startswith("# mlem\n")
 
 
 def test_the_packages_are_the_folders_of_code() -> None:

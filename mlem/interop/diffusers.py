@@ -27,6 +27,7 @@ from mlem.solvers.base import GridPoint, GridPoints, NoiseEstimate, Solver
 __all__ = ["PREFIX", "DiffusersSolver", "SchedulerGrid"]
 
 PREFIX = "diffusers:"
+"""What the name of a scheduler begins with, in `solver="diffusers:UniPCMultistepScheduler"`."""
 _PROBE_STEPS = 4
 """Steps of the run that shows whether a scheduler draws noise: the last step of most draws none."""
 _MOST_LEAST = 16

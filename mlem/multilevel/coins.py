@@ -89,6 +89,8 @@ class Coins(ABC):
 
 
 class Systematic(Coins):
+    """Evenly spaced: one uniform number for each level."""
+
     name = "systematic"
     independent = False
     pilot = "systematic"
@@ -103,6 +105,8 @@ class Systematic(Coins):
 
 
 class Bernoulli(Coins):
+    """Independent, as in [J] (arXiv:2603.24594)."""
+
     name = "bernoulli"
 
     def uniforms(self, p: Tensor) -> int:
@@ -113,6 +117,8 @@ class Bernoulli(Coins):
 
 
 class Nested(Coins):
+    """One uniform number for each row, shared by all levels."""
+
     name = "nested"
 
     def uniforms(self, p: Tensor) -> int:
@@ -132,6 +138,8 @@ class Nested(Coins):
 
 
 class Poisson(Coins):
+    """Jumps of a Poisson process; a row may hold several."""
+
     name = "poisson"
 
     def uniforms(self, p: Tensor) -> int:

@@ -123,6 +123,8 @@ class Estimator(ABC):
 
 
 class Jump(Estimator):
+    """A correction counts `count / p` times where its coin fell, and nothing elsewhere: unbiased at every row."""
+
     name = "jump"
 
     def check(self, probabilities: Tensor, counts: Tensor | None) -> None:
@@ -139,6 +141,8 @@ class Jump(Estimator):
 
 
 class Switch(Jump):
+    """One level at each evaluation; what larger ones would have said is lost."""
+
     name = "switch"
 
     def check(self, probabilities: Tensor, counts: Tensor | None) -> None:
@@ -152,6 +156,8 @@ class Switch(Jump):
 
 
 class Held(Estimator):
+    """The last measured correction, kept or extrapolated, until the next measurement."""
+
     name = "held"
 
     def check(self, probabilities: Tensor, counts: Tensor | None) -> None:
@@ -194,6 +200,8 @@ class Held(Estimator):
 
 
 class Hindsight(Held):
+    """`Held`; a new measurement also moves the state by what interpolation says that extrapolation got wrong."""
+
     name = "hindsight"
 
     def revising(self, measured: Table) -> Table:
@@ -211,6 +219,7 @@ class Hindsight(Held):
 
 
 ESTIMATORS: dict[str, Estimator] = {one.name: one for one in (Jump(), Held(), Hindsight(), Switch())}
+"""Name -> estimator."""
 
 
 def estimator_called(name: str) -> Estimator:

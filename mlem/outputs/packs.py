@@ -24,6 +24,7 @@ from mlem.outputs.manifest import spans
 __all__ = ["FORMATS", "pack"]
 
 FORMATS = ("png", "shards", "npz")
+"""What `format=` may be; PNGs are written in any case."""
 
 
 def pack(folder: Path, indices: Sequence[int], hashes: Mapping[int, str], format: str) -> Path:

@@ -16,6 +16,7 @@ from torch import Tensor
 __all__ = ["CLOCKS", "Clock", "Kappa", "KappaClock", "OUClock", "make_clock"]
 
 Kappa = Tensor | float
+"""Noise-to-signal ratios."""
 
 
 def _float64(kappa: Kappa) -> Tensor:

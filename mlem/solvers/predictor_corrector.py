@@ -22,6 +22,7 @@ from mlem.solvers.underdamped_langevin import UnderdampedLangevin
 __all__ = ["CORRECTIONS", "PREDICTORS", "PredictorCorrector"]
 
 PREDICTORS = ("randomized_midpoint", "parallel_midpoint")
+"""Names of the solvers that may predict."""
 CORRECTIONS = 5
 """How many corrections there are by default, where no Lipschitz constant says how long a stretch is."""
 

@@ -22,6 +22,7 @@ from mlem.solvers.clock import make_clock
 __all__ = ["MIDPOINTS", "RandomizedMidpoint", "SDERandomizedMidpoint", "draw_midpoints"]
 
 MIDPOINTS = ("own", "shared")
+"""Whose midpoints are: each sample's, or all samples'."""
 
 
 def draw_midpoints(indices: Tensor, seed: int, count: int, midpoints: str) -> Tensor:

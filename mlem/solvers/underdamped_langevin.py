@@ -20,6 +20,7 @@ from mlem.solvers.base import GridPoint, NoiseEstimate
 __all__ = ["METHODS", "UnderdampedLangevin"]
 
 METHODS = ("underdamped", "midpoint", "parallel")
+"""Steps of the corrector."""
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from mlem.data.shards.reading import Shards
 __all__ = ["Batch", "BatchSource", "held_out_batches", "train_loader"]
 
 Batch = dict[str, Tensor]
+"""What training reads at once; see `BatchSource`."""
 
 
 class BatchSource(IterableDataset[Batch]):

@@ -1,0 +1,86 @@
+"""The site: every public name is in the reference with a docstring, and every page is in the menu. Nothing is built."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+from functools import cache
+from itertools import pairwise
+
+import yaml
+from public_names import REPOSITORY, documented, public_names
+
+from mlem.cli.compose import compose
+
+PACKAGES = sorted(
+    ".".join(path.parent.relative_to(REPOSITORY).parts) for path in (REPOSITORY / "mlem").rglob("__init__.py")
+)
+PAGES = [*(REPOSITORY / "docs").glob("*.md"), REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md"]
+SCRIPTS = sorted((REPOSITORY / "examples").glob("*.py"))
+REFERENCE = documented()
+KNOWN = {**REFERENCE, "mlem": public_names("mlem")}
+NAMES = {name for names in REFERENCE.values() for name in names}
+COMMAND = re.compile(r"^python (train|sample)\.py ([^#\n-][^#\n]*)", re.MULTILINE)
+IMPORTED = re.compile(r"^ *from (mlem[\w.]*) import (.+)$", re.MULTILINE)
+
+
+@cache
+def parsed(module: str) -> ast.Module:
+    path = REPOSITORY.joinpath(*module.split("."))
+    return ast.parse((path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text())
+
+
+def described(module: str, name: str) -> bool:
+    """Whether a name has a docstring, in this module or in the one that it is imported from."""
+    tree = parsed(module)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and name in {one.name for one in node.names}:
+            return described(str(node.module), name)
+    found = [node for node in tree.body if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == name]
+    if found:  # the last one: overloads stand before it
+        return ast.get_docstring(found[-1]) is not None
+    for node, after in pairwise(tree.body):
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        if any(isinstance(one, ast.Name) and one.id == name for one in targets):
+            return isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+    return False
+
+
+def test_every_public_name_of_every_package_is_in_the_reference() -> None:
+    assert [package for package in PACKAGES if public_names(package) and package not in KNOWN] == []
+    page = (REPOSITORY / "docs/reference/index.md").read_text()
+    assert [name for name in KNOWN["mlem"] if f"`mlem.{name}`" not in page or name not in NAMES] == []
+
+
+def test_what_pages_and_examples_import_is_in_the_reference() -> None:
+    imports = [found for path in [*PAGES, *SCRIPTS] for found in IMPORTED.findall(path.read_text())]
+    assert len(imports) > 20
+    assert [(module, names) for module, names in imports if not {*names.split(", ")} <= NAMES] == []
+
+
+def test_every_public_name_in_the_reference_has_a_docstring() -> None:
+    assert len(NAMES) > 150
+    bare = [(module, name) for module, names in REFERENCE.items() for name in names if not described(module, name)]
+    assert bare == []
+
+
+def test_every_page_is_in_the_menu_two_clicks_from_the_start() -> None:
+    menu = yaml.safe_load((REPOSITORY / "mkdocs.yml").read_text())["nav"]
+    pages: set[str] = set()
+    for ((_, entry),) in map(dict.items, menu):
+        for page in [entry] if isinstance(entry, str) else entry:
+            pages.add(page if isinstance(page, str) else next(iter(page.values())))
+    assert all(isinstance(page, str) for page in pages)
+    docs = REPOSITORY / "docs"
+    outside = {"index.md", "contributing.md", "security.md", "changelog.md", "log.md", "measurements.md"}
+    outside |= {path.with_suffix(".md").name for path in (REPOSITORY / "examples").glob("*.ipynb")}
+    assert pages == outside | {str(path.relative_to(docs)) for path in docs.rglob("*.md")}
+
+
+def test_every_command_of_a_page_composes() -> None:
+    """Those of README.md and CONTRIBUTING.md are run in test_demo.py and test_contributing.py."""
+    lines = [found for page in (REPOSITORY / "docs").glob("*.md") for found in COMMAND.findall(page.read_text())]
+    assert len(lines) > 20
+    for name, options in lines:
+        compose(name, shlex.split(options))
