@@ -4,9 +4,9 @@
     python benchmarks/fastest.py runs/dead_leaves16_xl/family --kind ode
     python benchmarks/fastest.py runs/dead_leaves16_xl/family --kind sde
 
-All samplers run in one process on one batch of 64 images from the same noise (SDEs: along the same Brownian paths), two
-rounds in turns; the second counts for errors and both for seconds. Error is to a many-step run of the largest level.
-Rows are kept as they come: a run that was cut off goes on where it was. Time it on an idle machine.
+All samplers run in one process on one batch of 64 images from the same noise (SDEs: along the same Brownian paths), in
+rounds; each row has the mean seconds of its rounds. Error is to a many-step run of the largest level. Rows are kept as
+they come: a run that was cut off goes on where it was. Time it on an idle machine.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ import numpy as np
 import torch
 from multilevel_runs import write_rows
 
-from mlem import Family, Plan
+from mlem import Family, Plan, Reuse
 from mlem.comparison.equal_error import Setting, cost_ratio
 from mlem.multilevel.timing import machine
 from mlem.sampling import Sampler, solver_of
 
-IMAGES, ROUNDS = 64, 2
-REFERENCE = {"ode": ("dpm_solver_pp", 300), "sde": ("ddpm", 1000)}
+IMAGES = 64
+REFERENCE = {"ode": ("dpm_solver_pp", 300), "sde": ("ddpm", 500)}
 TARGETS = {"ode": (1e-2, 3e-3, 1e-3, 3e-4, 1e-4), "sde": (3e-2, 1e-2, 5e-3, 3e-3, 2e-3)}
 """Mean squared errors at which seconds are compared."""
 PLAIN: dict[str, list[tuple[str, str | None, dict[str, Any], tuple[int, ...]]]] = {
@@ -49,10 +49,14 @@ PLAIN: dict[str, list[tuple[str, str | None, dict[str, Any], tuple[int, ...]]]] 
     ],
 }
 """Solver, grid, options and steps of the largest level alone."""
-STITCHED = {"ode": ("dpm_solver_pp", "log_snr", (12, 16, 24)), "sde": ("ddpm", "uniform", (24, 48, 96))}
+STITCHED = {"ode": ("dpm_solver_pp", "log_snr", (12, 16, 24)), "sde": ("ddpm", "uniform", (32, 64))}
 """Solver, grid and steps of T-Stitch: a small level for the first share of the steps, the largest after."""
-PLANNED = {"ode": ("dpm_solver_pp", "log_snr", (12, 16, 20, 26, 32, 48)), "sde": ("ddpm", "uniform", (32, 64, 96, 128))}
-BUDGETS = (0.08, 0.12, 0.18, 0.27, 0.4, 0.6)
+REUSED = {"ode": ("dpm_solver_pp", "log_snr", (12, 16, 24, 32)), "sde": ("ddpm", "uniform", (32, 64))}
+"""Of DeepCache, on the largest level alone."""
+REUSES = ((2, 1), (3, 2), (5, 3))
+"""Whole evaluations one in so many, and the branch."""
+PLANNED = {"ode": ("dpm_solver_pp", "log_snr", (12, 16, 24, 32)), "sde": ("ddpm", "uniform", (32, 64, 96, 128))}
+BUDGETS = {"ode": (0.1, 0.16, 0.25, 0.4, 0.6), "sde": (0.07, 0.11, 0.18, 0.3)}
 """Of plans: shares of the largest level's seconds in as many steps."""
 
 Job = tuple[list[Any], Callable[[], Sampler]]
@@ -64,7 +68,7 @@ class Rows:
     def __init__(self, folder: Path, kind: str, out: Path) -> None:
         self.family, self.kind, self.out = Family.load(folder), kind, out
         self.about = {"family": self.family.data, "weights": self.family.weights_hash, "kind": kind, "images": IMAGES}
-        self.about |= {"machine": machine(torch.device("cpu")), "rounds": ROUNDS, "reference": REFERENCE[kind]}
+        self.about |= {"machine": machine(torch.device("cpu")), "reference": REFERENCE[kind]}
         found = json.loads(out.read_text()) if out.exists() else {"rows": []}
         self.rows: list[dict[str, Any]] = found["rows"]
         self._truth: torch.Tensor | None = None
@@ -132,8 +136,15 @@ def jobs(family: Family, kind: str) -> Iterator[Job]:
             ["T-Stitch", solver, grid, steps, small, share],
             lambda n=steps, p=plan: Sampler(family, solver=solver, steps=n, grid=grid, plan=p),
         )
+    solver, grid, several = REUSED[kind]
+    for steps, (every, branch) in itertools.product(several, REUSES):
+        reuse = Reuse(every=every, branch=branch)
+        yield (
+            ["DeepCache", solver, grid, steps, every, branch],
+            lambda n=steps, r=reuse: Sampler(family, solver=solver, steps=n, grid=grid, level=top, reuse=r),
+        )
     solver, grid, several = PLANNED[kind]
-    for estimator, steps, budget in itertools.product(("hindsight", "switch"), several, BUDGETS):
+    for estimator, steps, budget in itertools.product(("hindsight", "switch"), several, BUDGETS[kind]):
         spec = family.plan(budget=budget, estimator=estimator)
         yield (
             [estimator, solver, grid, steps, budget],
@@ -149,7 +160,7 @@ GROUPS = {
     "switch": ("switch",),
     "any plan": ("hindsight", "switch"),
 }
-OTHERS = ("fewer steps", "fewer steps, diffusers", "T-Stitch")
+OTHERS = ("fewer steps", "fewer steps, diffusers", "T-Stitch", "DeepCache")
 
 
 def settings(rows: list[dict[str, Any]], groups: tuple[str, ...]) -> list[Setting]:
@@ -194,12 +205,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("family", type=Path)
     parser.add_argument("--kind", choices=("ode", "sde"), default="ode")
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--out", type=Path, default=None, help="default: benchmarks/fastest_KIND.json")
     options = parser.parse_args()
     out = options.out or Path(__file__).with_name(f"fastest_{options.kind}.json")
     rows = Rows(options.family, options.kind, out)
     rows.truth()
-    for round in range(ROUNDS):
+    for round in range(options.rounds):
         for key, make in jobs(rows.family, options.kind):
             rows.measure(key, make, round)
     rows.save(summary=summary(rows))
