@@ -19,11 +19,12 @@ from mlem.cli.options import check
 from mlem.family import Family
 from mlem.files import read_json
 from mlem.level import Level
+from mlem.multilevel.learning import first_order
 from mlem.multilevel.spec import PlanSpec
 from mlem.networks import unet
 from mlem.sampling import Sampler
 from mlem.schedule import NoiseSchedule
-from mlem.training.coefficients import CoefficientsModule, Fit
+from mlem.training.coefficients import CoefficientsModule, Fit, replicates
 from tests.commands import configure, execute, metrics, reached, run_here, start, succeed_ranks, wait_until
 from tests.test_learn import objective
 
@@ -303,17 +304,22 @@ def test_sampling_with_the_name_of_no_level(tmp_path: Path) -> None:
         run_here("sample", "model=coefficients")
 
 
-def test_the_gradient_lowers_the_objective() -> None:
+@pytest.mark.parametrize("tangents", ["reverse", "exact"])
+def test_the_gradient_lowers_the_objective(tangents: str) -> None:
     """On closed-form levels, from a poor beginning: what learning is for."""
     with pytest.raises(ValueError, match="images must be a multiple of batch_size 3, got 4"):
         Fit(4, 3, 2, 1, 0.1, "exact", 2, 2)
     problem, indices = objective(3, 6), torch.arange(8)
-    truth = problem.reference(indices)
+    truth, fit = problem.reference(indices), Fit(8, 8, 16, 25, 0.1, tangents, 2, 2)
     theta = first = torch.tensor([[0.0, 0.0], [-1.0, 1.0]], dtype=torch.float64)
     weight = 30.0
     optimizer = torch.optim.Adam([theta := theta.clone()], lr=0.1)
     for step in range(25):
-        theta.grad = problem.estimate(theta, problem.draw(theta, step, 16), indices, truth, weight, None).gradient
+        if tangents == "reverse":
+            drawn = replicates(problem, fit, theta.detach(), step, indices, truth)
+            theta.grad = first_order(problem, theta, *drawn, weight).gradient
+        else:
+            theta.grad = problem.estimate(theta, problem.draw(theta, step, 16), indices, truth, weight, None).gradient
         optimizer.step()
     held_out = torch.arange(1000, 1100)
     truth = problem.reference(held_out)

@@ -300,8 +300,8 @@ class Objective(Law):
         To first order bernoulli coins add a variance `V = sum_i v_i (1/p_i - 1)`, and `dV/dbeta = -V`; of systematic
         ones linear response says how V falls, and without it the same is assumed. So the weight is the fall of V over
         the derivative of the cost; V is measured as the mean squared difference to the run with p = 1. counts:
-        (D, R, K) for samples with these indices (D, B), and plain (D, B, *shape) their runs with p = 1. The spending that
-        theta stands for is thus about kept, and learning moves it between levels and times.
+        (D, R, K) for samples with these indices (D, B), and plain (D, B, *shape) their runs with p = 1. The spending
+        that theta stands for is thus about kept, and learning moves it between levels and times.
         """
         p = self.probabilities(theta.detach())
         with torch.no_grad():
