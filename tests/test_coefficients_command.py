@@ -19,11 +19,12 @@ from mlem.cli.options import check
 from mlem.family import Family
 from mlem.files import read_json
 from mlem.level import Level
+from mlem.multilevel.learning import first_order
 from mlem.multilevel.spec import PlanSpec
 from mlem.networks import unet
 from mlem.sampling import Sampler
 from mlem.schedule import NoiseSchedule
-from mlem.training.coefficients import CoefficientsModule, Fit
+from mlem.training.coefficients import CoefficientsModule, Fit, replicates
 from tests.commands import configure, execute, metrics, reached, run_here, start, succeed_ranks, wait_until
 from tests.test_learn import objective
 
@@ -251,7 +252,8 @@ def test_a_dry_run_writes_nothing(family: Path, tmp_path: Path) -> None:
         ("model.budget=1.1", "model.budget must be in (0, 1], got 1.1"),
         ("model.lambda=-1", "model.lambda must be a number > 0, or null, got -1"),
         ("model.learning_rate=nan", "model.learning_rate must be a number > 0, got nan"),
-        ("model.tangents=all", "model.tangents must be one of exact, random, got 'all'"),
+        ("model.tangents=all", "model.tangents must be one of reverse, exact, random, got 'all'"),
+        ("model.coins=systematic", "model.tangents must be exact or random for model.coins=systematic, got 'reverse'"),
         ("model.images=7", "model.images must be a multiple of model.batch_size 2, got 7"),
         ("model.solver=3", "model.solver must be text, got 3"),
         ("model.grid=3", "model.grid must be text, got 3"),
@@ -302,17 +304,22 @@ def test_sampling_with_the_name_of_no_level(tmp_path: Path) -> None:
         run_here("sample", "model=coefficients")
 
 
-def test_the_gradient_lowers_the_objective() -> None:
+@pytest.mark.parametrize("tangents", ["reverse", "exact"])
+def test_the_gradient_lowers_the_objective(tangents: str) -> None:
     """On closed-form levels, from a poor beginning: what learning is for."""
     with pytest.raises(ValueError, match="images must be a multiple of batch_size 3, got 4"):
         Fit(4, 3, 2, 1, 0.1, "exact", 2, 2)
     problem, indices = objective(3, 6), torch.arange(8)
-    truth = problem.reference(indices)
+    truth, fit = problem.reference(indices), Fit(8, 8, 16, 25, 0.1, tangents, 2, 2)
     theta = first = torch.tensor([[0.0, 0.0], [-1.0, 1.0]], dtype=torch.float64)
     weight = 30.0
     optimizer = torch.optim.Adam([theta := theta.clone()], lr=0.1)
     for step in range(25):
-        theta.grad = problem.estimate(theta, problem.draw(theta, step, 16), indices, truth, weight, None).gradient
+        if tangents == "reverse":
+            drawn = replicates(problem, fit, theta.detach(), step, indices, truth)
+            theta.grad = first_order(problem, theta, *drawn, weight).gradient
+        else:
+            theta.grad = problem.estimate(theta, problem.draw(theta, step, 16), indices, truth, weight, None).gradient
         optimizer.step()
     held_out = torch.arange(1000, 1100)
     truth = problem.reference(held_out)

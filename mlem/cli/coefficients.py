@@ -25,13 +25,20 @@ from mlem.family import Family
 from mlem.files import clear_leftovers, first_process, folder_lock, read_object, write_record
 from mlem.multilevel.coefficients import Coefficients
 from mlem.multilevel.fitted import Fitted
-from mlem.multilevel.learning import Objective, Response, first_coefficients, frozen, nearest_coefficients
+from mlem.multilevel.learning import (
+    Objective,
+    Response,
+    first_coefficients,
+    first_order,
+    frozen,
+    nearest_coefficients,
+)
 from mlem.plots import probabilities as probabilities_figure
 from mlem.report import write_report
 from mlem.solvers import Solver, make_solver
 from mlem.training.checkpoint_files import AtomicCheckpointIO
 from mlem.training.checkpoints import Checkpoints
-from mlem.training.coefficients import CoefficientsModule, Fit, learning_progress
+from mlem.training.coefficients import CoefficientsModule, Fit, learning_progress, replicates
 from mlem.training.loggers import log_pictures
 
 __all__ = ["learn_coefficients"]
@@ -262,14 +269,19 @@ def _say_duration(where: Path, module: CoefficientsModule) -> None:
     fit, objective = module.fit_options, module.objective
     indices = torch.arange(fit.batch_size)
     begin = time.perf_counter()
-    truth = objective.reference(indices)
-    reference = (time.perf_counter() - begin) / objective.grid.steps * fit.reference_steps
-    drawn = objective.draw(module.first, 0, fit.draws)
-    directions = objective.directions(0, fit.draws) if fit.tangents == "random" else None
+    plain = objective.reference(indices)
+    once = time.perf_counter() - begin
+    reference = once / objective.grid.steps * fit.reference_steps
     begin = time.perf_counter()
-    objective.estimate(module.first, drawn, indices, truth, 1.0, directions)
+    if fit.tangents == "reverse":
+        first_order(objective, module.first, *replicates(objective, fit, module.first, 0, indices, plain), 1.0)
+    else:
+        directions = objective.directions(0, fit.draws) if fit.tangents == "random" else None
+        objective.estimate(module.first, objective.draw(module.first, 0, fit.draws), indices, plain, 1.0, directions)
     seconds = time.perf_counter() - begin
-    minutes = (fit.updates * seconds + (fit.images + fit.held_out) / fit.batch_size * reference) / 60
+    learned_from = once if fit.tangents == "reverse" else once + reference
+    references = (fit.images * learned_from + fit.held_out * reference) / fit.batch_size
+    minutes = (fit.updates * seconds + references) / 60
     print(
         f"coefficients of {where}: {module.first.numel()} numbers, {seconds:.2f} s for a step, about {minutes:.1f} "
         f"minutes for {fit.updates} steps and the references on one CPU"

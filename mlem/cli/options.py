@@ -155,6 +155,8 @@ def _check_together(plain: dict[str, Any]) -> None:
             raise ValueError(
                 f"model.images must be a multiple of model.batch_size {model['batch_size']}, got {model['images']}"
             )
+        if model["tangents"] == "reverse" and model["coins"] != "bernoulli":
+            raise ValueError(f"model.tangents must be exact or random for model.coins={model['coins']}, got 'reverse'")
         if trainer["precision"] != "fp32":
             raise ValueError(f"trainer.precision must be fp32 for model=coefficients, got {trainer['precision']!r}")
         if trainer["compile"]:

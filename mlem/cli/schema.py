@@ -126,11 +126,12 @@ class Learning:
     )
     updates: int = option(whole(1), "optimizer steps; dry_run=true says how long they take")
     batch_size: int = option(whole(1), "images in a step, all ranks together")
-    draws: int = option(whole(2), "of the coins in a step, each for all its images")
-    images: int = option(whole(1), "learned from in turn, each with one reference of evaluation.reference_steps")
+    draws: int = option(whole(2), "of the coins in a step, for each image its own with tangents=reverse")
+    images: int = option(whole(1), "learned from in turn")
     learning_rate: float = option(number(above=0), "of Adam, falling linearly to 0")
     tangents: str = option(
-        one_of("exact", "random"), "exact: derivatives along all coefficients; random: along one for each draw"
+        one_of("reverse", "exact", "random"),
+        "reverse: to first order, in minutes; exact, random: unbiased, along all coefficients or one for each draw",
     )
     held_out: int = option(whole(2), "images that the outcome is judged by")
     checkpoint_every: int = option(whole(1), "optimizer steps; also from one line of progress to the next")

@@ -16,12 +16,22 @@ import torch
 from torch import Tensor, nn
 
 from mlem.denoiser import NetworkDenoiser
-from mlem.multilevel.learning import TANGENTS, Objective, interval
+from mlem.multilevel.learning import TANGENTS, GradientEstimate, Objective, first_order, interval
 from mlem.noise import RESERVED
 from mlem.training.optimizers import renew_options
 from mlem.training.progress import BarProgress, LineProgress
 
-__all__ = ["HELD_OUT", "PLANS", "TIMES", "TRAINING", "CoefficientsModule", "Fit", "LearningLines", "learning_progress"]
+__all__ = [
+    "HELD_OUT",
+    "PLANS",
+    "TIMES",
+    "TRAINING",
+    "CoefficientsModule",
+    "Fit",
+    "LearningLines",
+    "learning_progress",
+    "replicates",
+]
 
 TRAINING, HELD_OUT = RESERVED["learning"].start, RESERVED["judging"].start
 """First indices of the samples that are learned from, and of those that are held out: no sample shares their noise."""
@@ -36,12 +46,12 @@ class Fit:
     """How to learn.
 
     Attributes:
-        images: samples to learn from, a multiple of `batch_size`; their references are kept.
+        images: samples to learn from, a multiple of `batch_size`; what they are compared to is kept.
         batch_size: samples in a step, all ranks together.
-        draws: replicates of the coins in a step, at least 2.
+        draws: replicates of the coins in a step, at least 2; of tangents "reverse" each sample has its own.
         updates: optimizer steps.
         learning_rate: of the first step; it falls to zero.
-        tangents: "exact" or "random".
+        tangents: "reverse", "exact" or "random".
         held_out: samples to judge by.
         reference_steps: of the many-step run.
         weight: of the cost; None: measured, such that about as much is spent as at the start.
@@ -115,7 +125,7 @@ class CoefficientsModule(pl.LightningModule):
         )
         self.objective, self.fit_options, self.names = objective, fit, names
         self.first, self.nearest = start.clone(), nearest.clone()
-        self._truths: dict[int, Tensor] = {}
+        self._references: dict[tuple[int, int | None], Tensor] = {}
 
     @property
     def theta(self) -> Tensor:
@@ -142,8 +152,8 @@ class CoefficientsModule(pl.LightningModule):
     def _measured_weight(self) -> float:
         options, found = self.fit_options, []
         for batch in range(options.images // options.batch_size):
-            drawn = self.objective.draw(self.first, -1 - batch, options.draws)  # of steps that are never made
-            found.append(self.objective.weight_for(self.first, self._share(batch), drawn.counts))
+            drawn = self._replicates(self.first, -1 - batch, batch)  # of steps that are never made
+            found.append(self.objective.weight_for(self.first, *drawn))
         return sum(found) / len(found)
 
     def _mean(self, value: float) -> float:
@@ -158,25 +168,35 @@ class CoefficientsModule(pl.LightningModule):
         first = TRAINING + batch * size + self.trainer.global_rank * share
         return torch.arange(first, first + share, device=self._home)
 
-    def _truth(self, batch: int) -> Tensor:
-        """References of this rank's samples of a batch, computed once and kept."""
-        if batch not in self._truths:
+    def _reference(self, batch: int, steps: int | None) -> Tensor:
+        """Of this rank's samples of a batch, in so many steps, computed once and kept; None: p = 1."""
+        if (batch, steps) not in self._references:
             with torch.no_grad():
-                self._truths[batch] = self.objective.reference(self._share(batch), self.fit_options.reference_steps)
-        return self._truths[batch]
+                self._references[batch, steps] = self.objective.reference(self._share(batch), steps)
+        return self._references[batch, steps]
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        step, options, objective = self.global_step, self.fit_options, self.objective
-        theta = self.theta
-        number = step % (options.images // options.batch_size)
-        indices, truth = self._share(number), self._truth(number)
-        drawn = objective.draw(theta, step, options.draws)
-        directions = objective.directions(step, options.draws) if options.tangents == "random" else None
-        estimate = objective.estimate(theta, drawn, indices, truth, self.weight.item(), directions)
+        estimate = self._estimate(self.global_step)
         self._record(self._mean(estimate.mse.mean().item()), estimate.cost, self._mean(estimate.left))
         # linear in the parameters: its gradient is the estimate, and averaged over ranks as any other
         gradient = estimate.gradient.to(self.alpha)
         return (self.alpha * gradient[:-1].view_as(self.alpha)).sum() + (self.beta * gradient[-1]).sum()
+
+    def _estimate(self, step: int) -> GradientEstimate:
+        """Of J and its gradient, by this rank's samples."""
+        theta, options, objective, weight = self.theta, self.fit_options, self.objective, self.weight.item()
+        number = step % (options.images // options.batch_size)
+        if options.tangents == "reverse":
+            return first_order(objective, theta, *self._replicates(theta, step, number), weight)
+        truth = self._reference(number, options.reference_steps)
+        directions = objective.directions(step, options.draws) if options.tangents == "random" else None
+        drawn = objective.draw(theta, step, options.draws)
+        return objective.estimate(theta, drawn, self._share(number), truth, weight, directions)
+
+    def _replicates(self, theta: Tensor, step: int, batch: int) -> tuple[Tensor, Tensor, Tensor]:
+        """See `replicates`, of this rank's samples of a batch."""
+        indices, plain = self._share(batch), self._reference(batch, None)
+        return replicates(self.objective, self.fit_options, theta, step, indices, plain, self.trainer.global_rank)
 
     def _record(self, mse: float, cost: float, left: float) -> None:
         theta, values = self.theta, {"mse": mse, "cost": cost, "variance_left": left}
@@ -232,6 +252,22 @@ class CoefficientsModule(pl.LightningModule):
                 change += weight * (costs["after"] - costs[since])
                 judged[coins][name] = {"objective": change, "half_width": half}
         return judged
+
+
+def replicates(
+    objective: Objective, fit: Fit, theta: Tensor, step: int, indices: Tensor, plain: Tensor, rank: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Counts (D, R, K) of a step, and for each the indices (D, B) of its samples and their runs (D, B, *shape).
+
+    With tangents "reverse" each sample of a batch, of all ranks together, has draws of its own, B = 1; else they share
+    them. indices, plain: (N,) and (N, *shape), this rank's samples of the batch and their runs with p = 1.
+    """
+    if fit.tangents != "reverse":
+        counts = objective.draw(theta, step, fit.draws).counts
+        return counts, indices.expand(fit.draws, -1), plain.expand(fit.draws, *plain.shape)
+    own = len(indices) * fit.draws
+    counts = objective.draw(theta, step, fit.batch_size * fit.draws).counts[rank * own : (rank + 1) * own]
+    return counts, indices.repeat_interleave(fit.draws)[:, None], plain.repeat_interleave(fit.draws, 0)[:, None]
 
 
 def _gathered(mine: Tensor, ranks: int) -> Tensor:

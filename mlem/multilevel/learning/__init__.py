@@ -2,6 +2,7 @@
 
 from mlem.multilevel.learning.objective import TANGENTS, GradientEstimate, Objective, interval
 from mlem.multilevel.learning.response import Response
+from mlem.multilevel.learning.reverse import first_order
 from mlem.multilevel.learning.start import first_coefficients, frozen, nearest_coefficients
 
 __all__ = [
@@ -10,6 +11,7 @@ __all__ = [
     "Objective",
     "Response",
     "first_coefficients",
+    "first_order",
     "frozen",
     "interval",
     "nearest_coefficients",

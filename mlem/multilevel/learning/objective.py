@@ -15,6 +15,8 @@ learned. The gradient has three parts:
 Draws of an update share samples, noise and path. With a calibration, what linear response predicts of each draw is the
 control variate of the first two parts: its means are known, and its factor is the slope by the other draws. The
 mean error of the other draws is the baseline of the second part (Kool et al., 2019). Both leave it unbiased.
+
+`reverse.py` has a gradient of first order, with far less noise.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 from mlem.conditions import Conditions
 from mlem.denoiser import Conditional, Denoiser, of_rows
@@ -43,8 +46,8 @@ __all__ = ["TANGENTS", "GradientEstimate", "Objective", "interval"]
 
 LEAST_FALL = 0.1
 """Of what the coins add, for a shift of all beta: below, kinks of systematic coins are seen and no trend."""
-TANGENTS = ("exact", "random")
-"""Directions of the pathwise part: all of them, or a random one for each draw."""
+TANGENTS = ("reverse", "exact", "random")
+"""How errors are differentiated: see `reverse.py`; or forward, along all directions, or a random one for each draw."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +131,8 @@ class Objective(Law):
     def samples(self, weights: Tensor, counts: Tensor, indices: Tensor) -> Tensor:
         """x_0: weights and counts (D, R, K), sample indices (D, B) -> (D, B, *shape), float64.
 
-        Differentiable in weights, forward and in reverse. A level runs on the draws whose coins fell for it.
+        Differentiable in weights, forward and in reverse, where networks run again and none of their activations is
+        kept. A level runs on the draws whose coins fell for it.
         """
         draws, size = indices.shape
         fell = counts.bool().cpu()
@@ -140,18 +144,26 @@ class Objective(Law):
         flat = indices.flatten()
         told, places = self._told(flat), torch.arange(len(flat), device=flat.device).view(draws, size)
 
-        def eps(y: Tensor, place: EvaluationPoint) -> Tensor:
-            i = next(row)
-            x, t = (part.view(draws, size, *part.shape[1:]) for part in model_input(self.schedule, y, place))
+        def combined(x: Tensor, t: Tensor, weights: Tensor, draws_of: Sequence[Tensor]) -> Tensor:
             total = torch.zeros_like(x)
-            for k, denoiser in enumerate(told):
-                some = draws_of[i][k]
+            for k, (denoiser, some) in enumerate(zip(told, draws_of, strict=True)):
                 if len(some):
                     own = of_rows(denoiser, places[some].flatten())
                     output = own(x[some].flatten(0, 1), t[some].flatten()).view(-1, size, *self.shape)
-                    weight = weights[:, i, k][some].view(-1, 1, *[1] * len(self.shape))
+                    weight = weights[:, k][some].view(-1, 1, *[1] * len(self.shape))
                     total = total.index_add(0, some, output * weight)
             return total.flatten(0, 1)
+
+        def eps(y: Tensor, place: EvaluationPoint) -> Tensor:
+            i = next(row)
+            x, t = (part.view(draws, size, *part.shape[1:]) for part in model_input(self.schedule, y, place))
+            own = weights[:, i]
+            if not weights.requires_grad:
+                return combined(x, t, own, draws_of[i])
+            # where no coin fell, weights move with no theta: nothing goes back beyond the first row with one
+            own = own if fell[:, i, 1:].any() else own.detach()
+            args = (x, t, own, draws_of[i])
+            return checkpoint(combined, *args, use_reentrant=False, preserve_rng_state=False)  # type: ignore[return-value]
 
         x_T = starting_noise(self.seed, flat, self.shape)
         x = trajectory(eps, self.solver, self.points, x_T, flat, self.seed)
@@ -282,21 +294,19 @@ class Objective(Law):
             mse, slopes = torch.func.vmap(along, out_dims=(None, 0))(tangents)  # type: ignore[arg-type]
             return mse.cpu(), slopes.cpu()
 
-    def weight_for(self, theta: Tensor, indices: Tensor, counts: Tensor) -> float:
+    def weight_for(self, theta: Tensor, counts: Tensor, indices: Tensor, plain: Tensor) -> float:
         """The weight of the cost at which J is near stationary when all beta are shifted alike.
 
         To first order bernoulli coins add a variance `V = sum_i v_i (1/p_i - 1)`, and `dV/dbeta = -V`; of systematic
         ones linear response says how V falls, and without it the same is assumed. So the weight is the fall of V over
         the derivative of the cost; V is measured as the mean squared difference to the run with p = 1. counts:
-        (D, R, K) for samples with these indices (B,). The spending that theta stands for is thus about kept, and
-        learning moves it between levels and times.
+        (D, R, K) for samples with these indices (D, B), and plain (D, B, *shape) their runs with p = 1. The spending
+        that theta stands for is thus about kept, and learning moves it between levels and times.
         """
         p = self.probabilities(theta.detach())
         with torch.no_grad():
-            plain = self.reference(indices)
-            several = indices.expand(len(counts), -1)
             weights = self.weights(counts, p).to(plain.device)
-            variance = self.errors(weights, counts, several, plain.expand(len(counts), *plain.shape)).mean().item()
+            variance = self.errors(weights, counts, indices, plain).mean().item()
         fall = 1.0
         if self.response is not None:
             mean, pathwise, chance = self.chance.expected(self, theta.detach().double(), self.response.matrix)
