@@ -19,6 +19,7 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from mlem import Family, Plan, Reuse
 from mlem.comparison.equal_error import Setting, cost_ratio
 from mlem.multilevel.timing import machine
 from mlem.sampling import Sampler, solver_of
+from mlem.solvers import Solver
 
 IMAGES = 64
 REFERENCE = {"ode": ("dpm_solver_pp", 300), "sde": ("ddpm", 500)}
@@ -51,6 +53,7 @@ PLAIN: dict[str, list[tuple[str, str | None, dict[str, Any], tuple[int, ...]]]] 
 """Solver, grid, options and steps of the largest level alone."""
 STITCHED = {"ode": ("dpm_solver_pp", "log_snr", (12, 16, 24)), "sde": ("ddpm", "uniform", (32, 64))}
 """Solver, grid and steps of T-Stitch: a small level for the first share of the steps, the largest after."""
+SHARES = (0.25, 0.5, 0.75)
 REUSED = {"ode": ("dpm_solver_pp", "log_snr", (12, 16, 24, 32)), "sde": ("ddpm", "uniform", (32, 64))}
 """Of DeepCache, on the largest level alone."""
 REUSES = ((2, 1), (3, 2), (5, 3))
@@ -71,18 +74,16 @@ class Rows:
         self.about |= {"machine": machine(torch.device("cpu")), "reference": REFERENCE[kind]}
         found = json.loads(out.read_text()) if out.exists() else {"rows": []}
         self.rows: list[dict[str, Any]] = found["rows"]
-        self._truth: torch.Tensor | None = None
 
+    @cached_property
     def truth(self) -> torch.Tensor:
         """The many-step run of the largest level."""
-        if self._truth is None:
-            solver, steps = REFERENCE[self.kind]
-            path = self.out.with_name(f"{self.out.stem}_{self.kind}_{self.about['weights']}.pt")
-            if not path.exists():
-                print(f"reference: {solver}, {steps} steps", flush=True)
-                torch.save(Sampler(self.family.level(), solver=solver, steps=steps).run(range(IMAGES)).x, path)
-            self._truth = torch.load(path, weights_only=True)
-        return self._truth
+        solver, steps = REFERENCE[self.kind]
+        path = self.out.with_name(f"{self.out.stem}_{self.about['weights']}.pt")
+        if not path.exists():
+            print(f"reference: {solver}, {steps} steps", flush=True)
+            torch.save(Sampler(self.family.level(), solver=solver, steps=steps).run(range(IMAGES)).x, path)
+        return torch.load(path, weights_only=True)
 
     def measure(self, key: list[Any], make: Callable[[], Sampler], round: int) -> None:
         """A round of a sampler, unless it is there."""
@@ -95,7 +96,7 @@ class Rows:
             print(f"left out: {key}: {error}", flush=True)
             return
         result = sampler.run(range(IMAGES))
-        errors = (result.x - self.truth()).square().flatten(1).mean(1)
+        errors = (result.x - self.truth).square().flatten(1).mean(1)
         about = {} if sampler.plan is None else sampler.plan.about
         if row is None:
             row = {"key": key, "seconds": list[float]()}
@@ -119,39 +120,36 @@ class Rows:
 def jobs(family: Family, kind: str) -> Iterator[Job]:
     """All samplers: what they are, group first, and what makes them."""
     top = family.names[-1]
-    for solver, grid, options, several in PLAIN[kind]:
-        name = "fewer steps" if not solver.startswith("diffusers:") else "fewer steps, diffusers"
+
+    def alone(solver: str | Solver, grid: str | None, steps: int, **how: Any) -> Callable[[], Sampler]:
+        return lambda: Sampler(family, solver=solver, steps=steps, grid=grid, **how)
+
+    for name, grid, options, several in PLAIN[kind]:
+        group = "fewer steps" if not name.startswith("diffusers:") else "fewer steps, diffusers"
         for steps in several:
-            yield (
-                [name, solver, grid, steps],
-                lambda s=solver, g=grid, o=options, n=steps: Sampler(
-                    family, solver=solver_of(s, **o), steps=n, grid=g, level=top
-                ),
-            )
+            yield [group, name, grid, steps], alone(solver_of(name, **options), grid, steps, level=top)
     solver, grid, several = STITCHED[kind]
-    for steps, share, small in itertools.product(several, (0.25, 0.5, 0.75), family.names[:-1:2]):
+    for steps, share in itertools.product(several, SHARES):
         first = round(share * steps)
-        plan = Plan.switching([0] * first + [1] * (steps - first), [small, top])
-        yield (
-            ["T-Stitch", solver, grid, steps, small, share],
-            lambda n=steps, p=plan: Sampler(family, solver=solver, steps=n, grid=grid, plan=p),
-        )
+        for small in family.names[:-1:2]:
+            plan = Plan.switching([0] * first + [1] * (steps - first), [small, top])
+            yield ["T-Stitch", solver, grid, steps, small, share], alone(solver, grid, steps, plan=plan)
     solver, grid, several = REUSED[kind]
-    for steps, (every, branch) in itertools.product(several, REUSES):
-        reuse = Reuse(every=every, branch=branch)
-        yield (
-            ["DeepCache", solver, grid, steps, every, branch],
-            lambda n=steps, r=reuse: Sampler(family, solver=solver, steps=n, grid=grid, level=top, reuse=r),
-        )
+    for steps in several:
+        for every, branch in REUSES:
+            how = {"level": top, "reuse": Reuse(every=every, branch=branch)}
+            yield ["DeepCache", solver, grid, steps, every, branch], alone(solver, grid, steps, **how)
     solver, grid, several = PLANNED[kind]
-    for estimator, steps, budget in itertools.product(("hindsight", "switch"), several, BUDGETS[kind]):
-        spec = family.plan(budget=budget, estimator=estimator)
-        yield (
-            [estimator, solver, grid, steps, budget],
-            lambda n=steps, p=spec: Sampler(family, solver=solver, steps=n, grid=grid, plan=p),
-        )
+    for estimator in ("hindsight", "switch"):
+        for steps, budget in itertools.product(several, BUDGETS[kind]):
+            spec = family.plan(budget=budget, estimator=estimator)
+            yield [estimator, solver, grid, steps, budget], alone(solver, grid, steps, plan=spec)
     for target in TARGETS[kind]:
-        yield ["recommended", target], lambda t=target: Sampler(family, **family.recommend(mse=t, kind=kind).options)
+        yield ["recommended", target], recommended(family, target, kind)
+
+
+def recommended(family: Family, target: float, kind: str) -> Callable[[], Sampler]:
+    return lambda: Sampler(family, **family.recommend(mse=target, kind=kind).options)
 
 
 GROUPS = {
@@ -210,7 +208,6 @@ def main() -> None:
     options = parser.parse_args()
     out = options.out or Path(__file__).with_name(f"fastest_{options.kind}.json")
     rows = Rows(options.family, options.kind, out)
-    rows.truth()
     for round in range(options.rounds):
         for key, make in jobs(rows.family, options.kind):
             rows.measure(key, make, round)

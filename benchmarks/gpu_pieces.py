@@ -22,7 +22,7 @@ from scale import folder_round
 
 from mlem.comparison.coupled import Comparison
 from mlem.comparison.entry import Entry
-from mlem.comparison.setup import Run, Setup
+from mlem.comparison.setup import Run, Setup, Truth
 from mlem.comparison.tally import Tally
 from mlem.data import ensure
 from mlem.family import Family
@@ -225,9 +225,10 @@ def _error(bench: Bench, mode: str, batch: int, entry: Entry, steps: int) -> dic
     run = _run(setup, entry, steps)
     truth, tally = bench.references.truth(run.solver.reference), Tally(setup, run)
     for block, expected in zip(setup.blocks, truth.split(len(setup.blocks[0])), strict=True):
-        tally.add(block, expected)
-    mse, stderr = mean_error(tally.image_errors)
-    images = [float(f"{error:.4g}") for error in tally.image_errors.tolist()]
+        tally.add(block, Truth(expected, None))
+    errors = tally.image_values["mse"]
+    mse, stderr = mean_error(errors)
+    images = [float(f"{error:.4g}") for error in errors.tolist()]
     about = {} if run.plan is None else {"predicted_mse": run.plan.about.get("predicted_mse")}
     calls = tally.row().calls
     return {"mse": mse, "stderr": stderr, "calls": calls, **about, "reference": run.solver.reference, "images": images}

@@ -49,7 +49,7 @@ def correction(pilots: Sequence[Sequence[float]], error: float, steps: int) -> F
     middle = (predicted.mean(), counts.mean())
     features = np.stack([np.ones_like(predicted), predicted - middle[0], counts - middle[1]], 1)
     precision = np.diag([deviation**-2.0 for deviation in PRIOR])
-    scatter = SCATTER
+    scatter, line, covariance = SCATTER, np.zeros(3), np.eye(3)
     for _ in range(5):  # the scatter that is left tells how far the line is to be trusted
         covariance = np.linalg.inv(precision + features.T @ features / scatter**2)
         line = covariance @ features.T @ ratios / scatter**2
