@@ -58,7 +58,7 @@ REUSED = {"ode": ("dpm_solver_pp", "log_snr", (12, 16, 24, 32)), "sde": ("ddpm",
 """Of DeepCache, on the largest level alone."""
 REUSES = ((2, 1), (3, 2), (5, 3))
 """Whole evaluations one in so many, and the branch."""
-PLANNED = {"ode": ("dpm_solver_pp", "log_snr", (12, 16, 24, 32)), "sde": ("ddpm", "uniform", (32, 64, 96, 128))}
+PLANNED = {"ode": ("dpm_solver_pp", "uniform", (12, 16, 24, 32)), "sde": ("ddpm", "uniform", (32, 64, 96, 128))}
 BUDGETS = {"ode": (0.1, 0.16, 0.25, 0.4, 0.6), "sde": (0.07, 0.11, 0.18, 0.3)}
 """Of plans: shares of the largest level's seconds in as many steps."""
 
@@ -189,13 +189,11 @@ def summary(rows: Rows) -> list[dict[str, Any]]:
         if row["key"][0] == "recommended":
             target = row["key"][1]
             reaching = [one for one in rows.rows if one["mse"] <= target and one["key"][0] != "recommended"]
-            best = min((float(np.mean(one["seconds"])) for one in reaching), default=math.nan)
+            best = min((float(np.mean(one["seconds"])) for one in reaching), default=None)
             taken = float(np.mean(row["seconds"]))
             table.append({"recommended": target, "mse": row["mse"], "seconds": taken, "best other": best})
-            print(
-                f"recommended for {target:.0e}: {row['mse']:.2e} in {1e3 * taken:.2f} ms/image, "
-                f"{taken / best:.2f} of the best other that reaches it"
-            )
+            against = "and no other reaches it" if best is None else f"{taken / best:.2f} of the best other that does"
+            print(f"recommended for {target:.0e}: {row['mse']:.2e} in {1e3 * taken:.2f} ms/image, {against}")
     return table
 
 
