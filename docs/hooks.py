@@ -101,7 +101,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
 
     def moved(link: re.Match[str]) -> str:
         target = posixpath.normpath(posixpath.join(posixpath.dirname(here), link[2]))
-        if not (target in OUTSIDE or target.startswith("docs/")):
+        if ":" in link[2] or not (target in OUTSIDE or target.startswith("docs/")):
             return link[0]
         target = OUTSIDE.get(target, target.removeprefix("docs/"))
         if files.get_file_from_path(target) is None:  # MkDocs does not look into HTML
