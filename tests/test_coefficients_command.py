@@ -143,7 +143,7 @@ def test_a_finished_run_is_left_alone(learned: tuple[Path, str]) -> None:
     assert printed.splitlines()[-3] in again
     assert (folder / RUN / "coefficients.json").stat().st_mtime_ns == before
     assert _learned(folder) == read_json(folder / RUN / "coefficients.json")
-    with pytest.raises(ValueError, match=r"model\.learning_rate: 0\.05 there, 0\.1 now"):
+    with pytest.raises(ValueError, match=r"model\.learning_rate: 0\.02 there, 0\.1 now"):
         _run_in(folder, "model.learning_rate=0.1")
 
 
