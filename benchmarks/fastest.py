@@ -129,9 +129,9 @@ def jobs(family: Family, kind: str) -> Iterator[Job]:
         for steps in several:
             yield [group, name, grid, steps], alone(solver_of(name, **options), grid, steps, level=top)
     solver, grid, several = STITCHED[kind]
-    for steps, share in itertools.product(several, SHARES):
-        first = round(share * steps)
-        for small in family.names[:-1:2]:
+    for steps in several:
+        for share, small in itertools.product(SHARES, family.names[:-1:2]):
+            first = round(float(share) * steps)
             plan = Plan.switching([0] * first + [1] * (steps - first), [small, top])
             yield ["T-Stitch", solver, grid, steps, small, share], alone(solver, grid, steps, plan=plan)
     solver, grid, several = REUSED[kind]
