@@ -22,7 +22,7 @@ from scale import folder_round
 
 from mlem.comparison.coupled import Comparison
 from mlem.comparison.entry import Entry
-from mlem.comparison.setup import Run, Setup, Truth
+from mlem.comparison.setup import Run, Setup
 from mlem.comparison.tally import Tally
 from mlem.data import ensure
 from mlem.family import Family
@@ -225,7 +225,7 @@ def _error(bench: Bench, mode: str, batch: int, entry: Entry, steps: int) -> dic
     run = _run(setup, entry, steps)
     truth, tally = bench.references.truth(run.solver.reference), Tally(setup, run)
     for block, expected in zip(setup.blocks, truth.split(len(setup.blocks[0])), strict=True):
-        tally.add(block, Truth(expected, None))
+        tally.add(block, setup.truth(expected))
     errors = tally.image_values["mse"]
     mse, stderr = mean_error(errors)
     images = [float(f"{error:.4g}") for error in errors.tolist()]

@@ -333,7 +333,7 @@ class Family:
         decoder = Decoder.beside(folder, about["decoder"]) if "decoder" in about else None
         if comes_along(folder):  # kept in half precision; nothing is written beside what belongs to the package
             for level in levels:
-                level.network.float()
+                nn.Module.float(level.network)  # that of diffusers warns of nothing
             return Family(levels, Fitted.load(folder), decoder=decoder)
         return Family(levels, Fitted.load(folder), KeptPlans(folder), folder, decoder)
 

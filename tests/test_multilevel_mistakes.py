@@ -58,7 +58,7 @@ def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, *opt
         (("plan=best", "sampler=mlem", "estimator=jump"), "plan=best is made already: leave out estimator="),
         (("plan=best", "sampler=mlem", "mse=0.1"), "plan=best is made already: leave out mse="),
         (("budget=0.5", "coins=dice"), "coins must be one of systematic, bernoulli, nested, poisson, got 'dice'"),
-        (("budget=0.5", "estimator=guess"), "estimator must be one of jump, held, hindsight, got 'guess'"),
+        (("budget=0.5", "estimator=guess"), "estimator must be one of jump, held, hindsight, switch, got 'guess'"),
         (
             ("sampler=heun", "budget=0.5", "cost=flops", "estimator=hindsight"),
             "hindsight needs a solver of mlem's that evaluates once a step, not heun; use estimator=held",

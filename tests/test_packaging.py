@@ -73,6 +73,8 @@ def test_the_wheel_holds_all_code_and_configs_and_no_foreign_name(wheel: Path) -
     configs = (REPOSITORY / "configs").rglob("*.yaml")
     expected = {str(path.relative_to(REPOSITORY)) for path in code}
     expected |= {f"mlem/{path.relative_to(REPOSITORY)}" for path in configs}
+    pretrained = [path for path in (REPOSITORY / "mlem/pretrained").glob("*/**/*") if path.is_file()]
+    expected |= {str(path.relative_to(REPOSITORY)) for path in pretrained if "__pycache__" not in path.parts}
     assert names == expected
 
 

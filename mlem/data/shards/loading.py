@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from mlem.data.shards.order import pass_order
+from mlem.data.shards.parallel import end_with_parent
 from mlem.data.shards.reading import Shards
 
 __all__ = ["Batch", "BatchSource", "held_out_batches", "train_loader"]
@@ -184,12 +185,13 @@ def _loader(batches: Dataset[Batch], workers: int) -> DataLoader[Batch]:
         num_workers=workers,
         pin_memory=pin_memory,
         generator=generator,
-        worker_init_fn=_leave_interrupts,
+        worker_init_fn=_begin_worker,
     )
 
 
-def _leave_interrupts(worker: int) -> None:
-    """Ctrl-C is for the parent, which needs its workers until it has saved; they end with it."""
+def _begin_worker(worker: int) -> None:
+    """Ctrl-C is for the parent, which needs its workers until it has saved; they end with it, however it ends."""
+    end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 

@@ -13,7 +13,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
-__all__ = ["in_order"]
+__all__ = ["end_with_parent", "in_order"]
 
 _Result = TypeVar("_Result")
 
@@ -71,14 +71,22 @@ def _submit(pool: ProcessPoolExecutor, task: tuple[Any, ...]) -> Future[Any]:
 def _begin(function: Callable[..., Any]) -> None:
     global _function
     _function = function
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
+    """End this process, of multiprocessing, when the one that started it dies, whatever it waits for then.
+
+    A process that is killed in between may hold a lock that its processes ask for: they would wait for ever.
+    """
     parent = multiprocessing.parent_process()
     assert parent is not None
-    parent.join()
-    os._exit(1)
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _work(task: tuple[Any, ...]) -> Any:
