@@ -276,7 +276,7 @@ class Level:
             with damaged(folder / "config.json", _REMEDY):
                 network = networks.from_config(kind, config)
                 if "dtype" in about:
-                    network.to(_HALVES[about["dtype"]])
+                    nn.Module.to(network, _HALVES[about["dtype"]])  # that of diffusers warns of nothing
             read_weights(folder / WEIGHTS, network, about["sha256"])
         else:
             assert network is not None

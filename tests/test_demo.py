@@ -79,7 +79,7 @@ def test_readme_python_runs(demo: tuple[Path, str]) -> None:
     assert len(blocks) == 2  # the other runs in test_your_own_family.py
     done = execute_code(blocks[0], cwd=folder)
     assert done.returncode == 0, done.stderr
-    assert re.search(r"^level s: \d+ calls an image, ", done.stdout, re.MULTILINE)
+    assert re.search(r"^level l: \d+ calls an image, ", done.stdout, re.MULTILINE)
 
 
 def test_the_first_tutorial_runs(
