@@ -29,7 +29,7 @@ from multilevel_runs import write_rows
 
 from mlem import Family, Plan, Reuse
 from mlem.comparison.equal_error import Setting, cost_ratio
-from mlem.multilevel.timing import machine
+from mlem.provenance import machine
 from mlem.sampling import Sampler, solver_of
 from mlem.solvers import Solver
 
@@ -71,7 +71,7 @@ class Rows:
     def __init__(self, folder: Path, kind: str, out: Path) -> None:
         self.family, self.kind, self.out = Family.load(folder), kind, out
         self.about = {"family": self.family.data, "weights": self.family.weights_hash, "kind": kind, "images": IMAGES}
-        self.about |= {"machine": machine(torch.device("cpu")), "reference": REFERENCE[kind]}
+        self.about |= {"machine": machine(), "reference": REFERENCE[kind]}
         found = json.loads(out.read_text()) if out.exists() else {"rows": []}
         self.rows: list[dict[str, Any]] = found["rows"]
 

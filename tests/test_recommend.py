@@ -14,7 +14,7 @@ from mlem.multilevel.calibration import Calibration
 from mlem.multilevel.correction import correction
 from mlem.multilevel.fitted import Fitted
 from mlem.multilevel.recommend import Candidate
-from mlem.multilevel.timing import machine
+from mlem.multilevel.timing import timed_on
 from tests.waves import family
 
 pytestmark = pytest.mark.usefixtures("float64_module")
@@ -83,7 +83,7 @@ def test_a_plan_that_is_recommended_runs_as_it_was_predicted_to(waves: Family) -
 
 def test_a_family_from_another_machine_is_timed_here(waves: Family) -> None:
     calibration = waves.fitted.calibration_for(waves)
-    here = machine(torch.device("cpu"))
+    here = timed_on(torch.device("cpu"))
     for noted, kept in (({}, True), ({"machine": here}, True), ({"machine": "1 cores Babbage"}, False)):
         of = Family(waves.levels, Fitted(replace(calibration, about=calibration.about | noted)))
         of.recommend(mse=1e-2)
@@ -109,6 +109,12 @@ def test_a_family_from_another_machine_is_timed_here(waves: Family) -> None:
 def test_mistakes_get_one_line(waves: Family, options: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         waves.recommend(**options)
+
+
+def test_a_calibration_without_pilots_is_refused(waves: Family) -> None:
+    of = Family(waves.levels, Fitted(replace(waves.fitted.calibration_for(waves), discretisation={}, stderr={})))
+    with pytest.raises(ValueError, match=r"^no error of an ODE solver was measured of this family: python -m mlem\."):
+        of.recommend(mse=1e-3)
 
 
 def test_steps_that_were_not_measured_are_said(waves: Family) -> None:

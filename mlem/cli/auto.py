@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from mlem.cli.options import plan_defaults
 from mlem.cli.schema import Sample
 from mlem.cli.values import written
@@ -21,8 +23,10 @@ def is_auto(job: Sample) -> bool:
     return job.sampler.solver == "auto"
 
 
-def chosen(job: Sample, model: Family | Level) -> tuple[Sample, Recommendation | None]:
+def chosen(job: Sample, model: Family | Level, device: torch.device) -> tuple[Sample, Recommendation | None]:
     """The job with what is recommended in place of `sampler=auto`, and the recommendation; other jobs as they are.
+
+    The networks are moved to the device on which they will run, for their time counts.
 
     Raises: ValueError for options that do not go with it, and where nothing can be recommended.
     """
@@ -32,6 +36,7 @@ def chosen(job: Sample, model: Family | Level) -> tuple[Sample, Recommendation |
         return job, None
     kind = _checked(job, model)
     assert isinstance(model, Family)
+    torch.nn.ModuleList(level.network for level in model.levels).to(device)
     choice = model.recommend(mse=job.shared["mse"], seconds=job.seconds, kind=kind, batch_size=job.batch_size)
     if first_process():
         _print(choice)

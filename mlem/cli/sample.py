@@ -58,7 +58,7 @@ def _sample(job: Sample) -> None:
         measure.check(len(indices))
         _check_shape(model, measure, job.data.name, decoder)
     fabric = new_fabric(job.trainer)
-    job, choice = chosen(job, model)
+    job, choice = chosen(job, model, fabric.device)
     sampler, model = _sampler(job, model, fabric.device, choice)
     out = out_folder(job)
     # all that may be refused is refused before there are other ranks, which would wait for this one

@@ -20,7 +20,7 @@ from mlem.denoiser import Denoiser, of_rows
 from mlem.family import Family
 from mlem.grids import TimeGrid
 from mlem.multilevel.calibration import Calibration, LinearResponse
-from mlem.multilevel.timing import machine, time_levels
+from mlem.multilevel.timing import time_levels, timed_on
 from mlem.networks import evaluating
 from mlem.noise import reserved_indices
 from mlem.schedule import NoiseSchedule
@@ -76,7 +76,7 @@ def calibrate(
         measured = measure(
             denoisers, family.schedule, family.shape, index, carrier=carrier, times=times, seed=seed, progress=progress
         )
-    about = {"images": images, "seed": seed, "device": str(device), "machine": machine(index.device)}
+    about = {"images": images, "seed": seed, "device": str(device), "machine": timed_on(index.device)}
     about |= {"weights": family.weights_hash, "schedule": family.schedule.fingerprint}
     flops = tuple(float(level.flops) for level in family.levels)
     return Calibration(tuple(family.names), flops, seconds, *measured, about, outside=outside)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from mlem.grids import TimeGrid
-from mlem.multilevel.calibration import KINDS
+from mlem.multilevel.calibration import COMMAND, KINDS
 from mlem.multilevel.choices import check_choice
 from mlem.multilevel.identity import found_plan
 from mlem.multilevel.plan import Plan
@@ -150,6 +150,8 @@ class _Choosing:
             for name in family.names
         }
         self.outside = self.calibration.predicted_seconds({}, 1, self.kind, self.batch_size)
+        if next(self.methods(), None) is None:
+            raise ValueError(f"no error of an {self.kind.upper()} solver was measured of this family: {COMMAND}")
 
     def methods(self) -> Iterator[tuple[Solver, str]]:
         """Solvers of the kind, and the grids that they were measured on."""

@@ -24,7 +24,7 @@ from mlem.waiting import Waiting
 if TYPE_CHECKING:
     from mlem.family import Family
 
-__all__ = ["machine", "time_levels", "timed_here"]
+__all__ = ["time_levels", "timed_here", "timed_on"]
 
 REPEATS = 3
 CALLS, STEPS = 2, 16
@@ -55,7 +55,7 @@ def time_levels(
     return tuple(seconds), outside
 
 
-def machine(device: torch.device) -> str:
+def timed_on(device: torch.device) -> str:
     """What the times of levels depend on beside batch size and network."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
@@ -68,7 +68,7 @@ def timed_here(family: Family, calibration: Calibration, batch_size: int) -> Cal
     Calibrations from before machines were noted stay as they are.
     """
     place = next(family.level().network.parameters(), torch.empty(0)).device
-    if calibration.about.get("machine", here := machine(place)) == here:
+    if calibration.about.get("machine", here := timed_on(place)) == here:
         return calibration
     networks = torch.nn.ModuleList(level.network for level in family.levels)
     with torch.inference_mode(), evaluating(networks), Waiting("timing the levels on this machine", 1) as waiting:
