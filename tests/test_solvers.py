@@ -108,13 +108,14 @@ def test_the_closed_form_solves_the_ode() -> None:
     "name", [name for name, solver in SOLVERS.items() if solver.sequential and not solver.stochastic]
 )
 def test_order_of_ode_solvers(name: str) -> None:
-    """Slope against the closed form: within 0.1 of order 1, 0.2 of order 2."""
-    counts = [24, 48, 96, 192, 384]
+    """Slope against the closed form: within 0.1 of order 1, 0.2 of order 2, 0.3 of order 3."""
+    order = SOLVERS[name].order
+    # of a high order that the first steps lack the slope shows late
+    counts = [24, 48, 96, 192, 384] if order < 3 else [384, 768, 1536]
     y = start(64)
     exact = gaussian_flow(y, COSINE.kappa(FIRST / 1024).item(), COSINE.kappa(LAST / 1024).item())
     ends = [solve(make_solver(name), gaussian(COSINE), COSINE, interval(n), y, path(64)) for n in counts]
     measured = slope(counts, [rms(end - exact) for end in ends])
-    order = SOLVERS[name].order
     assert abs(measured - order) <= 0.1 * order, f"{name}: slope {measured:.3f}"
 
 

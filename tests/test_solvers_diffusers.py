@@ -11,7 +11,13 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, HeunDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    HeunDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
@@ -109,6 +115,14 @@ def multistep(algorithm: str) -> DPMSolverMultistepScheduler:
 def test_dpm_solver_pp(steps: int) -> None:
     x, x_T = ours("dpm_solver_pp", steps)
     assert_same(x, run_diffusers(multistep("dpmsolver++"), steps, x_T))
+
+
+@pytest.mark.parametrize("steps", [2, 3, 10, 50])
+@pytest.mark.parametrize(("name", "order"), [("unipc", 2), ("unipc_3", 3)])
+def test_unipc(name: str, order: int, steps: int) -> None:
+    x, x_T = ours(name, steps)
+    scheduler = UniPCMultistepScheduler(**COMMON, timestep_spacing="trailing", solver_order=order)
+    assert_same(x, run_diffusers(scheduler, steps, x_T))
 
 
 @pytest.mark.parametrize("steps", [2, 10, 50])

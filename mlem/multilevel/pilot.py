@@ -26,9 +26,13 @@ from mlem.trajectory import samples
 
 __all__ = ["ESTIMATORS", "PILOTS", "SPENT", "STEPS", "discretisations", "pilot"]
 
-STEPS = {"ode": (8, 12, 16, 24, 32, 48, 64), "sde": (8, 16, 32, 64, 128)}
+STEPS = {"ode": (6, 8, 12, 16, 24, 32, 48, 64), "sde": (8, 16, 32, 64, 128)}
 """At these step counts."""
-PILOTS = (("ddpm", "uniform", (32, 64, 128), 0), ("dpm_solver_pp", "log_snr", (16, 32, 48), 1))
+PILOTS = (
+    ("ddpm", "uniform", (32, 64, 128), 0),
+    ("dpm_solver_pp", "log_snr", (16, 32, 48), 1),
+    ("unipc", "uniform", (12, 24, 36), 1),
+)
 """Solver, grid, steps and order of held corrections of the pilot plans."""
 SPENT = (6.0, 12.0, 24.0)
 """Their costs, in evaluations of the largest level by FLOPs."""
@@ -78,17 +82,15 @@ def pilot(
             stderr[f"{name}/{grid}"] = {steps: _stderr(each) for steps, each in found.items()}
         calibration = replace(calibration, discretisation=errors, stderr=stderr)
         family.fitted = Fitted(calibration)
-        pilots = {}
+        pilots: dict[str, list[list[float]]] = {}
         for name, grid, counts, order in PILOTS:
             for number, (estimator, coins, draws) in enumerate(ESTIMATORS):
                 progress(f"pilot plans: {name}, {estimator} {coins or ''}")
                 spec = PlanSpec(budget=1.0, estimator=estimator, coins=coins, order=order, cost="flops")
-                found = [
-                    row
-                    for steps in (counts if number < 2 else counts[-1:])
-                    for row in _pilots(runs, spec, make_solver(name), grid, steps, draws)
-                ]
-                pilots[pilot_key(make_solver(name), estimator, coins)] = sorted(found)
+                found = pilots.setdefault(pilot_key(make_solver(name), estimator, coins), [])
+                for steps in counts if number < 2 else counts[-1:]:
+                    found += _pilots(runs, spec, make_solver(name), grid, steps, draws)
+                found.sort()
     about = calibration.about | {"pilot_images": images, "reference_steps": reference_steps}
     return replace(calibration, pilots=pilots, about=about)
 
