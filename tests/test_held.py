@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mlem.denoiser import Denoiser
 from mlem.multilevel.denoiser import MultilevelDenoiser
+from mlem.multilevel.holding import Holding, Measurement
 from mlem.solvers import GridPoint, make_solver, quadrature_weights
 from tests.hierarchy import COSINE, TIMES, at, call, denoisers, measured, noise, trajectory
 from tests.problems import MEAN, gaussian, mixture, point_mass, rms
@@ -101,6 +102,32 @@ def test_hindsight_mends_what_holding_got_wrong(solver: str) -> None:
     assert errors["hindsight", 32] < 0.5 * errors["held", 32]
     assert errors["hindsight", 128] < 0.15 * errors["held", 128]
     assert errors["held", 32] > 0.01
+
+
+@pytest.mark.parametrize(("order", "right"), [(0, False), (1, True)])
+def test_interpolation_is_a_parabola_through_three_measurements(order: int, right: bool) -> None:
+    holding, times = Holding(order, None), (-2.0, -1.5, 0.3)
+    points = [Measurement(time, torch.tensor(3 + 2 * time - 0.7 * time**2, dtype=torch.float64)) for time in times]
+    for time in (-1.5, -1.0, 0.0, 0.3):
+        ends = time in times
+        assert (abs(holding.interpolated(points, time).item() - (3 + 2 * time - 0.7 * time**2)) < 1e-12) is (
+            right or ends
+        )
+        line = 3 + 2 * -1.5 - 0.7 * 1.5**2 + (time + 1.5) / 1.8 * (2 * 1.8 - 0.7 * (0.09 - 2.25))
+        assert holding.interpolated(points[1:], time).item() == pytest.approx(line)
+
+
+def test_a_correction_that_is_measured_late_is_nothing_until_then() -> None:
+    levels, x = [gaussian(COSINE), corrected(gaussian(COSINE), torch.sin)], noise(4)
+    said = call(MultilevelDenoiser(levels, measured(5, [2], estimator="held"), schedule=COSINE), x, TIMES)
+    for row in (0, 1):
+        torch.testing.assert_close(said[row], levels[0](x, at(TIMES[row], 4)), rtol=0, atol=0)
+    time = [-math.log(COSINE.kappa(t).item()) for t in TIMES]
+    slope = math.sin(time[2]) / (time[2] - time[0])  # from nothing at the first row
+    expected = levels[0](x, at(TIMES[3], 4)) + COSINE.alpha(TIMES[3]) * (
+        math.sin(time[2]) + slope * (time[3] - time[2])
+    )
+    torch.testing.assert_close(said[3], expected, rtol=0, atol=1e-12)
 
 
 def test_one_move_of_hindsight_by_hand() -> None:

@@ -6,8 +6,8 @@ of counts says which corrections are evaluated at which row.
 - jump: `F = sum_k (count_k / p_k) g^k`, unbiased ([J], arXiv:2603.24594);
 - held: a correction that is evaluated is measured; between two measurements it is extrapolated from the last one
   (order 0) or the last two (order 1, linearly in `-ln kappa`): see `holding.py`. Biased, but smooth: multistep solvers
-  work on it;
-- hindsight: held, and when a correction is measured again, the state is moved by what interpolation between the two
+  work on it. One that is not measured at the first row is nothing there;
+- hindsight: held, and when a correction is measured again, the state is moved by what interpolation between
   measurements says that extrapolation got wrong (ours; the corrector of a multistep method, for the correction alone);
 - switch: at each row one level runs, and no correction above it counts (T-Stitch, arXiv:2402.14167; a searched sequence
   is OMS-DPM's, arXiv:2306.08860). What the larger levels would have said is lost.
@@ -168,8 +168,8 @@ class Held(Estimator):
             )
         if counts is None:
             raise ValueError("held corrections need one plan for all samples; leave per_sample out, or estimator=jump")
-        if counts.shape == p.shape and not bool(counts[0].all() and counts[:, 0].all()):
-            raise ValueError("held corrections must all be measured at the first row, the cheapest level at every row")
+        if counts.shape == p.shape and not bool(counts[:, 0].all() and counts.any(0).all()):
+            raise ValueError("held corrections must be measured at some row, and the cheapest level at every row")
 
     def tossed(self, counts: Tensor) -> Tensor:
         counts = counts.clone()
@@ -238,12 +238,10 @@ def _next(measured: Table) -> NDArray[np.intp]:
 
 
 def _revised(measured: Table) -> Table:
-    """Rows at which a correction is measured again after a gap: (.., R)."""
+    """Rows at which a correction is measured after a gap: (.., R)."""
     again = measured.copy()
     again[..., 1:, :] &= ~measured[..., :-1, :]
-    begun = np.logical_or.accumulate(measured, axis=-2)[..., :-1, :]  # it was measured before
-    again[..., 1:, :] &= begun
-    again[..., 0, :] = False
+    again[..., :2, :] = False  # at the first row, all is known
     return np.logical_or.reduce(again[..., 1:], axis=-1)
 
 

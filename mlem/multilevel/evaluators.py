@@ -136,9 +136,17 @@ class HeldEvaluator(Evaluator):
     def evaluate(self, row: int, x: Tensor, t: Tensor, point: Place) -> Tensor:
         moment = Moment.of(self._schedule, x, t, point)
         outputs = _outputs(self._levels, self._program.evaluated[row], x, t, point)
+        if row == 0:
+            self._begin(x, moment)
         self._measure(row, outputs, moment)
         estimate = _weighted(outputs, self._program.weights[row], x)
         return self._corrected(estimate, row, moment, fresh=False)
+
+    def _begin(self, x: Tensor, moment: Moment) -> None:
+        """What is not measured at the first row is nothing there."""
+        for level, due in enumerate(self._program.measured[0]):
+            if level and not due:
+                self._measured[level].append(Measurement(moment.time, torch.zeros_like(x)))
 
     def _measure(self, row: int, outputs: Sequence[Tensor | None], moment: Moment) -> Tensor | None:
         """Keep the corrections that are measured at this row. Returns what to move the state by, if anything."""
@@ -217,8 +225,7 @@ class HindsightEvaluator(HeldEvaluator):
         """`sum_i c_i (interpolated_i - stand-in_i)` over the rows since the last measurement."""
         move: Tensor | None = None
         for row, then, value in self._stand_ins[level]:
-            before, after = self._measured[level][-2:]
-            error = self._program.holding.interpolated(before, after, then.time).sub_(value)
+            error = self._program.holding.interpolated(self._measured[level], then.time).sub_(value)
             # what entered there has shrunk since, about as it would with frozen data
             error.mul_(then.alpha).mul_(now.kappa / then.kappa).mul_(self._quadrature[row])
             move = _sum(move, error)

@@ -1,8 +1,9 @@
 """Holding: what stands in for a correction between the evaluations at which it is measured.
 
-Time is `-ln kappa`. A stand-in is a linear combination of one or two measurements; `Holding` gives their weights: as
+Time is `-ln kappa`. A stand-in is a linear combination of up to three measurements; `Holding` gives their weights: as
 plain numbers or, where times differ from sample to sample, as tensors when a sample is made, and as arrays, for many
-plans at once, when an error is predicted.
+plans at once, when an error is predicted. A correction that is not measured at the first row is taken for nothing
+there: of noise all levels say much the same.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ class Holding:
 
     Args:
         order: of extrapolation: 0 holds the last measurement, 1 draws a straight line through the last two.
+            Interpolation takes one measurement more: the next.
         correlation_length: in `-ln kappa`. A held measurement fades as `exp(-distance / length)`, the best linear
             guess of a process with this correlation; None: it does not fade.
     """
@@ -50,9 +52,14 @@ class Holding:
         before = points[-2]
         return _combined(last, before, _line(time - last.time, before.time - last.time))
 
-    def interpolated(self, before: Measurement, after: Measurement, time: float | Tensor) -> Tensor:
-        """What two measurements say of a `time` in between."""
-        return _combined(before, after, self._between(time - before.time, after.time - before.time))
+    def interpolated(self, points: Sequence[Measurement], time: float | Tensor) -> Tensor:
+        """What the last `order + 2` measurements, or those there are, say of a `time` between the last two."""
+        before, after = points[-2:]
+        oldest = points[-3] if len(points) > 2 else before
+        passed, span, older = time - before.time, after.time - before.time, before.time - oldest.time
+        *weights, third = self._interpolation(passed, span, older)
+        found = _combined(before, after, (weights[0], weights[1]))
+        return found if oldest is before else found.add_(oldest.value * third)
 
     def deviations(
         self,
@@ -65,7 +72,7 @@ class Holding:
         """Stand-ins less corrections, as coefficients of the corrections, for N plans at once.
 
         Args:
-            measured: (N, R), the evaluations at which the correction is measured; the first must be.
+            measured: (N, R), the evaluations at which the correction is measured.
             scale: (R,), or (N, R), what a unit of error at each evaluation counts.
             times: (R,), `-ln kappa` of each evaluation.
             hindsight: whether interpolation replaces extrapolation where there is a later measurement.
@@ -74,30 +81,29 @@ class Holding:
         """
         plans, rows = measured.shape
         number, plan = np.arange(rows), np.arange(plans)[:, None]
-        last = np.maximum.accumulate(np.where(measured, number, 0), axis=1)
-        since = times[last]
-        passed = times - since
-        # where a correction is measured nothing has passed, and the measurement weighs 1
+        known = measured | (number == 0)  # at the first row at least that it is nothing
+        last = np.maximum.accumulate(np.where(known, number, 0), axis=1)
+        before = np.zeros_like(last)
+        before[:, 1:] = last[:, :-1]
+        before = before[plan, last]  # the last but one
         later = np.full_like(last, rows)
         if hindsight:
-            later = np.minimum.accumulate(np.where(measured, number, rows)[:, ::-1], axis=1)[:, ::-1]
+            later = np.minimum.accumulate(np.where(known, number, rows)[:, ::-1], axis=1)[:, ::-1]
         between = later < rows
-        if between.all():
-            second, weights = later, self._between(passed, np.where(measured, 1.0, times[later] - since))
-        else:
-            second = last
-            if self.order:
-                before = np.zeros_like(last)
-                before[:, 1:] = last[:, :-1]
-                second = before[plan, last]  # the one before the last
-            weights = self._extrapolation(passed, times[second] - since, second == last)
-            if between.any():
-                second = np.where(between, later, second)
-                span = np.where(between & ~measured, times[second] - since, 1.0)
-                weights = _chosen(between, self._between(passed, span), weights)
-        said = np.bincount((plan * rows + last).ravel(), (scale * weights[0]).ravel(), plans * rows)
-        said += np.bincount((plan * rows + second).ravel(), (scale * weights[1]).ravel(), plans * rows)
-        return said.reshape(plans, rows) - scale
+        second = np.where(between, later, before if self.order else last)
+        since = times[last]
+        passed, older = times - since, since - times[before]
+        # where a correction is measured nothing has passed, and the measurement weighs 1
+        span = np.where(between & known, 1.0, times[second] - since)
+        inside = self._interpolation(passed, np.where(between, span, 1.0), older)
+        outside = self._extrapolation(passed, span, second == last)
+        one, other = _chosen(between, inside[:2], outside)
+        said = np.zeros(plans * rows)
+        for place, weight in ((last, one), (second, other), (before, between * inside[2])):
+            said += np.bincount((plan * rows + place).ravel(), (scale * weight).ravel(), plans * rows)
+        said = said.reshape(plans, rows)
+        said[:, 0] *= measured[:, 0]
+        return said - scale
 
     def _extrapolation(
         self, passed: NDArray[np.float64], span: NDArray[np.float64], alone: NDArray[np.bool_]
@@ -111,17 +117,28 @@ class Holding:
         length = self.correlation_length
         return 1.0 if length is None else _library(passed).exp(-passed / length)
 
-    def _between(self, passed: Numbers, span: Numbers) -> tuple[Numbers, Numbers]:
-        """Weights of a measurement, `passed` after it, and of another, at a distance of `span` from it.
+    def _interpolation(self, passed: Numbers, span: Numbers, older: Numbers) -> tuple[Numbers, Numbers, Numbers]:
+        """Weights of a measurement, `passed` after it, of another `span` later, and of one that is `older` than it.
 
-        A straight line; with a correlation length, the mean of an Ornstein-Uhlenbeck process that is known at both
-        ends: `(sinh((span - passed) / length) a + sinh(passed / length) b) / sinh(span / length)`.
+        Of order 1 a parabola through all three, a straight line where older = 0; of order 0 a straight line. With a
+        correlation length, the mean of an Ornstein-Uhlenbeck process that is known at both ends:
+        `(sinh((span - passed) / length) a + sinh(passed / length) b) / sinh(span / length)`.
         """
         length = self.correlation_length
-        if length is None:
-            return _line(passed, span)
-        left, gone, whole = (_library(x).sinh(x / length) for x in (span - passed, passed, span))
-        return left / whole, gone / whole
+        if length is not None:
+            left, gone, whole = (_library(x).sinh(x / length) for x in (span - passed, passed, span))
+            return left / whole, gone / whole, 0.0 * passed
+        one, other = _line(passed, span)
+        if self.order == 0:
+            return one, other, 0.0 * passed
+        # two evaluations at one time (Heun) give no slope
+        lacking = (span == 0) + (older == 0)
+        bend = (span != 0) * (older != 0) * passed * (passed - span)
+        return (
+            one - bend / (span * older + lacking),
+            other + bend / (span * (span + older) + lacking),
+            bend / (older * (span + older) + lacking),
+        )
 
 
 def _line(passed: Numbers, span: Numbers) -> tuple[Numbers, Numbers]:
@@ -129,6 +146,16 @@ def _line(passed: Numbers, span: Numbers) -> tuple[Numbers, Numbers]:
     # two evaluations at one time (Heun) give no slope
     share = passed * (span != 0) / (span + (span == 0))
     return 1 - share, share
+
+
+def _parabola(passed: Numbers, span: Numbers, older: Numbers) -> tuple[Numbers, Numbers, Numbers]:
+    """Weights of the parabola through values at 0, at a distance of `span`, and `older` before 0."""
+    # two evaluations at one time (Heun) give no parabola
+    none = (span == 0) + (older == 0)
+    first = (span - passed) * (passed + older) / (span * older + none)
+    second = passed * (passed + older) / (span * (span + older) + none)
+    third = -passed * (span - passed) / (older * (span + older) + none)
+    return first, second, third
 
 
 def _combined(one: Measurement, other: Measurement, weights: tuple[Any, Any]) -> Tensor:

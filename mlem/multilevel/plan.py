@@ -126,9 +126,9 @@ class Plan:
         correlation_length: float | None = None,
         about: Mapping[str, Any] | None = None,
     ) -> Plan:
-        """Held corrections, measured where `measured` (R, K) is true; everything is at the first row."""
+        """Held corrections, measured where `measured` (R, K) is true; the cheapest level runs at every row."""
         counts = torch.as_tensor(measured).bool().long().clone()
-        counts[:, 0] = counts[0] = 1
+        counts[:, 0] = 1
         options = (estimator, order, 0, tuple(levels), correlation_length, dict(about or {}))
         return Plan(counts.double(), counts, "given", *options)
 

@@ -1,7 +1,7 @@
 """The search for the evaluations at which held corrections are measured, by predicted error.
 
 `search` is all that the planner calls: another search replaces this file. Tables say what is measured when: (R, K) bool
-of R evaluations and K levels, the first row and the first column all true. Arrays are numpy's: thousands of small ones.
+of R evaluations and K levels, the first column all true. Arrays are numpy's: thousands of small ones.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ POWERS = (0.0, 1 / 3, 2 / 3, 1.0)
 """Powers of the density of measurements: 0 is even; 2/3 is best for corrections as rough as a Brownian path."""
 MULTIPLES = (1, 2, 4)
 """How many times as often as the level above a level may be measured."""
+STARTS = (0.0, 0.1, 0.2, 0.35, 0.5)
+"""Shares of the rows before the first measurement: where noise dominates, all levels say much the same."""
 CORRELATION_LENGTHS = (None, 4.0, 2.0, 1.0)
 REFINED = 2
 """How many of the candidates on each set of levels are refined,"""
@@ -139,7 +141,7 @@ class _Search:
         for _ in range(PASSES):
             if (before := state.energy) <= negligible:
                 break
-            for row in np.flatnonzero(state.taken)[1:].tolist():
+            for row in np.flatnonzero(state.taken).tolist():
                 self._move(state, row, holding)
             if state.energy > 0.99 * before:
                 break
@@ -150,7 +152,8 @@ class _Search:
         if not self._groups:
             alone = np.ones((1, self._rows, 1), dtype=bool)
             return alone[self._fitting(alone)]
-        kinds = list(itertools.product(POWERS, itertools.product(MULTIPLES, repeat=len(self.levels) - 2)))
+        starts = sorted({int(start * self._rows) for start in STARTS})
+        kinds = list(itertools.product(POWERS, itertools.product(MULTIPLES, repeat=len(self.levels) - 2), starts))
         most = min(self._rows, int(self._budget / self._costs[-1]))
         low, high = np.zeros(len(kinds), dtype=int), np.full(len(kinds), most)
         while (low < high).any():
@@ -159,14 +162,15 @@ class _Search:
             low, high = np.where(fits, middle, low), np.where(fits, high, np.maximum(middle - 1, low))
         return self._spread(low, kinds)[low > 0]
 
-    def _spread(self, counts: NDArray[Any], kinds: Sequence[tuple[float, tuple[int, ...]]]) -> Table:
+    def _spread(self, counts: NDArray[Any], kinds: Sequence[tuple[float, tuple[int, ...], int]]) -> Table:
         """Tables with so many measurements of the largest level, spread in these ways: (N, R, K)."""
         tables = np.zeros((len(kinds), self._rows, len(self.levels)), dtype=bool)
-        tables[:, 0] = tables[:, :, 0] = True
-        for table, count, (power, multiples) in zip(tables, counts, kinds, strict=True):
-            density = _capped(self._worth**power, count * math.prod(multiples))
+        tables[:, :, 0] = True
+        for table, count, (power, multiples, start) in zip(tables, counts, kinds, strict=True):
+            density = _capped(self._worth[start:] ** power, count * math.prod(multiples))
             passed = np.floor(density.cumsum() - density + 1e-9)  # whole numbers passed before each row
-            rows = np.concatenate([[0], np.flatnonzero(passed[1:] > passed[:-1]) + 1])
+            rows = start + np.concatenate([[0], np.flatnonzero(passed[1:] > passed[:-1]) + 1])
+            table[start, 1:] = True
             for level, stride in enumerate(itertools.accumulate((1, *multiples), operator.mul), 1):
                 table[rows[::stride], level] = True
         return tables
@@ -205,7 +209,7 @@ class _Search:
 
     def _move(self, state: _Moving, row: int, holding: Holding) -> None:
         """Make the best move of this row's measurements, where one helps and fits the budget."""
-        near = [row + shift for shift in SHIFTS if 0 < row + shift < self._rows]
+        near = [row + shift for shift in SHIFTS if 0 <= row + shift < self._rows]
         places = [place for place in near if not state.taken[place]]
         if not places:
             return
@@ -268,7 +272,7 @@ class _Moving:
         first, end = low, high + 1
         for places in (self._places[level] for level in levels):
             before, after = np.searchsorted(places, [low, high + 1]).tolist()
-            first = min(first, places[max(before - count, 0)])
+            first = min(first, places[before - count] if before >= count else 0)
             end = max(end, places[after + count - 1] + 1 if after + count <= len(places) else len(self.measured))
         return int(first), int(end)
 
