@@ -39,10 +39,10 @@ TARGETS = {"ode": (1e-2, 3e-3, 1e-3, 3e-4, 1e-4), "sde": (3e-2, 1e-2, 5e-3, 3e-3
 """Mean squared errors at which seconds are compared."""
 PLAIN: dict[str, list[tuple[str, str | None, dict[str, Any], tuple[int, ...]]]] = {
     "ode": [
-        ("dpm_solver_pp", "log_snr", {}, (6, 8, 10, 12, 16, 20, 26, 32)),
+        ("unipc", "uniform", {}, (4, 5, 6, 7, 8, 10, 12, 16, 20, 24)),
+        ("unipc_3", "log_snr", {}, (16, 24, 32)),
         ("dpm_solver_pp", "uniform", {}, (6, 8, 12, 16, 24)),
-        ("diffusers:UniPCMultistepScheduler", None, {}, (6, 8, 12, 16, 24)),
-        ("diffusers:DPMSolverMultistepScheduler", None, {"solver_order": 3}, (8, 12, 16, 24)),
+        ("diffusers:DPMSolverMultistepScheduler", None, {"solver_order": 3}, (6, 8, 12, 16, 24)),
     ],
     "sde": [
         ("ddpm", "uniform", {}, (12, 16, 24, 32, 48, 64, 96)),
@@ -51,14 +51,15 @@ PLAIN: dict[str, list[tuple[str, str | None, dict[str, Any], tuple[int, ...]]]] 
     ],
 }
 """Solver, grid, options and steps of the largest level alone."""
-STITCHED = {"ode": ("dpm_solver_pp", "log_snr", (12, 16, 24)), "sde": ("ddpm", "uniform", (32, 64))}
-"""Solver, grid and steps of T-Stitch: a small level for the first share of the steps, the largest after."""
-SHARES = (0.25, 0.5, 0.75)
-REUSED = {"ode": ("dpm_solver_pp", "log_snr", (12, 16, 24, 32)), "sde": ("ddpm", "uniform", (32, 64))}
+STITCHED = {"ode": ("unipc", "uniform", (8, 12, 16)), "sde": ("ddpm", "uniform", (32, 64))}
+"""Solver, grid and steps of plans that switch by hand."""
+SHARES = (0.25, 0.5)
+"""Of T-Stitch, in which a small level runs first; and of the steps in the middle, from this share of them on."""
+REUSED = {"ode": ("unipc", "uniform", (8, 12, 16, 24)), "sde": ("ddpm", "uniform", (32, 64))}
 """Of DeepCache, on the largest level alone."""
-REUSES = ((2, 1), (3, 2), (5, 3))
+REUSES = ((2, 1), (2, 2), (3, 1), (5, 2))
 """Whole evaluations one in so many, and the branch."""
-PLANNED = {"ode": ("dpm_solver_pp", "uniform", (12, 16, 24, 32)), "sde": ("ddpm", "uniform", (32, 64, 96, 128))}
+PLANNED = {"ode": ("unipc", "uniform", (12, 16, 24, 36)), "sde": ("ddpm", "uniform", (32, 64, 96, 128))}
 BUDGETS = {"ode": (0.1, 0.16, 0.25, 0.4, 0.6), "sde": (0.07, 0.11, 0.18, 0.3)}
 """Of plans: shares of the largest level's seconds in as many steps."""
 
@@ -131,9 +132,12 @@ def jobs(family: Family, kind: str) -> Iterator[Job]:
     solver, grid, several = STITCHED[kind]
     for steps in several:
         for share, small in itertools.product(SHARES, family.names[:-1:2]):
-            first = round(float(share) * steps)
-            plan = Plan.switching([0] * first + [1] * (steps - first), [small, top])
-            yield ["T-Stitch", solver, grid, steps, small, share], alone(solver, grid, steps, plan=plan)
+            some = round(float(share) * steps)
+            early = Plan.switching([0] * some + [1] * (steps - some), [small, top])
+            yield ["T-Stitch", solver, grid, steps, small, share], alone(solver, grid, steps, plan=early)
+            head = (steps - some) // 2
+            inner = Plan.switching([1] * head + [0] * some + [1] * (steps - some - head), [small, top])
+            yield ["large-small-large", solver, grid, steps, small, share], alone(solver, grid, steps, plan=inner)
     solver, grid, several = REUSED[kind]
     for steps in several:
         for every, branch in REUSES:
@@ -158,7 +162,7 @@ GROUPS = {
     "switch": ("switch",),
     "any plan": ("hindsight", "switch"),
 }
-OTHERS = ("fewer steps", "fewer steps, diffusers", "T-Stitch", "DeepCache")
+OTHERS = ("fewer steps", "fewer steps, diffusers", "T-Stitch", "large-small-large", "DeepCache")
 
 
 def settings(rows: list[dict[str, Any]], groups: tuple[str, ...]) -> list[Setting]:

@@ -2,12 +2,12 @@
 
 With `lambda = -ln kappa`, h the step in lambda, and earlier data estimates x0_k at lambda_k, a step of order p is
 
-    y' = r y + (1 - r) (x0_i + sum_k rho_k (x0_k - x0_i) / r_k),    r = kappa'/kappa,    r_k = (lambda_k - lambda_i) / h,
+    y' = r y + (1 - r) (x0_i + sum_k rho_k (x0_k - x0_i) / r_k),  r = kappa'/kappa,  r_k = (lambda_k - lambda_i) / h,
 
 with p - 1 of them, and rho so that polynomials in lambda come out right. The corrector does the same once more with the
 estimate at the end of the step among them; it asks the network nothing, since the next step begins with that estimate.
-Here it adds to y what it knows better. Orders rise from 1 at the start, and fall to 1 towards kappa' = 0; what was found at
-pure noise, where lambda is infinite, is not used again.
+Here it adds to y what it knows better. Orders rise from 1 at the start, and fall to 1 towards kappa' = 0; what was
+found at pure noise, where lambda is infinite, is not used again.
 """
 
 from __future__ import annotations
