@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import shutil
 import subprocess
@@ -135,6 +136,17 @@ def test_every_tool_has_its_help(name: str, monkeypatch: pytest.MonkeyPatch, cap
     with pytest.raises(SystemExit, match="0"):
         tools.main([name, "--help"])
     assert capsys.readouterr().out.startswith(f"usage: mlem {name} ")
+
+
+def test_every_argument_of_a_tool_says_what_it_is() -> None:
+    calls = [
+        (path.name, node)
+        for path in (REPOSITORY / "mlem").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "add_argument"
+    ]
+    assert len(calls) > 25
+    assert [(name, ast.unparse(call)) for name, call in calls if "help" not in {one.arg for one in call.keywords}] == []
 
 
 def test_a_wrong_tool_gets_one_line(capsys: pytest.CaptureFixture) -> None:
