@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -88,6 +89,18 @@ def test_the_head_says_what_is_needed(wheel: Path) -> None:
     assert head["Version"] == mlem.__version__ == cited["version"]
     assert "Typing :: Typed" in head.get_all("Classifier", [])
     assert str(head.get_payload()).startswith("# mlem\n")
+
+
+def test_the_changelog_begins_with_what_is_unreleased_and_then_this_version() -> None:
+    text = (REPOSITORY / "CHANGELOG.md").read_text()
+    unreleased, *versions = re.findall(r"^## (.+)$", text, re.MULTILINE)
+    found = [re.fullmatch(r"\[(\d+\.\d+\.\d+)\] - 2\d{3}-\d\d-\d\d", version) for version in versions]
+    assert unreleased == "[Unreleased]"
+    assert found[0] is not None
+    assert found[0][1] == mlem.__version__
+    assert all(found)
+    kinds = {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
+    assert set(re.findall(r"^###+ (.+)$", text, re.MULTILINE)) <= kinds
 
 
 def test_the_packages_are_the_folders_of_code() -> None:
