@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from mlem.invocation import one_line_for_interrupts as _one_line_for_interrupts
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # OpenMP threads that wait for others sleep soon. By default they spin, on a busy machine through whole time slices.
 # The runtimes, GNU's and Intel's, read this when they are loaded: so it stands here, before any import of torch.

@@ -178,7 +178,7 @@ def _show(found: Sequence[Run], root: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code: 0, or 2 where there is no such folder."""
     parser = argparse.ArgumentParser(command("runs"), description="The training runs below a folder.")
-    parser.add_argument("root", type=Path, nargs="?", default=Path("runs"))
+    parser.add_argument("root", type=Path, nargs="?", default=Path("runs"), help="folder to search; default: runs")
     parser.add_argument("--json", action="store_true", help="a list of objects, with sizes in bytes, times in seconds")
     options = parser.parse_args(arguments)
     try:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -89,6 +91,18 @@ def test_the_head_says_what_is_needed(wheel: Path) -> None:
     assert str(head.get_payload()).startswith("# mlem\n")
 
 
+def test_the_changelog_begins_with_what_is_unreleased_and_then_this_version() -> None:
+    text = (REPOSITORY / "CHANGELOG.md").read_text()
+    unreleased, *versions = re.findall(r"^## (.+)$", text, re.MULTILINE)
+    found = [re.fullmatch(r"\[(\d+\.\d+\.\d+)\] - 2\d{3}-\d\d-\d\d", version) for version in versions]
+    assert unreleased == "[Unreleased]"
+    assert found[0] is not None
+    assert found[0][1] == mlem.__version__
+    assert all(found)
+    kinds = {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
+    assert set(re.findall(r"^###+ (.+)$", text, re.MULTILINE)) <= kinds
+
+
 def test_the_packages_are_the_folders_of_code() -> None:
     """They are listed, for the configs lie elsewhere: a new folder is named in pyproject.toml."""
     listed = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
@@ -135,6 +149,17 @@ def test_every_tool_has_its_help(name: str, monkeypatch: pytest.MonkeyPatch, cap
     with pytest.raises(SystemExit, match="0"):
         tools.main([name, "--help"])
     assert capsys.readouterr().out.startswith(f"usage: mlem {name} ")
+
+
+def test_every_argument_of_a_tool_says_what_it_is() -> None:
+    calls = [
+        (path.name, node)
+        for path in (REPOSITORY / "mlem").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "add_argument"
+    ]
+    assert len(calls) > 25
+    assert [(name, ast.unparse(call)) for name, call in calls if "help" not in {one.arg for one in call.keywords}] == []
 
 
 def test_a_wrong_tool_gets_one_line(capsys: pytest.CaptureFixture) -> None:

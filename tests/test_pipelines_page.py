@@ -62,6 +62,12 @@ def test_every_block_runs_in_order(places: Any, capsys: Any) -> None:
     assert names["latents"].shape == (4, 4, 8, 8)
 
 
+def test_the_line_of_the_readme(places: Any) -> None:
+    (line,) = blocks("README.md")[1:]
+    exec(compile(line, "README.md", "exec"), {"pipe": places, "mlem": mlem})
+    assert type(places.unet) is not type(PIPELINES["StableDiffusionPipeline"].small())
+
+
 def test_the_example(places: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     """As it is typed, on a pipeline that diffusers saved."""
     places.save_pretrained(tmp_path / "pipeline")

@@ -78,9 +78,18 @@ def test_every_page_is_in_the_menu_two_clicks_from_the_start() -> None:
     assert pages == outside | {str(path.relative_to(docs)) for path in docs.rglob("*.md")}
 
 
+def test_every_picture_says_in_words_what_it_shows() -> None:
+    """As those of the notebooks, which test_notebooks.py looks at."""
+    pages = [*(REPOSITORY / "docs").rglob("*.md"), *REPOSITORY.glob("*.md"), REPOSITORY / "benchmarks/README.md"]
+    text = "\n".join(page.read_text() for page in pages)
+    said = re.findall(r"!\[([^]]*)\]\(", text) + re.findall(r'<img\s[^>]*?\balt="([^"]*)"', text)
+    assert len(said) == text.count("![") + text.count("<img") > 15
+    assert [words for words in said if len(words.split()) < 6] == []
+
+
 def test_every_command_of_a_page_composes() -> None:
-    """Those of README.md and CONTRIBUTING.md are run in test_demo.py and test_contributing.py."""
-    lines = [found for page in (REPOSITORY / "docs").glob("*.md") for found in COMMAND.findall(page.read_text())]
-    assert len(lines) > 20
+    """Those of CONTRIBUTING.md are run in test_contributing.py."""
+    lines = [found for page in PAGES if page.name != "CONTRIBUTING.md" for found in COMMAND.findall(page.read_text())]
+    assert len(lines) > 40
     for name, options in lines:
         compose(name, shlex.split(options))

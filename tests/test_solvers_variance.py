@@ -7,6 +7,7 @@ to 10 percent in every coordinate, any other to a third; the table stands in `do
 from __future__ import annotations
 
 import itertools
+import re
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from tests.commands import REPOSITORY
 from tests.problems import DEVIATIONS, uneven_gaussian
 
 SAMPLERS = {path.stem: OmegaConf.load(path) for path in sorted((REPOSITORY / "configs/sampler").glob("*.yaml"))}
+PAGE = REPOSITORY / "docs/solvers.md"
 OURS = {name: config for name, config in SAMPLERS.items() if config.solver in SOLVERS}
 SCHEDULES = {
     "linear": NoiseSchedule.linear(),
@@ -55,6 +57,20 @@ def test_defaults_keep_the_variance_of_a_gaussian(name: str, kind: str) -> None:
 
 def test_every_solver_is_among_them() -> None:
     assert {config.solver for config in OURS.values()} == set(SOLVERS)
+
+
+@pytest.mark.usefixtures("float64")
+def test_the_table_of_the_page_has_every_sampler_and_its_figures() -> None:
+    rows = re.findall(r"^\| `(\w+)` \| `(\w+)` \| (\d+) .*\| (.+) \| (.+) \|$", PAGE.read_text(), re.MULTILINE)
+    assert [(name, solver, int(steps)) for name, solver, steps, *_ in rows] == [
+        (name, config.solver, config.steps) for name, config in OURS.items()
+    ]
+    for name, solver, steps, *figures in rows:
+        method = make_solver(solver)
+        if not method.stochastic and "midpoint" not in solver:  # of the others they are means over draws
+            for kind, text in zip(("linear", "cosine"), figures, strict=True):
+                found = variance(method, SCHEDULES[kind], int(steps), OURS[name].grid)
+                assert text == ", ".join(f"{value:.2f}" for value in found.tolist())
 
 
 @pytest.mark.usefixtures("float64")

@@ -55,9 +55,9 @@ def test_every_block_runs_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert len(lines) <= 12  # "ten lines", and two of them are a def each
 
 
-def test_the_block_of_the_readme_runs(tmp_path: Path) -> None:
+def test_a_folder_of_diffusers_is_sampled_as_the_page_on_python_says(tmp_path: Path) -> None:
     folder = written(tmp_path / "dit", seeded(dit), DDIMScheduler())
-    block = blocks("README.md")[1].replace("folder of a diffusers model or pipeline", str(folder))
+    block = blocks("docs/python.md")[2].replace("folder of a diffusers model or pipeline", str(folder))
     names: dict[str, Any] = {}
-    exec(compile(block, "README.md", "exec"), names)
+    exec(compile(block, "docs/python.md", "exec"), names)
     assert names["images"].shape == (8, 4, 8, 8)

@@ -71,11 +71,11 @@ class _Architecture:
     """What levels are."""
 
     name: str = option(TEXT)
-    prediction: str = option(one_of(*PREDICTIONS), f"what a network predicts: {', '.join(PREDICTIONS)}")
-    dropout: float = option(FRACTION, "share of activations that training drops")
+    prediction: str = option(one_of(*PREDICTIONS), f"what networks predict: {', '.join(PREDICTIONS)}")
+    dropout: float = option(FRACTION, "share of activations dropped in training")
     architecture: str = option(one_of("unet", "dit"), "unet or dit", "unet")
-    conditional: bool = option(BOOL, "whether networks are told the classes of the data set, and none of them", False)
-    attention: bool = option(BOOL, "of UNets: the network of Ho et al. (2020), for images of 32x32 or more", False)
+    conditional: bool = option(BOOL, "tell networks the class of each image, or that there is none", False)
+    attention: bool = option(BOOL, "UNets as in Ho et al. (2020), with attention; for images of 32x32 or more", False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,30 +111,32 @@ class Learning:
     names: ClassVar = ("coefficients",)
 
     name: str = option(TEXT)
-    solver: str = option(TEXT, "for which the coefficients are learned")
+    solver: str = option(TEXT, "that the coefficients are learned for")
     steps: int = option(whole(1, MOST_STEPS), "of the solver")
     grid: str | None = option(text(null=True), GRIDS)
-    coins: str = option(one_of("bernoulli", "systematic"), "to learn with; gradients of systematic ones are noisy")
+    coins: str = option(
+        one_of("bernoulli", "systematic"), "kind of coins to learn with; gradients of systematic ones are noisy"
+    )
     budget: float = option(SHARE, "where learning begins: share of the largest level's cost (FLOPs), in (0, 1]")
     knots: int = option(
-        whole(0, 20), "of a law that is piecewise linear in log-SNR; 0: alpha_k u(t) + beta_k as published"
+        whole(0, 20), "of each law, piecewise linear in log-SNR; 0: alpha_k u(t) + beta_k, as published"
     )
     weight: float | None = option(
         number(above=0).or_null(),
-        "mean squared error that the cost of one plain sample is worth; null: about keep the budget",
+        "mean squared error that one plain sample's cost is worth; null: the one that about keeps the budget",
         name="lambda",
     )
     updates: int = option(whole(1), "optimizer steps; dry_run=true says how long they take")
     batch_size: int = option(whole(1), "images in a step, all ranks together")
-    draws: int = option(whole(2), "of the coins in a step, for each image its own with tangents=reverse")
-    images: int = option(whole(1), "learned from in turn")
+    draws: int = option(whole(2), "draws of the coins in a step; with tangents=reverse each image has its own")
+    images: int = option(whole(1), "images to learn from, in turn")
     learning_rate: float = option(number(above=0), "of Adam, falling linearly to 0")
     tangents: str = option(
         one_of("reverse", "exact", "random"),
         "reverse: to first order, in minutes; exact, random: unbiased, along all coefficients or one for each draw",
     )
-    held_out: int = option(whole(2), "images that the outcome is judged by")
-    checkpoint_every: int = option(whole(1), "optimizer steps; also from one line of progress to the next")
+    held_out: int = option(whole(2), "images that judge the outcome")
+    checkpoint_every: int = option(whole(1), "optimizer steps between checkpoints, and between lines of progress")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,8 +150,8 @@ class Schedule:
     beta_end: float | None = option(NUMBER, "of the linear schedule", None)
     num_timesteps: int | None = option(whole(2), "of the linear schedule", None)
     sigma_min: float | None = option(NUMBER, "of schedule=edm: noise-to-signal ratio of the first timestep", None)
-    sigma_max: float | None = option(NUMBER, "of schedule=edm: that of the last", None)
-    shift: float | None = option(NUMBER, "of schedule=flow: above 1 there is more noise", None)
+    sigma_max: float | None = option(NUMBER, "of schedule=edm: noise-to-signal ratio of the last", None)
+    shift: float | None = option(NUMBER, "of schedule=flow: above 1, more time at high noise", None)
     file: str | None = option(TEXT, "of schedule=diffusers: path of a scheduler_config.json", None)
 
 
@@ -187,14 +189,16 @@ class Metric:
     kid: bool = option(BOOL, "KID of the same features too")
     precision_recall: bool = option(BOOL, "precision and recall of the same features too")
     blocks: int = option(whole(1), "above 1: also mean and spread over as many disjoint blocks of the samples")
-    reference: int | None = option(whole(2).or_null(), "real images to compare with, the first ones; null: all")
+    reference: int | None = option(
+        whole(2).or_null(), "how many real images to compare with, the first ones; null: all"
+    )
     cache: str = option(TEXT, "folder of the reference statistics")
     weights: str | None = option(
-        text(null=True), "of Inception: path of the file; null: the torch hub cache. Of DINOv2: path of the folder"
+        text(null=True), "Inception: path of the file, null: the torch hub cache; DINOv2: path of the folder"
     )
     sha256: str | None = option(
         text(null=True),
-        "that weights must have, the first 8 digits or more; null: of Inception the original ones, of DINOv2 any",
+        "SHA-256 of the weights, 8 digits or more; null: the original Inception, any DINOv2",
     )
 
 
@@ -204,9 +208,11 @@ class SamplerChoice:
 
     name: str = option(TEXT, unused=PLAN_ONLY)
     solver: str = option(TEXT, unused=PLAN_ONLY)
-    steps: int = option(whole(1, MOST_STEPS), "steps= is this one")
-    grid: str | None = option(text(null=True), "grid= is this one")
-    over: str = option(one_of("samples", "ranks"), "what ranks share: the samples, or every batch", "samples")
+    steps: int = option(whole(1, MOST_STEPS), "short: steps=")
+    grid: str | None = option(text(null=True), "short: grid=")
+    over: str = option(
+        one_of("samples", "ranks"), "what ranks divide: samples, or the rows of every call (ranks)", "samples"
+    )
     options: dict[str, Any] = option(OPTIONS, "of the solver, such as sampler.options.clock=ou", {}, unused=PLAN_ONLY)
     shared: dict[str, Any] = field(default_factory=dict)
 
@@ -215,11 +221,11 @@ class SamplerChoice:
 class Guidance:
     """Guidance of class-conditional levels, or of any by a weaker one."""
 
-    scale: float | None = option(NUMBER.or_null(), "null + scale (conditioned - null); null: none", None)
-    weak: str | None = option(text(null=True), "autoguidance: the cheapest level, by name; null: by no class", None)
+    scale: float | None = option(NUMBER.or_null(), "s in uncond + s (cond - uncond); null: no guidance", None)
+    weak: str | None = option(text(null=True), "autoguidance by the cheapest level: its name; null: by no class", None)
     interval: list[float] | None = option(
         TWO_NUMBERS.or_null(),
-        "between which it acts, as [0.2,5]; null: at all noise levels",
+        "noise-to-signal ratios between which it acts, as [0.2,5]; null: everywhere",
         None,
     )
 
@@ -235,13 +241,13 @@ class Training:
     warmup_steps: int = option(whole(0), "in which the learning rate rises", 50)
     weight_decay: float = option(number(least=0), "of AdamW", 0.01)
     gradient_clip: float = option(number(least=0), "largest norm of the gradient; 0: off", 1.0)
-    average_decay: float = option(FRACTION, "of the averaged weights", 0.995)
-    beta2: float = option(FRACTION, "of Adam, how long it averages squared gradients", 0.99)
-    final_rate: float = option(SHARE, "share of the learning rate that is left at the end; 1: it does not fall", 0.1)
-    label_dropout: float = option(FRACTION, "of model.conditional: share of the images whose class is not told", 0.1)
+    average_decay: float = option(FRACTION, "decay of the averaged weights", 0.995)
+    beta2: float = option(FRACTION, "of Adam: decay of the averaged squared gradients", 0.99)
+    final_rate: float = option(SHARE, "share of the learning rate left at the end; 1: it stays constant", 0.1)
+    label_dropout: float = option(FRACTION, "with model.conditional: share of images whose class is withheld", 0.1)
     flip: bool = option(BOOL, "mirror every image with probability 1/2, left to right", False)
     epoch_steps: int = option(whole(1), "optimizer steps from one validation to the next", 200)
-    checkpoint_every: int = option(whole(1), "optimizer steps; before each validation too", 200)
+    checkpoint_every: int = option(whole(1), "optimizer steps between checkpoints; one before each validation too", 200)
     workers: int = option(whole(0), "processes that read data ahead", 0)
 
 
@@ -256,13 +262,11 @@ _USUAL_SAMPLERS = [
 class Evaluation:
     """What is measured in training and after it."""
 
-    every_n_epochs: int = option(whole(0), "in training; 0: only at the end", 5)
+    every_n_epochs: int = option(whole(0), "during training; 0: only at the end", 5)
     indices: str = option(INDICES, "of the samples", "0-63")
     batch_size: int = option(whole(1), "images in a batch", 64)
     reference_steps: int = option(whole(1, MOST_STEPS), "of the many-step reference", 200)
-    samplers: list[Any] = option(
-        LIST, "solver, step counts, and, where wanted, grid, options, plan, reuse", _USUAL_SAMPLERS
-    )
+    samplers: list[Any] = option(LIST, "solver and step counts; optionally grid, options, plan, reuse", _USUAL_SAMPLERS)
 
 
 _IMAGES = Kind("a whole number >= 2, or 0 for none", lambda value: whole(0).holds(value) and value != 1)
@@ -272,10 +276,12 @@ _IMAGES = Kind("a whole number >= 2, or 0 for none", lambda value: whole(0).hold
 class Calibration:
     """The calibration of a family after training: what its levels cost and how far apart they are."""
 
-    images: int = option(_IMAGES, "trajectories; 0: leave calibration out", 16)
+    images: int = option(_IMAGES, "trajectories; 0: no calibration", 16)
     times: int = option(whole(3), "noise levels along them", 24)
     batch_sizes: list[int] = option(list_of_whole(1), "at which levels are timed", [64])
-    reference_steps: int = option(whole(1, MOST_STEPS), "of the run that discretisation is measured against", 500)
+    reference_steps: int = option(
+        whole(1, MOST_STEPS), "of the run that discretisation errors are measured against", 500
+    )
 
 
 _RESUME = "auto, force (although settings differ), or the path of a checkpoint"
@@ -302,7 +308,7 @@ class Train:
         Calibration, words="of a family, after training: what its levels cost and how far apart they are"
     )
     callbacks: list[Any] = option(
-        LIST, "more Lightning callbacks, as [{_target_: lightning.pytorch.callbacks.LearningRateMonitor}]", []
+        LIST, "further Lightning callbacks, as [{_target_: lightning.pytorch.callbacks.LearningRateMonitor}]", []
     )
     allow: list[str] = option(
         LIST, "modules beside lightning, torch, torchmetrics, diffusers and mlem that a _target_ may come from", []
@@ -332,17 +338,17 @@ class Sample:
     level: str | None = option(text(null=True), "the level of the family to run; null: the largest", None)
     guidance: Guidance = group(Guidance)
     labels: str | None = option(
-        INDICES.or_null(), "classes that samples take in turn, such as 3 or 0-9; null: every class", None, PLAN_ONLY
+        INDICES.or_null(), "classes of the samples, in turn, such as 3 or 0-9; null: every class", None, PLAN_ONLY
     )
     conditions: str | None = option(
         text(null=True),
-        "safetensors file of what levels are told, NAME or LEVEL/NAME, with rows that samples take in turn",
+        "safetensors file of what levels are told: NAME or LEVEL/NAME, a row for each sample, in turn",
         None,
         PLAN_ONLY,
     )
     shared: dict[str, Any] = field(default_factory=dict, metadata={"plans": True})
     seconds: float | None = option(
-        number(above=0).or_null(), "target of sampler=auto: wall seconds an image; else it is mse=", None, PLAN_ONLY
+        number(above=0).or_null(), "target of sampler=auto: wall seconds per image; or give mse=", None, PLAN_ONLY
     )
     plan: str | None = option(text(null=True), "best (memorised with the family), or a plan's JSON file", None)
     steps: int = option(whole(1, MOST_STEPS), "of the solver", "${sampler.steps}", PLAN_ONLY)

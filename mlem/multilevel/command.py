@@ -122,45 +122,58 @@ def main(arguments: Sequence[str] | None = None) -> int:
 _ABOUT = "Calibrate a family, show what is known of it, memorise a plan."
 
 
+class _Defaults(argparse.ArgumentDefaultsHelpFormatter):
+    """Help that shows the defaults that there are."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 def _parser() -> argparse.ArgumentParser:
-    show = argparse.ArgumentDefaultsHelpFormatter
+    show = _Defaults
     parser = argparse.ArgumentParser(command("multilevel"), description=_ABOUT, formatter_class=show)
     verbs = parser.add_subparsers(dest="verb", required=True)
 
     def verb(name: str, words: str) -> argparse.ArgumentParser:
         one = verbs.add_parser(name, help=words, description=words, formatter_class=show)
         one.add_argument("family", type=Path, help="folder of a family, such as runs/demo/family")
-        one.add_argument("--guidance", type=float, default=None, help="scale, as guidance.scale of sample.py")
+        one.add_argument(
+            "--guidance", type=float, default=None, help="scale of guidance, as guidance.scale of sample.py"
+        )
         one.add_argument("--weak", default=None, help="autoguidance by this level, the cheapest")
         one.add_argument("--conditions", default=None, help="safetensors file, as conditions of sample.py")
-        one.add_argument("--interval", type=float, nargs=2, default=None, help="noise-to-signal ratios where it acts")
+        one.add_argument(
+            "--interval", type=float, nargs=2, default=None, help="noise-to-signal ratios that it acts between"
+        )
         return one
 
     one = verb("calibrate", "measure what the levels cost and how far apart they are: FAMILY/calibration.json")
     one.add_argument("--images", type=int, default=16, help="trajectories")
     one.add_argument("--times", type=int, default=24, help="noise levels along them")
     one.add_argument("--batch-sizes", type=int, nargs="+", default=[64], help="at which levels are timed")
-    one.add_argument("--reference-steps", type=int, default=500, help="of the run discretisation is measured against")
     one.add_argument(
-        "--until", type=_share, default=None, help="such as 20%%: on more images until errors are known so well"
+        "--reference-steps", type=int, default=500, help="of the run that discretisation is measured against"
     )
-    one.add_argument("--seed", type=int, default=0)
-    one.add_argument("--device", default="cpu")
+    one.add_argument(
+        "--until", type=_share, default=None, help="standard error to reach, such as 20%%, on ever more images"
+    )
+    one.add_argument("--seed", type=int, default=0, help="of all noise")
+    one.add_argument("--device", default="cpu", help="such as cuda")
     verb("report", "show what calibration found")
     one = verb("memorise", "draw plans, keep the best on a training set of indices: FAMILY/plans/NAME.json")
     one.add_argument("--name", default="best", help="sample.py finds it as plan=NAME")
-    one.add_argument("--solver", default="ddpm")
-    one.add_argument("--steps", type=int, default=64)
+    one.add_argument("--solver", default="ddpm", help="that the plan is for")
+    one.add_argument("--steps", type=int, default=64, help="of the solver")
     one.add_argument("--grid", default="log_snr", help="time grid, as sampler=mlem has it")
     one.add_argument("--budget", type=float, default=0.35, help="share of the cost of the largest level at every step")
     one.add_argument("--estimator", default="jump", help="hindsight, held or jump")
     one.add_argument("--coins", default="systematic", help="systematic, bernoulli, nested or poisson")
-    one.add_argument("--levels", nargs="+", default=None, help="the best subset where none are given")
+    one.add_argument("--levels", nargs="+", default=None, help="cheapest first; none: the best subset")
     one.add_argument("--cost", default="flops", help="what budget counts: seconds or flops")
-    one.add_argument("--draws", type=int, default=15)
+    one.add_argument("--draws", type=int, default=15, help="of the coins")
     one.add_argument("--images", type=int, default=16, help="to choose by, and as many others to judge by")
-    one.add_argument("--reference-steps", type=int, default=1000)
-    one.add_argument("--device", default="cpu")
+    one.add_argument("--reference-steps", type=int, default=1000, help="of the run that errors are measured against")
+    one.add_argument("--device", default="cpu", help="such as cuda")
     return parser
 
 
