@@ -148,16 +148,6 @@ def _line(passed: Numbers, span: Numbers) -> tuple[Numbers, Numbers]:
     return 1 - share, share
 
 
-def _parabola(passed: Numbers, span: Numbers, older: Numbers) -> tuple[Numbers, Numbers, Numbers]:
-    """Weights of the parabola through values at 0, at a distance of `span`, and `older` before 0."""
-    # two evaluations at one time (Heun) give no parabola
-    none = (span == 0) + (older == 0)
-    first = (span - passed) * (passed + older) / (span * older + none)
-    second = passed * (passed + older) / (span * (span + older) + none)
-    third = -passed * (span - passed) / (older * (span + older) + none)
-    return first, second, third
-
-
 def _combined(one: Measurement, other: Measurement, weights: tuple[Any, Any]) -> Tensor:
     a, b = (weight if isinstance(weight, Tensor) else float(weight) for weight in weights)
     return (one.value * a).add_(other.value * b)

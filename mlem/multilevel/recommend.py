@@ -43,6 +43,8 @@ LONGER = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """How many times as many steps as the largest level alone could take a plan is tried with."""
 WORTH = 1.03
 """Times as long as it takes for which a plan of several levels counts: to gain less it is not worth the trouble."""
+NEAR = 1.25
+"""Plans are searched for on solvers and grids that need so many times the steps of the best at most."""
 HALVINGS = 5
 """Of the interval in which the budget of a plan is looked for."""
 
@@ -256,10 +258,11 @@ class _ForError(_Choosing):
     def choice(self) -> Recommendation:
         for solver, grid in self.methods():
             self._alone(solver, grid)
-        for solver, grid in self.methods():
-            if len(self.family.names) > 1 and solver.revisable:
-                for share, estimator in itertools.product(SHARES, PLANS):
-                    self._sharing(solver, grid, share, estimator)
+        if len(self.family.names) > 1:
+            for share in SHARES:
+                for solver, grid, steps in self._best_methods(share * self.target):
+                    for estimator in PLANS:
+                        self._searched(solver, grid, steps, estimator)
         good = sorted(self._reaching(), key=lambda one: one.predicted_seconds * (1.0 if one.plan is None else WORTH))
         if not good:
             errors = [by.discretisation_at(MOST_STEPS) for by in self._longest()]
@@ -296,11 +299,15 @@ class _ForError(_Choosing):
         while steps is not None and steps <= MOST_STEPS and self.alone(solver, grid, steps).upper_mse > self.target:
             steps += 1
 
-    def _sharing(self, solver: Solver, grid: str, share: float, estimator: str) -> None:
-        """Plans in as many steps as leave this share of the error to the solver."""
-        steps = self._steps(solver, grid, share * self.target, sure=False)
-        if steps is None:
-            return
+    def _best_methods(self, error: float) -> list[tuple[Solver, str, int]]:
+        """Solvers and grids that come to this error in few steps, and how many."""
+        found = [(solver, grid, self._steps(solver, grid, error, sure=False)) for solver, grid in self.methods()]
+        known = [(solver, grid, steps) for solver, grid, steps in found if steps is not None and solver.revisable]
+        fewest = min((steps for _, _, steps in known), default=0)
+        return [(solver, grid, steps) for solver, grid, steps in known if steps <= NEAR * fewest]
+
+    def _searched(self, solver: Solver, grid: str, steps: int, estimator: str) -> None:
+        """Plans in so many steps, the cheaper the better."""
         best = min((one.predicted_seconds for one in self._reaching()), default=math.inf)
         high = min(best, steps * self.step_seconds(self.family.names[-1]))
         low = steps * self.step_seconds(self.family.names[0])
@@ -321,13 +328,13 @@ class _ForTime(_Choosing):
 
     def choice(self) -> Recommendation:
         top = self.family.names[-1]
-        for solver, grid in self.methods():
-            most = int(self.target / self.step_seconds(top))
-            if most >= 1:
+        most = int(self.target / self.step_seconds(top))
+        if most >= 1:
+            for solver, grid in self.methods():
                 self.alone(solver, grid, min(most, MOST_STEPS))
-            if len(self.family.names) > 1 and solver.revisable:
-                counts = sorted({min(round(max(most, 4) * longer), MOST_STEPS) for longer in LONGER})
-                for steps, estimator in itertools.product(counts, PLANS):
+        if len(self.family.names) > 1:
+            for steps in sorted({min(round(max(most, 4) * longer), MOST_STEPS) for longer in LONGER}):
+                for (solver, grid), estimator in itertools.product(self._best_methods(steps), PLANS):
                     if (spec := self.spec(estimator, self.target, steps)) is not None:
                         self.planned(solver, grid, steps, spec)
         good = [one for one in self.found if one.predicted_seconds <= 1.0001 * self.target]
@@ -338,3 +345,13 @@ class _ForTime(_Choosing):
             )
         good.sort(key=lambda one: one.upper_mse)
         return self.recommendation(good, "errs least", "the largest level alone takes longer")
+
+    def _best_methods(self, steps: int) -> list[tuple[Solver, str]]:
+        """Solvers and grids that err little in so many steps."""
+        errors = {
+            (solver, grid): self.predictor(solver, grid, steps).discretisation or 0.0
+            for solver, grid in self.methods()
+            if solver.revisable
+        }
+        least = min(errors.values(), default=0.0)
+        return [method for method, error in errors.items() if error <= NEAR**2 * least]

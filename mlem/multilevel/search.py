@@ -30,9 +30,11 @@ POWERS = (0.0, 1 / 3, 2 / 3, 1.0)
 """Powers of the density of measurements: 0 is even; 2/3 is best for corrections as rough as a Brownian path."""
 MULTIPLES = (1, 2, 4)
 """How many times as often as the level above a level may be measured."""
-STARTS = (0.0, 0.1, 0.2, 0.35, 0.5)
+STARTS = (0.0, 0.15, 0.35)
 """Shares of the rows before the first measurement: where noise dominates, all levels say much the same."""
 CORRELATION_LENGTHS = (None, 4.0, 2.0, 1.0)
+PROMISING = 24
+"""How many of them are tried with all correlation lengths."""
 REFINED = 2
 """How many of the candidates on each set of levels are refined,"""
 HOPELESS = 10.0
@@ -121,12 +123,12 @@ class _Search:
         tables = self._tables()
         if not len(tables):
             return []
-        lengths = CORRELATION_LENGTHS if self._groups else (None,)
-        found = [
-            _Candidate(table, length, energy)
-            for length in lengths
-            for table, energy in zip(tables, self._energies(tables, length), strict=True)
-        ]
+        found: list[_Candidate] = []
+        for length in CORRELATION_LENGTHS if self._groups else (None,):
+            energies = np.array(self._energies(tables, length))
+            best = np.argsort(energies, kind="stable")
+            found += [_Candidate(tables[one], length, energies[one].item()) for one in best[:REFINED].tolist()]
+            tables = tables[best[:PROMISING]]
         return sorted(found, key=lambda one: one.energy)[:REFINED]
 
     def refined(self, found: _Candidate, negligible: float) -> _Candidate:
