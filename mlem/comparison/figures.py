@@ -10,6 +10,7 @@ from itertools import cycle
 from textwrap import fill
 from typing import TYPE_CHECKING
 
+from mlem.comparison.fastest import Fastest, Measured
 from mlem.comparison.row import Row
 from mlem.plots.style import COLOURS, STYLES, figure_with_axes, in_digits, legend_key, panels, positive, save
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from PIL.Image import Image
 
-__all__ = ["coupled_errors", "error_vs_time", "quality_vs_evaluations", "similarity_vs_time"]
+__all__ = ["coupled_errors", "error_vs_time", "quality_vs_evaluations", "rivals_vs_time", "similarity_vs_time"]
 
 
 @dataclass(frozen=True)
@@ -230,3 +231,49 @@ def quality_vs_evaluations(rows: Sequence[Row], path: str | os.PathLike[str], ca
     handles = [legend_key(sampler, colour, marker, line) for sampler, (colour, (marker, line)) in looks.items()]
     figure.legend(handles=handles, title="sampler", loc="outside right upper", frameon=False)
     save(figure, path)
+
+
+_OURS = ("hindsight", "recommended")
+"""Rivals that are drawn bold, in this order of colours."""
+_MARKERS = "osDv^Pp<>d*"
+
+
+def rivals_vs_time(found: Fastest, path: str | os.PathLike[str]) -> None:
+    """Error against time of every rival, log-log: its rows as points, those that none of its own beats as a line.
+
+    Rivals differ in marker and line, so that they can be told apart in grey; those of mlem are bold.
+
+    Raises:
+        ValueError: for no rows, and for values that a logarithm cannot show.
+    """
+    rows = [row for row in found.rows if positive(row.seconds) and positive(row.mse)]
+    if not rows:
+        raise ValueError("rivals_vs_time has nothing to draw: no rows with seconds and an error above 0")
+    figure, axes = figure_with_axes("time per image [ms]", _MSE.label, str(found.about["caption"]))
+    axes.set(xscale="log", yscale="log")
+    in_digits(axes.xaxis)
+    for target in found.targets:
+        axes.axhline(target, color="0.8", linewidth=0.8, linestyle=":")
+    looks = zip(cycle(COLOURS), cycle(_MARKERS), cycle(STYLES), strict=False)
+    for group, (colour, marker, (_, line)) in zip(found.groups, looks, strict=False):
+        bold = group in _OURS
+        look = {"color": "black" if group == _OURS[1] else colour, "marker": "*" if group == _OURS[1] else marker}
+        own = [row for row in rows if row.group == group]
+        axes.plot(*_milliseconds(own), linestyle="", markersize=3, alpha=0.35, **look)
+        width = {"linewidth": 2.2, "markersize": 9, "zorder": 3} if bold else {"linewidth": 1, "markersize": 5}
+        axes.plot(*_milliseconds(_unbeaten(own)), linestyle="-" if bold else line, label=group, **look, **width)
+    figure.legend(loc="outside right upper", frameon=False)
+    save(figure, path)
+
+
+def _unbeaten(rows: Sequence[Measured]) -> list[Measured]:
+    """Those that no other beats in both, by time."""
+    kept: list[Measured] = []
+    for row in sorted(rows, key=lambda one: (one.seconds, one.mse)):
+        if not kept or row.mse < kept[-1].mse:
+            kept.append(row)
+    return kept
+
+
+def _milliseconds(rows: Sequence[Measured]) -> tuple[list[float], list[float]]:
+    return [1e3 * row.seconds for row in rows], [row.mse for row in rows]
