@@ -53,6 +53,7 @@ def error_against_time(job: Sample) -> None:
     entries = _possible(entries, family)
     with folder_lock(out), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
+        warnings.simplefilter("ignore", DeprecationWarning)  # of libraries, for their authors
         comparison = Comparison(
             family,
             indices,

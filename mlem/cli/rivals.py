@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -29,7 +30,7 @@ def measured_rivals(job: Sample, comparison: Comparison, entries: Sequence[Entry
     assert isinstance(options, Benchmark)
     advice = _advice(job, comparison, options)
     own = [recommended(choice, target) for target, choice in advice.items()]
-    runs = [run for entry in [*entries, *own] for run in _possible(comparison, entry)]
+    runs = _dealt([_possible(comparison, entry) for entry in [*entries, *own]])
     if not runs:
         raise ValueError("eval.samplers: nothing is left to run; list at least one sampler")
     with WorkProgress(comparison.cost(runs)) as advance:
@@ -60,6 +61,11 @@ def _possible(comparison: Comparison, entry: Entry) -> list[Run]:
     except ValueError as error:
         print(f"left out: {entry.label}, {entry.solver}: {error}", flush=True)
         return []
+
+
+def _dealt(runs: Sequence[Sequence[Run]]) -> list[Run]:
+    """One run of each entry in turn: what else goes on on the machine hits all rivals alike."""
+    return [run for ones in itertools.zip_longest(*runs) for run in ones if run is not None]
 
 
 def _print(found: Fastest, advice: dict[float, Recommendation]) -> None:

@@ -241,19 +241,19 @@ _MARKERS = "osDv^Pp<>d*"
 def rivals_vs_time(found: Fastest, path: str | os.PathLike[str]) -> None:
     """Error against time of every rival, log-log: its rows as points, those that none of its own beats as a line.
 
-    Rivals differ in marker and line, so that they can be told apart in grey; those of mlem are bold.
+    Rivals differ in marker and line, so that they can be told apart in grey; those of mlem are bold. Dotted: the
+    targets; what errs ten times the largest of them is left out.
 
     Raises:
-        ValueError: for no rows, and for values that a logarithm cannot show.
+        ValueError: for no row that it can show.
     """
-    rows = [row for row in found.rows if positive(row.seconds) and positive(row.mse)]
+    most = 10 * max(found.targets, default=math.inf)
+    rows = [row for row in found.rows if positive(row.seconds) and positive(row.mse) and row.mse <= most]
     if not rows:
-        raise ValueError("rivals_vs_time has nothing to draw: no rows with seconds and an error above 0")
+        raise ValueError(f"rivals_vs_time has nothing to draw: no rows with seconds and an error in (0, {most:g}]")
     figure, axes = figure_with_axes("time per image [ms]", _MSE.label, str(found.about["caption"]))
     axes.set(xscale="log", yscale="log")
     in_digits(axes.xaxis)
-    for target in found.targets:
-        axes.axhline(target, color="0.8", linewidth=0.8, linestyle=":")
     looks = zip(cycle(COLOURS), cycle(_MARKERS), cycle(STYLES), strict=False)
     for group, (colour, marker, (_, line)) in zip(found.groups, looks, strict=False):
         bold = group in _OURS
@@ -262,6 +262,8 @@ def rivals_vs_time(found: Fastest, path: str | os.PathLike[str]) -> None:
         axes.plot(*_milliseconds(own), linestyle="", markersize=3, alpha=0.35, **look)
         width = {"linewidth": 2.2, "markersize": 9, "zorder": 3} if bold else {"linewidth": 1, "markersize": 5}
         axes.plot(*_milliseconds(_unbeaten(own)), linestyle="-" if bold else line, label=group, **look, **width)
+    for target in found.targets:
+        axes.axhline(target, color="0.6", linewidth=0.8, linestyle=":", zorder=0)
     figure.legend(loc="outside right upper", frameon=False)
     save(figure, path)
 
