@@ -20,7 +20,7 @@ _NEEDS = {"learned": "coefficients", "calibrated": "calibration"}
 _KEYS = {"grid": "grid: name", "options": "options: of it", "plan": "plan: options", "reuse": "reuse: {every: n}"}
 _KEYS |= {"forecast": "forecast: {every: n}", "running": "running: [[level, share], ..]"}
 _NAMED = ("grid", "options", "levels", "plan", "reuse", "forecast", "running", "deltas", "trials", "rival")
-_WAYS = ("plan", "reuse", "forecast", "running")
+_PLANS = ("plan", "forecast", "running")
 
 
 @dataclass(frozen=True)
@@ -147,8 +147,8 @@ class Entry:
         _check_keys(options, where, named)
         given = {key: value for key, value in options.items() if value is not None}
         _check_kinds(given, where)
-        if len(ways := [key for key in _WAYS if key in given]) > 1:
-            raise ValueError(f"{where}: give one of {' and '.join(ways)}")
+        if len(plans := [key for key in _PLANS if key in given]) > 1:
+            raise ValueError(f"{where}: each of {' and '.join(plans)} says what runs; give one of them")
         spec = PlanSpec.from_options(given["plan"], f"{where}.plan: ") if "plan" in given else None
         own: dict[str, Any] = {name: str(given[name]) for name in ("name", "rival") if name in given}
         own["trials"] = given.get("trials")

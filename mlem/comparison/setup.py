@@ -113,6 +113,8 @@ class Setup:
 
     def _alone(self, entry: Entry, solver: Solver, grid: TimeGrid, row: Row) -> Iterator[Run]:
         evaluations = solver.evaluations(GridPoint.of(self.family.schedule, grid))
+        if entry.reuse is not None and not solver.sequential:
+            raise ValueError(f"{solver.name} solves for many times at once: leave reuse out")
         names = self.family.names if entry.reuse is None else self.family.names[-1:]
         for name in [level_name(self.family, one) for one in entry.levels or names]:
             level = self.family.level(name)
