@@ -168,7 +168,7 @@ def _check_keys(options: Any, where: str, named: bool) -> None:
     called = not named or (isinstance(options, Mapping) and options.keys() & {"name", "rival"})
     if called and isinstance(options, Mapping) and {"solver", "steps"} <= {*options} <= known:
         return
-    first = "name: text (or rival: text), " if named else ""
+    first = "name: text, " if named else ""
     others = f"{', '.join(_NAMED)}: .." if named else ", ".join(_KEYS.values())
     raise ValueError(
         f"{where} must be {{{first}solver: name, steps: [n, ..], and, where wanted, {others}}}, got {options}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from mlem.files import check_format, damaged, read_object, write_record
@@ -100,7 +100,7 @@ class Fastest:
     about: Mapping[str, Any]
     rows: tuple[Measured, ...]
     recommendation: Advice | None
-    targets: tuple[float, ...] = field(default=())
+    targets: tuple[float, ...]
 
     def best(self, target: float, groups: Sequence[str] | None = None) -> Measured | None:
         """The row of least seconds whose measured error is at most `target`; None where there is none.
@@ -137,7 +137,7 @@ class Fastest:
 
 def _advice(plain: Mapping[str, Any]) -> Advice:
     others = tuple(Alternative(**_with_interval(other)) for other in plain["alternatives"])
-    return Advice(**_with_interval(plain) | {"alternatives": others})
+    return replace(Advice(**_with_interval(plain)), alternatives=others)
 
 
 def _with_interval(plain: Mapping[str, Any]) -> dict[str, Any]:

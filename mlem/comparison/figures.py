@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from textwrap import fill
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mlem.comparison.fastest import Fastest, Measured
 from mlem.comparison.row import Row
@@ -256,12 +256,12 @@ def rivals_vs_time(found: Fastest, path: str | os.PathLike[str]) -> None:
     in_digits(axes.xaxis)
     looks = zip(cycle(COLOURS), cycle(_MARKERS), cycle(STYLES), strict=False)
     for group, (colour, marker, (_, line)) in zip(found.groups, looks, strict=False):
-        bold = group in _OURS
-        look = {"color": "black" if group == _OURS[1] else colour, "marker": "*" if group == _OURS[1] else marker}
+        bold, advised = group in _OURS, group == _OURS[-1]
+        look: dict[str, Any] = {"color": "black" if advised else colour, "marker": "*" if advised else marker}
         own = [row for row in rows if row.group == group]
         axes.plot(*_milliseconds(own), linestyle="", markersize=3, alpha=0.35, **look)
-        width = {"linewidth": 2.2, "markersize": 9, "zorder": 3} if bold else {"linewidth": 1, "markersize": 5}
-        axes.plot(*_milliseconds(_unbeaten(own)), linestyle="-" if bold else line, label=group, **look, **width)
+        look |= {"linewidth": 2.2, "markersize": 9, "zorder": 3} if bold else {"linewidth": 1, "markersize": 5}
+        axes.plot(*_milliseconds(_unbeaten(own)), linestyle="-" if bold else line, label=group, **look)
     for target in found.targets:
         axes.axhline(target, color="0.6", linewidth=0.8, linestyle=":", zorder=0)
     figure.legend(loc="outside right upper", frameon=False)

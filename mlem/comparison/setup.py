@@ -106,8 +106,8 @@ class Setup:
         expand = self._together if entry.planned else self._alone
         for steps in entry.steps:
             grid = solver.grid(self.family.schedule, steps, entry.grid)
-            about = {"solver": entry.method, "grid": grid.name, "target": entry.target, "rival": entry.rival}
-            row = Row(entry.label, steps, "", **about)
+            names = {"solver": entry.method, "rival": entry.rival, "grid": grid.name, "target": entry.target}
+            row = replace(Row(entry.label, steps, ""), **names)
             found += expand(entry, solver, grid, row)
         return found
 
