@@ -234,7 +234,7 @@ def quality_vs_evaluations(rows: Sequence[Row], path: str | os.PathLike[str], ca
 
 
 _OURS = ("hindsight", "recommended")
-"""Rivals that are drawn bold, in this order of colours."""
+"""Rivals that are drawn bold, the last one black and starred."""
 _MARKERS = "osDv^Pp<>d*"
 
 
