@@ -89,7 +89,6 @@ def test_a_row_for_each_run(measured: tuple[Path, str]) -> None:
         *SECONDS,
         "mse",
         "mse_stderr",
-        "rival",
         "psnr",
         "psnr_stderr",
         "ssim",

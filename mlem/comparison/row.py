@@ -45,7 +45,7 @@ _SIMILARITY = ("psnr", "psnr_stderr", "ssim", "ssim_stderr")
 _IMAGES = ("image_mse", "image_psnr", "image_ssim")
 """Attributes, and columns, with a number of each image; older files have the first alone."""
 _RIVAL = "rival"
-"""Attribute, and column that older files lack."""
+"""Attribute, and column of files with a row that has one."""
 _SPREAD = "_std"
 
 
@@ -177,7 +177,8 @@ class Row:
         cells |= {f"calls_{name}": calls for name, calls in self.calls.items()}
         cells |= {column: getattr(self, name) for name, column in _CSV.items()}
         cells |= {name: value for name, value in self.scores.items() if not name.endswith(_SPREAD)}
-        cells |= {name: getattr(self, name) for name in (_RIVAL, *_SIMILARITY)}
+        cells |= {_RIVAL: self.rival} if self.rival else {}
+        cells |= {name: getattr(self, name) for name in _SIMILARITY}
         cells |= {name: " ".join(map(str, getattr(self, name))) for name in _IMAGES}
         plain = {name: "" if value is None else str(value) for name, value in cells.items()}
         return {**plain, CHECKSUM: checksum(plain)}
@@ -185,7 +186,7 @@ class Row:
     @staticmethod
     def from_csv(cells: Mapping[str, str]) -> Row:
         """The row that `to_csv` wrote, of older versions too. Raises KeyError or ValueError for other cells."""
-        cells = dict(cells)
+        cells = {name: cell for name, cell in cells.items() if cell or name != _RIVAL}
         if CHECKSUM in cells and cells.pop(CHECKSUM) != checksum(cells):
             raise ValueError(f"a row differs from its {CHECKSUM}")
         texts = {name: cells[name] for name in ("sampler", "solver", "levels", "grid", "coins", "plan")}
