@@ -18,8 +18,9 @@ setup: .venv/installed
 	$(BIN)/python -m compileall -qq -j 0 .venv/lib .venv/fidelity || true
 	@touch $@
 
-demo: setup  ## train xs, s and m on the digits, sample them, draw the figures: runs/demo/
+demo: setup  ## train xs, s and m on the digits, sample them; seconds of all rivals on the family that comes along: runs/demo/
 	$(BIN)/python train.py experiment=demo
+	$(BIN)/python sample.py experiment=fastest
 
 test: setup  ## the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder

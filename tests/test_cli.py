@@ -310,6 +310,10 @@ LATE = [
     ("evaluation.samplers=[]", "evaluation.samplers is empty: list one or more, such as [{solver: ddim, steps: [20]}]"),
     ("evaluation.samplers=[{solver:ddpm,steps:[8],plan:{budget:0.5}}]", "plans alone, which need several levels, and"),
     (
+        "evaluation.samplers=[{solver:ddim,steps:[2],forecast:{every:0}}]",
+        "every of forecast must be a whole number >= 1",
+    ),
+    (
         "evaluation.samplers=[{solver:ddim,steps:[2]},{solver:ddim,steps:[3,2]}]",
         "evaluation.samplers[0] and evaluation.samplers[1]: ddim at 2 steps is listed twice; list it once",
     ),

@@ -243,7 +243,7 @@ def test_a_missing_field_of_a_plan_is_named(field: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"estimator": "guess"}, "estimator must be one of jump, held, hindsight, switch, got 'guess'"),
+        ({"estimator": "guess"}, "estimator must be one of jump, held, hindsight, switch, forecast, got 'guess'"),
         ({"order": 2}, "order of a held correction must be 0 or 1, got 2"),
         ({"levels": ("xs", "s")}, "probabilities have 3 columns, but levels are xs, s"),
         ({"estimator": "held", "per_sample": True}, "held corrections need one plan for all samples; leave per_sample"),

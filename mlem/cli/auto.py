@@ -15,7 +15,7 @@ from mlem.files import first_process
 from mlem.level import Level
 from mlem.multilevel.recommend import Candidate, Recommendation
 
-__all__ = ["chosen", "is_auto"]
+__all__ = ["chosen", "is_auto", "print_choice"]
 
 
 def is_auto(job: Sample) -> bool:
@@ -39,7 +39,7 @@ def chosen(job: Sample, model: Family | Level, device: torch.device) -> tuple[Sa
     torch.nn.ModuleList(level.network for level in model.levels).to(device)
     choice = model.recommend(mse=job.shared["mse"], seconds=job.seconds, kind=kind, batch_size=job.batch_size)
     if first_process():
-        _print(choice)
+        print_choice(choice)
     sampler = replace(job.sampler, solver=choice.solver, options={})
     return replace(job, sampler=sampler, steps=choice.steps, grid=choice.grid, level=choice.level), choice
 
@@ -64,7 +64,7 @@ def _checked(job: Sample, model: Family | Level) -> str:
     return str(kind)
 
 
-def _print(choice: Recommendation) -> None:
+def print_choice(choice: Recommendation) -> None:
     """The recommendation, why, and what else there was."""
     print(f"recommended: {choice}\n  {choice.why}\n  {_expected(choice)}")
     if choice.extrapolated:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,6 +18,7 @@ from mlem.cli.options import read, rows, value_of
 from mlem.cli.paths import family_folder, out_folder
 from mlem.cli.progress import WorkProgress
 from mlem.cli.ranks import new_fabric
+from mlem.cli.rivals import measured_rivals
 from mlem.cli.schema import Benchmark, Sample, Scaling
 from mlem.cli.values import parse_indices, written
 from mlem.comparison.coupled import Comparison
@@ -32,7 +35,7 @@ __all__ = ["error_against_time", "scaling"]
 
 
 def error_against_time(job: Sample) -> None:
-    """`eval=benchmark`: run what is not there yet, then the figure, the ratios of costs, and where they are."""
+    """`eval=benchmark` and `eval=rivals`: run what is not there yet, then figures, tables, and where they are."""
     options = job.eval
     assert isinstance(options, Benchmark)
     family, out = _family(job), out_folder(job)
@@ -50,6 +53,7 @@ def error_against_time(job: Sample) -> None:
     entries = _possible(entries, family)
     with folder_lock(out), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
+        warnings.simplefilter("ignore", DeprecationWarning)  # of libraries, for their authors
         comparison = Comparison(
             family,
             indices,
@@ -61,28 +65,38 @@ def error_against_time(job: Sample) -> None:
             precision=job.trainer.precision,
             measure=measure,
         )
-        runs = [run for entry in entries for run in comparison.runs(entry)]
-        if not runs:
-            raise ValueError("eval.samplers: nothing is left to run; list at least one sampler")
-        with WorkProgress(comparison.cost(runs)) as advance:
-            comparison.measure(runs, advance)
-        found = ratios(comparison, runs, options.draws)
-        draw(comparison, runs, out / "error_vs_time.png", options.shown)
-        plain_ratios = [advantage.to_dict() for advantage in found]
-        write_record(out / "summary.json", {"caption": comparison.caption, "ratios": plain_ratios})
+        report = measured_rivals if options.targets else _measured
+        said = report(job, comparison, entries)
     if out.parent == Path(job.root) and (out.parent / "report.html").exists():
         write_report(out.parent)  # which shows it too
     for message in dict.fromkeys(str(warning.message) for warning in caught):
         print(f"warning: {message}")
-    _table(found, comparison)
+    said()
     for what, name in (
         ("rows", "runs.csv"),
+        ("seconds of all rivals", "fastest.*"),
         ("error against time", "error_vs_time*.png"),
         ("PSNR and SSIM against time", "similarity_vs_time*.png"),
         ("ratios", "summary.json"),
     ):
         for path in sorted(out.glob(name)):  # a figure for each reference
             print(f"{what:38s}{path}", flush=True)
+
+
+def _measured(job: Sample, comparison: Comparison, entries: list[Entry]) -> Callable[[], None]:
+    """The figures of [J] and the ratios of costs; returns what prints these."""
+    options, out = job.eval, comparison.folder
+    assert isinstance(options, Benchmark)
+    runs = [run for entry in entries for run in comparison.runs(entry)]
+    if not runs:
+        raise ValueError("eval.samplers: nothing is left to run; list at least one sampler")
+    with WorkProgress(comparison.cost(runs)) as advance:
+        comparison.measure(runs, advance)
+    found = ratios(comparison, runs, options.draws)
+    draw(comparison, runs, out / "error_vs_time.png", options.shown)
+    plain_ratios = [advantage.to_dict() for advantage in found]
+    write_record(out / "summary.json", {"caption": comparison.caption, "ratios": plain_ratios})
+    return partial(_table, found, comparison)
 
 
 def _possible(entries: list[Entry], family: Family) -> list[Entry]:

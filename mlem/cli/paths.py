@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from mlem.cli.choices import usual_options
-from mlem.cli.schema import Data, Learning, Network, Networks, Sample, Train
+from mlem.cli.schema import Benchmark, Data, Learning, Network, Networks, Sample, Train
 from mlem.cli.values import written
 from mlem.files import read_object
 from mlem.invocation import command
@@ -15,6 +15,7 @@ from mlem.pretrained import folder_of
 __all__ = ["family_folder", "folders", "out_folder", "run_folder", "same_job", "training_command"]
 
 _DEFAULT = {"samples": "samples/{sampler}_{steps}", "benchmark": "error_vs_time", "scaling": "scaling_law"}
+_OF_RIVALS = "fastest"
 """Where each `eval` writes below root; the others write where out= says, or nowhere."""
 _SHARED = ("seeds", "format", "metric", "debug")
 """What jobs of `eval=samples` may differ in that write into one folder."""
@@ -30,6 +31,8 @@ def out_folder(job: Sample) -> Path:
     """Where `sample.py` writes what it makes."""
     if job.out is not None:
         return Path(job.out)
+    if isinstance(job.eval, Benchmark) and job.eval.targets:
+        return Path(job.root) / _OF_RIVALS
     return Path(job.root) / _DEFAULT[job.eval.name].format(sampler=job.sampler.name, steps=job.steps)
 
 

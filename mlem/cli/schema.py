@@ -266,7 +266,9 @@ class Evaluation:
     indices: str = option(INDICES, "of the samples", "0-63")
     batch_size: int = option(whole(1), "images in a batch", 64)
     reference_steps: int = option(whole(1, MOST_STEPS), "of the many-step reference", 200)
-    samplers: list[Any] = option(LIST, "solver and step counts; optionally grid, options, plan, reuse", _USUAL_SAMPLERS)
+    samplers: list[Any] = option(
+        LIST, "solver and step counts; optionally grid, options; plan, running, forecast or reuse", _USUAL_SAMPLERS
+    )
 
 
 _IMAGES = Kind("a whole number >= 2, or 0 for none", lambda value: whole(0).holds(value) and value != 1)

@@ -26,6 +26,7 @@ from mlem.cli.ranks import fail_together, new_fabric, world_size_of
 from mlem.cli.resume import changes, check_resume, level_settings, note_settings, resume_point
 from mlem.cli.schema import Calibration, Learning, Train
 from mlem.cli.values import parse_indices
+from mlem.comparison.setup import Setup
 from mlem.data import Shards, count_of, ensure
 from mlem.family import Family
 from mlem.files import clear_leftovers, damaged, first_process, folder_lock, read_object
@@ -175,7 +176,7 @@ def _check_job(job: Train, family: Family) -> None:
 
 def _check_samplers(job: Train, family: Family) -> None:
     choices, several = sampler_entries(job.evaluation.samplers), len(family.levels) > 1
-    if not several and all(choice.spec is not None for choice in choices):
+    if not several and all(choice.planned for choice in choices):
         raise ValueError(
             f"evaluation.samplers lists plans alone, which need several levels, and there is {family.names[0]}: add an "
             "entry without plan, or train model=family"
@@ -191,6 +192,8 @@ def _check_samplers(job: Train, family: Family) -> None:
                     check_estimator(solver, sampler.points, choice.spec.estimator)
                 if choice.spec is not None and several:
                     check_spec(choice.spec, family, solver, sampler.grid)
+            if choice.made is not None and several:
+                Setup(family, []).runs(choice)
             if choice.spec is not None and several and choice.spec.probabilities == "learned":
                 _check_learned(Path(job.root) / "family", family.names)
         except ValueError as error:

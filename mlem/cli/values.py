@@ -14,6 +14,7 @@ __all__ = [
     "BOOL",
     "COUNT",
     "DEVICES",
+    "ERRORS",
     "FRACTION",
     "INDICES",
     "LIST",
@@ -140,6 +141,10 @@ ANY = Kind("anything", lambda value: True)
 BOOL = Kind("true or false", lambda value: isinstance(value, bool))
 NUMBER = Kind("a number", _is_number)
 TEXT = text()
+ERRORS = Kind(
+    "a list of numbers > 0, as in {name}=[1e-2,1e-3], or []",
+    lambda value: isinstance(value, list) and all(_is_finite(one) and one > 0 for one in value),
+)
 TWO_NUMBERS = Kind(
     "a list of two numbers, as in {name}=[0.2,5]",
     lambda value: isinstance(value, list) and len(value) == 2 and all(map(_is_finite, value)),

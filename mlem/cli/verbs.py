@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from mlem.arguments import MOST_STEPS
 from mlem.cli.fields import option
-from mlem.cli.values import LIST, SHARE, TEXT, one_of, whole
+from mlem.cli.values import ERRORS, LIST, SHARE, TEXT, one_of, whole
 
 __all__ = ["Benchmark", "Scaling", "Verb"]
 
@@ -35,8 +35,12 @@ class Benchmark(Verb):
     coins: str = option(one_of("systematic", "bernoulli", "nested", "poisson"), "how the coins are tossed")
     draws: int = option(whole(1), "bootstrap samples of the images")
     shown: int = option(whole(0), "images of a row of samples; 0: none")
+    targets: list[float] = option(
+        ERRORS, "mean squared errors at which seconds are compared, beside what is recommended; []: the figures of [J]"
+    )
+    kind: str = option(one_of("ode", "sde"), "what is solved by what is recommended: ode or sde")
     samplers: list[Any] = option(
-        LIST, "name, solver, steps; grid, options, reuse; levels: each alone; or plan: together"
+        LIST, "name or rival, solver, steps; grid, options; levels: each alone, reuse; or plan, running, forecast"
     )
 
 

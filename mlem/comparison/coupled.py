@@ -176,7 +176,8 @@ class Comparison:
 
 def _csv(rows: Sequence[Row]) -> str:
     text, cells = io.StringIO(), [row.to_csv() for row in rows]
-    writer = csv.DictWriter(text, list(cells[0]), lineterminator="\n")
+    columns = list(max(cells, key=len))  # some rows have a rival, others none
+    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
     writer.writeheader()
     writer.writerows(cells)
     return text.getvalue()

@@ -6,8 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from mlem.comparison.handmade import Handmade, handmade
 from mlem.family import Family
 from mlem.multilevel.choices import ESTIMATORS
+from mlem.multilevel.plan import Plan
 from mlem.multilevel.spec import TARGETS, PlanSpec
 from mlem.networks import Reuse
 from mlem.sampling import solver_of
@@ -16,7 +18,9 @@ __all__ = ["Entry", "refuse_duplicates"]
 
 _NEEDS = {"learned": "coefficients", "calibrated": "calibration"}
 _KEYS = {"grid": "grid: name", "options": "options: of it", "plan": "plan: options", "reuse": "reuse: {every: n}"}
-_NAMED = ("grid", "options", "levels", "plan", "reuse", "deltas", "trials")
+_KEYS |= {"forecast": "forecast: {every: n}", "running": "running: [[level, share], ..]"}
+_NAMED = ("grid", "options", "levels", "plan", "reuse", "forecast", "running", "deltas", "trials", "rival")
+_PLANS = ("plan", "forecast", "running")
 
 
 @dataclass(frozen=True)
@@ -30,10 +34,12 @@ class Entry:
         spec: how levels share the work; None: every level by itself.
         options: of the solver.
         name: in figures and tables; None for `label`'s own words.
-        levels: which levels run by themselves; None for all. Only without `spec`.
+        levels: which levels run by themselves, "smallest" and "largest" among them; None for all. Only without plan.
         deltas: shifts of the logits of p_k, one plan each; None for the plan as it is. Only with coins.
         trials: replicates of the coins; None for the plan's own coins. Only with coins.
-        reuse: of deep features, by the largest level or by each of `levels`. Only without `spec`.
+        reuse: of deep features, by the largest level or by each of `levels`. Only without plan.
+        made: a plan, or how it is laid down, in the place of `spec`.
+        rival: the kind of sampler that it is one of, such as T-Stitch; "" for a kind of its own.
 
     Raises:
         ValueError: for no steps, and for options that do not go together.
@@ -49,6 +55,8 @@ class Entry:
     deltas: tuple[float, ...] | None = None
     trials: int | None = None
     reuse: Reuse | None = None
+    made: Handmade | Plan | None = None
+    rival: str = ""
 
     def __post_init__(self) -> None:
         if not self.steps:
@@ -58,18 +66,37 @@ class Entry:
             raise ValueError("deltas and trials are of coins: add plan={...}, or leave them out")
         if tosses and self.spec is not None and ESTIMATORS[self.spec.estimator].holds:
             raise ValueError("deltas and trials toss coins: add estimator: jump to its plan")
-        if self.spec is not None and self.levels is not None:
+        if self.planned and self.levels is not None:
             raise ValueError("levels is of levels that run alone; of a plan, write plan={levels: [..]}")
-        if self.spec is not None and self.reuse is not None:
+        if self.planned and self.reuse is not None:
             raise ValueError("reuse is of one level's features, plan of several levels; give one of them")
 
     @property
+    def planned(self) -> bool:
+        """Whether a plan says what runs."""
+        return self.spec is not None or self.made is not None
+
+    @property
+    def detail(self) -> str:
+        """What tells it apart from others of its rival, beside solver, grid and steps."""
+        if isinstance(self.made, Handmade):
+            return self.made.detail
+        if self.reuse is not None:
+            return f"every {self.reuse.every}, branch {self.reuse.branch}"
+        return "" if self.spec is None else self.target
+
+    @property
     def label(self) -> str:
-        """The name, or else all that is not the default, except steps and target."""
+        """The name, or else the rival, or else all that is not the default, except steps and target."""
         if self.name is not None:
             return self.name
+        if self.rival:
+            return ", ".join([self.rival, *([self.detail] if self.detail else [])])
         label = "_".join([self.solver.replace(":", "_"), *([self.grid] if self.grid else [])])
         label += "".join(f"_{key}-{value}" for key, value in self._settings.items())
+        if isinstance(self.made, Handmade):
+            plain = self.made.detail.replace(" + ", "-").replace(", ", "_").replace(" ", "-")
+            return f"{label}_{type(self.made).__name__.lower()}_{plain}"
         if self.spec is None:
             return label
         label += f"_{self.spec.estimator}" + (f"_{self.spec.coins}" if self.spec.coins else "")
@@ -112,7 +139,7 @@ class Entry:
         Args:
             options: plain data; a mapping with solver, steps and, where wanted, grid, options, plan, reuse.
             where: begins every message, such as evaluation.samplers[0].
-            named: the entry has a name too and, where wanted, levels, deltas, trials.
+            named: the entry has a name or a rival too and, where wanted, levels, deltas, trials.
 
         Raises:
             ValueError: for what is missing, unknown, or of the wrong kind.
@@ -120,12 +147,16 @@ class Entry:
         _check_keys(options, where, named)
         given = {key: value for key, value in options.items() if value is not None}
         _check_kinds(given, where)
+        if len(plans := [key for key in _PLANS if key in given]) > 1:
+            raise ValueError(f"{where}: each of {' and '.join(plans)} says what runs; give one of them")
         spec = PlanSpec.from_options(given["plan"], f"{where}.plan: ") if "plan" in given else None
-        own: dict[str, Any] = {"trials": given.get("trials"), "name": str(options["name"]) if named else None}
+        own: dict[str, Any] = {name: str(given[name]) for name in ("name", "rival") if name in given}
+        own["trials"] = given.get("trials")
         own["levels"] = tuple(given["levels"]) if "levels" in given else None
         own["deltas"] = tuple(map(float, given["deltas"])) if "deltas" in given else None
         try:
             own["reuse"] = _reuse(given["reuse"]) if "reuse" in given else None
+            own["made"] = handmade(given) if given.keys() & {"running", "forecast"} else None
             solver_of(given["solver"], **given.get("options", {}))
             return cls(given["solver"], tuple(given["steps"]), given.get("grid"), spec, given.get("options", {}), **own)
         except (ValueError, TypeError) as error:
@@ -133,9 +164,9 @@ class Entry:
 
 
 def _check_keys(options: Any, where: str, named: bool) -> None:
-    needed = ("name", "solver", "steps") if named else ("solver", "steps")
-    known = {*needed, *(_NAMED if named else _KEYS)}
-    if isinstance(options, Mapping) and set(needed) <= {*options} <= known:
+    known = {"solver", "steps", *({"name", *_NAMED} if named else _KEYS)}
+    called = not named or (isinstance(options, Mapping) and options.keys() & {"name", "rival"})
+    if called and isinstance(options, Mapping) and {"solver", "steps"} <= {*options} <= known:
         return
     first = "name: text, " if named else ""
     others = f"{', '.join(_NAMED)}: .." if named else ", ".join(_KEYS.values())

@@ -8,8 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from textwrap import fill
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from mlem.comparison.fastest import Fastest, Measured
 from mlem.comparison.row import Row
 from mlem.plots.style import COLOURS, STYLES, figure_with_axes, in_digits, legend_key, panels, positive, save
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from PIL.Image import Image
 
-__all__ = ["coupled_errors", "error_vs_time", "quality_vs_evaluations", "similarity_vs_time"]
+__all__ = ["coupled_errors", "error_vs_time", "quality_vs_evaluations", "rivals_vs_time", "similarity_vs_time"]
 
 
 @dataclass(frozen=True)
@@ -230,3 +231,51 @@ def quality_vs_evaluations(rows: Sequence[Row], path: str | os.PathLike[str], ca
     handles = [legend_key(sampler, colour, marker, line) for sampler, (colour, (marker, line)) in looks.items()]
     figure.legend(handles=handles, title="sampler", loc="outside right upper", frameon=False)
     save(figure, path)
+
+
+_OURS = ("hindsight", "recommended")
+"""Rivals that are drawn bold, the last one black and starred."""
+_MARKERS = "osDv^Pp<>d*"
+
+
+def rivals_vs_time(found: Fastest, path: str | os.PathLike[str]) -> None:
+    """Error against time of every rival, log-log: its rows as points, those that none of its own beats as a line.
+
+    Rivals differ in marker and line, so that they can be told apart in grey; those of mlem are bold. Dotted: the
+    targets; what errs ten times the largest of them is left out.
+
+    Raises:
+        ValueError: for no row that it can show.
+    """
+    most = 10 * max(found.targets, default=math.inf)
+    rows = [row for row in found.rows if positive(row.seconds) and positive(row.mse) and row.mse <= most]
+    if not rows:
+        raise ValueError(f"rivals_vs_time has nothing to draw: no rows with seconds and an error in (0, {most:g}]")
+    figure, axes = figure_with_axes("time per image [ms]", _MSE.label, str(found.about["caption"]))
+    axes.set(xscale="log", yscale="log")
+    in_digits(axes.xaxis)
+    looks = zip(cycle(COLOURS), cycle(_MARKERS), cycle(STYLES), strict=False)
+    for group, (colour, marker, (_, line)) in zip(found.groups, looks, strict=False):
+        bold, advised = group in _OURS, group == _OURS[-1]
+        look: dict[str, Any] = {"color": "black" if advised else colour, "marker": "*" if advised else marker}
+        own = [row for row in rows if row.group == group]
+        axes.plot(*_milliseconds(own), linestyle="", markersize=3, alpha=0.35, **look)
+        look |= {"linewidth": 2.2, "markersize": 9, "zorder": 3} if bold else {"linewidth": 1, "markersize": 5}
+        axes.plot(*_milliseconds(_unbeaten(own)), linestyle="-" if bold else line, label=group, **look)
+    for target in found.targets:
+        axes.axhline(target, color="0.6", linewidth=0.8, linestyle=":", zorder=0)
+    figure.legend(loc="outside right upper", frameon=False)
+    save(figure, path)
+
+
+def _unbeaten(rows: Sequence[Measured]) -> list[Measured]:
+    """Those that no other beats in both, by time."""
+    kept: list[Measured] = []
+    for row in sorted(rows, key=lambda one: (one.seconds, one.mse)):
+        if not kept or row.mse < kept[-1].mse:
+            kept.append(row)
+    return kept
+
+
+def _milliseconds(rows: Sequence[Measured]) -> tuple[list[float], list[float]]:
+    return [1e3 * row.seconds for row in rows], [row.mse for row in rows]

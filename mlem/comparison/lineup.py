@@ -39,7 +39,7 @@ class Lineup:
     def __init__(self, setup: Setup, entries: Sequence[Entry]) -> None:
         self._setup, runs = setup, []
         for number, entry in enumerate(entries):
-            if entry.spec is not None and len(setup.family.levels) == 1:
+            if entry.planned and len(setup.family.levels) == 1:
                 continue
             try:
                 runs += setup.runs(entry)

@@ -44,6 +44,8 @@ _SIMILARITY = ("psnr", "psnr_stderr", "ssim", "ssim_stderr")
 """Attributes, and columns that older files lack."""
 _IMAGES = ("image_mse", "image_psnr", "image_ssim")
 """Attributes, and columns, with a number of each image; older files have the first alone."""
+_RIVAL = "rival"
+"""Attribute, and column of files with a row that has one."""
 _SPREAD = "_std"
 
 
@@ -64,6 +66,7 @@ class Row:
         coins: how the plan tosses coins; "" where it tosses none.
         plan: hash of the plan before `delta`; "" for a level alone.
         target: what the plan was made for, such as "budget0.25"; "" for no target.
+        rival: the kind of sampler that it is one of, such as T-Stitch; "" for a kind of its own.
         delta: added to the logits of p_k; None for the plan as it is.
         trial: replicate of the coins; None for the plan's own coins.
         calls: network evaluations (NFE) of each level.
@@ -93,6 +96,7 @@ class Row:
     coins: str = ""
     plan: str = ""
     target: str = ""
+    rival: str = ""
     delta: float | None = None
     trial: int | None = None
     calls: Mapping[str, float] = field(default_factory=dict)
@@ -173,6 +177,7 @@ class Row:
         cells |= {f"calls_{name}": calls for name, calls in self.calls.items()}
         cells |= {column: getattr(self, name) for name, column in _CSV.items()}
         cells |= {name: value for name, value in self.scores.items() if not name.endswith(_SPREAD)}
+        cells |= {_RIVAL: self.rival} if self.rival else {}
         cells |= {name: getattr(self, name) for name in _SIMILARITY}
         cells |= {name: " ".join(map(str, getattr(self, name))) for name in _IMAGES}
         plain = {name: "" if value is None else str(value) for name, value in cells.items()}
@@ -181,7 +186,7 @@ class Row:
     @staticmethod
     def from_csv(cells: Mapping[str, str]) -> Row:
         """The row that `to_csv` wrote, of older versions too. Raises KeyError or ValueError for other cells."""
-        cells = dict(cells)
+        cells = {name: cell for name, cell in cells.items() if cell or name != _RIVAL}
         if CHECKSUM in cells and cells.pop(CHECKSUM) != checksum(cells):
             raise ValueError(f"a row differs from its {CHECKSUM}")
         texts = {name: cells[name] for name in ("sampler", "solver", "levels", "grid", "coins", "plan")}
@@ -189,11 +194,12 @@ class Row:
         numbers |= {name: float(cells.get(name, math.nan)) for name in _SIMILARITY}
         images: dict[str, Any] = {name: tuple(map(float, cells.get(name, "").split())) for name in _IMAGES}
         calls = {name.removeprefix("calls_"): float(cells[name]) for name in cells if name.startswith("calls_")}
-        known = {*KEY, *_CSV.values(), *_SIMILARITY, *_IMAGES, *(f"calls_{name}" for name in calls)}
+        known = {*KEY, _RIVAL, *_CSV.values(), *_SIMILARITY, *_IMAGES, *(f"calls_{name}" for name in calls)}
         return Row(
             **texts,
             **numbers,
             **images,
+            rival=cells.get(_RIVAL, ""),
             steps=int(cells["steps"]),
             level=MULTILEVEL if texts["plan"] else texts["levels"],
             delta=float(cells["delta"]) if cells["delta"] else None,

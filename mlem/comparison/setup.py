@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mlem.comparison.entry import Entry
+from mlem.comparison.handmade import level_name
 from mlem.comparison.row import MULTILEVEL, Row
 from mlem.family import Family
 from mlem.grids import TimeGrid
@@ -16,7 +17,7 @@ from mlem.level import Level
 from mlem.metrics import Measure
 from mlem.metrics.similarity import SMALLEST
 from mlem.multilevel.plan import Plan
-from mlem.multilevel.planner import make_plan
+from mlem.multilevel.planner import check_estimator, make_plan
 from mlem.networks import Reuse
 from mlem.sampling import Sampler, solver_of
 from mlem.sampling.reusing import reusing
@@ -33,7 +34,7 @@ class Run:
         row: names and settings; nothing is measured in it yet.
         solver: with its options.
         grid: name of the time grid; None for the solver's own choice.
-        plan: how levels share the work; None: the level `row.level` runs alone.
+        plan: what runs at each evaluation; None: the level `row.level` runs whole at all of them.
         cost: of an image, in evaluations of the largest level by FLOPs.
         reuse: of the deep features of that level.
     """
@@ -102,35 +103,48 @@ class Setup:
     def runs(self, entry: Entry) -> list[Run]:
         """The runs of an entry, by steps. Raises ValueError for what does not fit the family or the solver."""
         solver, found = solver_of(entry.solver, **entry.options), []
-        expand = self._alone if entry.spec is None else self._together
+        expand = self._together if entry.planned else self._alone
         for steps in entry.steps:
             grid = solver.grid(self.family.schedule, steps, entry.grid)
-            row = Row(entry.label, steps, "", solver=entry.method, grid=grid.name, target=entry.target)
+            names = {"solver": entry.method, "rival": entry.rival, "grid": grid.name, "target": entry.target}
+            row = replace(Row(entry.label, steps, ""), **names)
             found += expand(entry, solver, grid, row)
         return found
 
     def _alone(self, entry: Entry, solver: Solver, grid: TimeGrid, row: Row) -> Iterator[Run]:
         evaluations = solver.evaluations(GridPoint.of(self.family.schedule, grid))
+        if entry.reuse is not None and not solver.sequential:
+            raise ValueError(f"{solver.name} solves for many times at once: leave reuse out")
         names = self.family.names if entry.reuse is None else self.family.names[-1:]
-        for name in entry.levels or names:
+        for name in [level_name(self.family, one) for one in entry.levels or names]:
             level = self.family.level(name)
             whole = evaluations if entry.reuse is None else reusing(level, entry.reuse).cache.evaluations(evaluations)
             cost = whole * level.flops / self.family.level().flops
             yield Run(replace(row, level=name, levels=name), solver, entry.grid, None, cost, entry.reuse)
 
     def _together(self, entry: Entry, solver: Solver, grid: TimeGrid, row: Row) -> Iterator[Run]:
-        assert entry.spec is not None
-        plan = make_plan(entry.spec, self.family, solver, grid)
+        plan, seed = self._plan(entry, solver, grid), 0 if entry.spec is None else entry.spec.seed
         names = plan.levels or tuple(self.family.names)
-        known = plan.fingerprint(entry.spec.seed)[:12]
+        known = plan.fingerprint(seed)[:12]
         row = replace(row, level=MULTILEVEL, levels="+".join(names), coins=plan.coins, plan=known)
         flops = torch.tensor([self.family.level(name).flops for name in names], dtype=torch.float64)
         for delta in entry.deltas or (None,):
             for trial in range(entry.trials) if entry.trials is not None else (None,):
                 tossed = delta is not None or trial is not None
-                drawn = plan.redrawn(delta or 0.0, entry.spec.seed + (trial or 0)) if tossed else plan
+                drawn = plan.redrawn(delta or 0.0, seed + (trial or 0)) if tossed else plan
                 cost = drawn.cost(flops / self.family.level().flops)
                 yield Run(replace(row, delta=delta, trial=trial), solver, entry.grid, drawn, cost)
+
+    def _plan(self, entry: Entry, solver: Solver, grid: TimeGrid) -> Plan:
+        if entry.spec is not None:
+            return make_plan(entry.spec, self.family, solver, grid)
+        points = GridPoint.of(self.family.schedule, grid)
+        if isinstance(entry.made, Plan):
+            return entry.made
+        assert entry.made is not None
+        plan = entry.made.plan(self.family, solver.evaluations(points))
+        check_estimator(solver, points, plan.estimator)
+        return plan
 
     def sampler(self, run: Run) -> Sampler:
         """The sampler of this run."""

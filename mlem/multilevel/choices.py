@@ -20,11 +20,15 @@ class Traits:
         holds: whether corrections are held between the evaluations at which they are measured.
         moves_state: whether the state is moved between evaluations, for which the solver must evaluate once a step.
         searched: whether a calibration finds what runs at which evaluation, where no coins are asked for.
+        specified: whether a specification may ask for it; plans of others are made by hand.
+        orders: of extrapolation that a plan may have.
     """
 
     holds: bool
     moves_state: bool
     searched: bool
+    specified: bool = True
+    orders: tuple[int, ...] = (0, 1)
 
 
 ESTIMATORS = {
@@ -32,6 +36,7 @@ ESTIMATORS = {
     "held": Traits(holds=True, moves_state=False, searched=True),
     "hindsight": Traits(holds=True, moves_state=True, searched=True),
     "switch": Traits(holds=False, moves_state=False, searched=True),
+    "forecast": Traits(holds=True, moves_state=False, searched=True, specified=False, orders=(0, 1, 2)),
 }
 COINS = ("systematic", "bernoulli", "nested", "poisson")
 """The kinds of coins, the recommended one first."""

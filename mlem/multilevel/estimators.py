@@ -10,7 +10,9 @@ of counts says which corrections are evaluated at which row.
 - hindsight: held, and when a correction is measured again, the state is moved by what interpolation between
   measurements says that extrapolation got wrong (ours; the corrector of a multistep method, for the correction alone);
 - switch: at each row one level runs, and no correction above it counts (T-Stitch, arXiv:2402.14167; a searched sequence
-  is OMS-DPM's, arXiv:2306.08860). What the larger levels would have said is lost.
+  is OMS-DPM's, arXiv:2306.08860). What the larger levels would have said is lost;
+- forecast: one level alone, whose own outputs are extrapolated where it does not run (TaylorSeer, arXiv:2503.06923, at
+  the level of the output).
 
 Weights are collected before anything is evaluated: `F = sum_k w_k f^k` with `w_k = W_k - W_(k+1)`, W_k being that of
 `g^k`; and a level of weight zero is not run, unless a held correction has to be measured.
@@ -34,11 +36,18 @@ from torch import Tensor
 from mlem.denoiser import Denoiser
 from mlem.multilevel import choices
 from mlem.multilevel.coins import check_probabilities
-from mlem.multilevel.evaluators import Evaluator, HeldEvaluator, HindsightEvaluator, JumpEvaluator, Program
+from mlem.multilevel.evaluators import (
+    Evaluator,
+    ForecastEvaluator,
+    HeldEvaluator,
+    HindsightEvaluator,
+    JumpEvaluator,
+    Program,
+)
 from mlem.multilevel.holding import Holding
 from mlem.schedule import NoiseSchedule
 
-__all__ = ["ESTIMATORS", "Estimator", "Held", "Hindsight", "Jump", "Switch", "collect", "estimator_called"]
+__all__ = ["ESTIMATORS", "Estimator", "Forecast", "Held", "Hindsight", "Jump", "Switch", "collect", "estimator_called"]
 
 Levels = Sequence[Denoiser]
 Quadrature = Sequence[float] | None
@@ -50,6 +59,12 @@ class Estimator(ABC):
     """How an evaluation is done, what it costs, and how far it is from the largest level."""
 
     name: ClassVar[str]
+    extrapolates: ClassVar[str] = "a held correction"
+
+    @property
+    def orders(self) -> tuple[int, ...]:
+        """Of extrapolation that a plan may have."""
+        return choices.ESTIMATORS[self.name].orders
 
     @property
     def holds(self) -> bool:
@@ -218,7 +233,27 @@ class Hindsight(Held):
         return HindsightEvaluator(levels, schedule, program, quadrature)
 
 
-ESTIMATORS: dict[str, Estimator] = {one.name: one for one in (Jump(), Held(), Hindsight(), Switch())}
+class Forecast(Estimator):
+    """The output of one level, extrapolated until it runs again."""
+
+    name, extrapolates = "forecast", "a forecast"
+
+    def check(self, probabilities: Tensor, counts: Tensor | None) -> None:
+        fits = counts is not None and counts.dim() == 2 and counts.shape[1] == 1 and len(counts) > 0
+        if counts is None or not fits or bool(((counts != 0) & (counts != 1)).any()) or counts[0] != 1:
+            raise ValueError("a forecast is of one level, which runs at the first evaluation: make it by Plan.forecast")
+
+    def correction_weights(self, counts: Tensor, probabilities: Tensor) -> Tensor:
+        return counts.double()
+
+    def deviations(self, weights: Array, scale: Array, times: Array, holding: Holding) -> Array:
+        raise ValueError("no error of a forecast is predicted: sample with it, and measure")
+
+    def evaluator(self, levels: Levels, schedule: NoiseSchedule, program: Program, quadrature: Quadrature) -> Evaluator:
+        return ForecastEvaluator(levels, schedule, program)
+
+
+ESTIMATORS: dict[str, Estimator] = {one.name: one for one in (Jump(), Held(), Hindsight(), Switch(), Forecast())}
 """Name -> estimator."""
 
 

@@ -17,6 +17,7 @@ from mlem.solvers import GridPoint, denoiser_at
 
 __all__ = [
     "Evaluator",
+    "ForecastEvaluator",
     "HeldEvaluator",
     "HindsightEvaluator",
     "JumpEvaluator",
@@ -185,6 +186,39 @@ class HeldEvaluator(Evaluator):
 
     def _stands_in(self, level: int, row: int, moment: Moment, value: Tensor) -> None:
         """Told of each stand-in."""
+
+
+class ForecastEvaluator(Evaluator):
+    """One level, and where it does not run the polynomial through its last outputs."""
+
+    def __init__(self, levels: Sequence[Denoiser], schedule: NoiseSchedule, program: Program) -> None:
+        self._levels, self._schedule, self._program = levels, schedule, program
+        self._known: list[Measurement] = []
+
+    def evaluate(self, row: int, x: Tensor, t: Tensor, point: Place) -> Tensor:
+        time = Moment.of(self._schedule, x, t, point).time
+        (output,) = _outputs(self._levels, self._program.evaluated[row], x, t, point)
+        if output is None:
+            return self._forecast(time, x)
+        self._known = [one for one in self._known if not _same(one.time, time)]  # Heun asks twice at one time
+        self._known = [*self._known, Measurement(time, output)][-(self._program.holding.order + 1) :]
+        return output
+
+    def _forecast(self, time: float | Tensor, like: Tensor) -> Tensor:
+        """Lagrange's polynomial at this time: like the outputs."""
+        total = torch.zeros_like(like)
+        for one in self._known:
+            weight: float | Tensor = 1.0
+            for other in self._known:
+                if other is not one:
+                    weight = weight * (time - other.time) / (one.time - other.time)
+            total = total + one.value * weight
+        return total
+
+
+def _same(one: float | Tensor, other: float | Tensor) -> bool:
+    """Whether two times are one, or one of any sample's."""
+    return bool(torch.as_tensor(one == other).any())
 
 
 class _StandIn(NamedTuple):

@@ -41,8 +41,8 @@ class Plan:
         probabilities: (R, K), the means of the counts; R evaluations, K levels.
         counts: (R, K) int64, or None where every sample tosses its own coins.
         coins: the kind of coins, or "given".
-        estimator: "jump", "held" or "hindsight".
-        order: of extrapolation of held corrections, 0 or 1.
+        estimator: "jump", "held", "hindsight", "switch" or "forecast".
+        order: of extrapolation of held corrections, 0 or 1; of a forecast, up to 2.
         seed: of the coins.
         levels: names of the levels; empty means all of a family's.
         correlation_length: of held corrections, in `-ln kappa`, > 0; None: they do not fade.
@@ -64,8 +64,11 @@ class Plan:
 
     def __post_init__(self) -> None:
         estimator = estimator_called(self.estimator)
-        if self.order not in (0, 1):
-            raise ValueError(f"order of a held correction must be 0 or 1, got {self.order!r}")
+        if self.order not in estimator.orders:
+            *first, last = map(str, estimator.orders)
+            raise ValueError(
+                f"order of {estimator.extrapolates} must be {', '.join(first)} or {last}, got {self.order!r}"
+            )
         length = self.correlation_length
         if length is not None and not length > 0:
             raise ValueError(f"correlation_length of a held correction must be positive, got {length!r}")
@@ -142,6 +145,20 @@ class Plan:
         """
         counts = (torch.arange(len(levels)) <= torch.tensor(list(running))[:, None]).long()
         return Plan(counts.double(), counts, "given", "switch", levels=tuple(levels), about=dict(about or {}))
+
+    @staticmethod
+    def forecast(
+        running: Sequence[bool], level: str, *, order: int = 1, about: Mapping[str, Any] | None = None
+    ) -> Plan:
+        """One level, whose outputs are extrapolated where it does not run.
+
+        Args:
+            running: whether it runs, at each of the R evaluations; at the first one it must.
+            level: its name.
+            order: of the polynomial in `-ln kappa`, 0 to 2.
+        """
+        counts = torch.tensor(list(running)).long()[:, None]
+        return Plan(counts.double(), counts, "given", "forecast", order, levels=(level,), about=dict(about or {}))
 
     def redrawn(self, delta: float = 0.0, seed: int = 0) -> Plan:
         """The coins tossed again, with delta added to the logits of all p_k but the first ([J], Fig. 1).

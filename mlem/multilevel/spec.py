@@ -20,6 +20,7 @@ __all__ = ["TARGETS", "PlanSpec"]
 
 TARGETS = ("budget", "mse", "delta")
 """The options that say how much is spent; at most one of them is given."""
+_ESTIMATORS = tuple(name for name, traits in ESTIMATORS.items() if traits.specified)
 
 
 def _about(help: str, value: str, choices: Sequence[str] = ()) -> dict[str, Any]:
@@ -69,7 +70,7 @@ class PlanSpec:
     coins: str | None = field(default=None, metadata=_about("kind of coins", "a kind", COINS))
     estimator: str = field(
         default="hindsight",
-        metadata=_about("what stands in for a level that is not evaluated", "an estimator", tuple(ESTIMATORS)),
+        metadata=_about("what stands in for a level that is not evaluated", "an estimator", _ESTIMATORS),
     )
     order: int | None = field(default=None, metadata=_about("order of extrapolation of held corrections", "0 or 1"))
     levels: Sequence[str] | None = field(
@@ -156,7 +157,7 @@ class PlanSpec:
     def _check_names(self) -> None:
         if self.coins is not None:
             check_choice("coins", self.coins, COINS)
-        check_choice("estimator", self.estimator, tuple(ESTIMATORS))
+        check_choice("estimator", self.estimator, _ESTIMATORS)
         if self.estimator == "switch" and not self.searched:
             raise ValueError(
                 "estimator=switch tosses no coins: leave out coins= and probabilities=, or take estimator=jump"

@@ -1,0 +1,82 @@
+"""`sample.py eval=rivals`: seconds of what is recommended, and of everything that one would do instead."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from mlem.cli.auto import print_choice
+from mlem.cli.progress import WorkProgress
+from mlem.cli.schema import Benchmark, Sample
+from mlem.comparison.coupled import Comparison
+from mlem.comparison.entry import Entry
+from mlem.comparison.fastest import NAME, Fastest
+from mlem.comparison.figures import rivals_vs_time
+from mlem.comparison.rivals import fastest, recommended
+from mlem.comparison.setup import Run
+from mlem.multilevel.recommend import Recommendation
+
+__all__ = ["measured_rivals"]
+
+
+def measured_rivals(job: Sample, comparison: Comparison, entries: Sequence[Entry]) -> Callable[[], None]:
+    """Measure what is recommended and the others, and write `fastest.json` and its figure; returns what prints them."""
+    options = job.eval
+    assert isinstance(options, Benchmark)
+    advice = _advice(job, comparison, options)
+    own = [recommended(choice, target) for target, choice in advice.items()]
+    runs = _dealt([_possible(comparison, entry) for entry in [*entries, *own]])
+    if not runs:
+        raise ValueError("eval.samplers: nothing is left to run; list at least one sampler")
+    with WorkProgress(comparison.cost(runs)) as advance:
+        comparison.measure(runs, advance)
+    found = fastest(comparison, runs, advice, options.targets, options.kind)
+    path = comparison.folder / NAME
+    found.save(path)
+    rivals_vs_time(found, path.with_suffix(".png"))
+    return partial(_print, found, advice)
+
+
+def _advice(job: Sample, comparison: Comparison, options: Benchmark) -> dict[float, Recommendation]:
+    """What is recommended for each target that can be reached, by target."""
+    family, found = comparison.family, dict[float, Recommendation]()
+    torch.nn.ModuleList(level.network for level in family.levels).to(comparison.setup.device)
+    for target in options.targets:
+        try:
+            found[target] = family.recommend(mse=target, kind=options.kind, batch_size=job.batch_size)
+        except ValueError as error:
+            print(f"left out: what is recommended for {target:g}: {error}", flush=True)
+    return found
+
+
+def _possible(comparison: Comparison, entry: Entry) -> list[Run]:
+    """The runs of an entry; none, and why, where the family cannot follow it."""
+    try:
+        return comparison.runs(entry)
+    except ValueError as error:
+        print(f"left out: {entry.label}, {entry.solver}: {error}", flush=True)
+        return []
+
+
+def _dealt(runs: Sequence[Sequence[Run]]) -> list[Run]:
+    """One run of each entry in turn: what else goes on on the machine hits all rivals alike."""
+    return [run for ones in itertools.zip_longest(*runs) for run in ones if run is not None]
+
+
+def _print(found: Fastest, advice: dict[float, Recommendation]) -> None:
+    """The recommendation, and a table: milliseconds an image of the fastest row that reaches each error."""
+    if found.recommendation is not None:
+        print_choice(advice[found.recommendation.target])
+    table = Table(title="ms/image of the fastest row whose error is at most ..", caption=found.about["caption"])
+    table.add_column("rival")
+    for target in found.targets:
+        table.add_column(f"{target:.0e}", justify="right")
+    for group in found.groups:
+        best = [found.best(target, [group]) for target in found.targets]
+        table.add_row(group, *("" if row is None else f"{1e3 * row.seconds:.2f}" for row in best))
+    Console(width=None if Console().is_terminal else 120).print(table)

@@ -1,0 +1,75 @@
+"""What is recommended for a list of errors, measured beside its rivals, and what came of all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mlem.comparison.coupled import Comparison
+from mlem.comparison.entry import Entry
+from mlem.comparison.fastest import Advice, Alternative, Fastest, Measured
+from mlem.comparison.row import Row
+from mlem.comparison.setup import Run
+from mlem.multilevel.plan import Plan
+from mlem.multilevel.recommend import Candidate, Recommendation
+from mlem.provenance import machine
+
+__all__ = ["RECOMMENDED", "fastest", "recommended"]
+
+RECOMMENDED = "recommended"
+"""The rival that mlem's own advice is."""
+
+
+def recommended(choice: Recommendation, target: float) -> Entry:
+    """What is recommended for this error, as an entry of a comparison."""
+    own: dict[str, Any] = {"levels": (choice.level,)} if choice.plan is None else {"made": choice.plan}
+    name = f"{RECOMMENDED}, mse {target:g}"
+    return Entry(choice.solver, (choice.steps,), choice.grid, name=name, rival=RECOMMENDED, **own)
+
+
+def fastest(
+    comparison: Comparison,
+    runs: Sequence[Run],
+    advice: Mapping[float, Recommendation],
+    targets: Sequence[float],
+    kind: str,
+) -> Fastest:
+    """The rows of these runs, beside the recommendation for the middle one of the targets that has any.
+
+    Args:
+        advice: by target.
+        targets: mean squared errors.
+        kind: "ode" or "sde".
+    """
+    setup, falling = comparison.setup, sorted(targets, reverse=True)
+    about = {"family": comparison.family.data, "kind": kind, "images": setup.count, "batch_size": len(setup.blocks[0])}
+    references = " and ".join(dict.fromkeys(run.solver.reference for run in runs))
+    about |= {"machine": machine(), "reference": f"{references}, {setup.reference_steps} steps"}
+    about |= {"levels": comparison.family.names, "caption": comparison.caption}
+    rows = [_measured(run, row) for run in runs if (row := comparison.row(run)) is not None]
+    known = [target for target in falling if target in advice]
+    middle = known[len(known) // 2] if known else None
+    told = None if middle is None else _advice(advice[middle], middle)
+    return Fastest(about, tuple(rows), told, tuple(falling))
+
+
+def _measured(run: Run, row: Row) -> Measured:
+    group = row.rival or row.sampler
+    detail = row.sampler.removeprefix(group).removeprefix(", ")
+    solver = run.solver.name if run.reuse is not None else row.solver  # whose name says what is reused
+    calls = {name: count for name, count in row.calls.items() if count > 0}
+    return Measured(group, solver, row.grid, row.steps, detail, row.seconds, row.mse, row.mse_stderr, calls)
+
+
+def _advice(choice: Recommendation, target: float) -> Advice:
+    own = choice.options
+    options: dict[str, Any] = {name: value for name, value in own.items() if not isinstance(value, Plan)}
+    if choice.plan is not None:
+        options["plan"] = {"estimator": choice.plan.estimator, "levels": list(choice.plan.levels)}
+    others = tuple(Alternative(**_expected(one)) for one in choice.alternatives)
+    return Advice(**_expected(choice), target=target, why=choice.why, options=options, alternatives=others)
+
+
+def _expected(one: Candidate) -> dict[str, Any]:
+    numbers = {"mse": one.predicted_mse, "interval": one.interval, "seconds": one.predicted_seconds}
+    return {"text": str(one)} | numbers
