@@ -13,7 +13,7 @@ from typing import Any
 
 from mlem.files import check_format, damaged, read_object, write_record
 
-__all__ = ["NAME", "Advice", "Alternative", "Fastest", "Measured"]
+__all__ = ["NAME", "Advice", "Alternative", "Fastest", "Measured", "advice_from_json"]
 
 NAME = "fastest.json"
 FORMAT = 1
@@ -130,12 +130,13 @@ class Fastest:
             return Fastest(
                 dict(plain["about"]),
                 tuple(Measured(**row) for row in plain["rows"]),
-                None if advice is None else _advice(advice),
+                None if advice is None else advice_from_json(advice),
                 tuple(map(float, plain["targets"])),
             )
 
 
-def _advice(plain: Mapping[str, Any]) -> Advice:
+def advice_from_json(plain: Mapping[str, Any]) -> Advice:
+    """Advice of a file. Raises KeyError, TypeError or ValueError for other data."""
     others = tuple(Alternative(**_with_interval(other)) for other in plain["alternatives"])
     return replace(Advice(**_with_interval(plain)), alternatives=others)
 
