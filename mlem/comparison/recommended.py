@@ -90,7 +90,7 @@ def renew(folder: Path, family: Family | None = None) -> Recommended | None:
 
 
 def _source(family: Path) -> str | None:
-    """What a recommendation follows from, hashed: the calibration, and the levels, which name the hash of their weights."""
+    """Hash of what a recommendation follows from: the calibration, and the levels, which name that of their weights."""
     if not (family / "calibration.json").is_file():
         return None
     digest = hashlib.sha256()

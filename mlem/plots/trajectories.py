@@ -19,9 +19,7 @@ __all__ = ["level_rates", "trajectory_strips"]
 _WIDTH = 7.5
 
 
-def trajectory_strips(
-    plans: Sequence[tuple[str, Mapping[str, Sequence[int]]]], path: str | os.PathLike[str]
-) -> None:
+def trajectory_strips(plans: Sequence[tuple[str, Mapping[str, Sequence[int]]]], path: str | os.PathLike[str]) -> None:
     """Strips of calls, one above another: a row for each level, the largest on top, a column for each evaluation.
 
     Args:

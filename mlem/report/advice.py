@@ -82,7 +82,7 @@ def _found(folder: Path) -> tuple[Told, Advice | None] | None:
     found, where = renew(folder), _typed(family)
     if found is None:
         how = in_words_of_the_user(f"python -m mlem.multilevel calibrate {where}")
-        return Told("Nothing is recommended: this family is not calibrated.", "Measure it first:", how), None
+        return Told("Nothing is recommended: this family is not calibrated. Measure it first:", "", how), None
     if found.advice is None:
         return Told("Nothing is recommended for this family.", _as_sentence(found.why_not)), None
     return _of_family(found, found.advice, where), found.advice
