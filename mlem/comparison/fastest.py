@@ -13,9 +13,11 @@ from typing import Any
 
 from mlem.files import check_format, damaged, read_object, write_record
 
-__all__ = ["NAME", "Advice", "Alternative", "Fastest", "Measured", "advice_from_json"]
+__all__ = ["NAME", "RECOMMENDED", "Advice", "Alternative", "Fastest", "Measured", "advice_from_json"]
 
 NAME = "fastest.json"
+RECOMMENDED = "recommended"
+"""The rival that mlem's own advice is."""
 FORMAT = 1
 _REMEDY = "measure it again: python sample.py eval=rivals"
 
@@ -91,7 +93,7 @@ class Fastest:
     """What a run of all rivals came to.
 
     Args:
-        about: family, kind, images, batch_size, machine, reference, and a caption of all of it.
+        about: family, its source, kind, images, batch_size, machine, reference, and a caption of all of it.
         rows: everything that was measured.
         recommendation: for the middle one of the targets; None where nothing could be recommended.
         targets: mean squared errors at which seconds are compared, falling.

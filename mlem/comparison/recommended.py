@@ -9,17 +9,17 @@ import hashlib
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mlem.comparison.calls import Calls
-from mlem.comparison.fastest import Advice, Alternative, advice_from_json
+from mlem.comparison.fastest import Advice, advice_from_json
 from mlem.files import damaged, read_object, sha256, write_record
 
 if TYPE_CHECKING:
     from mlem.family import Family
-    from mlem.multilevel.recommend import Candidate, Recommendation
+    from mlem.multilevel.recommend import Recommendation
 
-__all__ = ["NAME", "Recommended", "renew"]
+__all__ = ["NAME", "Recommended", "renew", "source_of"]
 
 NAME = "recommendation.json"
 TARGETS = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
@@ -74,7 +74,7 @@ def renew(folder: Path, family: Family | None = None) -> Recommended | None:
     Raises:
         ValueError: a file is damaged; it is named.
     """
-    known, source = folder / NAME, _source(folder / "family")
+    known, source = folder / NAME, source_of(folder / "family")
     if source is None:
         return None
     if known.exists() and (found := Recommended.load(known)).source == source:
@@ -89,8 +89,11 @@ def renew(folder: Path, family: Family | None = None) -> Recommended | None:
     return found
 
 
-def _source(family: Path) -> str | None:
-    """Hash of what a recommendation follows from: the calibration, and the levels, which name that of their weights."""
+def source_of(family: Path) -> str | None:
+    """Hash of what a recommendation follows from; None where the family is not calibrated.
+
+    That is the calibration, and the levels, each of which names the hash of its weights.
+    """
     if not (family / "calibration.json").is_file():
         return None
     digest = hashlib.sha256()
@@ -101,6 +104,8 @@ def _source(family: Path) -> str | None:
 
 def _recommended(family: Family, source: str) -> Recommended:
     """What reaches the least of TARGETS fastest, on the device where the networks are."""
+    from mlem.comparison.rivals import advice_of
+
     why_not = ""
     for target in TARGETS:
         try:
@@ -109,25 +114,8 @@ def _recommended(family: Family, source: str) -> Recommended:
             why_not = str(error)
             continue
         machine = family.fitted.calibration_for(family).about.get("machine", "")
-        return Recommended(_advice(found, target), "", tuple(_calls(found, family)), source, str(machine))
+        return Recommended(advice_of(found, target), "", tuple(_calls(found, family)), source, str(machine))
     return Recommended(None, why_not, (), source, "")
-
-
-def _advice(found: Recommendation, target: float) -> Advice:
-    options = found.options
-    if found.plan is not None:
-        options = {key: value for key, value in options.items() if key != "plan"} | {"levels": list(found.plan.levels)}
-    return Advice(
-        **_predicted(found),
-        target=target,
-        why=found.why,
-        options=options,
-        alternatives=tuple(Alternative(**_predicted(one)) for one in found.alternatives),
-    )
-
-
-def _predicted(one: Candidate) -> dict[str, Any]:
-    return {"text": str(one), "mse": one.predicted_mse, "interval": one.interval, "seconds": one.predicted_seconds}
 
 
 def _calls(found: Recommendation, family: Family) -> list[Calls]:

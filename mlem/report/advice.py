@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mlem.comparison.fastest import NAME, Advice, Fastest
+from mlem.comparison.fastest import NAME, RECOMMENDED, Advice, Fastest
 from mlem.comparison.recommended import Recommended, renew
 from mlem.files import damaged, read_object
 from mlem.invocation import command, in_words_of_the_user
@@ -71,7 +70,7 @@ def told(folder: Path) -> Told | None:
 def _found(folder: Path) -> tuple[Told, Advice | None] | None:
     rivals = fastest_of(folder)
     if rivals is not None and (advised := rivals[1].recommendation) is not None:
-        return _of_rivals(advised, rivals[1].about), advised
+        return _of_rivals(*rivals, advised), advised
     family = folder / "family"
     if not (family / "family.json").exists():
         return None
@@ -89,24 +88,41 @@ def _found(folder: Path) -> tuple[Told, Advice | None] | None:
 
 
 def _of_family(found: Recommended, advised: Advice, where: str) -> Told:
-    machine = f", in batches of 64 on {found.machine}" if found.machine else ", in batches of 64"
-    return _words(advised, f"family={where}", "predicted", machine)
+    machine = f"on {found.machine}" if found.machine else "where it was calibrated"
+    return _words(advised, f"family={where}", f"in batches of 64 {machine}")
 
 
-def _of_rivals(advised: Advice, about: Mapping[str, object]) -> Told:
-    kind = " sampler.options.kind=sde" if about.get("kind") == "sde" else ""
-    machine = f", in batches of {about['batch_size']} on {about['machine']}"
-    return _words(advised, f"family={shlex.quote(str(about['family']))}{kind}", "predicted", machine)
+def _of_rivals(path: Path, found: Fastest, advised: Advice) -> Told:
+    """Advice for the family that all rivals were run on, which may be another than that of the run folder."""
+    with damaged(path):
+        about, machine = found.about, found.about["machine"]
+        place = f"in batches of {about['batch_size']} on {machine.get('gpu', machine['processor'])}"
+        source, kind = str(about["source"]), " sampler.options.kind=sde" if about["kind"] == "sde" else ""
+    words = _words(advised, f"family={shlex.quote(source)}{kind}", place)
+    sentence = f"On {source}, run{words.sentence.removeprefix('Run')}"
+    return replace(words, sentence=sentence, expected=f"{words.expected} {_as_measured(found, advised.target)}".strip())
 
 
-def _words(advised: Advice, options: str, how: str, machine: str) -> Told:
+def _as_measured(found: Fastest, target: float) -> str:
+    """The recommended way and the best of all others at this error, in words."""
+    own = found.best(target, [RECOMMENDED])
+    other = found.best(target, [group for group in found.groups if group != RECOMMENDED])
+    words = [] if own is None else [f"Measured: {_ms(own.seconds)} for {own.mse:.2g}."]
+    if other is not None:
+        words.append(
+            f"The fastest of all others that reach it: {other.group}, {_ms(other.seconds)} for {other.mse:.2g}."
+        )
+    return " ".join(words)
+
+
+def _words(advised: Advice, options: str, place: str) -> Told:
     low, high = advised.interval
     return Told(
         f"Run {advised.text}: {_ms(advised.seconds)} an image for a mean squared error of at most {advised.target:g}.",
         f"Why: {_as_sentence(advised.why)}",
         f"{command('sample')} {options} sampler=auto mse={advised.target:g}",
-        f"Error {how}: {advised.mse:.2g}, 95 percent between {low:.2g} and {high:.2g}, to the many-step run of the "
-        f"largest level from the same noise; time{machine}.",
+        f"Expected: an error of {advised.mse:.2g} (95 percent: {low:.2g} to {high:.2g}) to the many-step run of the "
+        f"largest level from the same noise; time {place}.",
     )
 
 

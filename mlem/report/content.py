@@ -19,7 +19,7 @@ from mlem.report.html import Markup, figure, join, page, section, tag
 from mlem.report.logs import Line, RunLog, run_logs
 from mlem.report.plans import plan_figures
 from mlem.report.samples import sample_strips
-from mlem.report.tables import equal_error, level_table, sampler_table
+from mlem.report.tables import equal_error, level_table, rivals, sampler_table
 
 __all__ = ["write_report"]
 
@@ -45,6 +45,7 @@ def write_report(folder: str | os.PathLike[str]) -> Path:
         raise ValueError(f"{folder} holds no run: no metrics.jsonl and no evaluation.json in it or one floor below")
     about, head = _about(folder), advice(folder)
     sections = [
+        section("Error and time of every rival", *rivals(folder), class_="plots"),
         section("Error, time and calls", *_pictures(folder, evaluated), class_="plots"),
         section("Calls along a trajectory", *plan_figures(folder, evaluated or folder), class_="plots"),
         section("Samples, side by side", *sample_strips(evaluated)),

@@ -38,9 +38,9 @@ def sample_strips(home: Path | None) -> list[Markup]:
 def _strips(home: Path, rows: Sequence[Row]) -> list[Markup]:
     """A block for each reference."""
     blocks = []
-    for reference in dict.fromkeys(row.reference for row in rows):
+    for reference in sorted(dict.fromkeys(row.reference for row in rows), key=lambda one: not one):
         own = [row for row in rows if row.reference == reference]
-        first = _strip(home, f"reference_{reference}", f"reference: many steps of {reference}", "reference")
+        first = _strip(home, f"reference_{reference}", f"the reference, many steps of {reference}", "reference")
         shown = [first, *(_strip(home, row.picture, _words(row), "strip") for row in own)]
         if found := [one for one in shown if one]:
             blocks.append(tag("div", *found, class_="strips"))
