@@ -103,7 +103,7 @@ def test_evaluation(trained: Path) -> None:
     )
     (aligned,) = [item["item"] for item in run.all("history") if "eval/strips.count" in item["item"]]
     assert aligned["eval/strips.captions"] == sorted(
-        ["reference_ddim", "reference_ddpm", *shown["eval/grids.captions"]]
+        ["reference_ddpm", "reference_dpm_solver_pp", *shown["eval/grids.captions"]]
     )
     run.check("eval/samplers.nrows", steps=[0])
     assert run.summary["recommendation"].startswith("Nothing is recommended: this family is not calibrated.")
