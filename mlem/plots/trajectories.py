@@ -31,6 +31,7 @@ def trajectory_strips(plans: Sequence[tuple[str, Mapping[str, Sequence[int]]]], 
         ValueError: for no plans.
     """
     import numpy as np
+    from matplotlib.ticker import MaxNLocator
 
     figure, axes_of = _stacked([0.55 + 0.2 * len(levels) for _, levels in plans], "trajectory_strips")
     for axes, (name, levels) in zip(axes_of, plans, strict=True):
@@ -41,7 +42,7 @@ def trajectory_strips(plans: Sequence[tuple[str, Mapping[str, Sequence[int]]]], 
         )
         axes.set_yticks(range(len(table)), [plain(level) for level in levels])
         axes.tick_params(axis="y", length=0)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         for place, runs in enumerate(levels.values()):
             count = f"{sum(runs)} call{'s' * (sum(runs) != 1)}"
             axes.text(edge[-1], place, f"  {count}", va="center", fontsize="small")
