@@ -13,7 +13,7 @@ __all__ = ["sample_strips"]
 
 _ALIGNED = (
     "In every picture the same indices stand in the same places, from the same noise; first the many-step run that "
-    "the others are measured against."
+    "the others are measured against. Last those, if any, that share its law alone."
 )
 
 
@@ -48,7 +48,8 @@ def _strips(home: Path, rows: Sequence[Row]) -> list[Markup]:
 
 
 def _words(row: Row) -> str:
-    return f"{row.sampler}, {row.steps} steps{f', {row.target}' if row.target else ''}; level {row.level}"
+    level = "several levels" if row.shared else f"level {row.level}"
+    return f"{row.sampler}, {row.steps} steps{f', {row.target}' if row.target else ''}; {level}"
 
 
 def _strip(home: Path, name: str, words: str, kind: str) -> Markup:

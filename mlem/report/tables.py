@@ -121,7 +121,7 @@ def rivals(folder: Path) -> list[Markup]:
     picture, shown = path.with_suffix(".png"), list[Markup]()
     if picture.exists():
         words = "Mean squared error to the many-step reference against time per image in milliseconds, of every rival"
-        shown.append(figure(picture.read_bytes(), f"Figure: {words}", f"{words}.", "plot wide"))
+        shown.append(figure(picture.read_bytes(), f"Figure: {words}", f"{words}.", "plot first"))
     columns = ["rival", *(f"MSE {target:g}" for target in found.targets)]
     rows = [
         [_text(group), *(_number(_milliseconds(found.best(target, [group])), ".2f") for target in found.targets)]
