@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from mlem.comparison.fastest import Fastest, Measured
+from mlem.comparison.recommended import Recommended, renew, source_of
+from mlem.family import Family
 from mlem.plots import curves
 from mlem.provenance import provenance
 from mlem.report import write_report
@@ -55,6 +58,29 @@ def test_a_family_for_which_nothing_is_recommended(tmp_path: Path, monkeypatch: 
     text = write_report(tmp_path).read_text()
     assert "not calibrated. Measure it first:</p>" in text
     assert "python -m mlem.multilevel calibrate family</pre>" in text
+
+
+def test_it_is_asked_again_only_when_levels_or_calibration_are_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    advise(tmp_path)
+    level = tmp_path / "family" / "level_xs" / "mlem.json"
+
+    def asked(folder: Path) -> Family:
+        raise ValueError(f"{folder} was read")
+
+    monkeypatch.setattr(Family, "load", asked)
+    found = renew(tmp_path)
+    assert found is not None
+    assert found.advice == ADVICE
+    for path, text in ((level, '{"sha256": "of other weights"}'), (tmp_path / "family/calibration.json", '{"a": 1}')):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+        with pytest.raises(ValueError, match="family was read"):
+            renew(tmp_path)
+        known = Recommended.load(tmp_path / "recommendation.json")
+        replace(known, source=str(source_of(tmp_path / "family"))).save(tmp_path / "recommendation.json")
+        assert renew(tmp_path) is not None
 
 
 def test_a_real_run_leaves_its_report(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:

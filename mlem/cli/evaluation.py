@@ -66,7 +66,7 @@ def _recommend(family: Family, folder: Path, trainer: pl.Trainer) -> dict[str, P
     torch.nn.ModuleList(level.network for level in family.levels).to(trainer.strategy.root_device)
     renew(folder, family)
     if (words := told(folder)) is not None:
-        print(words.sentence, words.why, flush=True)
+        print(words.sentence, words.why or words.command, flush=True)
         for logger in trainer.loggers:
             if isinstance(logger, ForgivingWandbLogger):
                 logger.summarise(words.summary)
