@@ -45,6 +45,10 @@ class Run:
             for name in item["item"]:
                 self.series.setdefault(name, Counter())[item["item"][AXIS]] += 1
 
+    @property
+    def summary(self) -> dict[str, Any]:
+        return {name: value for one in self.all("summary") for name, value in one["update"].items()}
+
     def all(self, kind: str) -> list[dict[str, Any]]:
         return [record[kind] for record in self.records if record["type"] == kind]
 
@@ -91,13 +95,19 @@ def test_evaluation(trained: Path) -> None:
         run.check(*(f"eval/{level}/{point}/{score}" for point in POINTS for score in SCORES), steps=[0])
         run.check(*(f"eval/{level}/{point}/calls_{level}" for point in POINTS), steps=[0])
         run.check(*(f"test/{level}/error_{time}" for time in TIMES), steps=[0])
-    for figure in ("grids", "error_vs_time", "quality_vs_evaluations", "error_by_noise_level"):
+    for figure in ("grids", "strips", "error_vs_time", "quality_vs_evaluations", "error_by_noise_level"):
         run.check(f"eval/{figure}.count", steps=[0])
     (shown,) = [item["item"] for item in run.all("history") if "eval/grids.count" in item["item"]]
     assert shown["eval/grids.captions"] == sorted(
         f"{level}_{point.replace('@', '_')}" for level in ("xs", "s") for point in POINTS
     )
+    (aligned,) = [item["item"] for item in run.all("history") if "eval/strips.count" in item["item"]]
+    assert aligned["eval/strips.captions"] == sorted(
+        ["reference_ddpm", "reference_dpm_solver_pp", *shown["eval/grids.captions"]]
+    )
     run.check("eval/samplers.nrows", steps=[0])
+    assert run.summary["recommendation"].startswith("Nothing is recommended: this family is not calibrated.")
+    assert run.summary["recommendation_command"] == "python -m mlem.multilevel calibrate runs/tiny/family"
 
 
 def test_two_ranks_are_one_run(trained: Path, tmp_path: Path) -> None:

@@ -11,8 +11,11 @@ import pytest
 from PIL import Image
 
 from mlem import Family
+from mlem.comparison.calls import read_calls
+from mlem.comparison.recommended import Recommended
 from mlem.files import read_json
 from tests.commands import configure, metrics, succeed
+from tests.test_dashboards import Run
 from tests.test_notebooks import execute
 from tests.test_your_own_family import blocks
 
@@ -67,6 +70,28 @@ def test_demo_leaves_what_it_promises(demo: tuple[Path, str]) -> None:
     assert list(root.glob("wandb/offline-run-*/*.wandb"))
     for named in ("runs/demo/family", "error_vs_time.png", "samplers", "levels"):
         assert named in out
+
+
+def test_demo_tells_wandb_what_to_run_and_shows_what_runs(demo: tuple[Path, str]) -> None:
+    folder, out = demo
+    root = folder / "runs" / "demo"
+    found = Recommended.load(root / "recommendation.json")
+    run = Run(root)
+    said = run.summary["recommendation"]
+    assert said in out
+    if found.advice is None:
+        assert said == "Nothing is recommended for this family."
+    else:
+        assert said.startswith(f"Run {found.advice.text}: ")
+        assert run.summary["recommendation_command"] == (
+            f"python sample.py family=runs/demo/family sampler=auto mse={found.advice.target:g}"
+        )
+    shown = [one.name for one in read_calls(root / "calls.json")]
+    assert shown == ["ddpm_hindsight, 20 steps, budget0.4_flops"]
+    run.check("eval/calls_along_trajectory.count", "eval/plan_probabilities.count", "eval/strips.count", steps=[0])
+    page = (root / "report.html").read_text()
+    assert f'<p class="first">{said}</p>' in page
+    assert f"{shown[0]}: xs at " in page
 
 
 def test_the_demo_itself_is_of_three_levels() -> None:

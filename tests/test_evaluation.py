@@ -36,6 +36,7 @@ pytestmark = [
 LABELS = [("ddpm", 2), ("ddpm", 4), ("ddim", 3), ("ddim_karras", 3)]
 MEASURED = {
     "dial",
+    "reference",
     "calls",
     "evaluations",
     "rounds",

@@ -61,7 +61,7 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Comparison, Fast
     comparison = Comparison(family, range(3), tmp_path_factory.mktemp("rivals"), reference_steps=12)
     runs = [run for rival, (own, _) in ENTRIES.items() for run in comparison.runs(entry(rival, **own))]
     comparison.measure(runs)
-    return comparison, fastest(comparison, runs, {}, [1e-3, 1e-1], "ode")
+    return comparison, fastest(comparison, runs, {}, [1e-3, 1e-1], "ode", "family")
 
 
 def test_each_rival_runs_what_its_paper_says(compared: tuple[Comparison, Fastest]) -> None:

@@ -13,13 +13,16 @@ import torch
 from mlem.cli.build import LoaderFromStep, evaluation, loggers
 from mlem.cli.paths import run_folder
 from mlem.cli.schema import Train
+from mlem.comparison.calls import FIGURES as CALLS_FIGURES
+from mlem.comparison.recommended import renew
 from mlem.comparison.row import Row
 from mlem.comparison.scaling import draw_scaling, scaling_fits
 from mlem.data import Shards
 from mlem.family import Family
-from mlem.report import write_report
+from mlem.files import atomic_write
+from mlem.report import plan_pictures, told, write_report
 from mlem.training.denoising import FamilyModule, noise_level_figure
-from mlem.training.loggers import log_pictures
+from mlem.training.loggers import ForgivingWandbLogger, log_pictures
 from mlem.training.stopping import Stopping
 
 if TYPE_CHECKING:
@@ -51,9 +54,27 @@ def evaluate_family(job: Train, family: Family, shards: Shards) -> None:
             _scaling_law(family, module, folder / "scaling_law.png")
         noise_level_figure(family, dict(metrics), job.data.held_out, folder / "error_by_noise_level.png")
         pictures = {f"eval/{name}": folder / f"{name}.png" for name in ("error_by_noise_level", "scaling_law")}
+        if whole:
+            pictures |= _recommend(family, folder, trainer)
         log_pictures(trainer.loggers, pictures, 0)
         write_report(folder if whole else folder.parent)
         _report(samplers.rows, family, folder, Path(job.root) / "family" if whole else folder.parent / "level")
+
+
+def _recommend(family: Family, folder: Path, trainer: pl.Trainer) -> dict[str, Path]:
+    """Find what to run, and say it; the figures of its calls and of those in the evaluation, by name."""
+    torch.nn.ModuleList(level.network for level in family.levels).to(trainer.strategy.root_device)
+    renew(folder, family)
+    if (words := told(folder)) is not None:
+        print(words.sentence, words.why or words.command, flush=True)
+        for logger in trainer.loggers:
+            if isinstance(logger, ForgivingWandbLogger):
+                logger.summarise(words.summary)
+    pictures = {name: folder / f"{name}.png" for name in CALLS_FIGURES}
+    for name, png in plan_pictures(folder, folder).items():
+        with atomic_write(pictures[name]) as file:
+            file.write(png)
+    return {f"eval/{name}": path for name, path in pictures.items()}
 
 
 def _scaling_law(family: Family, module: FamilyModule, path: Path) -> None:

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mlem.cli.auto import print_choice
+from mlem.cli.paths import family_folder
 from mlem.cli.progress import WorkProgress
 from mlem.cli.schema import Benchmark, Sample
 from mlem.comparison.coupled import Comparison
@@ -35,7 +36,8 @@ def measured_rivals(job: Sample, comparison: Comparison, entries: Sequence[Entry
         raise ValueError("eval.samplers: nothing is left to run; list at least one sampler")
     with WorkProgress(comparison.cost(runs)) as advance:
         comparison.measure(runs, advance)
-    found = fastest(comparison, runs, advice, options.targets, options.kind)
+    source = job.family or str(family_folder(None, job.root, job.data))
+    found = fastest(comparison, runs, advice, options.targets, options.kind, source)
     path = comparison.folder / NAME
     found.save(path)
     rivals_vs_time(found, path.with_suffix(".png"))

@@ -6,6 +6,7 @@ tally.py          `Tally`: runs it batch by batch and adds up error, scores and 
 row.py            `Row`: the result, as JSON (`evaluation.json`) and as CSV (`runs.csv`)
 evaluation.py     all samplers in one pass over the images, for training and `trainer.test`
 coupled.py        one sampler after another into a CSV that can be resumed
+calls.py          which levels run along a trajectory;  recommended.py  what is recommended, beside a run
 equal_error.py    ratios of costs at equal error;  summary.py  those of a CSV;  figures.py  error against cost
 scaling.py        the scaling law of a family
 """

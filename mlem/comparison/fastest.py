@@ -13,9 +13,11 @@ from typing import Any
 
 from mlem.files import check_format, damaged, read_object, write_record
 
-__all__ = ["NAME", "Advice", "Alternative", "Fastest", "Measured"]
+__all__ = ["NAME", "RECOMMENDED", "Advice", "Alternative", "Fastest", "Measured", "advice_from_json"]
 
 NAME = "fastest.json"
+RECOMMENDED = "recommended"
+"""The rival that mlem's own advice is."""
 FORMAT = 1
 _REMEDY = "measure it again: python sample.py eval=rivals"
 
@@ -91,7 +93,7 @@ class Fastest:
     """What a run of all rivals came to.
 
     Args:
-        about: family, kind, images, batch_size, machine, reference, and a caption of all of it.
+        about: family, its source, kind, images, batch_size, machine, reference, and a caption of all of it.
         rows: everything that was measured.
         recommendation: for the middle one of the targets; None where nothing could be recommended.
         targets: mean squared errors at which seconds are compared, falling.
@@ -130,12 +132,13 @@ class Fastest:
             return Fastest(
                 dict(plain["about"]),
                 tuple(Measured(**row) for row in plain["rows"]),
-                None if advice is None else _advice(advice),
+                None if advice is None else advice_from_json(advice),
                 tuple(map(float, plain["targets"])),
             )
 
 
-def _advice(plain: Mapping[str, Any]) -> Advice:
+def advice_from_json(plain: Mapping[str, Any]) -> Advice:
+    """Advice of a file. Raises KeyError, TypeError or ValueError for other data."""
     others = tuple(Alternative(**_with_interval(other)) for other in plain["alternatives"])
     return replace(Advice(**_with_interval(plain)), alternatives=others)
 

@@ -1,29 +1,35 @@
 """All samplers in one pass over the images, and the folder that shows how they did.
 
 folder/evaluation.json          the rows
+folder/calls.json               which levels run along a trajectory, of those with a plan
 folder/grids/NAME.png           samples of each
+folder/strips/NAME.png          the first of them in a row, and of the references: reference_SOLVER.png
 folder/error_vs_time.png, quality_vs_evaluations.png
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
 
+from mlem.comparison.calls import CALLS, Calls, write_calls
 from mlem.comparison.entry import Entry
 from mlem.comparison.figures import error_vs_time, quality_vs_evaluations
 from mlem.comparison.row import MULTILEVEL, Row
-from mlem.comparison.setup import Setup
+from mlem.comparison.setup import Run, Setup
 from mlem.comparison.tally import Tally
 from mlem.files import atomic_write, write_record
 from mlem.images import image_grid
+from mlem.solvers import GridPoint
 
-__all__ = ["FIGURES", "Lineup", "write_evaluation"]
+__all__ = ["FIGURES", "STRIP", "Lineup", "write_evaluation"]
 
 FIGURES = ("error_vs_time", "quality_vs_evaluations")
 """Names of the figures in the folder."""
+STRIP = 8
+"""How many samples a strip shows at most: those with the same indices, and so from the same noise, in every strip."""
 
 
 class Lineup:
@@ -49,11 +55,14 @@ class Lineup:
         runs.sort(key=lambda run: order.index(run.row.level))
         self.tallies = [Tally(setup, run) for run in runs]
         names = {tally.run.solver.reference for tally in self.tallies if tally.coupled}
-        self._references = {name: setup.reference(name) for name in names}
+        self._references = {name: setup.reference(name) for name in sorted(names)}
+        self._first: dict[str, Tensor] = {}
 
     def add(self, block: Sequence[int]) -> None:
         """Run everything on the images with these indices."""
         truths = {name: self._setup.truth(sampler.run(block).x) for name, sampler in self._references.items()}
+        for name, truth in truths.items():
+            self._first.setdefault(f"reference_{name}", truth.x[:STRIP].cpu())
         for tally in self.tallies:
             tally.add(block, truths[tally.run.solver.reference] if tally.coupled else None)
 
@@ -63,18 +72,49 @@ class Lineup:
 
     def pictures(self) -> dict[str, Tensor]:
         """The first samples of each, as pictures, by `Row.picture`."""
-        found = {tally.run.row.picture: tally.first for tally in self.tallies}
+        found = self._first | {tally.run.row.picture: tally.first for tally in self.tallies}
         return {name: self._setup.pictures(samples) for name, samples in found.items() if samples is not None}
 
+    def calls(self) -> list[Calls]:
+        """Which levels run along a trajectory, of the runs with a plan."""
+        runs = [tally.run for tally in self.tallies if tally.run.plan is not None]
+        found = [self._calls(run) for run in runs]
+        return [one for one in found if one is not None]
 
-def write_evaluation(folder: Path, rows: Sequence[Row], pictures: dict[str, Tensor], caption: str) -> None:
-    """Write the rows, a picture of each, and the figures that there is something to draw for."""
+    def _calls(self, run: Run) -> Calls | None:
+        assert run.plan is not None
+        schedule, row = self._setup.family.schedule, run.row
+        points = GridPoint.of(schedule, run.solver.grid(schedule, row.steps, run.grid))
+        name = f"{row.sampler}, {row.steps} steps" + (f", {row.target}" if row.target else "")
+        return Calls.of(name, run.plan, self._setup.family.names, run.solver, points)
+
+
+def write_evaluation(
+    folder: Path, rows: Sequence[Row], pictures: Mapping[str, Tensor], calls: Sequence[Calls], caption: str
+) -> None:
+    """Write the rows, pictures of each, and the figures that there is something to draw for.
+
+    Args:
+        folder: for all of it.
+        rows: the results.
+        pictures: by `Row.picture`; and those of the references, of which there are strips alone.
+        calls: of the rows with a plan.
+        caption: of rows and figures.
+    """
     for name, samples in pictures.items():
-        with atomic_write(folder / "grids" / f"{name}.png") as file:
-            image_grid(samples).save(file, format="PNG")
+        _save(samples[:STRIP], folder / "strips" / f"{name}.png", STRIP)
+        if not name.startswith("reference_"):
+            _save(samples, folder / "grids" / f"{name}.png")
+    if calls or (folder / CALLS).exists():
+        write_calls(folder / CALLS, calls)
     write_record(folder / "evaluation.json", {"caption": caption, "rows": [row.to_json() for row in rows]})
     # the reference itself, of no error, has no place on a logarithmic axis
     if drawable := [row for row in rows if row.mse > 0]:
         error_vs_time(drawable, folder / "error_vs_time.png", caption)
     if any(not row.shared for row in rows):
         quality_vs_evaluations(rows, folder / "quality_vs_evaluations.png", caption)
+
+
+def _save(samples: Tensor, path: Path, columns: int | None = None) -> None:
+    with atomic_write(path) as file:
+        image_grid(samples, columns).save(file, format="PNG")

@@ -7,17 +7,14 @@ from typing import Any
 
 from mlem.comparison.coupled import Comparison
 from mlem.comparison.entry import Entry
-from mlem.comparison.fastest import Advice, Alternative, Fastest, Measured
+from mlem.comparison.fastest import RECOMMENDED, Advice, Alternative, Fastest, Measured
 from mlem.comparison.row import Row
 from mlem.comparison.setup import Run
 from mlem.multilevel.plan import Plan
 from mlem.multilevel.recommend import Candidate, Recommendation
 from mlem.provenance import machine
 
-__all__ = ["RECOMMENDED", "fastest", "recommended"]
-
-RECOMMENDED = "recommended"
-"""The rival that mlem's own advice is."""
+__all__ = ["advice_of", "fastest", "recommended"]
 
 
 def recommended(choice: Recommendation, target: float) -> Entry:
@@ -33,6 +30,7 @@ def fastest(
     advice: Mapping[float, Recommendation],
     targets: Sequence[float],
     kind: str,
+    source: str,
 ) -> Fastest:
     """The rows of these runs, beside the recommendation for the middle one of the targets that has any.
 
@@ -40,16 +38,18 @@ def fastest(
         advice: by target.
         targets: mean squared errors.
         kind: "ode" or "sde".
+        source: of the family, as `family=` names it.
     """
     setup, falling = comparison.setup, sorted(targets, reverse=True)
-    about = {"family": comparison.family.data, "kind": kind, "images": setup.count, "batch_size": len(setup.blocks[0])}
+    about = {"family": comparison.family.data, "source": source, "kind": kind}
+    about |= {"images": setup.count, "batch_size": len(setup.blocks[0])}
     references = " and ".join(dict.fromkeys(run.solver.reference for run in runs))
     about |= {"machine": machine(), "reference": f"{references}, {setup.reference_steps} steps"}
     about |= {"levels": comparison.family.names, "caption": comparison.caption}
     rows = [_measured(run, row) for run in runs if (row := comparison.row(run)) is not None]
     known = [target for target in falling if target in advice]
     middle = known[len(known) // 2] if known else None
-    told = None if middle is None else _advice(advice[middle], middle)
+    told = None if middle is None else advice_of(advice[middle], middle)
     return Fastest(about, tuple(rows), told, tuple(falling))
 
 
@@ -61,7 +61,8 @@ def _measured(run: Run, row: Row) -> Measured:
     return Measured(group, solver, row.grid, row.steps, detail, row.seconds, row.mse, row.mse_stderr, calls)
 
 
-def _advice(choice: Recommendation, target: float) -> Advice:
+def advice_of(choice: Recommendation, target: float) -> Advice:
+    """What is recommended for this error, as plain data."""
     own = choice.options
     options: dict[str, Any] = {name: value for name, value in own.items() if not isinstance(value, Plan)}
     if choice.plan is not None:

@@ -23,6 +23,7 @@ _JSON = {
     "sampler": "sampler",
     "steps": "steps",
     "target": "dial",
+    "reference": "reference",
     "calls": "calls",
     "evaluations": "evaluations",
     "rounds": "rounds",
@@ -67,6 +68,7 @@ class Row:
         plan: hash of the plan before `delta`; "" for a level alone.
         target: what the plan was made for, such as "budget0.25"; "" for no target.
         rival: the kind of sampler that it is one of, such as T-Stitch; "" for a kind of its own.
+        reference: the solver whose many-step run `mse` is to; "" for none.
         delta: added to the logits of p_k; None for the plan as it is.
         trial: replicate of the coins; None for the plan's own coins.
         calls: network evaluations (NFE) of each level.
@@ -97,6 +99,7 @@ class Row:
     plan: str = ""
     target: str = ""
     rival: str = ""
+    reference: str = ""
     delta: float | None = None
     trial: int | None = None
     calls: Mapping[str, float] = field(default_factory=dict)

@@ -106,8 +106,8 @@ class Setup:
         expand = self._together if entry.planned else self._alone
         for steps in entry.steps:
             grid = solver.grid(self.family.schedule, steps, entry.grid)
-            names = {"solver": entry.method, "rival": entry.rival, "grid": grid.name, "target": entry.target}
-            row = replace(Row(entry.label, steps, ""), **names)
+            row = Row(entry.label, steps, "", solver=entry.method, grid=grid.name, target=entry.target)
+            row = replace(row, rival=entry.rival, reference=solver.reference if solver.coupled else "")
             found += expand(entry, solver, grid, row)
         return found
 

@@ -1,9 +1,10 @@
-"""The figures of numbers alone: curves, error by noise level, probabilities, scaling laws. Numbers in, PNG out.
+"""The figures of numbers alone: curves, error by noise level, probabilities, strips of calls, scaling laws.
 
-Figures of samplers are in `mlem.comparison.figures`; how all of them look is in `style.py`.
+Numbers in, PNG out. Figures of samplers are in `mlem.comparison.figures`; how all of them look is in `style.py`.
 """
 
 from mlem.plots.law import scaling_law
 from mlem.plots.lines import curves, error_by_noise_level, probabilities
+from mlem.plots.trajectories import level_rates, trajectory_strips
 
-__all__ = ["curves", "error_by_noise_level", "probabilities", "scaling_law"]
+__all__ = ["curves", "error_by_noise_level", "level_rates", "probabilities", "scaling_law", "trajectory_strips"]

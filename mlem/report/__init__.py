@@ -1,9 +1,11 @@
 """`report.html`: a run folder as one page that needs nothing else, made from the files in that folder alone.
 
-`content` makes the sections from the folder's files, with `logs` and `tables`; `html` writes elements; `report.css` and
-`report.js` stand inside the page.
+`content` makes the sections from the folder's files, with `advice` (what to run), `plans`, `samples`, `logs` and
+`tables`; `html` writes elements; `report.css` and `report.js` stand inside the page.
 """
 
+from mlem.report.advice import told
 from mlem.report.content import write_report
+from mlem.report.plans import plan_pictures
 
-__all__ = ["write_report"]
+__all__ = ["plan_pictures", "told", "write_report"]

@@ -14,9 +14,12 @@ from typing import Any
 
 from mlem.files import read_object, write_text
 from mlem.plots import curves
+from mlem.report.advice import advice
 from mlem.report.html import Markup, figure, join, page, section, tag
 from mlem.report.logs import Line, RunLog, run_logs
-from mlem.report.tables import equal_error, evaluation_rows, level_table, sampler_table
+from mlem.report.plans import plan_figures
+from mlem.report.samples import sample_strips
+from mlem.report.tables import equal_error, level_table, rivals, sampler_table
 
 __all__ = ["write_report"]
 
@@ -40,12 +43,14 @@ def write_report(folder: str | os.PathLike[str]) -> Path:
     runs, evaluated = list(run_logs(folder)), _evaluation(folder)
     if not runs and evaluated is None:
         raise ValueError(f"{folder} holds no run: no metrics.jsonl and no evaluation.json in it or one floor below")
-    about = _about(folder)
+    about, head = _about(folder), advice(folder)
     sections = [
+        section("Error and time of every rival", *rivals(folder), class_="plots"),
         section("Error, time and calls", *_pictures(folder, evaluated), class_="plots"),
+        section("Calls along a trajectory", *plan_figures(folder, evaluated or folder), class_="plots"),
+        section("Samples, side by side", *sample_strips(evaluated)),
         section("Samplers", *sampler_table(evaluated)),
         section("Samplers at equal error", *equal_error(folder)),
-        section("Samples", *_grids(evaluated), class_="grids"),
         section("Levels", *level_table(folder)),
         section("Training", *_training(runs), class_="plots"),
         section("Coefficients", *_coefficients(runs), class_="plots"),
@@ -53,7 +58,7 @@ def write_report(folder: str | os.PathLike[str]) -> Path:
         section("Config", *_config(folder)),
     ]
     title = f"{about.get('name', folder.resolve().name)} · mlem"
-    write_text(folder / "report.html", page(title, tag("h1", title), _facts(folder, about), *sections))
+    write_text(folder / "report.html", page(title, tag("h1", title), head, _facts(folder, about), *sections))
     return folder / "report.html"
 
 
@@ -141,19 +146,6 @@ def _curves(lines: tuple[tuple[str, tuple[float, ...], tuple[float, ...]], ...],
         path = Path(folder) / "figure.png"
         curves({name: (x, y) for name, x, y in lines}, path, *labels)
         return path.read_bytes()
-
-
-def _grids(home: Path | None) -> list[Markup]:
-    if home is None:
-        return []
-    shown = []
-    for row in evaluation_rows(home)[0]:
-        path = home / "grids" / f"{row.picture}.png"
-        if path.exists():
-            target = f", {row.target}" if row.target else ""
-            words = f"{row.sampler}, {row.steps} steps{target}; level {row.level}"
-            shown.append(figure(path.read_bytes(), f"Samples of {words}", words, "grid"))
-    return shown
 
 
 def _config(folder: Path) -> list[Markup]:

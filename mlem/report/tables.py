@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from mlem.comparison.equal_error import Advantage
+from mlem.comparison.fastest import Measured
 from mlem.comparison.row import Row
 from mlem.files import damaged, read_object
+from mlem.report.advice import fastest_of
 from mlem.report.html import Cell, Markup, figure, table, tag
 from mlem.report.logs import is_number
 
-__all__ = ["equal_error", "evaluation_rows", "level_table", "sampler_table"]
+__all__ = ["equal_error", "evaluation_rows", "level_table", "rivals", "sampler_table"]
 
 
 def level_table(folder: Path) -> list[Markup]:
@@ -106,6 +108,32 @@ def equal_error(folder: Path) -> list[Markup]:
             listed = "; ".join(f"{name} {', '.join(errors)}" for name, errors in unreached.items())
             shown.append(tag("p", f"No ratio, one side was not measured down to that MSE: {listed}."))
     return shown
+
+
+def rivals(folder: Path) -> list[Markup]:
+    """The figure of `sample.py eval=rivals`, and seconds of the fastest row of each rival that reaches an error."""
+    known = fastest_of(folder)
+    if known is None:
+        return []
+    path, found = known
+    with damaged(path):
+        caption = str(found.about["caption"])
+    picture, shown = path.with_suffix(".png"), list[Markup]()
+    if picture.exists():
+        words = "Mean squared error to the many-step reference against time per image in milliseconds, of every rival"
+        shown.append(figure(picture.read_bytes(), f"Figure: {words}", f"{words}.", "plot first"))
+    columns = ["rival", *(f"MSE {target:g}" for target in found.targets)]
+    rows = [
+        [_text(group), *(_number(_milliseconds(found.best(target, [group])), ".2f") for target in found.targets)]
+        for group in found.groups
+    ]
+    if rows:
+        shown.append(table(f"ms/image of the fastest run whose error is at most ..; {caption}", columns, rows))
+    return shown
+
+
+def _milliseconds(row: Measured | None) -> float | None:
+    return None if row is None else 1e3 * row.seconds
 
 
 def _ratios(one: Advantage) -> Iterator[list[Cell]]:

@@ -101,7 +101,7 @@ class SamplerEvaluation(pl.Callback):
             ranks = f"{trainer.world_size} rank{'s' if trainer.world_size > 1 else ''}"
             about = f"{trainer.strategy.root_device.type}, batch {len(self.blocks[0])}, {ranks}"
             caption = f"{setup.caption}; {about}; bars: one standard error"
-            write_evaluation(self.folder, self.rows, lineup.pictures(), caption)
+            write_evaluation(self.folder, self.rows, lineup.pictures(), lineup.calls(), caption)
             self._log(trainer)
 
     def _log(self, trainer: pl.Trainer) -> None:
@@ -113,8 +113,9 @@ class SamplerEvaluation(pl.Callback):
                 self._log_pictures(logger, step)
 
     def _log_pictures(self, logger: WandbLogger, step: int) -> None:
-        grids = sorted((self.folder / "grids").glob("*.png"))
-        logger.log_image("eval/grids", [str(path) for path in grids], step, caption=[path.stem for path in grids])
+        for kind in ("grids", "strips"):
+            shown = sorted((self.folder / kind).glob("*.png"))
+            logger.log_image(f"eval/{kind}", list(map(str, shown)), step, caption=[path.stem for path in shown])
         log_pictures([logger], {f"eval/{name}": self.folder / f"{name}.png" for name in FIGURES}, step)
         # one table beside the many panels of single numbers
         plain = [row.to_json() for row in self.rows]

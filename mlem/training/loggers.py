@@ -11,7 +11,7 @@ import sys
 import time
 import warnings
 from argparse import Namespace
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -105,11 +105,19 @@ class ForgivingWandbLogger(WandbLogger):
         fresh = {name: value for name, value in metrics.items() if (step, name) not in self._known}
         if self._lost or not fresh:
             return
+        self._forgiving(lambda: super(ForgivingWandbLogger, self).log_metrics(fresh, step))
+
+    def summarise(self, values: Mapping[str, str]) -> None:
+        """Put these into the summary of the run."""
+        if not self._lost:
+            self._forgiving(lambda: self.experiment.summary.update(dict(values)))
+
+    def _forgiving(self, tell: Callable[[], object]) -> None:
         try:
-            super().log_metrics(fresh, step)
+            tell()
         except Exception as error:  # whatever W&B does, training goes on
             self._lost = True
-            warnings.warn(f"W&B is off, it was lost ({error}); metrics.jsonl has everything", stacklevel=2)
+            warnings.warn(f"W&B is off, it was lost ({error}); metrics.jsonl has everything", stacklevel=3)
 
 
 def log_pictures(loggers: Sequence[Any], pictures: Mapping[str, Path], step: int) -> None:
