@@ -20,7 +20,7 @@ from mlem.multilevel.plan import Plan
 
 __all__ = ["KeptPlans"]
 
-VERSION = 1
+VERSION = 2
 """To be raised when other plans are found for what is asked."""
 
 MOST = 64
