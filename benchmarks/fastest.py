@@ -35,7 +35,7 @@ from mlem.solvers import Solver
 
 IMAGES = 64
 REFERENCE = {"ode": ("dpm_solver_pp", 300), "sde": ("ddpm", 500)}
-TARGETS = {"ode": (1e-2, 3e-3, 1e-3, 3e-4, 1e-4), "sde": (3e-2, 1e-2, 5e-3, 3e-3, 2e-3)}
+TARGETS = {"ode": (2e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4), "sde": (5e-2, 3e-2, 1e-2, 5e-3, 3e-3, 2e-3)}
 """Mean squared errors at which seconds are compared."""
 PLAIN: dict[str, list[tuple[str, str | None, dict[str, Any], tuple[int, ...]]]] = {
     "ode": [
@@ -59,6 +59,9 @@ REUSED = {"ode": ("unipc", "uniform", (8, 12, 16, 24)), "sde": ("ddpm", "uniform
 """Of DeepCache, on the largest level alone."""
 REUSES = ((2, 1), (2, 2), (3, 1), (5, 2))
 """Whole evaluations one in so many, and the branch."""
+FORECAST = {"ode": ("unipc", "uniform", (12, 16, 24)), "sde": ("ddpm", "uniform", (32, 64))}
+FORECASTS = ((2, 0), (2, 1), (2, 2))
+"""Of outputs of the largest level, which runs at one row in so many: and the order."""
 PLANNED = {"ode": ("unipc", "uniform", (12, 16, 24, 36)), "sde": ("ddpm", "uniform", (32, 64, 96, 128))}
 BUDGETS = {"ode": (0.1, 0.16, 0.25, 0.4, 0.6), "sde": (0.07, 0.11, 0.18, 0.3)}
 """Of plans: shares of the largest level's seconds in as many steps."""
@@ -110,6 +113,8 @@ class Rows:
             "image_mse": [float(f"{error:.4g}") for error in errors.tolist()],
             "predicted": [about.get("predicted_mse"), about.get("predicted_seconds")],
         }
+        if isinstance(make, _Recommended):
+            row |= make.said
         self.save()
         print(f"{key!s:80s} {1e3 * row['seconds'][-1]:8.3f} ms/image  MSE {row['mse']:.3e}", flush=True)
 
@@ -143,17 +148,33 @@ def jobs(family: Family, kind: str) -> Iterator[Job]:
         for every, branch in REUSES:
             how = {"level": top, "reuse": Reuse(every=every, branch=branch)}
             yield ["DeepCache", solver, grid, steps, every, branch], alone(solver, grid, steps, **how)
+    solver, grid, several = FORECAST[kind]
+    for steps in several:
+        for every, order in FORECASTS:
+            ahead = Plan.forecast([row % every == 0 for row in range(steps)], top, order=order)
+            yield ["forecast", solver, grid, steps, every, order], alone(solver, grid, steps, plan=ahead)
     solver, grid, several = PLANNED[kind]
     for estimator in ("hindsight", "switch"):
         for steps, budget in itertools.product(several, BUDGETS[kind]):
             spec = family.plan(budget=budget, estimator=estimator)
             yield [estimator, solver, grid, steps, budget], alone(solver, grid, steps, plan=spec)
     for target in TARGETS[kind]:
-        yield ["recommended", target], recommended(family, target, kind)
+        yield ["recommended", target], _Recommended(family, target, kind)
 
 
-def recommended(family: Family, target: float, kind: str) -> Callable[[], Sampler]:
-    return lambda: Sampler(family, **family.recommend(mse=target, kind=kind).options)
+class _Recommended:
+    """The sampler that is recommended for an error; called, it knows what was said of it."""
+
+    said: dict[str, Any]
+
+    def __init__(self, family: Family, target: float, kind: str) -> None:
+        self._family, self._target, self._kind = family, target, kind
+
+    def __call__(self) -> Sampler:
+        choice = self._family.recommend(mse=self._target, kind=self._kind)
+        self.said = {"predicted": [choice.predicted_mse, choice.predicted_seconds], "interval": choice.interval}
+        self.said |= {"what": str(choice)}
+        return Sampler(self._family, **choice.options)
 
 
 GROUPS = {
@@ -162,7 +183,7 @@ GROUPS = {
     "switch": ("switch",),
     "any plan": ("hindsight", "switch"),
 }
-OTHERS = ("fewer steps", "fewer steps, diffusers", "T-Stitch", "large-small-large", "DeepCache")
+OTHERS = ("fewer steps", "fewer steps, diffusers", "T-Stitch", "large-small-large", "forecast", "DeepCache")
 
 
 def settings(rows: list[dict[str, Any]], groups: tuple[str, ...]) -> list[Setting]:
@@ -195,9 +216,13 @@ def summary(rows: Rows) -> list[dict[str, Any]]:
             reaching = [one for one in rows.rows if one["mse"] <= target and one["key"][0] != "recommended"]
             best = min((float(np.mean(one["seconds"])) for one in reaching), default=None)
             taken = float(np.mean(row["seconds"]))
-            table.append({"recommended": target, "mse": row["mse"], "seconds": taken, "best other": best})
+            low, high = row["interval"]
+            found = {"recommended": target, "mse": row["mse"], "seconds": taken, "best other": best}
+            table.append(found | {"covered": low <= row["mse"] <= high})
             against = "and no other reaches it" if best is None else f"{taken / best:.2f} of the best other that does"
-            print(f"recommended for {target:.0e}: {row['mse']:.2e} in {1e3 * taken:.2f} ms/image, {against}")
+            within = f"{'within' if low <= row['mse'] <= high else 'outside'} {low:.1e} to {high:.1e}"
+            print(f"recommended for {target:.0e}: {row['mse']:.2e} ({within}), {1e3 * taken:.2f} ms/image, {against}")
+            print(f"    {row['what']}")
     return table
 
 

@@ -28,6 +28,8 @@ RIVALS = {
     "fewer steps": "fewer steps of the largest level",
     "fewer steps, diffusers": "fewer steps: UniPC, DPM-Solver++ 3M (diffusers)",
     "T-Stitch": "T-Stitch",
+    "large-small-large": "large - small - large",
+    "forecast": "forecast",
     "DeepCache": "DeepCache",
 }
 OURS = {"switch": "searched sequence (switch)", "hindsight": "hindsight"}
