@@ -54,6 +54,22 @@ class _Split(NamedTuple):
         return _split(self.left, math.ceil(self.right)) is None
 
 
+class _Route(NamedTuple):
+    """The splits that lead to a time, and the cells below it afterwards, lowest first."""
+
+    step: float
+    splits: list[_Split]
+    cells: list[_Cell]
+
+
+class _Known(NamedTuple):
+    """What is known at a time: the cells below it, lowest first, and B at their ends."""
+
+    step: float
+    cells: list[_Cell]
+    values: dict[float, Tensor]
+
+
 _TICKS = 48000
 """In t = 1, so that all nodes are whole numbers."""
 _SPANS = tuple(_TICKS // steps for steps in (10, 20, 32, 50, 64, 96, 100, 128, 200, 1000))
@@ -151,31 +167,22 @@ class BrownianPath:
         self._schedule, self._indices, self._shape, self._dtype = schedule, indices, tuple(shape), dtype
         self._nodes, self._inside = NoiseStream(seed, "brownian"), NoiseStream(seed, "brownian-bridge")
         self._coming = deque(_step(t) for t in times)
-        self._ready: dict[_Split, Tensor] = {}
-        # the cells below the last time, lowest first, and B at their ends; empty before the first question
-        self._cells: list[_Cell] = []
-        self._values: dict[float, Tensor] = {}
-        self._last: float | None = None
+        self._known: _Known | None = None
+        self._ready: deque[_Known] = deque()
 
     def at(self, t: float) -> Tensor:
         """B(kappa(t)^2): (B, *shape). Raises ValueError when t is above a time asked for before."""
         step = _step(t)
-        if self._last is None:
+        if self._known is None:
             end = self._normals(self._nodes, [_TICKS])[0] * math.sqrt(_clock(self._schedule, _TICKS))
-            self._values = {0: torch.zeros_like(end), _TICKS: end}
-            self._cells, self._last = [_Cell(0, _TICKS)], _TICKS
-        if step > self._last:
-            raise ValueError(f"a Brownian path is read with falling times; {t} comes after {self._last / _TICKS}")
-        if step != self._last:
-            splits = list(_route(self._cells, step))
-            if splits and splits[0] not in self._ready:
-                self._draw(splits, step)
-            for split in splits:
-                self._values[split.here] = self._bridge(split)
-            ends = {0, step, *(end for cell in self._cells for end in cell)}
-            self._values = {end: value for end, value in self._values.items() if end in ends}
-            self._last = step
-        return self._values[step]
+            self._known = _Known(_TICKS, [_Cell(0, _TICKS)], {0: torch.zeros_like(end), _TICKS: end})
+        if step > self._known.step:
+            raise ValueError(f"a Brownian path is read with falling times; {t} comes after {self._known.step / _TICKS}")
+        if step != self._known.step:
+            if not self._ready or self._ready[0].step != step:
+                self._go_on(self._known, step)
+            self._known = self._ready.popleft()
+        return self._known.values[step]
 
     def between(self, t: float, kappa: Tensor) -> tuple[Tensor, Tensor]:
         """B at kappa^2, with a kappa for each sample (B,) between the last time asked for and t, and B at t.
@@ -183,10 +190,10 @@ class BrownianPath:
         The same numbers that a grid through these times would meet, up to a node. Raises ValueError when no
         time was asked for, or t is above the last.
         """
-        if self._last is None:
+        if self._known is None:
             raise ValueError("between() begins at the last time asked for: call at() first")
-        cells, values, at_t = list(self._cells), self._values, self.at(t)
-        low = self._last
+        _, cells, values = self._known
+        at_t, low = self.at(t), _step(t)
         step = (self._schedule.time_from_kappa(kappa) * _TICKS).clamp(min=low)
         above = [cell for cell in cells if cell.right > low]
         left, at_left, right, at_right = self._narrowed(step, above, values)
@@ -225,30 +232,43 @@ class BrownianPath:
             at_right = torch.where(rows(down), value, at_right)
         return left, at_left, right, at_right
 
-    def _draw(self, splits: Sequence[_Split], step: float) -> None:
-        """Draw the normals of these splits, which lead to `step`, and of as many coming ones as go well at once."""
+    def _go_on(self, known: _Known, step: float) -> None:
+        """Find B at `step`, and at as many of the coming times as go well at once."""
         while self._coming and self._coming[0] >= step:
             self._coming.popleft()
         self._ready.clear()
-        cells, splits = list(self._cells), list(splits)
+        cells, count, routes = list(known.cells), 0, list[_Route]()
         room = AT_ONCE // (len(self._indices) * math.prod(self._shape))
-        for coming in self._coming:
-            if len(splits) >= room:
+        for coming in (step, *self._coming):
+            if routes and count >= room:
                 break
-            splits += _route(cells, coming)
+            routes.append(_Route(coming, list(_route(cells, coming)), list(cells)))
+            count += len(routes[-1].splits)
+        normals = self._drawn([split for route in routes for split in route.splits])
+        values = dict(known.values)
+        for coming, splits, cells in routes:
+            for split in splits:
+                values[split.here] = self._bridge(split, values, normals.pop(split))
+            ends = {0, coming, *(end for cell in cells for end in cell)}
+            values = {end: value for end, value in values.items() if end in ends}
+            self._ready.append(_Known(coming, cells, dict(values)))
+
+    def _drawn(self, splits: Sequence[_Split]) -> dict[_Split, Tensor]:
+        """The normals of these splits."""
+        drawn: dict[_Split, Tensor] = {}
         for stream, inside in ((self._nodes, False), (self._inside, True)):
             if these := [split for split in splits if split.inside is inside]:
-                self._ready |= zip(these, self._normals(stream, [split.slot for split in these]), strict=True)
+                drawn |= zip(these, self._normals(stream, [split.slot for split in these]), strict=True)
+        return drawn
 
     def _normals(self, stream: NoiseStream, slots: Sequence[int]) -> Tensor:
         return stream.normal(self._indices, slots, self._shape, self._dtype)
 
-    def _bridge(self, split: _Split) -> Tensor:
-        """B at the time of the split, given B at the ends of its cell."""
+    def _bridge(self, split: _Split, values: Mapping[float, Tensor], z: Tensor) -> Tensor:
+        """B at the time of the split, given B at the ends of its cell and a standard normal, which is spent."""
         weight, spread = _bridging(self._schedule, split)
-        at_left, at_right = self._values[split.left], self._values[split.right]
-        value = (at_left * (1 - weight)).add_(at_right * weight)
-        return value.add_(self._ready.pop(split).mul_(spread))
+        value = (values[split.left] * (1 - weight)).add_(values[split.right] * weight)
+        return value.add_(z.mul_(spread))
 
 
 def _step(t: float) -> float:

@@ -137,8 +137,8 @@ class NetworkDenoiser:
 
     def at(self, alpha: float, sigma: float) -> NetworkDenoiser:
         """The same denoiser for calls at one time, whose scales are known."""
-        other = copy.copy(self)
-        other._scales = alpha, sigma
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__, _scales=(alpha, sigma))  # copy.copy takes five times as long
         return other
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
