@@ -1,4 +1,4 @@
-"""What is done outside the networks, counted instead of timed: operators of torch, and seconds of a clock of our own."""
+"""What is outside the networks, counted instead of timed: operators of torch, and seconds of a clock of our own."""
 
 from __future__ import annotations
 
