@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -37,36 +38,35 @@ class _Cell(NamedTuple):
 
 
 class _Split(NamedTuple):
-    """A cell, and a time in it at which B is found: by the normal of that node, or by one of its own between nodes."""
+    """A cell, and a time in it at which B is found: by the normal of that node, or by one of its own between nodes.
+
+    slot: that of the normal. weight: how far the time is on the way in the clock kappa^2, from 0 to 1. spread: the
+    deviation of a Brownian bridge there.
+    """
 
     left: int
     here: float
     right: float
-
-    @property
-    def slot(self) -> int:
-        """That of the normal."""
-        return (self.left << 32) + int((self.here - self.left) * 2**32) if self.inside else int(self.here)
-
-    @property
-    def inside(self) -> bool:
-        """Whether no node lies inside the cell."""
-        return _split(self.left, math.ceil(self.right)) is None
+    inside: bool
+    slot: int
+    weight: float
+    spread: float
 
 
 class _Route(NamedTuple):
-    """The splits that lead to a time, and the cells below it afterwards, lowest first."""
+    """The splits that lead to a time, the cells below it afterwards, lowest first, and all ends of these."""
 
     step: float
-    splits: list[_Split]
-    cells: list[_Cell]
+    splits: tuple[_Split, ...]
+    cells: tuple[_Cell, ...]
+    ends: frozenset[float]
 
 
 class _Known(NamedTuple):
     """What is known at a time: the cells below it, lowest first, and B at their ends."""
 
     step: float
-    cells: list[_Cell]
+    cells: tuple[_Cell, ...]
     values: dict[float, Tensor]
 
 
@@ -89,20 +89,44 @@ def _split(left: int, right: int) -> int | None:
     return None
 
 
-def _route(cells: list[_Cell], step: float) -> Iterator[_Split]:
+def _split_at(schedule: NoiseSchedule, left: int, right: float, step: float) -> _Split:
+    """The split of a cell on the way to `step`: at a node, or, where none is inside, at `step` itself."""
+    node = _split(left, math.ceil(right))
+    here = step if node is None else node
+    slot = (left << 32) + int((here - left) * 2**32) if node is None else node
+    before, at, after = (_clock(schedule, end) for end in (left, here, right))
+    weight, spread = (at - before) / (after - before), math.sqrt((at - before) * (after - at) / (after - before))
+    return _Split(left, here, right, node is None, slot, weight, spread)
+
+
+def _route(schedule: NoiseSchedule, cells: list[_Cell], step: float) -> Iterator[_Split]:
     """The splits that lead to B at `step`, below all that was asked for; `cells`, lowest first, are kept true."""
     while step < cells[-1].left:
         cells.pop()
     while step != cells[-1].left:
         left, right = cells.pop()
-        node = _split(left, math.ceil(right))
-        here = step if node is None else node
-        yield _Split(left, here, right)
-        cells.append(_Cell(left, here))
-        if node is None:
+        yield (split := _split_at(schedule, left, right, step))
+        cells.append(_Cell(left, split.here))
+        if split.inside:
             return
-        if step >= node:
-            cells.append(_Cell(node, right))
+        if step >= split.slot:
+            cells.append(_Cell(split.slot, right))
+
+
+@functools.lru_cache(256)
+def _routes(
+    schedule: NoiseSchedule, cells: tuple[_Cell, ...], steps: tuple[float, ...], room: int
+) -> tuple[_Route, ...]:
+    """The routes to falling times, one after another: to the first, and until they have so many splits."""
+    below, count, routes = list(cells), 0, list[_Route]()
+    for step in steps:
+        splits = tuple(_route(schedule, below, step))
+        ends = frozenset({0, step, *(end for cell in below for end in cell)})
+        routes.append(_Route(step, splits, tuple(below), ends))
+        count += len(splits)
+        if count >= room:
+            break
+    return tuple(routes)
 
 
 def _own_split(left: Tensor, right: Tensor) -> Tensor:
@@ -175,7 +199,7 @@ class BrownianPath:
         step = _step(t)
         if self._known is None:
             end = self._normals(self._nodes, [_TICKS])[0] * math.sqrt(_clock(self._schedule, _TICKS))
-            self._known = _Known(_TICKS, [_Cell(0, _TICKS)], {0: torch.zeros_like(end), _TICKS: end})
+            self._known = _Known(_TICKS, (_Cell(0, _TICKS),), {0: torch.zeros_like(end), _TICKS: end})
         if step > self._known.step:
             raise ValueError(f"a Brownian path is read with falling times; {t} comes after {self._known.step / _TICKS}")
         if step != self._known.step:
@@ -236,39 +260,28 @@ class BrownianPath:
         """Find B at `step`, and at as many of the coming times as go well at once."""
         while self._coming and self._coming[0] >= step:
             self._coming.popleft()
-        self._ready.clear()
-        cells, count, routes = list(known.cells), 0, list[_Route]()
         room = AT_ONCE // (len(self._indices) * math.prod(self._shape))
-        for coming in (step, *self._coming):
-            if routes and count >= room:
-                break
-            routes.append(_Route(coming, list(_route(cells, coming)), list(cells)))
-            count += len(routes[-1].splits)
+        routes = _routes(self._schedule, known.cells, (step, *itertools.islice(self._coming, room)), room)
         normals = self._drawn([split for route in routes for split in route.splits])
+        self._ready.clear()
         values = dict(known.values)
-        for coming, splits, cells in routes:
-            for split in splits:
-                values[split.here] = self._bridge(split, values, normals.pop(split))
-            ends = {0, coming, *(end for cell in cells for end in cell)}
-            values = {end: value for end, value in values.items() if end in ends}
-            self._ready.append(_Known(coming, cells, dict(values)))
+        for route in routes:
+            for split in route.splits:
+                value = (values[split.left] * (1 - split.weight)).add_(values[split.right] * split.weight)
+                values[split.here] = value.add_(next(normals[split.inside]).mul_(split.spread))
+            values = {end: value for end, value in values.items() if end in route.ends}
+            self._ready.append(_Known(route.step, route.cells, dict(values)))
 
-    def _drawn(self, splits: Sequence[_Split]) -> dict[_Split, Tensor]:
-        """The normals of these splits."""
-        drawn: dict[_Split, Tensor] = {}
+    def _drawn(self, splits: Sequence[_Split]) -> dict[bool, Iterator[Tensor]]:
+        """The normals of these splits, in their order: of those at nodes and, apart, of those between nodes."""
+        drawn: dict[bool, Iterator[Tensor]] = {}
         for stream, inside in ((self._nodes, False), (self._inside, True)):
-            if these := [split for split in splits if split.inside is inside]:
-                drawn |= zip(these, self._normals(stream, [split.slot for split in these]), strict=True)
+            slots = [split.slot for split in splits if split.inside is inside]
+            drawn[inside] = iter(self._normals(stream, slots)) if slots else iter(())
         return drawn
 
     def _normals(self, stream: NoiseStream, slots: Sequence[int]) -> Tensor:
         return stream.normal(self._indices, slots, self._shape, self._dtype)
-
-    def _bridge(self, split: _Split, values: Mapping[float, Tensor], z: Tensor) -> Tensor:
-        """B at the time of the split, given B at the ends of its cell and a standard normal, which is spent."""
-        weight, spread = _bridging(self._schedule, split)
-        value = (values[split.left] * (1 - weight)).add_(values[split.right] * weight)
-        return value.add_(z.mul_(spread))
 
 
 def _step(t: float) -> float:
@@ -281,10 +294,3 @@ def _step(t: float) -> float:
 def _clock(schedule: NoiseSchedule, step: float) -> float:
     """kappa^2 at a tick."""
     return schedule.kappa(step / _TICKS).item() ** 2
-
-
-@functools.lru_cache(4096)
-def _bridging(schedule: NoiseSchedule, split: _Split) -> tuple[float, float]:
-    """How far a split is on the way in the clock kappa^2, from 0 to 1, and the deviation of a Brownian bridge there."""
-    left, here, right = (_clock(schedule, step) for step in split)
-    return (here - left) / (right - left), math.sqrt((here - left) * (right - here) / (right - left))
