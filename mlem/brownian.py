@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -37,21 +38,36 @@ class _Cell(NamedTuple):
 
 
 class _Split(NamedTuple):
-    """A cell, and a time in it at which B is found: by the normal of that node, or by one of its own between nodes."""
+    """A cell, and a time in it at which B is found: by the normal of that node, or by one of its own between nodes.
+
+    slot: that of the normal. weight: how far the time is on the way in the clock kappa^2, from 0 to 1. spread: the
+    deviation of a Brownian bridge there.
+    """
 
     left: int
     here: float
     right: float
+    inside: bool
+    slot: int
+    weight: float
+    spread: float
 
-    @property
-    def slot(self) -> int:
-        """That of the normal."""
-        return (self.left << 32) + int((self.here - self.left) * 2**32) if self.inside else int(self.here)
 
-    @property
-    def inside(self) -> bool:
-        """Whether no node lies inside the cell."""
-        return _split(self.left, math.ceil(self.right)) is None
+class _Route(NamedTuple):
+    """The splits that lead to a time, the cells below it afterwards, lowest first, and all ends of these."""
+
+    step: float
+    splits: tuple[_Split, ...]
+    cells: tuple[_Cell, ...]
+    ends: frozenset[float]
+
+
+class _Known(NamedTuple):
+    """What is known at a time: the cells below it, lowest first, and B at their ends."""
+
+    step: float
+    cells: tuple[_Cell, ...]
+    values: dict[float, Tensor]
 
 
 _TICKS = 48000
@@ -73,20 +89,44 @@ def _split(left: int, right: int) -> int | None:
     return None
 
 
-def _route(cells: list[_Cell], step: float) -> Iterator[_Split]:
+def _split_at(schedule: NoiseSchedule, left: int, right: float, step: float) -> _Split:
+    """The split of a cell on the way to `step`: at a node, or, where none is inside, at `step` itself."""
+    node = _split(left, math.ceil(right))
+    here = step if node is None else node
+    slot = (left << 32) + int((here - left) * 2**32) if node is None else node
+    before, at, after = (_clock(schedule, end) for end in (left, here, right))
+    weight, spread = (at - before) / (after - before), math.sqrt((at - before) * (after - at) / (after - before))
+    return _Split(left, here, right, node is None, slot, weight, spread)
+
+
+def _route(schedule: NoiseSchedule, cells: list[_Cell], step: float) -> Iterator[_Split]:
     """The splits that lead to B at `step`, below all that was asked for; `cells`, lowest first, are kept true."""
     while step < cells[-1].left:
         cells.pop()
     while step != cells[-1].left:
         left, right = cells.pop()
-        node = _split(left, math.ceil(right))
-        here = step if node is None else node
-        yield _Split(left, here, right)
-        cells.append(_Cell(left, here))
-        if node is None:
+        yield (split := _split_at(schedule, left, right, step))
+        cells.append(_Cell(left, split.here))
+        if split.inside:
             return
-        if step >= node:
-            cells.append(_Cell(node, right))
+        if step >= split.slot:
+            cells.append(_Cell(split.slot, right))
+
+
+@functools.lru_cache(256)
+def _routes(
+    schedule: NoiseSchedule, cells: tuple[_Cell, ...], steps: tuple[float, ...], room: int
+) -> tuple[_Route, ...]:
+    """The routes to falling times, one after another: to the first, and until they have so many splits."""
+    below, count, routes = list(cells), 0, list[_Route]()
+    for step in steps:
+        splits = tuple(_route(schedule, below, step))
+        ends = frozenset({0, step, *(end for cell in below for end in cell)})
+        routes.append(_Route(step, splits, tuple(below), ends))
+        count += len(splits)
+        if count >= room:
+            break
+    return tuple(routes)
 
 
 def _own_split(left: Tensor, right: Tensor) -> Tensor:
@@ -151,31 +191,22 @@ class BrownianPath:
         self._schedule, self._indices, self._shape, self._dtype = schedule, indices, tuple(shape), dtype
         self._nodes, self._inside = NoiseStream(seed, "brownian"), NoiseStream(seed, "brownian-bridge")
         self._coming = deque(_step(t) for t in times)
-        self._ready: dict[_Split, Tensor] = {}
-        # the cells below the last time, lowest first, and B at their ends; empty before the first question
-        self._cells: list[_Cell] = []
-        self._values: dict[float, Tensor] = {}
-        self._last: float | None = None
+        self._known: _Known | None = None
+        self._ready: deque[_Known] = deque()
 
     def at(self, t: float) -> Tensor:
         """B(kappa(t)^2): (B, *shape). Raises ValueError when t is above a time asked for before."""
         step = _step(t)
-        if self._last is None:
+        if self._known is None:
             end = self._normals(self._nodes, [_TICKS])[0] * math.sqrt(_clock(self._schedule, _TICKS))
-            self._values = {0: torch.zeros_like(end), _TICKS: end}
-            self._cells, self._last = [_Cell(0, _TICKS)], _TICKS
-        if step > self._last:
-            raise ValueError(f"a Brownian path is read with falling times; {t} comes after {self._last / _TICKS}")
-        if step != self._last:
-            splits = list(_route(self._cells, step))
-            if splits and splits[0] not in self._ready:
-                self._draw(splits, step)
-            for split in splits:
-                self._values[split.here] = self._bridge(split)
-            ends = {0, step, *(end for cell in self._cells for end in cell)}
-            self._values = {end: value for end, value in self._values.items() if end in ends}
-            self._last = step
-        return self._values[step]
+            self._known = _Known(_TICKS, (_Cell(0, _TICKS),), {0: torch.zeros_like(end), _TICKS: end})
+        if step > self._known.step:
+            raise ValueError(f"a Brownian path is read with falling times; {t} comes after {self._known.step / _TICKS}")
+        if step != self._known.step:
+            if not self._ready or self._ready[0].step != step:
+                self._go_on(self._known, step)
+            self._known = self._ready.popleft()
+        return self._known.values[step]
 
     def between(self, t: float, kappa: Tensor) -> tuple[Tensor, Tensor]:
         """B at kappa^2, with a kappa for each sample (B,) between the last time asked for and t, and B at t.
@@ -183,10 +214,10 @@ class BrownianPath:
         The same numbers that a grid through these times would meet, up to a node. Raises ValueError when no
         time was asked for, or t is above the last.
         """
-        if self._last is None:
+        if self._known is None:
             raise ValueError("between() begins at the last time asked for: call at() first")
-        cells, values, at_t = list(self._cells), self._values, self.at(t)
-        low = self._last
+        _, cells, values = self._known
+        at_t, low = self.at(t), _step(t)
         step = (self._schedule.time_from_kappa(kappa) * _TICKS).clamp(min=low)
         above = [cell for cell in cells if cell.right > low]
         left, at_left, right, at_right = self._narrowed(step, above, values)
@@ -225,30 +256,32 @@ class BrownianPath:
             at_right = torch.where(rows(down), value, at_right)
         return left, at_left, right, at_right
 
-    def _draw(self, splits: Sequence[_Split], step: float) -> None:
-        """Draw the normals of these splits, which lead to `step`, and of as many coming ones as go well at once."""
+    def _go_on(self, known: _Known, step: float) -> None:
+        """Find B at `step`, and at as many of the coming times as go well at once."""
         while self._coming and self._coming[0] >= step:
             self._coming.popleft()
-        self._ready.clear()
-        cells, splits = list(self._cells), list(splits)
         room = AT_ONCE // (len(self._indices) * math.prod(self._shape))
-        for coming in self._coming:
-            if len(splits) >= room:
-                break
-            splits += _route(cells, coming)
+        routes = _routes(self._schedule, known.cells, (step, *itertools.islice(self._coming, room)), room)
+        normals = self._drawn([split for route in routes for split in route.splits])
+        self._ready.clear()
+        values = dict(known.values)
+        for route in routes:
+            for split in route.splits:
+                value = (values[split.left] * (1 - split.weight)).add_(values[split.right] * split.weight)
+                values[split.here] = value.add_(next(normals[split.inside]).mul_(split.spread))
+            values = {end: value for end, value in values.items() if end in route.ends}
+            self._ready.append(_Known(route.step, route.cells, dict(values)))
+
+    def _drawn(self, splits: Sequence[_Split]) -> dict[bool, Iterator[Tensor]]:
+        """The normals of these splits, in their order: of those at nodes and, apart, of those between nodes."""
+        drawn: dict[bool, Iterator[Tensor]] = {}
         for stream, inside in ((self._nodes, False), (self._inside, True)):
-            if these := [split for split in splits if split.inside is inside]:
-                self._ready |= zip(these, self._normals(stream, [split.slot for split in these]), strict=True)
+            slots = [split.slot for split in splits if split.inside is inside]
+            drawn[inside] = iter(self._normals(stream, slots)) if slots else iter(())
+        return drawn
 
     def _normals(self, stream: NoiseStream, slots: Sequence[int]) -> Tensor:
         return stream.normal(self._indices, slots, self._shape, self._dtype)
-
-    def _bridge(self, split: _Split) -> Tensor:
-        """B at the time of the split, given B at the ends of its cell."""
-        weight, spread = _bridging(self._schedule, split)
-        at_left, at_right = self._values[split.left], self._values[split.right]
-        value = (at_left * (1 - weight)).add_(at_right * weight)
-        return value.add_(self._ready.pop(split).mul_(spread))
 
 
 def _step(t: float) -> float:
@@ -261,10 +294,3 @@ def _step(t: float) -> float:
 def _clock(schedule: NoiseSchedule, step: float) -> float:
     """kappa^2 at a tick."""
     return schedule.kappa(step / _TICKS).item() ** 2
-
-
-@functools.lru_cache(4096)
-def _bridging(schedule: NoiseSchedule, split: _Split) -> tuple[float, float]:
-    """How far a split is on the way in the clock kappa^2, from 0 to 1, and the deviation of a Brownian bridge there."""
-    left, here, right = (_clock(schedule, step) for step in split)
-    return (here - left) / (right - left), math.sqrt((here - left) * (right - here) / (right - left))

@@ -109,7 +109,7 @@ class NetworkDenoiser:
         parameter = next(network.parameters(), None) if isinstance(network, nn.Module) else None
         self.dtype = torch.get_default_dtype() if parameter is None else parameter.dtype
         self.conditions: dict[str, Tensor] = {}
-        self._scales: tuple[float, float] | None = None
+        self._point: tuple[float, float, float] | None = None
 
     def through(self, network: Callable[..., Any]) -> NetworkDenoiser:
         """The same denoiser calling `network` instead: something that stands before its own, such as a meter."""
@@ -135,15 +135,15 @@ class NetworkDenoiser:
         """The network's raw output at t: like x."""
         return self._answer(x, NoiseLevel.of(self.own, self._own_time(t)))
 
-    def at(self, alpha: float, sigma: float) -> NetworkDenoiser:
+    def at(self, t: float, alpha: float, sigma: float) -> NetworkDenoiser:
         """The same denoiser for calls at one time, whose scales are known."""
-        other = copy.copy(self)
-        other._scales = alpha, sigma
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__, _point=(alpha, sigma, t))  # copy.copy takes five times as long
         return other
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         same = self.own is self.schedule
-        at = NoiseLevel(t, *self._scales) if same and self._scales else NoiseLevel.of(self.own, self._own_time(t))
+        at = NoiseLevel(t, *self._point) if same and self._point else NoiseLevel.of(self.own, self._own_time(t))
         eps = self.prediction.eps(self._answer(x, at), x, at)
         return eps if same else self._beyond(eps, x, t, at)
 

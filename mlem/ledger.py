@@ -116,7 +116,7 @@ class Meter:
 
     def __call__(self, x: Tensor, t: Tensor, **conditions: Tensor) -> Any:
         output = self._timed(x, t, conditions)
-        self.images += len(x)
+        self.images += x.shape[0]
         if isinstance(self.network, GuidedNetwork):
             self._twice += self.network.evaluations(t)
         if self._cache is not None:

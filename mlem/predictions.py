@@ -21,12 +21,14 @@ Users write a name, or an object where it has options: `prediction="edm"`, `pred
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, TypeAlias, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -59,11 +61,13 @@ class NoiseLevel(NamedTuple):
     Args:
         t: (B,), times in [0, 1].
         alpha, sigma: scales of data and noise in x, `alpha^2 + sigma^2 = 1`: (B,), or numbers where all samples agree.
+        number: t as a number, where that is known.
     """
 
     t: Tensor
     alpha: Tensor | float
     sigma: Tensor | float
+    number: float | None = None
 
     @staticmethod
     def of(schedule: NoiseSchedule, t: Tensor) -> NoiseLevel:
@@ -72,12 +76,13 @@ class NoiseLevel(NamedTuple):
 
     def like(self, x: Tensor) -> tuple[Tensor | float, Tensor | float]:
         """alpha and sigma, to be multiplied with x (B, ...)."""
-        alpha, sigma = (expand_like(one, x) if isinstance(one, Tensor) else one for one in self[1:])
-        return alpha, sigma
+        return expand_like(self.alpha, x), expand_like(self.sigma, x)
 
     def time(self, value: Tensor | float) -> Tensor:
         """A time of the network, (B,) float32."""
-        return value.float() if isinstance(value, Tensor) else torch.full_like(self.t, value, dtype=torch.float32)
+        if isinstance(value, Tensor):
+            return value.float()
+        return self.t.new_full(self.t.shape, value, dtype=torch.float32)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,6 +151,12 @@ def _normal(shares: Tensor) -> Tensor:
     return torch.special.ndtri(shares.double().clamp(_LEAST_SHARE, 1 - _LEAST_SHARE))
 
 
+@functools.lru_cache(4096)
+def _timestep(t: float, timesteps: int) -> float:
+    """N t - 1, rounded as tensors of float32 are."""
+    return float(np.float32(t) * np.float32(timesteps) - np.float32(1))
+
+
 @dataclass(frozen=True, kw_only=True)
 class _OfTimesteps(Prediction):
     """A network that sees x and timesteps.
@@ -157,7 +168,10 @@ class _OfTimesteps(Prediction):
     timesteps: int | None = None
 
     def ask(self, x: Tensor, at: NoiseLevel, timesteps: int) -> tuple[Tensor, Tensor]:
-        return x, at.t.float() * (self.timesteps or timesteps) - 1
+        timesteps = self.timesteps or timesteps
+        if at.number is not None:
+            return x, at.time(_timestep(at.number, timesteps))
+        return x, at.t.float() * timesteps - 1
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from mlem.family import Family
+from mlem.multilevel.estimators import Hindsight
 from mlem.multilevel.fitted import Fitted
 from mlem.multilevel.planner import make_plan
 from mlem.multilevel.search import search
@@ -240,3 +241,21 @@ def test_seconds_outside_the_networks_count() -> None:
         assert 0.375 * 24 - 1.2 < after.about["expected_cost"] <= 0.375 * 24
         in_flops = make_plan(PlanSpec(**options, cost="flops"), other, method, grid)
         assert in_flops.about["outside_cost"] == 0
+
+
+@pytest.mark.parametrize("solver", ["ddpm", "ddim"])
+def test_the_work_of_a_search_grows_with_the_steps(solver: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In rows looked at: at most eight times as many for four times the steps, where sixteen times were needed."""
+    work, deviations = [0], Hindsight.deviations
+
+    def counted(self: Hindsight, weights: Any, *args: Any) -> Any:
+        work[0] += weights.size
+        return deviations(self, weights, *args)
+
+    monkeypatch.setattr(Hindsight, "deviations", counted)
+    looked: list[int] = []
+    for steps in (64, 256):
+        work[0] = 0
+        plan(solver, steps, budget=0.4)
+        looked.append(work[0])
+    assert looked[1] <= 8 * looked[0]

@@ -238,7 +238,7 @@ class Plan:
         """The levels that run to move the state before a row is evaluated: (R, K) bool."""
         return torch.from_numpy(self._estimator.revising(self._measured))
 
-    @property
+    @cached_property
     def revised(self) -> Tensor:
         """Rows before which the state is moved: (R,) bool."""
         return self.revising.any(1)
@@ -254,17 +254,17 @@ class Plan:
         tables = (self.evaluated, self.weights, self._shared_counts.bool(), self.stored, self.revising)
         return Program(*(table.tolist() for table in tables), holding=self.holding)
 
-    @property
+    @cached_property
     def runs(self) -> Tensor:
         """How often each level is evaluated at each row: (R, K) int64."""
         return torch.from_numpy(self._estimator.runs(self._measured, self._weighed, self.order))
 
-    @property
+    @cached_property
     def calls(self) -> Tensor:
         """Evaluations of each level for one sample: (K,) float64; the expected ones, where samples toss their own."""
         return self.expected_calls if self.counts is None else self.runs.sum(0).double()
 
-    @property
+    @cached_property
     def expected_calls(self) -> Tensor:
         """What `calls` is on average over the coins: (K,) float64. Where rows are chosen: `calls`."""
         if self._estimator.searched:

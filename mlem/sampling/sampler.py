@@ -221,7 +221,9 @@ class Sampler:
         denoiser = at(place)
         if isinstance(place, ScatteredPoints):
             denoiser = of_rows(denoiser, place.rows)
-        x, t = (part.to(self._input_dtype) for part in model_input(self.schedule, y, place))
+        x, t = model_input(self.schedule, y, place)
+        if self._input_dtype != torch.float64:
+            x, t = x.to(self._input_dtype), t.to(self._input_dtype)
         if self._shared:
             return spread_rows(lambda mine: self._denoise(of_rows(denoiser, mine), x[mine], t[mine]), len(x))
         return self._denoise(denoiser, x, t)

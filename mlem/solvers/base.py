@@ -115,7 +115,7 @@ NoiseEstimate = Callable[[Tensor, EvaluationPoint], Tensor]
 def model_input(schedule: NoiseSchedule, y: Tensor, place: EvaluationPoint) -> tuple[Tensor, Tensor]:
     """What a denoiser is asked where a solver is at y (B, ...): x (B, ...) and t (B,), float64."""
     if isinstance(place, GridPoint):
-        return (y * place.alpha).double(), torch.full((len(y),), place.t, dtype=torch.float64, device=y.device)
+        return (y * place.alpha).double(), y.new_full((y.shape[0],), place.t, dtype=torch.float64)
     t = schedule.time_from_kappa(place.kappa if isinstance(place, ScatteredPoints) else place)
     return (y * expand_like(schedule.alpha(t), y)).double(), t
 
@@ -123,7 +123,7 @@ def model_input(schedule: NoiseSchedule, y: Tensor, place: EvaluationPoint) -> t
 def denoiser_at(denoiser: Denoiser, place: EvaluationPoint | None) -> Denoiser:
     """The denoiser for calls at one place: at a point of the grid alpha and sigma are known."""
     if isinstance(place, GridPoint) and isinstance(denoiser, NetworkDenoiser):
-        return denoiser.at(place.alpha, place.sigma)
+        return denoiser.at(place.t, place.alpha, place.sigma)
     return denoiser
 
 
