@@ -186,7 +186,7 @@ def test_a_flipped_digit_of_a_row_is_noticed(measured: tuple[Path, str], tmp_pat
     with pytest.raises(ValueError, match=rf"^{path} was edited \(a row differs from its checksum\); restore it, or"):
         read_rows(path)
     path.write_text("".join(line.rpartition(",")[0] + "\n" for line in whole.splitlines()))
-    assert read_rows(path) == read_rows(measured[0] / "runs.csv")
+    assert repr(read_rows(path)) == repr(read_rows(measured[0] / "runs.csv"))  # there are NaNs in them
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import tomllib
 import venv
 import zipfile
@@ -21,16 +22,19 @@ import yaml
 import mlem
 from tests.commands import PLAIN, REPOSITORY, environment
 
-SHIPPED = ("mlem", "configs", "train.py", "sample.py", "pyproject.toml", "README.md", "LICENSE")
+COPIED = ("mlem", "configs", "tests", "train.py", "sample.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE")
 
 
 @pytest.fixture(scope="module")
 def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Built from a copy, for building leaves folders behind; no download."""
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("sdist")
-    for name in SHIPPED:
-        copy = shutil.copytree if (REPOSITORY / name).is_dir() else shutil.copy
-        copy(REPOSITORY / name, source / name)
+    ignored = shutil.ignore_patterns("__pycache__")
+    for name in COPIED:
+        if (REPOSITORY / name).is_dir():
+            shutil.copytree(REPOSITORY / name, source / name, ignore=ignored)
+        else:
+            shutil.copy(REPOSITORY / name, source / name)
     code = f"from setuptools.build_meta import build_sdist; build_sdist({str(out)!r})"
     done = subprocess.run([sys.executable, "-c", code], cwd=source, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -41,9 +45,11 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Built from the source distribution, as pip does for who has no wheel: so what is tested here holds for both."""
     out = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", str(out)]
-    done = subprocess.run([*command, str(sdist)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    options = ["--verbose", "--no-deps", "--no-build-isolation", "--no-index", "-w", str(out)]
+    command = [sys.executable, "-m", "pip", "wheel", *options, str(sdist)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    assert "Package would be ignored" not in done.stdout
     return next(out.glob("*.whl"))
 
 
@@ -78,6 +84,15 @@ def test_the_wheel_holds_all_code_and_configs_and_no_foreign_name(wheel: Path) -
     pretrained = [path for path in (REPOSITORY / "mlem/pretrained").glob("*/**/*") if path.is_file()]
     expected |= {str(path.relative_to(REPOSITORY)) for path in pretrained if "__pycache__" not in path.parts}
     assert names == expected
+
+
+def test_the_source_distribution_holds_what_the_wheel_is_built_from(sdist: Path, wheel: Path) -> None:
+    with tarfile.open(sdist) as archive:
+        names = {Path(*Path(one.name).parts[1:]).as_posix() for one in archive.getmembers() if one.isfile()}
+    code = {name.replace("mlem/configs/", "configs/") for name in zipfile.ZipFile(wheel).namelist()}
+    top = {"pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "PKG-INFO", "setup.cfg"}
+    about = {name for name in names if name.startswith("mlem_diffusion.egg-info/")}
+    assert names - about == {name for name in code if ".dist-info/" not in name} | top
 
 
 def test_the_head_says_what_is_needed(wheel: Path) -> None:
