@@ -62,7 +62,10 @@ REUSES = ((2, 1), (2, 2), (3, 1), (5, 2))
 FORECAST = {"ode": ("unipc", "uniform", (12, 16, 24)), "sde": ("ddpm", "uniform", (32, 64))}
 FORECASTS = ((2, 0), (2, 1), (2, 2))
 """Of outputs of the largest level, which runs at one row in so many: and the order."""
-PLANNED = {"ode": ("unipc", "uniform", (12, 16, 24, 36)), "sde": ("ddpm", "uniform", (32, 64, 96, 128))}
+PLANNED = {
+    "ode": (("unipc", "uniform", (12, 16, 24, 36)), ("unipc_3", "log_snr", (24, 32))),
+    "sde": (("ddpm", "uniform", (32, 64, 96, 128)),),
+}
 BUDGETS = {"ode": (0.1, 0.16, 0.25, 0.4, 0.6), "sde": (0.07, 0.11, 0.18, 0.3)}
 """Of plans: shares of the largest level's seconds in as many steps."""
 
@@ -153,11 +156,14 @@ def jobs(family: Family, kind: str) -> Iterator[Job]:
         for every, order in FORECASTS:
             ahead = Plan.forecast([row % every == 0 for row in range(steps)], top, order=order)
             yield ["forecast", solver, grid, steps, every, order], alone(solver, grid, steps, plan=ahead)
-    solver, grid, several = PLANNED[kind]
-    for estimator in ("hindsight", "switch"):
+    for estimator, (solver, grid, several) in itertools.product(("hindsight", "switch"), PLANNED[kind]):
         for steps, budget in itertools.product(several, BUDGETS[kind]):
             spec = family.plan(budget=budget, estimator=estimator)
             yield [estimator, solver, grid, steps, budget], alone(solver, grid, steps, plan=spec)
+    solver, grid, several = PLANNED[kind][0]
+    for steps, budget in itertools.product(several, BUDGETS[kind]):
+        how = {"plan": family.plan(budget=budget), "reuse": Reuse(every=2, branch=1)}
+        yield ["hindsight, DeepCache", solver, grid, steps, budget], alone(solver, grid, steps, **how)
     for target in TARGETS[kind]:
         yield ["recommended", target], _Recommended(family, target, kind)
 
@@ -180,6 +186,7 @@ class _Recommended:
 GROUPS = {
     "recommended": ("recommended",),
     "hindsight": ("hindsight",),
+    "hindsight, DeepCache": ("hindsight", "hindsight, DeepCache"),
     "switch": ("switch",),
     "any plan": ("hindsight", "switch"),
 }
@@ -199,7 +206,7 @@ def summary(rows: Rows) -> list[dict[str, Any]]:
         if name == "recommended":
             continue
         for rivals in (OTHERS, (*OTHERS, "switch")):
-            if name != "hindsight" and "switch" in rivals:
+            if not name.startswith("hindsight") and "switch" in rivals:
                 continue
             theirs, ours = settings(rows.rows, rivals), settings(rows.rows, groups)
             found = cost_ratio(theirs, ours, target, np.random.default_rng(0), draws=400)
@@ -207,7 +214,7 @@ def summary(rows: Rows) -> list[dict[str, Any]]:
             if not math.isnan(found.ratio):
                 against = "all others" if rivals == OTHERS else "all others and searched switches"
                 print(
-                    f"error {target:7.0e}: {name:10s} {found.ratio:5.2f} times as fast as {against} "
+                    f"error {target:7.0e}: {name:20s} {found.ratio:5.2f} times as fast as {against} "
                     f"({found.low:.2f} to {found.high:.2f}), {1e3 * found.cost:.2f} ms/image"
                 )
     for row in rows.rows:

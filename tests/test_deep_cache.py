@@ -228,6 +228,21 @@ def test_under_guidance_both_sides_reuse_their_own_features() -> None:
     assert torch.equal(whole.x, sample(family.guided(2.0), **options).x)
 
 
+def test_under_a_plan_the_largest_level_reuses_its_features() -> None:
+    """Twice, so that nothing of one trajectory is in the next."""
+    family, table = Family([level("xs", SHAPE), level("s", SHAPE)]), torch.zeros(7, 2)
+    table[[1, 2, 4, 6], 1] = 1
+    options: dict[str, Any] = {"solver": "unipc", "steps": 7, "plan": Plan.given(table, levels=family.names)}
+    plain, whole, half = (Sampler(family, reuse=reuse, **options) for reuse in (None, Reuse(1), Reuse(2, 1)))
+    first = half.run(range(3))
+    assert torch.equal(whole.run(range(3)).x, plain.run(range(3)).x)
+    assert torch.equal(half.run(range(3)).x, first.x)
+    assert not torch.equal(first.x, plain.run(range(3)).x)
+    cost, share = first.ledger.levels["s"], DeepCache(family.level().network, Reuse(2, 1), SHAPE).shallow_share
+    assert cost.calls == 4 * 3
+    assert cost.flops == pytest.approx((2 + 2 * share) * 3 * family.level().flops)
+
+
 def test_in_a_comparison_it_is_a_sampler_of_the_largest_level() -> None:
     family = Family([level("xs", SHAPE), level("s", SHAPE)])
     one = {"solver": "dpm_solver_pp", "steps": [5]}
@@ -280,9 +295,9 @@ def mistakes() -> dict[str, tuple[Any, dict[str, Any]]]:
             gaussian(cosine),
             {"shape": (3,)},
         ),
-        "reuse= is of one level's features, plan= of several levels; give one of them": (
+        "reuse= keeps features of a batch, and per_sample coins run a part of it; leave one out": (
             Family([small, level("s", SHAPE)]),
-            {"plan": Plan.draw(torch.ones(4, 2))},
+            {"plan": Plan.draw(torch.ones(4, 2), per_sample=True)},
         ),
         "parallel_midpoint solves for many times at once: leave reuse out": (small, {"solver": "parallel_midpoint"}),
         "level a is guided by a weaker one, or in an interval: leave reuse out, or weak= and interval=": (

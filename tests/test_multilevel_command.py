@@ -21,7 +21,8 @@ from mlem.family import Family
 from mlem.files import read_json, write_record
 from mlem.images import quantise
 from mlem.multilevel import command as multilevel
-from mlem.multilevel.pilot import PILOTS, STEPS, discretisations
+from mlem.multilevel.correction import PILOTS
+from mlem.multilevel.pilot import STEPS, discretisations
 from mlem.multilevel.plan import Plan
 from mlem.outputs import read_png, sample_path
 from mlem.sampling import sample

@@ -143,6 +143,15 @@ def test_the_cheapest_level_always_runs_and_coins_measure_the_first_row() -> Non
     assert given.counts.tolist() == [[1, 0, 0], [1, 1, 0], [1, 0, 0], [1, 1, 1]]
 
 
+def test_a_plan_can_be_begun_with_all_levels() -> None:
+    late = Plan.given(torch.tensor([[0, 0, 0], [0, 1, 1]]))
+    begun = late.begun()
+    assert begun.counts is not None
+    assert begun.counts.tolist() == [[1, 1, 1], [1, 1, 1]]
+    assert begun.begun() is begun
+    assert (switch := Plan.switching([0, 1], ["s", "m"])).begun() is switch
+
+
 def test_cost_weighs_the_calls() -> None:
     plan = held([0, 3, 4])
     assert plan.cost(torch.tensor([0.25, 1.0])) == 9 * 0.25 + 3

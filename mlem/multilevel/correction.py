@@ -12,7 +12,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-__all__ = ["UNKNOWN", "Factor", "correction"]
+__all__ = ["PILOTS", "UNKNOWN", "Factor", "correction"]
+
+PILOTS = (
+    ("ddpm", "uniform", (32, 64, 128), 0),
+    ("dpm_solver_pp", "log_snr", (16, 32, 48), 1),
+    ("unipc", "uniform", (12, 24, 36), 1),
+)
+"""Solver, grid, steps and order of held corrections of the pilot plans."""
 
 PRIOR = (2.0, 0.2, 0.2)
 """Standard deviations, before any pilot is seen, of the constant and of both slopes."""

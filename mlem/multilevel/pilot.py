@@ -13,6 +13,7 @@ from mlem.arguments import MOST_STEPS, check_whole
 from mlem.conditions import ConditionSource
 from mlem.family import Family
 from mlem.multilevel.calibration import Calibration
+from mlem.multilevel.correction import PILOTS
 from mlem.multilevel.fitted import Fitted
 from mlem.multilevel.plan import Plan
 from mlem.multilevel.planner import make_plan
@@ -24,16 +25,10 @@ from mlem.noise import reserved_indices
 from mlem.solvers import SOLVERS, GridPoint, GridPoints, Solver, make_solver
 from mlem.trajectory import samples
 
-__all__ = ["ESTIMATORS", "PILOTS", "SPENT", "STEPS", "discretisations", "pilot"]
+__all__ = ["ESTIMATORS", "SPENT", "STEPS", "discretisations", "pilot"]
 
-STEPS = {"ode": (6, 8, 12, 16, 24, 32, 48, 64), "sde": (8, 16, 32, 64, 128)}
+STEPS: dict[str, tuple[int, ...]] = {"ode": (4, 6, 8, 12, 16, 24, 32, 48, 64), "sde": (8, 16, 32, 64, 128)}
 """At these step counts."""
-PILOTS = (
-    ("ddpm", "uniform", (32, 64, 128), 0),
-    ("dpm_solver_pp", "log_snr", (16, 32, 48), 1),
-    ("unipc", "uniform", (12, 24, 36), 1),
-)
-"""Solver, grid, steps and order of held corrections of the pilot plans."""
 SPENT = (6.0, 12.0, 24.0)
 """Their costs, in evaluations of the largest level by FLOPs."""
 ESTIMATORS = (

@@ -11,7 +11,7 @@ import json
 import operator
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, cast
 
@@ -159,6 +159,14 @@ class Plan:
         """
         counts = torch.tensor(list(running)).long()[:, None]
         return Plan(counts.double(), counts, "given", "forecast", order, levels=(level,), about=dict(about or {}))
+
+    def begun(self) -> Plan:
+        """The same, with all that is held measured at the first row."""
+        if not self.holds or self.counts is None or bool(self.counts[0].all()):
+            return self
+        counts = self.counts.clone()
+        counts[0] = 1
+        return replace(self, counts=counts, probabilities=torch.where(counts > 0, 1.0, self.probabilities))
 
     def redrawn(self, delta: float = 0.0, seed: int = 0) -> Plan:
         """The coins tossed again, with delta added to the logits of all p_k but the first ([J], Fig. 1).

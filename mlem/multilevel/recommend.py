@@ -1,9 +1,9 @@
 """What to run: the fastest way to an error, or the least error in a time.
 
-Candidates are every solver and grid whose error was measured, in any number of steps: the largest level alone, smaller
-levels alone, and plans on every subset of levels. Errors are those of the calibration, and the upper end of their
-interval is what counts; seconds are those of a call of each level as the loop makes it, and of a step outside. A plan
-is searched for only where it may be faster than the best that is known.
+Candidates are every solver and grid whose error was measured, in as many steps or more: the largest level alone, and,
+on those that pilots were run on, plans on every subset of levels. Errors are those of the calibration, and the upper
+end of their interval is what counts; seconds are those of a call of each level as the loop makes it, and of a step
+outside. A plan is searched for only where it may be faster than the best that is known.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from mlem.grids import TimeGrid
 from mlem.multilevel.calibration import COMMAND, KINDS
 from mlem.multilevel.choices import check_choice
+from mlem.multilevel.correction import PILOTS
 from mlem.multilevel.identity import found_plan
 from mlem.multilevel.plan import Plan
 from mlem.multilevel.predict import Predictor
@@ -162,6 +163,11 @@ class _Choosing:
             if name in SOLVERS and SOLVERS[name].stochastic == (self.kind == "sde"):
                 yield make_solver(name), grid
 
+    def piloted(self) -> Iterator[tuple[Solver, str]]:
+        """Those on which it is known how far predictions of plans are off."""
+        known = {(name, grid) for name, grid, *_ in PILOTS}
+        return ((solver, grid) for solver, grid in self.methods() if (solver.name, grid) in known)
+
     def step_seconds(self, level: str) -> float:
         """Wall seconds an image of a step of this level alone."""
         return self._seconds[level] + self.outside
@@ -283,7 +289,7 @@ class _ForError(_Choosing):
         """The fewest steps of the largest level to this error; sure: for the upper end; None: too many."""
         by = self.predictor(solver, grid, self.measured(solver, grid)[0])
         margin = math.exp(SURE * by.discretisation_spread) if sure else 1.0
-        low, high = 1, MOST_STEPS
+        low, high = self.measured(solver, grid)[0], MOST_STEPS
         if (by.discretisation_at(high) or 0.0) * margin > error:
             return None
         while low < high:
@@ -301,8 +307,8 @@ class _ForError(_Choosing):
 
     def _best_methods(self, error: float) -> list[tuple[Solver, str, int]]:
         """Solvers and grids that come to this error in few steps, and how many."""
-        found = [(solver, grid, self._steps(solver, grid, error, sure=False)) for solver, grid in self.methods()]
-        known = [(solver, grid, steps) for solver, grid, steps in found if steps is not None and solver.revisable]
+        found = [(solver, grid, self._steps(solver, grid, error, sure=False)) for solver, grid in self.piloted()]
+        known = [(solver, grid, steps) for solver, grid, steps in found if steps is not None]
         fewest = min((steps for _, _, steps in known), default=0)
         return [(solver, grid, steps) for solver, grid, steps in known if steps <= NEAR * fewest]
 
@@ -349,9 +355,7 @@ class _ForTime(_Choosing):
     def _best_methods(self, steps: int) -> list[tuple[Solver, str]]:
         """Solvers and grids that err little in so many steps."""
         errors = {
-            (solver, grid): self.predictor(solver, grid, steps).discretisation or 0.0
-            for solver, grid in self.methods()
-            if solver.revisable
+            (solver, grid): self.predictor(solver, grid, steps).discretisation or 0.0 for solver, grid in self.piloted()
         }
         least = min(errors.values(), default=0.0)
         return [method for method, error in errors.items() if error <= NEAR**2 * least]

@@ -74,7 +74,8 @@ def sample(
         grid: name of a time grid, or a TimeGrid, which has steps of its own; by default the solver's choice.
         level: name of a level of the family.
         plan: which levels run when: a Plan, or a specification, `family.plan(...)`.
-        reuse: the level's UNet runs as a whole at every Nth evaluation only: `Reuse(every=3)`, DeepCache.
+        reuse: the level's UNet, or under a plan that of the largest level, runs as a whole at every Nth of its
+            evaluations only: `Reuse(every=3)`, DeepCache. A plan counts it as if it always did.
         schedule, shape: of a bare denoiser, and of one sample.
         device: where to run; by default where the network is.
         precision: "fp32", "bf16" or "fp16" (autocast of the network).

@@ -80,13 +80,17 @@ class MeteredModel:
         parameter = next(self.networks.parameters(), None)
         return torch.device("cpu") if parameter is None else parameter.device
 
+    def begin(self) -> None:
+        """Begin a trajectory: nothing of the last one is reused."""
+        for meter in self.meters.values():
+            meter.begin()
+
     def denoiser_for(self, indices: Tensor, conditions: ConditionSource | None) -> Denoiser:
         """The denoiser for a trajectory of the samples with these indices (B,), told its conditions of them.
 
         Raises: ValueError for conditions that do not fit, and for those of a denoiser that takes none.
         """
-        for meter in self.meters.values():
-            meter.begin()
+        self.begin()
         if self.level is not None:
             own = conditions_of([self.level], conditions, indices)[0]
         elif conditions is None:

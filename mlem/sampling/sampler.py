@@ -105,6 +105,7 @@ class Sampler:
         revise: Revise | None = None,
     ) -> None:
         _check_choices(model, seed, precision, level, plan)
+        whole = model
         if reuse is not None:
             model, level = _reusing(model, level, plan, reuse), None
         if isinstance(model, Family | Level):
@@ -123,7 +124,10 @@ class Sampler:
             raise ValueError(f"{self.solver.name} solves for many times at once: leave watch= and revise= out")
         if not self.solver.sequential and reuse is not None:
             raise ValueError(f"{self.solver.name} solves for many times at once: leave reuse out")
-        self.plan = None if plan is None else self._fitting(model, plan, spread)
+        # plans are those of the networks as they are
+        self.plan = None if plan is None else self._fitting(whole, plan, spread)
+        if self.plan is not None and self.plan.per_sample and reuse is not None:
+            raise ValueError("reuse= keeps features of a batch, and per_sample coins run a part of it; leave one out")
         self._model = self._metered(model, level)
         _refuse_other_schedule(schedule, self._model.schedule)
         self.device = self._model.device if device is None else torch.device(device)
@@ -209,6 +213,7 @@ class Sampler:
         else:
             # of a plan every call is of the whole batch: levels are told of the rows that this rank evaluates
             told = index[own_rows(len(index))] if self._shared else index
+            self._model.begin()
             run = self._model.multilevel.begin(told, self._quadrature, self.conditions)
             estimate, revise = partial(self._estimate, run.denoiser_at), partial(self._revise, run, revise)
         seen = None if watch is None else hooks.watch
@@ -283,10 +288,10 @@ def _check_choices(model: Model, seed: int, precision: str, level: str | None, p
         raise ValueError(f"level={level!r} chooses within a family, but the model is not a Family; leave level out")
 
 
-def _reusing(model: Model, level: str | None, plan: Plan | PlanSpec | None, reuse: Reuse) -> Level:
-    """The level that reuses its features. Raises ValueError where none can."""
-    if plan is not None:
-        raise ValueError("reuse= is of one level's features, plan= of several levels; give one of them")
+def _reusing(model: Model, level: str | None, plan: Plan | PlanSpec | None, reuse: Reuse) -> Level | Family:
+    """The level that reuses its features; under a plan, the family whose largest does. Raises ValueError for none."""
+    if isinstance(model, Family) and plan is not None:
+        return Family([*model.levels[:-1], reusing(model.level(), reuse).level])
     if isinstance(model, Family):
         model = model.level(level)
     if not isinstance(model, Level):

@@ -22,7 +22,7 @@ from mlem.family import Family
 from mlem.interop.pipelines.captured import Call, CapturedNetwork, plain_network
 from mlem.interop.pipelines.placing import LARGE, PLACES, MultilevelNetwork, Small, named_networks, place_of
 from mlem.interop.pipelines.running import Run, moved
-from mlem.interop.pipelines.stepping import Steppings
+from mlem.interop.pipelines.stepping import Stepping, Steppings
 from mlem.level import Level
 from mlem.multilevel.calibrate import calibrate
 from mlem.multilevel.fitted import Fitted
@@ -196,7 +196,7 @@ class Acceleration:
         if spec.searched:
             self._calibrated(family, rows, run.first[0].x.device)
         try:
-            plan = plan_for_use(spec, family, run.stepping.solver, run.stepping.points)
+            plan = _begun(spec, family, run.stepping)
         except ValueError as error:
             raise ValueError(f"{_in_seconds(family, rows)}{error}") from error
         if plan.levels and plan.levels[-1] != LARGE:
@@ -281,3 +281,16 @@ def _cache_folder(cache: str | os.PathLike[str] | None) -> Path:
     if cache is not None:
         return Path(cache)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlem"
+
+
+def _begun(spec: PlanSpec, family: Family, stepping: Stepping) -> Plan:
+    """The plan, whose first row is paid for: the large network has run there before a plan is known."""
+    plan = plan_for_use(spec, family, stepping.solver, stepping.points)
+    begun = plan.begun()
+    if begun is plan or spec.budget is None:
+        return begun
+    try:
+        less = replace(spec, budget=spec.budget - 1 / stepping.points.steps)
+        return plan_for_use(less, family, stepping.solver, stepping.points).begun()
+    except ValueError:  # that is too little for any
+        return begun
