@@ -59,6 +59,8 @@ REUSED = {"ode": ("unipc", "uniform", (8, 12, 16, 24)), "sde": ("ddpm", "uniform
 """Of DeepCache, on the largest level alone."""
 REUSES = ((2, 1), (2, 2), (3, 1), (5, 2))
 """Whole evaluations one in so many, and the branch."""
+BESIDE = {"ode": 2, "sde": 3}
+"""Of DeepCache under a plan: whole evaluations of the largest level, one in so many of its own."""
 FORECAST = {"ode": ("unipc", "uniform", (12, 16, 24)), "sde": ("ddpm", "uniform", (32, 64))}
 FORECASTS = ((2, 0), (2, 1), (2, 2))
 """Of outputs of the largest level, which runs at one row in so many: and the order."""
@@ -162,7 +164,7 @@ def jobs(family: Family, kind: str) -> Iterator[Job]:
             yield [estimator, solver, grid, steps, budget], alone(solver, grid, steps, plan=spec)
     solver, grid, several = PLANNED[kind][0]
     for steps, budget in itertools.product(several, BUDGETS[kind]):
-        how = {"plan": family.plan(budget=budget), "reuse": Reuse(every=2, branch=1)}
+        how = {"plan": family.plan(budget=budget), "reuse": Reuse(every=BESIDE[kind], branch=1)}
         yield ["hindsight, DeepCache", solver, grid, steps, budget], alone(solver, grid, steps, **how)
     for target in TARGETS[kind]:
         yield ["recommended", target], _Recommended(family, target, kind)

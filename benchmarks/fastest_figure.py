@@ -26,13 +26,17 @@ if TYPE_CHECKING:
 HERE = Path(__file__).parent
 RIVALS = {
     "fewer steps": "fewer steps of the largest level",
-    "fewer steps, diffusers": "fewer steps: UniPC, DPM-Solver++ 3M (diffusers)",
+    "fewer steps, diffusers": "fewer steps: DPM-Solver++ 3M (diffusers)",
     "T-Stitch": "T-Stitch",
     "large-small-large": "large - small - large",
     "forecast": "forecast",
     "DeepCache": "DeepCache",
 }
-OURS = {"switch": "searched sequence (switch)", "hindsight": "hindsight"}
+OURS = {
+    "switch": "searched sequence (switch)",
+    "hindsight": "hindsight",
+    "hindsight, DeepCache": "hindsight on kept features",
+}
 RECOMMENDED = "recommended"
 KINDS = ("ode", "sde")
 
@@ -85,6 +89,10 @@ def draw(axes: Axes, rows: Sequence[dict[str, Any]], styles: dict[str, Look]) ->
         axes.annotate(f"{row['key'][1]:.0e}".replace("e-0", "e-"), at, (9, -3), textcoords="offset points")
 
 
+def _machine(about: str | dict[str, Any]) -> str:
+    return about if isinstance(about, str) else f"{about['processor']}, {about['threads']} threads"
+
+
 def caption(found: Sequence[dict[str, Any]]) -> str:
     """Data, levels, count, references, machine."""
     rows, about = [row for one in found for row in one["rows"]], found[0]["about"]
@@ -93,7 +101,7 @@ def caption(found: Sequence[dict[str, Any]]) -> str:
     references = " and ".join("{1} steps of {0}".format(*one["about"]["reference"]) for one in found)
     return (
         f"{about['family']}, {len(levels)} levels, {about['images']} images, seed 0; error to {references} with the "
-        f"largest level, from the same noise; {rounds} round{'s' * (rounds > 1)}; {about['machine']}"
+        f"largest level, from the same noise; {rounds} round{'s' * (rounds > 1)}; {_machine(about['machine'])}"
     )
 
 
