@@ -26,7 +26,7 @@ from mlem.interop.pipelines.stepping import Stepping, Steppings
 from mlem.level import Level
 from mlem.multilevel.calibrate import calibrate
 from mlem.multilevel.fitted import Fitted
-from mlem.multilevel.identity import plan_for_use
+from mlem.multilevel.identity import found_plan, plan_for_use
 from mlem.multilevel.kept import KeptPlans
 from mlem.multilevel.plan import Plan
 from mlem.multilevel.spec import PlanSpec
@@ -291,6 +291,7 @@ def _begun(spec: PlanSpec, family: Family, stepping: Stepping) -> Plan:
         return begun
     try:
         less = replace(spec, budget=spec.budget - 1 / stepping.points.steps)
-        return plan_for_use(less, family, stepping.solver, stepping.points).begun()
+        found = found_plan(less, family, stepping.solver, stepping.points)
     except ValueError:  # that is too little for any
         return begun
+    return found.begun() if LARGE in found.levels else begun
