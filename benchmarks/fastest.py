@@ -64,7 +64,7 @@ BESIDE = {"ode": 2, "sde": 3}
 FORECAST = {"ode": ("unipc", "uniform", (12, 16, 24)), "sde": ("ddpm", "uniform", (32, 64))}
 FORECASTS = ((2, 0), (2, 1), (2, 2))
 """Of outputs of the largest level, which runs at one row in so many: and the order."""
-PLANNED = {
+PLANNED: dict[str, tuple[tuple[str, str, tuple[int, ...]], ...]] = {
     "ode": (("unipc", "uniform", (12, 16, 24, 36)), ("unipc_3", "log_snr", (24, 32))),
     "sde": (("ddpm", "uniform", (32, 64, 96, 128)),),
 }
