@@ -32,11 +32,14 @@ from mlem.files import check_format, damaged, read_object, remove, write_record,
 from mlem.guidance import GuidedNetwork, guided_level
 from mlem.level import FORMAT, Level
 from mlem.model_card import family_card
+from mlem.multilevel.candidate import Recommendation
 from mlem.multilevel.fitted import Fitted
 from mlem.multilevel.kept import KeptPlans
-from mlem.multilevel.recommend import Recommendation, recommend
+from mlem.multilevel.recommend import recommend
 from mlem.multilevel.spec import PlanSpec
+from mlem.networks import Reuse
 from mlem.pretrained import comes_along, folder_of
+from mlem.reusing import reusing
 from mlem.schedule import NoiseSchedule
 
 __all__ = ["Family"]
@@ -165,6 +168,13 @@ class Family:
             ValueError: no target or two, the family is not calibrated, or nothing reaches the target.
         """
         return recommend(self, mse=mse, seconds=seconds, kind=kind, batch_size=batch_size)
+
+    def reusing(self, reuse: Reuse) -> Family:
+        """The family whose largest level reuses its deep features (DeepCache), for one sampler at a time.
+
+        Raises ValueError for a network whose features cannot be reused.
+        """
+        return Family([*self.levels[:-1], reusing(self.level(), reuse).level])
 
     @property
     def schedule(self) -> NoiseSchedule:

@@ -280,6 +280,26 @@ def test_a_benchmark_compares_it_with_levels_alone_and_tells_reuses_apart(tmp_pa
     assert len(comparison.missing(comparison.runs(entry(name="kept", reuse={"every": 3})))) == 3
 
 
+def test_a_plan_of_a_comparison_reuses_the_features_of_the_largest_level() -> None:
+    family = Family([level("xs", SHAPE), level("s", SHAPE)])
+    one: dict[str, Any] = {"solver": "unipc", "steps": [6], "rival": "T-Stitch", "running": [["xs", 0.5], ["s", 0.5]]}
+    plain, kept, small = (
+        Entry.from_options(one | more, "here", named=True)
+        for more in ({}, {"reuse": {"every": 2, "branch": 1}}, {"running": [["xs", 1.0]], "reuse": {"every": 2}})
+    )
+    assert kept.label == "T-Stitch, 0.5 xs + 0.5 s, every 2, branch 1"
+    lineup = Lineup(Setup(family, [[0, 1]], reference_steps=12), [plain, kept, small])
+    lineup.add([0, 1])
+    *_, whole, half, none = lineup.rows()
+    runs = [tally.run for tally in lineup.tallies][-3:]
+    share = DeepCache(family.level().network, Reuse(2, 1), SHAPE).shallow_share
+    assert runs[0].cost - runs[1].cost == pytest.approx(1 - share)
+    for row, run in zip((whole, half, none), runs, strict=True):
+        assert row.flops == pytest.approx(run.cost * family.level().flops, rel=1e-12)
+    assert half.mse != whole.mse
+    assert half.calls == whole.calls
+
+
 def mistakes() -> dict[str, tuple[Any, dict[str, Any]]]:
     """What is said -> the model, and options beside the reuse."""
     small, cosine = level("xs", SHAPE), NoiseSchedule.cosine()
@@ -326,8 +346,3 @@ def test_a_list_of_samplers_says_what_is_wrong_with_a_reuse(wrong: Any, message:
     entry = {"solver": "ddim", "steps": [2], "reuse": wrong}
     with pytest.raises(ValueError, match=rf"^here: {re.escape(message)}$"):
         Entry.from_options(entry, "here")
-
-
-def test_a_sampler_has_a_plan_or_a_reuse() -> None:
-    with pytest.raises(ValueError, match=r"^here: reuse is of one level's features, plan of several levels; give one"):
-        Entry.from_options({"solver": "ddim", "steps": [2], "reuse": {"every": 2}, "plan": {"budget": 0.5}}, "here")

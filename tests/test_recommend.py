@@ -11,9 +11,9 @@ import torch
 from mlem import Family, Sampler, sample
 from mlem.multilevel import pilot as pilot_module
 from mlem.multilevel.calibration import Calibration
+from mlem.multilevel.candidate import Candidate
 from mlem.multilevel.correction import correction
 from mlem.multilevel.fitted import Fitted
-from mlem.multilevel.recommend import Candidate
 from mlem.multilevel.timing import timed_on
 from tests.waves import family
 

@@ -208,7 +208,6 @@ def test_the_command_writes_rows_figure_and_recommendation(made: tuple[Path, str
             {"forecast": {"every": 2}, "plan": {"budget": 0.5}},
             "each of plan and forecast says what runs; give one of them",
         ),
-        ({"forecast": {"every": 2}, "reuse": {"every": 2}}, "reuse is of one level's features, plan of several level"),
     ],
     ids=str,
 )

@@ -13,7 +13,7 @@ from mlem.cli.values import written
 from mlem.family import Family
 from mlem.files import first_process
 from mlem.level import Level
-from mlem.multilevel.recommend import Candidate, Recommendation
+from mlem.multilevel.candidate import Candidate, Recommendation
 
 __all__ = ["chosen", "is_auto", "print_choice"]
 

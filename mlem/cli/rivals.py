@@ -20,7 +20,7 @@ from mlem.comparison.fastest import NAME, Fastest
 from mlem.comparison.figures import rivals_vs_time
 from mlem.comparison.rivals import fastest, recommended
 from mlem.comparison.setup import Run
-from mlem.multilevel.recommend import Recommendation
+from mlem.multilevel.candidate import Recommendation
 
 __all__ = ["measured_rivals"]
 

@@ -27,8 +27,8 @@ from mlem.files import clear_leftovers, first_process, folder_lock, sha256
 from mlem.ledger import Ledger
 from mlem.level import Level
 from mlem.metrics import Measure
+from mlem.multilevel.candidate import Recommendation
 from mlem.multilevel.predict import Predictor
-from mlem.multilevel.recommend import Recommendation
 from mlem.outputs import claim, finish, pack, sample_path, survey, write_samples
 from mlem.sampling import Sampler, solver_of
 from mlem.solvers import Solver
@@ -91,6 +91,7 @@ def _sampler(
         seed=job.seed,
         level=job.level if isinstance(model, Family) else None,
         plan=plan,
+        reuse=None if choice is None else choice.reuse,
         device=device,
         precision=job.trainer.precision,
         spread=job.sampler.over == "ranks",
@@ -207,6 +208,8 @@ def _settings(job: Sample, model: Family | Level, folder: Path, sampler: Sampler
     else:
         weights = next(path for path in (folder / f"level_{model.name}", folder) if (path / "mlem.json").exists())
         own = {"level": model.name, "weights": sha256(weights / "diffusion_pytorch_model.safetensors")}
+    if sampler.reuse is not None:
+        own["reuse"] = str(sampler.reuse)
     own |= told(job)
     return own | {
         "solver": job.sampler.solver,

@@ -37,7 +37,7 @@ class Entry:
         levels: which levels run by themselves, "smallest" and "largest" among them; None for all. Only without plan.
         deltas: shifts of the logits of p_k, one plan each; None for the plan as it is. Only with coins.
         trials: replicates of the coins; None for the plan's own coins. Only with coins.
-        reuse: of deep features, by the largest level or by each of `levels`. Only without plan.
+        reuse: of deep features, by the largest level, under a plan too, or by each of `levels`.
         made: a plan, or how it is laid down, in the place of `spec`.
         rival: the kind of sampler that it is one of, such as T-Stitch; "" for a kind of its own.
 
@@ -68,8 +68,6 @@ class Entry:
             raise ValueError("deltas and trials toss coins: add estimator: jump to its plan")
         if self.planned and self.levels is not None:
             raise ValueError("levels is of levels that run alone; of a plan, write plan={levels: [..]}")
-        if self.planned and self.reuse is not None:
-            raise ValueError("reuse is of one level's features, plan of several levels; give one of them")
 
     @property
     def planned(self) -> bool:
@@ -79,11 +77,9 @@ class Entry:
     @property
     def detail(self) -> str:
         """What tells it apart from others of its rival, beside solver, grid and steps."""
-        if isinstance(self.made, Handmade):
-            return self.made.detail
-        if self.reuse is not None:
-            return f"every {self.reuse.every}, branch {self.reuse.branch}"
-        return "" if self.spec is None else self.target
+        parts = [self.made.detail if isinstance(self.made, Handmade) else self.target]
+        parts += [] if self.reuse is None else [str(self.reuse)]
+        return ", ".join(filter(None, parts))
 
     @property
     def label(self) -> str:

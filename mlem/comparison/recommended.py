@@ -17,7 +17,7 @@ from mlem.files import damaged, read_object, sha256, write_record
 
 if TYPE_CHECKING:
     from mlem.family import Family
-    from mlem.multilevel.recommend import Recommendation
+    from mlem.multilevel.candidate import Recommendation
 
 __all__ = ["NAME", "Recommended", "renew", "source_of"]
 

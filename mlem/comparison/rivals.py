@@ -10,8 +10,8 @@ from mlem.comparison.entry import Entry
 from mlem.comparison.fastest import RECOMMENDED, Advice, Alternative, Fastest, Measured
 from mlem.comparison.row import Row
 from mlem.comparison.setup import Run
+from mlem.multilevel.candidate import Candidate, Recommendation
 from mlem.multilevel.plan import Plan
-from mlem.multilevel.recommend import Candidate, Recommendation
 from mlem.provenance import machine
 
 __all__ = ["advice_of", "fastest", "recommended"]

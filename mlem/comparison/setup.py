@@ -16,11 +16,12 @@ from mlem.grids import TimeGrid
 from mlem.level import Level
 from mlem.metrics import Measure
 from mlem.metrics.similarity import SMALLEST
+from mlem.multilevel.identity import plan_for_use
 from mlem.multilevel.plan import Plan
-from mlem.multilevel.planner import check_estimator, make_plan
+from mlem.multilevel.planner import check_estimator
 from mlem.networks import Reuse
+from mlem.reusing import reusing
 from mlem.sampling import Sampler, solver_of
-from mlem.sampling.reusing import reusing
 from mlem.solvers import GridPoint, Solver
 
 __all__ = ["Run", "Setup", "Truth"]
@@ -124,7 +125,8 @@ class Setup:
 
     def _together(self, entry: Entry, solver: Solver, grid: TimeGrid, row: Row) -> Iterator[Run]:
         plan, seed = self._plan(entry, solver, grid), 0 if entry.spec is None else entry.spec.seed
-        names = plan.levels or tuple(self.family.names)
+        names, top = plan.levels or tuple(self.family.names), self.family.level()
+        cache = None if entry.reuse is None or top.name not in names else reusing(top, entry.reuse).cache
         known = plan.fingerprint(seed)[:12]
         row = replace(row, level=MULTILEVEL, levels="+".join(names), coins=plan.coins, plan=known)
         flops = torch.tensor([self.family.level(name).flops for name in names], dtype=torch.float64)
@@ -132,13 +134,16 @@ class Setup:
             for trial in range(entry.trials) if entry.trials is not None else (None,):
                 tossed = delta is not None or trial is not None
                 drawn = plan.redrawn(delta or 0.0, seed + (trial or 0)) if tossed else plan
-                cost = drawn.cost(flops / self.family.level().flops)
-                yield Run(replace(row, delta=delta, trial=trial), solver, entry.grid, drawn, cost)
+                cost = drawn.cost(flops / top.flops)
+                if cache is not None:
+                    calls = drawn.calls[-1].item()
+                    cost -= calls - cache.evaluations(calls)
+                yield Run(replace(row, delta=delta, trial=trial), solver, entry.grid, drawn, cost, entry.reuse)
 
     def _plan(self, entry: Entry, solver: Solver, grid: TimeGrid) -> Plan:
-        if entry.spec is not None:
-            return make_plan(entry.spec, self.family, solver, grid)
         points = GridPoint.of(self.family.schedule, grid)
+        if entry.spec is not None:
+            return plan_for_use(entry.spec, self.family, solver, points, entry.reuse)
         if isinstance(entry.made, Plan):
             return entry.made
         assert entry.made is not None

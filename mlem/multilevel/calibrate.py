@@ -20,7 +20,7 @@ from mlem.denoiser import Denoiser, of_rows
 from mlem.family import Family
 from mlem.grids import TimeGrid
 from mlem.multilevel.calibration import Calibration, LinearResponse
-from mlem.multilevel.timing import time_levels, timed_on
+from mlem.multilevel.timing import time_levels, time_shallow, timed_on
 from mlem.networks import evaluating
 from mlem.noise import reserved_indices
 from mlem.schedule import NoiseSchedule
@@ -65,10 +65,12 @@ def calibrate(
     index = reserved_indices("calibration", images, device)
     seconds: dict[int, tuple[float, ...]] = {}
     outside: dict[int, dict[str, float]] = {}
+    shallow: dict[int, dict[int, float]] = {}
     with torch.inference_mode(), evaluating(networks):
         for size in batch_sizes:
             progress(f"time of each level, batches of {size}")
             seconds[size], outside[size] = time_levels(family, size, index.device, conditions)
+            shallow[size] = time_shallow(family, size, index.device, conditions)
         denoisers = family.denoisers_for(index, conditions)
         # perturbations are carried by the largest level that is ten times cheaper than the top, or the cheapest
         cheap = [level.name for level in family.levels if 10 * level.flops <= family.level().flops]
@@ -79,7 +81,7 @@ def calibrate(
     about = {"images": images, "seed": seed, "device": str(device), "machine": timed_on(index.device)}
     about |= {"weights": family.weights_hash, "schedule": family.schedule.fingerprint}
     flops = tuple(float(level.flops) for level in family.levels)
-    return Calibration(tuple(family.names), flops, seconds, *measured, about, outside=outside)
+    return Calibration(tuple(family.names), flops, seconds, *measured, about, outside=outside, shallow=shallow)
 
 
 def measure(

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any, cast
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mlem.files import check_format, damaged
 from mlem.multilevel.choices import UNITS
+from mlem.networks import Reuse
 
 __all__ = ["COMMAND", "Calibration", "LinearResponse"]
 
@@ -61,6 +62,9 @@ class Calibration:
             calibrated before these were kept, the standard error of the latter and the steps.
         outside: batch size -> seconds per image that a step takes outside the networks, for "ode" and "sde".
         stderr: like `discretisation`, the standard errors of these over images.
+        shallow: batch size -> {branch: seconds per image of an evaluation of the largest level on kept deep features};
+            empty for a network that cannot reuse them. What was measured with a `Reuse` has its words behind the name,
+            such as "unipc/uniform/every 2, branch 1".
     """
 
     names: tuple[str, ...]
@@ -75,6 +79,7 @@ class Calibration:
     pilots: dict[str, list[list[float]]] = field(default_factory=dict[str, list[list[float]]])
     outside: dict[int, dict[str, float]] = field(default_factory=dict[int, dict[str, float]])
     stderr: dict[str, dict[int, float]] = field(default_factory=dict[str, dict[int, float]])
+    shallow: dict[int, dict[int, float]] = field(default_factory=dict[int, dict[int, float]])
 
     def __post_init__(self) -> None:
         _in_float64(self, "log_snr", "differences", "image_differences")
@@ -123,7 +128,9 @@ class Calibration:
             return 0.0
         return self.outside[near][kind] / self.seconds[near][-1]
 
-    def predicted_seconds(self, calls: Mapping[str, float], steps: int, kind: str, batch_size: int = 64) -> float:
+    def predicted_seconds(
+        self, calls: Mapping[str, float], steps: int, kind: str, batch_size: int = 64, reuse: Reuse | None = None
+    ) -> float:
         """Wall seconds per image of a run.
 
         Args:
@@ -131,11 +138,29 @@ class Calibration:
             steps: of the solver.
             kind: "ode" or "sde".
             batch_size: as for `costs`.
+            reuse: of the deep features of the largest level.
         """
         near = self._nearest(batch_size)
         seconds = dict(zip(self.names, self.seconds[near], strict=True))
         inside = sum(seconds[name] * count for name, count in calls.items())
+        if reuse is not None and (count := calls.get(top := self.names[-1], 0.0)):
+            inside -= (count - reuse.whole(count)) * (seconds[top] - self.shallow[near][reuse.branch])
         return inside + (steps * self.outside[near][kind] if near in self.outside else 0.0)
+
+    def reusing(self, reuse: Reuse) -> Calibration:
+        """As planning sees the family when its largest level reuses deep features: cheaper calls, other pilots.
+
+        Raises: ValueError where that was not measured.
+        """
+        own = f"/{reuse}"
+        pilots = {name.removesuffix(own): rows for name, rows in self.pilots.items() if name.endswith(own)}
+        if not pilots or any(reuse.branch not in each for each in (self.shallow or {0: {}}).values()):
+            raise ValueError(f"no reuse of features ({reuse}) was measured of this family; {_REMEDY}")
+        seconds = {
+            size: (*each[:-1], (each[-1] + (reuse.every - 1) * self.shallow[size][reuse.branch]) / reuse.every)
+            for size, each in self.seconds.items()
+        }
+        return replace(self, seconds=seconds, pilots=self.pilots | pilots)
 
     def _nearest(self, batch_size: int) -> int:
         """The measured batch size that is nearest."""
@@ -179,6 +204,7 @@ class Calibration:
                     for size, one in plain.get("outside", {}).items()
                 },
                 {name: by_number(errors) for name, errors in plain.get("stderr", {}).items()},
+                {int(size): by_number(seconds) for size, seconds in plain.get("shallow", {}).items()},
             )
             found._check_shapes()
         return found

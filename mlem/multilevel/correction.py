@@ -12,7 +12,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-__all__ = ["PILOTS", "UNKNOWN", "Factor", "correction"]
+from mlem.networks import Reuse
+
+__all__ = ["PILOTS", "RECOMMENDED", "REUSES", "UNKNOWN", "Factor", "correction"]
 
 PILOTS = (
     ("ddpm", "uniform", (32, 64, 128), 0),
@@ -20,6 +22,10 @@ PILOTS = (
     ("unipc", "uniform", (12, 24, 36), 1),
 )
 """Solver, grid, steps and order of held corrections of the pilot plans."""
+RECOMMENDED = ("hindsight", "switch")
+"""Estimators of the plans that are recommended: what most pilots are of."""
+REUSES = (Reuse(2, 1), Reuse(3, 1), Reuse(5, 1))
+"""Of the deep features of the largest level, where it is a UNet: what pilots are run with too."""
 
 PRIOR = (2.0, 0.2, 0.2)
 """Standard deviations, before any pilot is seen, of the constant and of both slopes."""

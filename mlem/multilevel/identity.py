@@ -5,6 +5,7 @@ It stands in the `about` of a plan. A plan that says nothing, such as one made b
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import warnings
@@ -18,12 +19,13 @@ from mlem.multilevel.coefficients import COMMAND
 from mlem.multilevel.plan import Plan
 from mlem.multilevel.planner import make_plan
 from mlem.multilevel.spec import PlanSpec
+from mlem.networks import Reuse
 from mlem.solvers import GridPoints, Solver
 
 if TYPE_CHECKING:
     from mlem.family import Family
 
-__all__ = ["found_plan", "identity", "plan_for_use"]
+__all__ = ["found_plan", "identity", "plan_for_use", "seen_reusing"]
 
 _WORDS = {
     "solver": "the solver {}",
@@ -44,11 +46,29 @@ def identity(family: Family, solver: Solver, points: GridPoints) -> dict[str, An
     return own | {"schedule": points.schedule.fingerprint, "weights": family.weights_hash}
 
 
-def plan_for_use(plan: Plan | PlanSpec, family: Family, solver: Solver, points: GridPoints) -> Plan:
+def seen_reusing(family: Family, reuse: Reuse) -> Family:
+    """The family as planning sees it when its largest level reuses its deep features.
+
+    Raises: ValueError where the family is not calibrated, or that was not measured.
+    """
+    seen = copy.copy(family)
+    seen.fitted = replace(family.fitted, calibration=family.fitted.calibration_for(family).reusing(reuse))
+    return seen
+
+
+def plan_for_use(
+    plan: Plan | PlanSpec, family: Family, solver: Solver, points: GridPoints, reuse: Reuse | None = None
+) -> Plan:
     """The plan, or the one that a specification asks for, with the identity in its `about`.
+
+    Args:
+        reuse: of the deep features of the largest level. Where that was measured, plans are made for it; a budget
+            remains a share of what the whole network takes.
 
     Raises: ValueError where a plan says that it was made for something else, and as `make_plan` does.
     """
+    if isinstance(plan, PlanSpec) and reuse is not None:
+        plan, family = _reusing(plan, family, reuse, "sde" if solver.stochastic else "ode")
     if isinstance(plan, PlanSpec):
         if plan.probabilities == "learned":
             _warn_of_other_coefficients(family, identity(family, solver, points))
@@ -73,6 +93,21 @@ def found_plan(spec: PlanSpec, family: Family, solver: Solver, points: GridPoint
     slow = spec.searched or spec.mse is not None
     made = family.kept.plan(asked, lambda: make_plan(spec, family, solver, points.grid), on_disk=slow)
     return replace(made, about=made.about | own)
+
+
+def _reusing(spec: PlanSpec, family: Family, reuse: Reuse, kind: str) -> tuple[PlanSpec, Family]:
+    """What to plan, and for which family; both as they are where the reuse was not measured."""
+    try:
+        seen = seen_reusing(family, reuse)
+    except ValueError:
+        return spec, family
+    if spec.budget is None or spec.cost != "seconds":
+        return spec, seen
+    whole, reused = (
+        one.fitted.calibration_for(one).predicted_seconds({family.names[-1]: 1.0}, 1, kind, spec.batch_size)
+        for one in (family, seen)
+    )
+    return replace(spec, budget=min(1.0, spec.budget * whole / reused)), seen
 
 
 def _refuse_other_use(plan: Plan, own: Mapping[str, Any]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -13,19 +13,20 @@ from mlem.arguments import MOST_STEPS, check_whole
 from mlem.conditions import ConditionSource
 from mlem.family import Family
 from mlem.multilevel.calibration import Calibration
-from mlem.multilevel.correction import PILOTS
+from mlem.multilevel.correction import PILOTS, RECOMMENDED, REUSES
 from mlem.multilevel.fitted import Fitted
 from mlem.multilevel.plan import Plan
 from mlem.multilevel.planner import make_plan
 from mlem.multilevel.predict import Predictor, pilot_key
 from mlem.multilevel.probes import plan_samples
 from mlem.multilevel.spec import PlanSpec
-from mlem.networks import evaluating
+from mlem.networks import Reuse, evaluating
 from mlem.noise import reserved_indices
+from mlem.reusing import can_reuse, reusing
 from mlem.solvers import SOLVERS, GridPoint, GridPoints, Solver, make_solver
 from mlem.trajectory import samples
 
-__all__ = ["ESTIMATORS", "SPENT", "STEPS", "discretisations", "pilot"]
+__all__ = ["ESTIMATORS", "SPENT", "STEPS", "discretisations", "pilot", "possible"]
 
 STEPS: dict[str, tuple[int, ...]] = {"ode": (4, 6, 8, 12, 16, 24, 32, 48, 64), "sde": (8, 16, 32, 64, 128)}
 """At these step counts."""
@@ -66,28 +67,54 @@ def pilot(
     family = Family(family.levels, Fitted(calibration))
     with torch.inference_mode(), evaluating(networks):
         runs = _Runs(family, reserved_indices("pilots", images, device), reference_steps, seed, conditions)
-        errors, stderr = {}, {}
-        for name, grid in discretisations():
-            progress(f"discretisation error of {name} on the {grid} grid")
-            kind = "sde" if make_solver(name).stochastic else "ode"
-            found = {steps: runs.errors(make_solver(name), grid, steps) for steps in STEPS[kind]}
+        errors, stderr = dict[str, dict[int, float]](), dict[str, dict[int, float]]()
+        for name, grid, reuse in _alone(family):
+            key = f"{name}/{grid}" + _words(reuse)
+            progress(f"discretisation error of {name} on the {grid} grid{'' if reuse is None else f', reuse {reuse}'}")
+            found = {steps: runs.errors(make_solver(name), grid, steps, reuse) for steps in STEPS[_kind(name)]}
             # the reference itself is no measurement of its error
             found = {steps: each for steps, each in found.items() if each.mean() > 0}
-            errors[f"{name}/{grid}"] = {steps: each.mean().item() for steps, each in found.items()}
-            stderr[f"{name}/{grid}"] = {steps: _stderr(each) for steps, each in found.items()}
+            errors[key] = {steps: each.mean().item() for steps, each in found.items()}
+            stderr[key] = {steps: _stderr(each) for steps, each in found.items()}
         calibration = replace(calibration, discretisation=errors, stderr=stderr)
         family.fitted = Fitted(calibration)
         pilots: dict[str, list[list[float]]] = {}
         for name, grid, counts, order in PILOTS:
-            for number, (estimator, coins, draws) in enumerate(ESTIMATORS):
+            for estimator, coins, draws in ESTIMATORS:
                 progress(f"pilot plans: {name}, {estimator} {coins or ''}")
                 spec = PlanSpec(budget=1.0, estimator=estimator, coins=coins, order=order, cost="flops")
-                found = pilots.setdefault(pilot_key(make_solver(name), estimator, coins), [])
-                for steps in counts if number < 2 else counts[-1:]:
-                    found += _pilots(runs, spec, make_solver(name), grid, steps, draws)
-                found.sort()
+                recommended = estimator in RECOMMENDED
+                reuses = (None, *possible(family)) if recommended else (None,)
+                key = pilot_key(make_solver(name), estimator, coins)
+                for steps in counts if recommended else counts[-1:]:
+                    for reuse, rows in _pilots(runs, spec, make_solver(name), grid, steps, draws, reuses).items():
+                        pilots.setdefault(key + _words(reuse), []).extend(rows)
+    pilots = {name: sorted(rows) for name, rows in pilots.items()}
     about = calibration.about | {"pilot_images": images, "reference_steps": reference_steps}
     return replace(calibration, pilots=pilots, about=about)
+
+
+def _kind(solver: str) -> str:
+    return "sde" if SOLVERS[solver].stochastic else "ode"
+
+
+def _words(reuse: Reuse | None) -> str:
+    """Behind the name of what was measured."""
+    return "" if reuse is None else f"/{reuse}"
+
+
+def possible(family: Family) -> list[Reuse]:
+    """Of `REUSES`, those that the largest level can do."""
+    return [reuse for reuse in REUSES if can_reuse(family.level(), reuse)]
+
+
+def _alone(family: Family) -> Iterator[tuple[str, str, Reuse | None]]:
+    """Solver and grid of what the largest level runs alone; reusing its features on those of the pilots."""
+    for name, grid in discretisations():
+        yield name, grid, None
+    for reuse in possible(family):
+        for name, grid, *_ in PILOTS:
+            yield name, grid, reuse
 
 
 def discretisations() -> list[tuple[str, str]]:
@@ -104,24 +131,26 @@ class _Runs:
     ) -> None:
         self.family, self._index, self._reference_steps, self._seed = family, index, reference_steps, seed
         self._conditions = conditions
-        self._made: dict[tuple[str, str | None, int], Tensor] = {}
+        self._made: dict[tuple[str, str | None, int, Reuse | None], Tensor] = {}
 
-    def errors(self, solver: Solver, grid: str, steps: int) -> Tensor:
+    def errors(self, solver: Solver, grid: str, steps: int, reuse: Reuse | None = None) -> Tensor:
         """Mean squared errors of the images by the largest level, to the many-step run: (B,)."""
         truth = self._alone(make_solver(solver.reference), None, self._reference_steps)
-        return (self._alone(solver, grid, steps) - truth).square().flatten(1).mean(1)
+        return (self._alone(solver, grid, steps, reuse) - truth).square().flatten(1).mean(1)
 
-    def added(self, solver: Solver, grid: str, steps: int, plan: Plan) -> Tensor:
+    def added(self, solver: Solver, grid: str, steps: int, plan: Plan, reuse: Reuse | None = None) -> Tensor:
         """What a plan adds to that, mean squared difference to the largest level in as many steps: (B,)."""
         points = self._points(solver, grid, steps)
-        x = plan_samples(self.family, plan, solver, points, self._index, self._seed, self._conditions)
+        family = self.family if reuse is None else self.family.reusing(reuse)
+        x = plan_samples(family, plan, solver, points, self._index, self._seed, self._conditions)
         return (x - self._alone(solver, grid, steps)).square().flatten(1).mean(1)
 
-    def _alone(self, solver: Solver, grid: str | None, steps: int) -> Tensor:
+    def _alone(self, solver: Solver, grid: str | None, steps: int, reuse: Reuse | None = None) -> Tensor:
         """The samples of the largest level, made once."""
-        key = (solver.name, grid, steps)
+        key = (solver.name, grid, steps, reuse)
         if key not in self._made:
-            denoiser = self.family.level().denoiser_for(self._index, self._conditions)
+            level = self.family.level() if reuse is None else reusing(self.family.level(), reuse).level
+            denoiser = level.denoiser_for(self._index, self._conditions)
             points = self._points(solver, grid, steps)
             self._made[key] = samples(denoiser, solver, points, self.family.shape, self._index, self._seed)
         return self._made[key]
@@ -135,26 +164,31 @@ def _stderr(errors: Tensor) -> float:
     return (errors.std() / math.sqrt(len(errors))).item()
 
 
-def _pilots(runs: _Runs, spec: PlanSpec, solver: Solver, grid: str, steps: int, draws: int) -> list[list[float]]:
+def _pilots(
+    runs: _Runs, spec: PlanSpec, solver: Solver, grid: str, steps: int, draws: int, reuses: Sequence[Reuse | None]
+) -> dict[Reuse | None, list[list[float]]]:
     """At each cost that a plan can have, rising: what it adds as predicted by linear response, and as measured.
 
-    Then the standard error of what was measured, and the steps.
+    Then the standard error of what was measured, and the steps; measured with features reused in each of these ways.
     """
     family = runs.family
     times = solver.grid(family.schedule, steps, grid)
     predictor = Predictor(family.fitted.calibration_for(family), family.schedule, solver, times)
-    found: list[list[float]] = []
+    found: dict[Reuse | None, list[list[float]]] = {reuse: [] for reuse in reuses}
     for spent in SPENT:
         if spent >= steps:
             continue
-        predicted, measured = 0.0, torch.zeros(())
         try:
-            for seed in range(draws):
-                plan = make_plan(replace(spec, budget=spent / steps, seed=seed), family, solver, times)
-                predicted += predictor.response_error(plan) / draws
-                measured = measured + runs.added(solver, grid, steps, plan) / draws
+            plans = [
+                make_plan(replace(spec, budget=spent / steps, seed=seed), family, solver, times)
+                for seed in range(draws)
+            ]
         except ValueError:  # a family whose cheapest level costs more than that
             continue
-        if predicted > 0:  # a plan that runs all there is adds nothing
-            found.append([predicted, measured.mean().item(), _stderr(measured), float(steps)])
+        predicted = sum(map(predictor.response_error, plans)) / draws
+        if predicted <= 0:  # a plan that runs all there is adds nothing
+            continue
+        for reuse in reuses:
+            measured = torch.stack([runs.added(solver, grid, steps, plan, reuse) for plan in plans]).mean(0)
+            found[reuse].append([predicted, measured.mean().item(), _stderr(measured), float(steps)])
     return found

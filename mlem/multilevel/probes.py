@@ -9,6 +9,7 @@ from torch import Tensor
 from mlem.conditions import ConditionSource
 from mlem.multilevel.denoiser import MultilevelDenoiser
 from mlem.multilevel.plan import Plan
+from mlem.networks import deep_cache_in
 from mlem.solvers import GridPoints, Solver, quadrature_weights
 from mlem.trajectory import starting_noise, trajectory
 
@@ -28,6 +29,9 @@ def plan_samples(
     conditions: ConditionSource | None = None,
 ) -> Tensor:
     """The samples of a family under a plan with these indices (B,): (B, *shape), float64."""
+    for level in family.levels:
+        if (cache := deep_cache_in(level.network)) is not None:
+            cache.start()
     weights: list[float] = quadrature_weights(solver, points.schedule, points)[0].tolist()
     run = MultilevelDenoiser(family, plan).begin(indices, weights, conditions)
     x_T = starting_noise(seed, indices, family.shape)

@@ -1,43 +1,41 @@
 """What to run: the fastest way to an error, or the least error in a time.
 
 Candidates are every solver and grid whose error was measured, in as many steps or more: the largest level alone, and,
-on those that pilots were run on, plans on every subset of levels. Errors are those of the calibration, and the upper
-end of their interval is what counts; seconds are those of a call of each level as the loop makes it, and of a step
-outside. A plan is searched for only where it may be faster than the best that is known.
+on those that pilots were run on, plans on every subset of levels, each with the deep features of the largest level
+reused or not. Errors are those of the calibration, and the upper end of their interval is what counts; seconds are
+those of a call of each level as the loop makes it, and of a step outside. A plan is searched for only where it may be
+faster than the best that is known.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from mlem.grids import TimeGrid
-from mlem.multilevel.calibration import COMMAND, KINDS
+from mlem.multilevel.calibration import COMMAND, KINDS, Calibration
+from mlem.multilevel.candidate import SURE, WIDE, Candidate, Recommendation
 from mlem.multilevel.choices import check_choice
-from mlem.multilevel.correction import PILOTS
-from mlem.multilevel.identity import found_plan
+from mlem.multilevel.correction import PILOTS, RECOMMENDED, REUSES
+from mlem.multilevel.identity import found_plan, seen_reusing
 from mlem.multilevel.plan import Plan
 from mlem.multilevel.predict import Predictor
 from mlem.multilevel.spec import PlanSpec
 from mlem.multilevel.timing import timed_here
+from mlem.networks import Reuse
 from mlem.solvers import SOLVERS, GridPoint, Solver, make_solver
 
 if TYPE_CHECKING:
     from mlem.family import Family
 
-__all__ = ["Candidate", "Recommendation", "recommend"]
+__all__ = ["recommend"]
 
-SURE = 1.28
-"""Standard errors above the prediction at which a target counts as reached: nine times in ten."""
-WIDE = 1.96
-"""Standard errors on either side of an interval: 95 percent."""
 MOST_STEPS = 1000
 """Of a candidate."""
-PLANS = ("hindsight", "switch")
-"""Estimators of the plans that are tried."""
 SHARES = (0.2, 0.4, 0.6, 0.8)
 """Shares of the error that may be the solver's own; the rest is the plan's."""
 LONGER = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -48,59 +46,6 @@ NEAR = 1.25
 """Plans are searched for on solvers and grids that need so many times the steps of the best at most."""
 HALVINGS = 5
 """Of the interval in which the budget of a plan is looked for."""
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One way to sample; `sample(family, **candidate.options)` goes it.
-
-    Args:
-        solver, steps, grid: as `sample` has them.
-        level: the level that runs alone; None: the plan runs several.
-        plan: None: one level runs alone.
-        predicted_mse: mean squared error per pixel to the many-step run of the largest level from the same noise.
-        interval: 95 percent, of that.
-        predicted_seconds: wall seconds an image, in batches of the size that was asked for.
-        extrapolated: whether its steps are fewer or more than any that were measured.
-    """
-
-    solver: str
-    steps: int
-    grid: str
-    level: str | None
-    plan: Plan | None
-    predicted_mse: float
-    interval: tuple[float, float]
-    predicted_seconds: float
-    extrapolated: bool = False
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """Arguments of `sample`."""
-        own: dict[str, Any] = {"solver": self.solver, "steps": self.steps, "grid": self.grid}
-        return own | ({"level": self.level} if self.plan is None else {"plan": self.plan})
-
-    @property
-    def upper_mse(self) -> float:
-        """The error that it stays below nine times in ten."""
-        return self.predicted_mse * (self.interval[1] / self.predicted_mse) ** (SURE / WIDE)
-
-    def __str__(self) -> str:
-        what = self.level if self.plan is None else f"{self.plan.estimator} of {', '.join(self.plan.levels)}"
-        return f"{self.solver}, {self.steps} steps on the {self.grid} grid, {what}"
-
-
-@dataclass(frozen=True)
-class Recommendation(Candidate):
-    """The candidate to run.
-
-    Args:
-        alternatives: the other candidates, the best one of each kind, best first.
-        why: one line.
-    """
-
-    alternatives: tuple[Candidate, ...] = ()
-    why: str = ""
 
 
 def recommend(
@@ -134,6 +79,15 @@ def recommend(
     return choosing(family, target, kind, batch_size).choice()
 
 
+@dataclass(frozen=True)
+class _Way:
+    """How the largest level runs, and the family as planning sees it then; reuse: None, whole."""
+
+    family: Family
+    calibration: Calibration
+    reuse: Reuse | None = None
+
+
 @dataclass
 class _Choosing:
     """A family, what is asked, and the candidates that were found."""
@@ -148,13 +102,18 @@ class _Choosing:
         family = self.family
         self.calibration = timed_here(family, family.fitted.calibration_for(family), self.batch_size)
         family.fitted = replace(family.fitted, calibration=self.calibration)
-        self._seconds = {
-            name: self.calibration.predicted_seconds({name: 1.0}, 0, self.kind, self.batch_size)
-            for name in family.names
-        }
-        self.outside = self.calibration.predicted_seconds({}, 1, self.kind, self.batch_size)
+        self.ways = [*self._reusing(), _Way(family, self.calibration)]
+        self._seconds = {name: self.seconds({name: 1.0}, 0) for name in family.names}
+        self.outside = self.seconds({}, 1)
         if next(self.methods(), None) is None:
             raise ValueError(f"no error of an {self.kind.upper()} solver was measured of this family: {COMMAND}")
+
+    def _reusing(self) -> Iterator[_Way]:
+        """Ways to reuse deep features of the largest level, those that were measured."""
+        for reuse in REUSES:
+            with suppress(ValueError):
+                seen = seen_reusing(self.family, reuse)
+                yield _Way(seen, seen.fitted.calibration_for(seen), reuse)
 
     def methods(self) -> Iterator[tuple[Solver, str]]:
         """Solvers of the kind, and the grids that they were measured on."""
@@ -168,6 +127,10 @@ class _Choosing:
         known = {(name, grid) for name, grid, *_ in PILOTS}
         return ((solver, grid) for solver, grid in self.methods() if (solver.name, grid) in known)
 
+    def seconds(self, calls: Mapping[str, float], steps: int, reuse: Reuse | None = None) -> float:
+        """Wall seconds an image."""
+        return self.calibration.predicted_seconds(calls, steps, self.kind, self.batch_size, reuse)
+
     def step_seconds(self, level: str) -> float:
         """Wall seconds an image of a step of this level alone."""
         return self._seconds[level] + self.outside
@@ -175,55 +138,72 @@ class _Choosing:
     def grid(self, solver: Solver, grid: str, steps: int) -> TimeGrid:
         return solver.grid(self.family.schedule, steps, grid)
 
-    def predictor(self, solver: Solver, grid: str, steps: int) -> Predictor:
-        return Predictor(self.calibration, self.family.schedule, solver, self.grid(solver, grid, steps))
+    def predictor(self, solver: Solver, grid: str, steps: int, calibration: Calibration | None = None) -> Predictor:
+        schedule = self.family.schedule
+        return Predictor(calibration or self.calibration, schedule, solver, self.grid(solver, grid, steps))
 
     def measured(self, solver: Solver, grid: str) -> Sequence[int]:
         return sorted(self.calibration.discretisation[f"{solver.name}/{grid}"])
 
     def alone(self, solver: Solver, grid: str, steps: int) -> Candidate:
-        """The largest level at every step."""
-        by = self.predictor(solver, grid, steps)
-        error, spread = by.discretisation or 0.0, by.discretisation_spread
-        level = self.family.names[-1]
-        seconds = by.rows * self._seconds[level] + steps * self.outside
-        return self._candidate(solver, grid, steps, level, None, error, spread, seconds)
+        """The largest level, whole at every step."""
+        by, level = self.predictor(solver, grid, steps), self.family.names[-1]
+        errors = by.discretisation or 0.0, by.discretisation_spread
+        return self._add(solver, grid, steps, errors, self.seconds({level: by.rows}, steps), level=level)
 
-    def planned(self, solver: Solver, grid: str, steps: int, spec: PlanSpec) -> Candidate | None:
+    def reused(self) -> None:
+        """The largest level alone, its features reused, in the steps that were measured: between them errors jump."""
+        level, known = self.family.names[-1], self.calibration.discretisation
+        for (solver, grid), way in itertools.product(self.piloted(), self.ways):
+            key = f"{solver.name}/{grid}/{way.reuse}"
+            for steps, error in known.get(key, {}).items():
+                by = self.predictor(solver, grid, steps)
+                # a few images may say that it errs less than the whole network
+                spread = max(self.calibration.stderr[key][steps] / error, by.discretisation_spread)
+                errors = max(error, by.discretisation or 0.0), spread
+                seconds = self.seconds({level: float(steps)}, steps, way.reuse)
+                self._add(solver, grid, steps, errors, seconds, level=level, reuse=way.reuse)
+
+    def planned(self, solver: Solver, grid: str, steps: int, spec: PlanSpec, way: _Way) -> Candidate | None:
         """A plan; None where no plan costs so little."""
         points = GridPoint.of(self.family.schedule, self.grid(solver, grid, steps))
         try:
-            plan = found_plan(spec, self.family, solver, points)
+            plan = found_plan(spec, way.family, solver, points)
         except ValueError:
             return None
-        by = self.predictor(solver, grid, steps)
-        calls = dict(zip(plan.levels or self.family.names, plan.expected_calls.tolist(), strict=True))
-        seconds = self.calibration.predicted_seconds(calls, steps, self.kind, self.batch_size)
-        return self._candidate(solver, grid, steps, None, plan, by.total(plan), by.spread(plan), seconds)
+        by, names = self.predictor(solver, grid, steps, way.calibration), plan.levels or self.family.names
+        calls: dict[str, float] = dict(zip(names, plan.expected_calls.tolist(), strict=True))
+        reuse = way.reuse if calls.get(self.family.names[-1], 0.0) > 1 else None
+        alone = len(names) == 1 and reuse is None  # which needs no plan
+        how: dict[str, Any] = {"level": names[0]} if alone else {"plan": plan, "reuse": reuse}
+        return self._add(
+            solver, grid, steps, (by.total(plan), by.spread(plan)), self.seconds(calls, steps, reuse), **how
+        )
 
-    def _candidate(
+    def _add(
         self,
         solver: Solver,
         grid: str,
         steps: int,
-        level: str | None,
-        plan: Plan | None,
-        error: float,
-        spread: float,
+        errors: tuple[float, float],
         seconds: float,
+        level: str | None = None,
+        plan: Plan | None = None,
+        reuse: Reuse | None = None,
     ) -> Candidate:
+        """A candidate; errors: predicted, and the standard error of its logarithm."""
+        error, spread = errors
         interval = (error * math.exp(-WIDE * spread), error * math.exp(WIDE * spread))
         measured = self.measured(solver, grid)
         beyond = not measured[0] <= steps <= measured[-1]
-        one = Candidate(solver.name, steps, grid, level, plan, error, interval, seconds, beyond)
-        if plan is not None and len(plan.levels) == 1:  # one level, which needs no plan
-            one = replace(one, level=plan.levels[0], plan=None)
+        one = Candidate(solver.name, steps, grid, level, plan, error, interval, seconds, beyond, reuse)
         self.found.append(one)
         return one
 
-    def spec(self, estimator: str, seconds: float, steps: int) -> PlanSpec | None:
+    def spec(self, estimator: str, seconds: float, steps: int, way: _Way) -> PlanSpec | None:
         """A plan of so many wall seconds an image in so many steps; None where that is no share of the largest."""
-        budget = seconds / (steps * self.step_seconds(self.family.names[-1]))
+        top = {self.family.names[-1]: 1.0}
+        budget = seconds / (steps * way.calibration.predicted_seconds(top, 1, self.kind, self.batch_size))
         if not 0 < budget <= 1:
             return None
         return PlanSpec(budget=budget, estimator=estimator, batch_size=self.batch_size)
@@ -232,7 +212,7 @@ class _Choosing:
         """The first of these, the others of other kinds behind it."""
         best, others, kinds = order[0], list[Candidate](), set[tuple[object, ...]]()
         for one in order:
-            key = (one.solver, one.level, None if one.plan is None else one.plan.estimator)
+            key = (one.solver, one.level, one.reuse is None, None if one.plan is None else one.plan.estimator)
             if key not in kinds and one is not best:
                 others.append(one)
             kinds.add(key)
@@ -244,10 +224,10 @@ class _Choosing:
 
     def _why(self, best: Candidate, order: list[Candidate], met: str, missed: str) -> str:
         top = self.family.names[-1]
-        plain = next((one for one in order if one.level == top), None)
+        plain = next((one for one in order if one.level == top and one.reuse is None), None)
         ratio = self._seconds[top] / self._seconds[self.family.names[0]]
         levels = f"a call of {top} takes {ratio:.3g} times as long as one of {self.family.names[0]}"
-        if best.plan is None and best.level == top:
+        if best.plan is None and best.level == top and best.reuse is None:
             return f"{top} alone {met}: {levels}, and no plan that was found does better"
         if plain is None:
             return f"{missed}: {levels}"
@@ -264,11 +244,12 @@ class _ForError(_Choosing):
     def choice(self) -> Recommendation:
         for solver, grid in self.methods():
             self._alone(solver, grid)
+        self.reused()
         if len(self.family.names) > 1:
             for share in SHARES:
                 for solver, grid, steps in self._best_methods(share * self.target):
-                    for estimator in PLANS:
-                        self._searched(solver, grid, steps, estimator)
+                    for estimator, way in itertools.product(RECOMMENDED, self.ways):
+                        self._searched(solver, grid, steps, estimator, way)
         good = sorted(self._reaching(), key=lambda one: one.predicted_seconds * (1.0 if one.plan is None else WORTH))
         if not good:
             errors = [by.discretisation_at(MOST_STEPS) for by in self._longest()]
@@ -312,20 +293,20 @@ class _ForError(_Choosing):
         fewest = min((steps for _, _, steps in known), default=0)
         return [(solver, grid, steps) for solver, grid, steps in known if steps <= NEAR * fewest]
 
-    def _searched(self, solver: Solver, grid: str, steps: int, estimator: str) -> None:
+    def _searched(self, solver: Solver, grid: str, steps: int, estimator: str, way: _Way) -> None:
         """Plans in so many steps, the cheaper the better."""
         best = min((one.predicted_seconds for one in self._reaching()), default=math.inf)
         high = min(best, steps * self.step_seconds(self.family.names[-1]))
         low = steps * self.step_seconds(self.family.names[0])
-        if low >= high or not self._reaches(solver, grid, steps, estimator, high):
+        if low >= high or not self._reaches(solver, grid, steps, estimator, way, high):
             return
         for _ in range(HALVINGS):
             middle = math.sqrt(low * high)
-            low, high = (low, middle) if self._reaches(solver, grid, steps, estimator, middle) else (middle, high)
+            low, high = (low, middle) if self._reaches(solver, grid, steps, estimator, way, middle) else (middle, high)
 
-    def _reaches(self, solver: Solver, grid: str, steps: int, estimator: str, seconds: float) -> bool:
-        spec = self.spec(estimator, seconds, steps)
-        one = None if spec is None else self.planned(solver, grid, steps, spec)
+    def _reaches(self, solver: Solver, grid: str, steps: int, estimator: str, way: _Way, seconds: float) -> bool:
+        spec = self.spec(estimator, seconds, steps, way)
+        one = None if spec is None else self.planned(solver, grid, steps, spec, way)
         return one is not None and one.upper_mse <= self.target
 
 
@@ -335,14 +316,16 @@ class _ForTime(_Choosing):
     def choice(self) -> Recommendation:
         top = self.family.names[-1]
         most = int(self.target / self.step_seconds(top))
+        self.reused()
         if most >= 1:
             for solver, grid in self.methods():
                 self.alone(solver, grid, min(most, MOST_STEPS))
         if len(self.family.names) > 1:
             for steps in sorted({min(round(max(most, 4) * longer), MOST_STEPS) for longer in LONGER}):
-                for (solver, grid), estimator in itertools.product(self._best_methods(steps), PLANS):
-                    if (spec := self.spec(estimator, self.target, steps)) is not None:
-                        self.planned(solver, grid, steps, spec)
+                methods = self._best_methods(steps)
+                for (solver, grid), estimator, way in itertools.product(methods, RECOMMENDED, self.ways):
+                    if (spec := self.spec(estimator, self.target, steps, way)) is not None:
+                        self.planned(solver, grid, steps, spec, way)
         good = [one for one in self.found if one.predicted_seconds <= 1.0001 * self.target]
         if not good:
             raise ValueError(

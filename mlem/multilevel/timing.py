@@ -14,9 +14,11 @@ from mlem.conditions import ConditionSource
 from mlem.ledger import Meter
 from mlem.level import Level
 from mlem.multilevel.calibration import KINDS, Calibration
-from mlem.networks import evaluating
+from mlem.multilevel.correction import REUSES
+from mlem.networks import Reuse, evaluating
 from mlem.noise import reserved_indices
 from mlem.provenance import processor
+from mlem.reusing import can_reuse, reusing
 from mlem.solvers import GridPoint, make_solver
 from mlem.trajectory import samples
 from mlem.waiting import Waiting
@@ -24,11 +26,11 @@ from mlem.waiting import Waiting
 if TYPE_CHECKING:
     from mlem.family import Family
 
-__all__ = ["time_levels", "timed_here", "timed_on"]
+__all__ = ["time_levels", "time_shallow", "timed_here", "timed_on"]
 
 REPEATS = 3
-CALLS, STEPS = 2, 16
-"""Calls of a level in each repeat, and steps of the run that shows what is spent outside."""
+CALLS, STEPS, SHALLOW = 2, 16, 4
+"""Calls of a level in each repeat, steps of the run that shows what is spent outside, and calls on kept features."""
 SOLVERS = dict(zip(KINDS, ("ddim", "ddpm"), strict=True))
 
 
@@ -55,6 +57,30 @@ def time_levels(
     return tuple(seconds), outside
 
 
+def time_shallow(
+    family: Family, batch_size: int, device: torch.device, conditions: ConditionSource | None = None
+) -> dict[int, float]:
+    """Seconds per image of an evaluation of the largest level on kept deep features, by branch; medians.
+
+    Empty for a network that cannot reuse its features. The rest is as for `time_levels`.
+    """
+    index, found = reserved_indices("calibration", batch_size, device), dict[int, float]()
+    for branch in sorted({reuse.branch for reuse in REUSES}):
+        once = Reuse(SHALLOW + 1, branch)
+        if not can_reuse(family.level(), once):
+            continue
+        level, cache = reusing(family.level(), once)
+        seconds: list[float] = []
+        for _ in range(REPEATS):
+            cache.start()
+            whole, _ = _run(level, "ddim", 1, index, conditions)
+            cache.start()
+            both, _ = _run(level, "ddim", 1 + SHALLOW, index, conditions)
+            seconds.append((both - whole) / SHALLOW / batch_size)
+        found[branch] = max(0.0, statistics.median(seconds))
+    return found
+
+
 def timed_on(device: torch.device) -> str:
     """What the times of levels depend on beside batch size and network."""
     if device.type == "cuda":
@@ -73,9 +99,11 @@ def timed_here(family: Family, calibration: Calibration, batch_size: int) -> Cal
     networks = torch.nn.ModuleList(level.network for level in family.levels)
     with torch.inference_mode(), evaluating(networks), Waiting("timing the levels on this machine", 1) as waiting:
         seconds, outside = time_levels(family, batch_size, place)
+        shallow = {batch_size: time_shallow(family, batch_size, place)} if calibration.shallow else {}
         waiting.advance()
     about = calibration.about | {"machine": here}
-    return replace(calibration, seconds={batch_size: seconds}, outside={batch_size: outside}, about=about)
+    times = {"seconds": {batch_size: seconds}, "outside": {batch_size: outside}, "shallow": shallow}
+    return replace(calibration, **times, about=about)
 
 
 def _run(

@@ -9,6 +9,7 @@ feature that comes up from below at path `branch` is kept when the whole network
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -45,6 +46,13 @@ class Reuse:
     def __post_init__(self) -> None:
         check_whole("every of reuse", self.every)
         check_whole("branch of reuse", self.branch, 0)
+
+    def __str__(self) -> str:
+        return f"every {self.every}, branch {self.branch}"
+
+    def whole(self, calls: float) -> float:
+        """How many of so many calls of a trajectory run the whole network."""
+        return math.ceil(calls / self.every)
 
 
 class DeepCache(nn.Module):
@@ -90,9 +98,9 @@ class DeepCache(nn.Module):
         """Begin a trajectory: the next call runs the whole network."""
         self._number, self._cut.recall.feature = 0, None
 
-    def evaluations(self, calls: int) -> float:
+    def evaluations(self, calls: float) -> float:
         """FLOPs of the first calls of a trajectory, over those of the whole network at one."""
-        whole = -(-calls // self.reuse.every)
+        whole = self.reuse.whole(calls)
         return whole + (calls - whole) * self.shallow_share
 
     def forward(self, x: Tensor, time: Tensor, **conditions: Tensor) -> Any:

@@ -28,10 +28,10 @@ from mlem.multilevel.planner import check_estimator
 from mlem.multilevel.spec import PlanSpec
 from mlem.networks import Reuse, evaluating
 from mlem.noise import check_indices
+from mlem.reusing import reusing
 from mlem.sampling.hooks import Hooks, Revise, Start, Watch, started
 from mlem.sampling.metered import MeteredModel, Model
 from mlem.sampling.nonfinite import FirstFailure, suspects
-from mlem.sampling.reusing import reusing
 from mlem.sampling.spreading import own_rows, spread_rows
 from mlem.schedule import NoiseSchedule
 from mlem.solvers import (
@@ -117,15 +117,14 @@ class Sampler:
         self.schedule, self.shape, self.seed = schedule, tuple(shape), seed
         self.grid = self.solver.grid(schedule, steps, grid)
         self.points = GridPoint.of(schedule, self.grid)
-        self._first, self._watch, self._change = start, watch, revise
+        self.reuse, self._first, self._watch, self._change = reuse, start, watch, revise
         if start is None:
             _check_beginning(schedule, self.grid)
         if not self.solver.sequential and (watch is not None or revise is not None):
             raise ValueError(f"{self.solver.name} solves for many times at once: leave watch= and revise= out")
         if not self.solver.sequential and reuse is not None:
             raise ValueError(f"{self.solver.name} solves for many times at once: leave reuse out")
-        # plans are those of the networks as they are
-        self.plan = None if plan is None else self._fitting(whole, plan, spread)
+        self.plan = None if plan is None else self._fitting(whole, plan, spread, reuse)
         if self.plan is not None and self.plan.per_sample and reuse is not None:
             raise ValueError("reuse= keeps features of a batch, and per_sample coins run a part of it; leave one out")
         self._model = self._metered(model, level)
@@ -148,11 +147,11 @@ class Sampler:
             return MeteredModel.of(model)
         return MeteredModel.of(model.level(level)) if self.plan is None else MeteredModel.under(model, self.plan)
 
-    def _fitting(self, model: Model, plan: Plan | PlanSpec, spread: bool) -> Plan:
+    def _fitting(self, model: Model, plan: Plan | PlanSpec, spread: bool, reuse: Reuse | None) -> Plan:
         """The plan, made where it is a specification. Raises ValueError where it cannot be followed."""
         if not isinstance(model, Family):
             raise ValueError("plan= chooses between the levels of a family, but the model is not a Family; drop it")
-        plan = plan_for_use(plan, model, self.solver, self.points)
+        plan = plan_for_use(plan, model, self.solver, self.points, reuse)
         check_estimator(self.solver, self.points, plan.estimator)
         evaluations = self.solver.evaluations(self.points)
         if plan.evaluations != evaluations:
@@ -291,7 +290,7 @@ def _check_choices(model: Model, seed: int, precision: str, level: str | None, p
 def _reusing(model: Model, level: str | None, plan: Plan | PlanSpec | None, reuse: Reuse) -> Level | Family:
     """The level that reuses its features; under a plan, the family whose largest does. Raises ValueError for none."""
     if isinstance(model, Family) and plan is not None:
-        return Family([*model.levels[:-1], reusing(model.level(), reuse).level])
+        return model.reusing(reuse)
     if isinstance(model, Family):
         model = model.level(level)
     if not isinstance(model, Level):

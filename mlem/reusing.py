@@ -8,7 +8,7 @@ from mlem.guidance import GuidedNetwork
 from mlem.level import Level
 from mlem.networks import DeepCache, Reuse
 
-__all__ = ["ReusingLevel", "reusing"]
+__all__ = ["ReusingLevel", "can_reuse", "reusing"]
 
 
 class ReusingLevel(NamedTuple):
@@ -39,3 +39,12 @@ def reusing(level: Level, reuse: Reuse) -> ReusingLevel:
         cache = DeepCache(guided.network, reuse, level.shape, level.conditions)
         network = GuidedNetwork(cache, guided.scale, guided.null)
     return ReusingLevel(level.through(network), cache)
+
+
+def can_reuse(level: Level, reuse: Reuse) -> bool:
+    """Whether the level's network is one whose features can be reused like this."""
+    try:
+        reusing(level, reuse)
+    except ValueError:
+        return False
+    return True

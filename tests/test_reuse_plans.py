@@ -1,0 +1,144 @@
+"""Reused features in calibration, planning and recommendation: measured, counted, and chosen where they pay."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from mlem import Family, Reuse, Sampler
+from mlem.multilevel import pilot as pilots
+from mlem.multilevel.calibrate import calibrate
+from mlem.multilevel.calibration import Calibration
+from mlem.multilevel.correction import REUSES
+from mlem.multilevel.fitted import Fitted
+from mlem.multilevel.identity import seen_reusing
+from tests.problems import level
+
+SHAPE = (1, 8, 8)
+TWO = Reuse(2, 1)
+
+
+@pytest.fixture(scope="module")
+def family() -> Family:
+    """Two untrained UNets, calibrated on two images; seconds are made up, 1 and 20, and 4 on kept features."""
+    found = Family([level("xs", SHAPE), level("s", SHAPE)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pilots, "discretisations", lambda: [("unipc", "uniform"), ("ddpm", "uniform")])
+        patch.setattr(pilots, "PILOTS", (("unipc", "uniform", (8, 12), 1),))
+        patch.setattr(pilots, "STEPS", {"ode": (4, 8, 16), "sde": (8, 16)})
+        patch.setattr(pilots, "SPENT", (3.0, 6.0))
+        known = pilots.pilot(found, calibrate(found, images=2, times=4, batch_sizes=(2,)), images=2, reference_steps=40)
+    times = {"seconds": {64: (1.0, 20.0)}, "outside": {64: {"ode": 0.5, "sde": 0.5}}, "shallow": {64: {1: 4.0}}}
+    return Family(found.levels, Fitted(replace(known, **times)))
+
+
+@pytest.fixture(scope="module")
+def known(family: Family) -> Calibration:
+    return family.fitted.calibration_for(family)
+
+
+def test_a_calibration_measures_reuse_on_the_solvers_and_grids_of_the_pilots(known: Calibration) -> None:
+    for reuse in REUSES:
+        assert list(known.discretisation[f"unipc/uniform/{reuse}"]) == [4, 8, 16]
+        assert f"ddpm/uniform/{reuse}" not in known.discretisation
+        for kind in ("hindsight", "switch"):
+            plain, kept = known.pilots[f"ode/{kind}"], known.pilots[f"ode/{kind}/{reuse}"]
+            assert [(row[0], row[3]) for row in kept] == [(row[0], row[3]) for row in plain]  # the same plans
+            assert [row[1] for row in kept] != [row[1] for row in plain]
+    assert Calibration.from_dict(known.to_dict()).to_dict() == known.to_dict()
+
+
+def test_calls_on_kept_features_are_timed() -> None:
+    found = calibrate(Family([level("xs", SHAPE), level("s", SHAPE)]), images=2, times=3, batch_sizes=(2, 4))
+    assert {size: list(times) for size, times in found.shallow.items()} == {2: [1], 4: [1]}
+    assert all(0 < times[1] < 1 for times in found.shallow.values())
+
+
+def test_seconds_count_whole_evaluations_and_those_on_kept_features(known: Calibration) -> None:
+    calls = {"xs": 3.0, "s": 5.0}
+    assert known.predicted_seconds(calls, 6, "ode") == 3 + 5 * 20 + 6 * 0.5
+    assert known.predicted_seconds(calls, 6, "ode", reuse=TWO) == 3 + 3 * 20 + 2 * 4 + 6 * 0.5
+    assert known.predicted_seconds({"xs": 3.0}, 0, "ode", reuse=TWO) == 3
+    seen = known.reusing(TWO)
+    assert seen.seconds == {64: (1.0, 12.0)}
+    assert seen.pilots["ode/hindsight"] == known.pilots[f"ode/hindsight/{TWO}"]
+    assert seen.pilots["ode/held"] == known.pilots["ode/held"]
+
+
+def test_what_was_not_measured_is_refused(family: Family, known: Calibration) -> None:
+    for one, reuse in ((known, Reuse(7, 1)), (known, Reuse(2, 0)), (replace(known, shallow={64: {}}), TWO)):
+        with pytest.raises(ValueError, match=rf"^no reuse of features \({reuse}\) was measured of this family; "):
+            one.reusing(reuse)
+
+
+def test_a_plan_is_made_for_the_reuse_that_it_is_used_with(family: Family, known: Calibration) -> None:
+    """As many seconds of cheaper calls: more of them, within the budget."""
+    spec = family.plan(budget=0.4)
+    whole, kept = (
+        Sampler(family, solver="unipc", steps=12, grid="uniform", plan=spec, reuse=reuse) for reuse in (None, TWO)
+    )
+    assert whole.plan is not None
+    assert kept.plan is not None
+    most = 0.4 * 12 * (20 + 0.5)
+    calls = dict(zip(kept.plan.levels, kept.plan.expected_calls.tolist(), strict=True))
+    assert calls["s"] > dict(zip(whole.plan.levels, whole.plan.expected_calls.tolist(), strict=True))["s"]
+    assert known.predicted_seconds(calls, 12, "ode", reuse=TWO) <= most + 20 - 4  # the first is a whole one
+    unknown = Sampler(family, solver="unipc", steps=12, grid="uniform", plan=spec, reuse=Reuse(7, 1))
+    assert unknown.plan is not None
+    assert unknown.plan.fingerprint() == whole.plan.fingerprint()
+
+
+def test_it_is_recommended_where_it_pays_and_runs_as_predicted(family: Family, known: Calibration) -> None:
+    """With pilots that say that reuse adds nothing, and then that it ruins everything."""
+    for factor in (1.0, 1e4):
+        adds = dict(known.pilots)
+        for name in [name for name in adds if "/every" in name]:
+            rows = known.pilots[name.rpartition("/")[0]]
+            adds[name] = [[row[0], factor * row[1], *row[2:]] for row in rows]
+        alone = {name: found for name, found in known.discretisation.items() if "/every" not in name}
+        of = Family(family.levels, Fitted(replace(known, pilots=adds, discretisation=alone)))
+        target = 2 * known.discretisation["unipc/uniform"][16]
+        choice = of.recommend(mse=target)
+        assert (choice.reuse is not None) == (factor == 1.0)
+        sampler = Sampler(of, **choice.options)
+        ledger = sampler.run(range(2)).ledger
+        calls = {name: cost.calls / ledger.images for name, cost in ledger.levels.items()}
+        expected = known.predicted_seconds(calls, choice.steps, "ode", reuse=choice.reuse)
+        assert choice.predicted_seconds == pytest.approx(expected)
+        assert str(choice).endswith("branch 1)") == (choice.reuse is not None)
+
+
+def test_a_few_lucky_images_do_not_make_reuse_better_than_the_whole_network(family: Family, known: Calibration) -> None:
+    lucky = {
+        name: {steps: error * (1e-3 if "/every" in name else 1.0) for steps, error in found.items()}
+        for name, found in known.discretisation.items()
+    }
+    of = Family(family.levels, Fitted(replace(known, discretisation=lucky)))
+    choice = of.recommend(seconds=80.0)
+    kept = [one for one in (choice, *choice.alternatives) if one.reuse is not None and one.plan is None]
+    assert kept
+    for one in kept:
+        assert one.predicted_mse >= known.discretisation["unipc/uniform"][one.steps]
+
+
+def test_the_family_seen_with_reuse_shares_all_but_the_calibration(family: Family) -> None:
+    seen = seen_reusing(family, TWO)
+    assert seen.levels is family.levels
+    assert seen.kept is family.kept
+    assert seen.weights_hash == family.weights_hash
+    assert seen.fitted is not family.fitted
+
+
+def test_the_trajectory_before_leaves_nothing_behind(family: Family) -> None:
+    from mlem.multilevel.probes import plan_samples
+    from mlem.solvers import GridPoint, make_solver
+
+    solver, kept = make_solver("unipc"), family.reusing(TWO)
+    points = GridPoint.of(family.schedule, solver.grid(family.schedule, 5, "uniform"))
+    plan = Sampler(family, solver="unipc", steps=5, grid="uniform", plan=family.plan(budget=0.7)).plan
+    assert plan is not None
+    with torch.inference_mode():
+        one, two = (plan_samples(kept, plan, solver, points, torch.arange(2), 0) for _ in range(2))
+    assert torch.equal(one, two)
