@@ -3,6 +3,7 @@
     python train.py experiment=dead_leaves16_xl
     python benchmarks/fastest.py runs/dead_leaves16_xl/family --kind ode
     python benchmarks/fastest.py runs/dead_leaves16_xl/family --kind sde
+    python benchmarks/fastest.py four-levels --out FILE
 
 All samplers run in one process on one batch of 64 images from the same noise (SDEs: along the same Brownian paths), in
 rounds; each row has the mean seconds of its rounds. Error is to a many-step run of the largest level. Rows are kept as
@@ -18,7 +19,7 @@ import argparse
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,13 @@ from typing import Any
 import numpy as np
 import torch
 from multilevel_runs import write_rows
+from synthetic import HIERARCHIES, synthetic
 
 from mlem import Family, Plan, Reuse
 from mlem.comparison.equal_error import Setting, cost_ratio
+from mlem.multilevel.calibrate import calibrate
+from mlem.multilevel.fitted import Fitted
+from mlem.multilevel.pilot import pilot
 from mlem.provenance import machine
 from mlem.sampling import Sampler, solver_of
 from mlem.solvers import Solver
@@ -55,21 +60,26 @@ STITCHED = {"ode": ("unipc", "uniform", (8, 12, 16)), "sde": ("ddpm", "uniform",
 """Solver, grid and steps of plans that switch by hand."""
 SHARES = (0.25, 0.5)
 """Of T-Stitch, in which a small level runs first; and of the steps in the middle, from this share of them on."""
-REUSED = {"ode": ("unipc", "uniform", (8, 12, 16, 24)), "sde": ("ddpm", "uniform", (32, 64))}
+REUSED: dict[str, tuple[tuple[str, str, tuple[int, ...]], ...]] = {
+    "ode": (("unipc", "uniform", (6, 8, 12, 16, 24)), ("unipc_3", "log_snr", (24, 32))),
+    "sde": (("ddpm", "uniform", (16, 24, 32, 48, 64)), ("dpm_solver_pp_sde", "uniform", (24, 32, 48))),
+}
 """Of DeepCache, on the largest level alone."""
-REUSES = ((2, 1), (2, 2), (3, 1), (5, 2))
+REUSES = {"ode": ((2, 1), (3, 1), (5, 1), (5, 2)), "sde": ((2, 1), (3, 1), (5, 1), (10, 1))}
 """Whole evaluations one in so many, and the branch."""
-BESIDE = {"ode": 2, "sde": 3}
-"""Of DeepCache under a plan: whole evaluations of the largest level, one in so many of its own."""
+BESIDE = {"ode": ((2, 1), (3, 1), (5, 1)), "sde": ((3, 1), (5, 1))}
+"""Of DeepCache under a plan, which is made for it."""
 FORECAST = {"ode": ("unipc", "uniform", (12, 16, 24)), "sde": ("ddpm", "uniform", (32, 64))}
 FORECASTS = ((2, 0), (2, 1), (2, 2))
 """Of outputs of the largest level, which runs at one row in so many: and the order."""
 PLANNED: dict[str, tuple[tuple[str, str, tuple[int, ...]], ...]] = {
-    "ode": (("unipc", "uniform", (12, 16, 24, 36)), ("unipc_3", "log_snr", (24, 32))),
+    "ode": (("unipc", "uniform", (10, 12, 16, 24, 36)), ("unipc_3", "log_snr", (24, 32))),
     "sde": (("ddpm", "uniform", (32, 64, 96, 128)),),
 }
 BUDGETS = {"ode": (0.1, 0.16, 0.25, 0.4, 0.6), "sde": (0.07, 0.11, 0.18, 0.3)}
 """Of plans: shares of the largest level's seconds in as many steps."""
+KEPT_BUDGETS = {"ode": (0.1, 0.16, 0.25, 0.4), "sde": (0.07, 0.11, 0.18)}
+"""Of those on kept features."""
 
 Job = tuple[list[Any], Callable[[], Sampler]]
 
@@ -77,8 +87,8 @@ Job = tuple[list[Any], Callable[[], Sampler]]
 class Rows:
     """Measured rows of one family and kind, kept in a file."""
 
-    def __init__(self, folder: Path, kind: str, out: Path) -> None:
-        self.family, self.kind, self.out = Family.load(folder), kind, out
+    def __init__(self, family: Family, kind: str, out: Path) -> None:
+        self.family, self.kind, self.out = family, kind, out
         self.about = {"family": self.family.data, "weights": self.family.weights_hash, "kind": kind, "images": IMAGES}
         self.about |= {"machine": machine(), "reference": REFERENCE[kind]}
         found = json.loads(out.read_text()) if out.exists() else {"rows": []}
@@ -128,7 +138,7 @@ class Rows:
         write_rows(self.out, {"about": self.about, "rows": self.rows, **more})
 
 
-def jobs(family: Family, kind: str) -> Iterator[Job]:
+def jobs(family: Family, kind: str, targets: Sequence[float]) -> Iterator[Job]:
     """All samplers: what they are, group first, and what makes them."""
     top = family.names[-1]
 
@@ -148,9 +158,8 @@ def jobs(family: Family, kind: str) -> Iterator[Job]:
             head = (steps - some) // 2
             inner = Plan.switching([1] * head + [0] * some + [1] * (steps - some - head), [small, top])
             yield ["large-small-large", solver, grid, steps, small, share], alone(solver, grid, steps, plan=inner)
-    solver, grid, several = REUSED[kind]
-    for steps in several:
-        for every, branch in REUSES:
+    for (solver, grid, several), (every, branch) in itertools.product(REUSED[kind], REUSES[kind]):
+        for steps in several:
             how = {"level": top, "reuse": Reuse(every=every, branch=branch)}
             yield ["DeepCache", solver, grid, steps, every, branch], alone(solver, grid, steps, **how)
     solver, grid, several = FORECAST[kind]
@@ -163,10 +172,10 @@ def jobs(family: Family, kind: str) -> Iterator[Job]:
             spec = family.plan(budget=budget, estimator=estimator)
             yield [estimator, solver, grid, steps, budget], alone(solver, grid, steps, plan=spec)
     solver, grid, several = PLANNED[kind][0]
-    for steps, budget in itertools.product(several, BUDGETS[kind]):
-        how = {"plan": family.plan(budget=budget), "reuse": Reuse(every=BESIDE[kind], branch=1)}
-        yield ["hindsight, DeepCache", solver, grid, steps, budget], alone(solver, grid, steps, **how)
-    for target in TARGETS[kind]:
+    for (every, branch), steps, budget in itertools.product(BESIDE[kind], several, KEPT_BUDGETS[kind]):
+        how = {"plan": family.plan(budget=budget), "reuse": Reuse(every=every, branch=branch)}
+        yield ["hindsight, DeepCache", solver, grid, steps, budget, every, branch], alone(solver, grid, steps, **how)
+    for target in targets:
         yield ["recommended", target], _Recommended(family, target, kind)
 
 
@@ -201,10 +210,10 @@ def settings(rows: list[dict[str, Any]], groups: tuple[str, ...]) -> list[Settin
     return [Setting(np.array([np.mean(row["seconds"])]), np.array([row["image_mse"]])) for row in chosen]
 
 
-def summary(rows: Rows) -> list[dict[str, Any]]:
+def summary(rows: Rows, targets: Sequence[float]) -> list[dict[str, Any]]:
     """Seconds of all others over ours at equal error, and how the recommendation did; printed."""
     table = []
-    for target, (name, groups) in itertools.product(TARGETS[rows.kind], GROUPS.items()):
+    for target, (name, groups) in itertools.product(targets, GROUPS.items()):
         if name == "recommended":
             continue
         for rivals in (OTHERS, (*OTHERS, "switch")):
@@ -235,19 +244,35 @@ def summary(rows: Rows) -> list[dict[str, Any]]:
     return table
 
 
+def family_of(name: str, levels: list[str] | None) -> Family:
+    """The family, or some levels of it; calibrated where it is not a folder's."""
+    family = synthetic(name, working=True) if name in HIERARCHIES else Family.load(name)
+    if levels is None and name not in HIERARCHIES:
+        return family
+    if levels is not None:
+        family = Family([family.level(level) for level in levels])
+    images = 128 if name in HIERARCHIES else 24
+    found = pilot(family, calibrate(family, images=images), images=images, progress=print)
+    family.fitted = Fitted(found)
+    return family
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("family", type=Path)
+    parser.add_argument("family", help=f"a folder, pretrained:NAME, or in closed form: {', '.join(HIERARCHIES)}")
+    parser.add_argument("--levels", nargs="+", help="of them, the largest of which is the reference; calibrated anew")
     parser.add_argument("--kind", choices=("ode", "sde"), default="ode")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--out", type=Path, default=None, help="default: benchmarks/fastest_KIND.json")
+    parser.add_argument("--targets", type=float, nargs="+", help="mean squared errors at which seconds are compared")
     options = parser.parse_args()
+    targets = options.targets or TARGETS[options.kind]
     out = options.out or Path(__file__).with_name(f"fastest_{options.kind}.json")
-    rows = Rows(options.family, options.kind, out)
+    rows = Rows(family_of(options.family, options.levels), options.kind, out)
     for round in range(options.rounds):
-        for key, make in jobs(rows.family, options.kind):
+        for key, make in jobs(rows.family, options.kind, targets):
             rows.measure(key, make, round)
-    rows.save(summary=summary(rows))
+    rows.save(summary=summary(rows, targets))
 
 
 if __name__ == "__main__":

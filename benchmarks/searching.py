@@ -15,59 +15,19 @@ import argparse
 import itertools
 import json
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from synthetic import HIERARCHIES, measured, synthetic
 
-from mlem.denoiser import MixtureDenoiser
 from mlem.family import Family
 from mlem.files import write_json
-from mlem.level import Level
-from mlem.multilevel.calibrate import measure
-from mlem.multilevel.calibration import Calibration
-from mlem.multilevel.fitted import Fitted
 from mlem.multilevel.planner import make_plan
 from mlem.multilevel.spec import PlanSpec
-from mlem.noise import reserved_indices
 from mlem.provenance import processor
-from mlem.schedule import NoiseSchedule
 from mlem.solvers import make_solver
 
-COSINE = NoiseSchedule.cosine()
 BUDGETS = (0.15, 0.25, 0.5)
-
-
-class Waves(nn.Module):
-    """The exact noise estimate of a mixture, and waves: an error that stays bounded, as those of networks do."""
-
-    def __init__(self, size: int, error: float, seed: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(size, 3, generator=torch.Generator().manual_seed(seed)))
-        means = torch.tensor([[0.4, -0.2, 0.1], [-0.4, 0.2, -0.1]])
-        self.error, self.exact = (
-            error,
-            MixtureDenoiser(COSINE, torch.tensor([0.3, 0.7]), means, torch.tensor([0.5, 0.4])),
-        )
-
-    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
-        t = (timestep.double() + 1) / 1000
-        wave = torch.cos(0.5 * x @ self.weight[:3].T + self.weight[:3, 0])
-        return self.exact(x, t) + self.error * COSINE.alpha(t)[:, None] * wave
-
-
-def synthetic(errors: Sequence[tuple[float, int]]) -> Family:
-    """A calibrated family in closed form, of levels with these errors and costs."""
-    levels = [Level(str(k), Waves(8, e, k), COSINE, (3,), "eps", "points", flops=n) for k, (e, n) in enumerate(errors)]
-    family = Family(levels)
-    indices = reserved_indices("calibration", 128)
-    measured = measure([one.denoiser for one in levels], COSINE, (3,), indices, times=24)
-    flops = tuple(float(one.flops) for one in levels)
-    about = {"images": 128, "seed": 0, "device": "cpu", "weights": family.weights_hash}
-    family.fitted = Fitted(Calibration(tuple(family.names), flops, {64: flops}, *measured, about))
-    return family
 
 
 def row_of(name: str, family: Family, solver_name: str, steps: int, budget: float) -> dict[str, Any]:
@@ -88,10 +48,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("searching.json"))
     parser.add_argument("--against", type=Path, help="what an earlier run wrote")
     options = parser.parse_args()
-    families = {
-        "two levels": synthetic(((0.1, 1), (0.0, 16))),
-        "four levels": synthetic(((0.1, 1), (0.05, 4), (0.02, 16), (0.0, 64))),
-    }
+    families = {name.replace("-", " "): measured(synthetic(name)) for name in HIERARCHIES}
     loaded = [Family.load(folder) for folder in options.families]
     families |= {family.data: family for family in loaded}
     rows: list[dict[str, Any]] = []

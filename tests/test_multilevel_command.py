@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shutil
@@ -21,7 +22,7 @@ from mlem.family import Family
 from mlem.files import read_json, write_record
 from mlem.images import quantise
 from mlem.multilevel import command as multilevel
-from mlem.multilevel.correction import PILOTS
+from mlem.multilevel.correction import PILOTS, RECOMMENDED, REUSES
 from mlem.multilevel.pilot import STEPS, discretisations
 from mlem.multilevel.plan import Plan
 from mlem.outputs import read_png, sample_path
@@ -64,11 +65,12 @@ def test_training_a_family_ends_with_its_calibration(made: tuple[Path, str]) -> 
     assert found.about["images"] == found.about["pilot_images"] == 2
     assert len(found.log_snr) == 4
     assert list(found.seconds) == [64]
-    assert list(found.pilots) == [
-        f"{kind}/{name}"
-        for kind in ("sde", "ode")
-        for name in ("hindsight", "switch", "held", "jump/systematic", "jump/bernoulli")
-    ]
+    kinds = ("hindsight", "switch", "held", "jump/systematic", "jump/bernoulli")
+    ways = ("", *(f"/{reuse}" for reuse in REUSES))
+    expected = {f"{kind}/{name}" for kind in ("sde", "ode") for name in kinds}
+    recommended = itertools.product(("sde", "ode", "ddpm", "unipc", "unipc_3"), RECOMMENDED, ways)
+    expected |= {f"{by}/{name}{way}" for by, name, way in recommended}
+    assert set(found.pilots) == expected
     assert all(tuple(sorted(errors)) in STEPS.values() for errors in found.discretisation.values())
     assert min(mse for errors in found.discretisation.values() for mse in errors.values()) > 0
 

@@ -25,7 +25,7 @@ INDICES = range(128)
 @pytest.fixture(scope="module")
 def waves() -> Family:
     """Three levels whose seconds are 1 : 8 : 64, with pilots; the solver's error is its own."""
-    few = [("ddpm", "uniform"), ("dpm_solver_pp", "uniform"), ("dpm_solver_pp", "log_snr")]
+    few = [("ddpm", "uniform"), ("unipc", "uniform"), ("unipc_3", "log_snr")]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pilot_module, "discretisations", lambda: few)  # for speed
         calibration = pilot_module.pilot(

@@ -58,8 +58,8 @@ class Calibration:
         responses: "ode" and "sde".
         about: number of images, seed, device, hash of the weights; plain data.
         discretisation: "solver/grid" -> {steps: mean squared error of the largest level}.
-        pilots: "sde/hindsight" and so on -> of each plan the predicted and the measured error, and, unless it was
-            calibrated before these were kept, the standard error of the latter and the steps.
+        pilots: "sde/hindsight", "ddpm/hindsight" and so on -> of each plan the predicted and the measured error, and,
+            unless it was calibrated before these were kept, the standard error of the latter and the steps.
         outside: batch size -> seconds per image that a step takes outside the networks, for "ode" and "sde".
         stderr: like `discretisation`, the standard errors of these over images.
         shallow: batch size -> {branch: seconds per image of an evaluation of the largest level on kept deep features};

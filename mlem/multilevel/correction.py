@@ -18,8 +18,8 @@ __all__ = ["PILOTS", "RECOMMENDED", "REUSES", "UNKNOWN", "Factor", "correction"]
 
 PILOTS = (
     ("ddpm", "uniform", (32, 64, 128), 0),
-    ("dpm_solver_pp", "log_snr", (16, 32, 48), 1),
-    ("unipc", "uniform", (12, 24, 36), 1),
+    ("unipc", "uniform", (8, 16, 32), 1),
+    ("unipc_3", "log_snr", (16, 24, 36), 1),
 )
 """Solver, grid, steps and order of held corrections of the pilot plans."""
 RECOMMENDED = ("hindsight", "switch")

@@ -17,7 +17,7 @@ from mlem.multilevel.correction import PILOTS, RECOMMENDED, REUSES
 from mlem.multilevel.fitted import Fitted
 from mlem.multilevel.plan import Plan
 from mlem.multilevel.planner import make_plan
-from mlem.multilevel.predict import Predictor, pilot_key
+from mlem.multilevel.predict import Predictor, pilot_keys
 from mlem.multilevel.probes import plan_samples
 from mlem.multilevel.spec import PlanSpec
 from mlem.networks import Reuse, evaluating
@@ -30,7 +30,7 @@ __all__ = ["ESTIMATORS", "SPENT", "STEPS", "discretisations", "pilot", "possible
 
 STEPS: dict[str, tuple[int, ...]] = {"ode": (4, 6, 8, 12, 16, 24, 32, 48, 64), "sde": (8, 16, 32, 64, 128)}
 """At these step counts."""
-SPENT = (6.0, 12.0, 24.0)
+SPENT = (3.0, 6.0, 12.0, 24.0)
 """Their costs, in evaluations of the largest level by FLOPs."""
 ESTIMATORS = (
     ("hindsight", None, 1),
@@ -85,10 +85,12 @@ def pilot(
                 spec = PlanSpec(budget=1.0, estimator=estimator, coins=coins, order=order, cost="flops")
                 recommended = estimator in RECOMMENDED
                 reuses = (None, *possible(family)) if recommended else (None,)
-                key = pilot_key(make_solver(name), estimator, coins)
+                # with few of them, those of one solver say less than those of all
+                keys = pilot_keys(make_solver(name), estimator, coins)[0 if recommended else 1 :]
                 for steps in counts if recommended else counts[-1:]:
                     for reuse, rows in _pilots(runs, spec, make_solver(name), grid, steps, draws, reuses).items():
-                        pilots.setdefault(key + _words(reuse), []).extend(rows)
+                        for key in keys:
+                            pilots.setdefault(key + _words(reuse), []).extend(rows)
     pilots = {name: sorted(rows) for name, rows in pilots.items()}
     about = calibration.about | {"pilot_images": images, "reference_steps": reference_steps}
     return replace(calibration, pilots=pilots, about=about)

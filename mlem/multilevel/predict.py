@@ -25,7 +25,7 @@ from mlem.multilevel.plan import Plan
 from mlem.schedule import NoiseSchedule
 from mlem.solvers import GridPoint, Solver, quadrature_weights
 
-__all__ = ["Predictor", "pilot_key"]
+__all__ = ["Predictor", "pilot_keys"]
 
 
 class Predictor:
@@ -109,8 +109,9 @@ class Predictor:
         """Measured over predicted, as pilots say."""
         if error <= 0:
             return Factor(1.0, 0.0)
-        pilots = self.calibration.pilots.get(pilot_key(self.solver, plan.estimator, plan.coins), [])
-        return correction(pilots, error, self.grid.steps)
+        known = self.calibration.pilots
+        own, kind = (known.get(key, []) for key in pilot_keys(self.solver, plan.estimator, plan.coins))
+        return correction(own or kind, error, self.grid.steps)
 
     def total(self, plan: Plan) -> float:
         """`error` plus `discretisation`. Raises ValueError where that was not measured."""
@@ -191,10 +192,11 @@ class Predictor:
         return deviations
 
 
-def pilot_key(solver: Solver, estimator: str, coins: str | None) -> str:
-    """The name under which a calibration keeps the pilots of this kind of plan."""
+def pilot_keys(solver: Solver, estimator: str, coins: str | None) -> tuple[str, str]:
+    """The names under which a calibration keeps pilots of such plans: of this solver, and of all of its kind."""
     tossed = [] if coins is None or ESTIMATORS[estimator].searched else [COINS[coins].pilot]
-    return "/".join([_kind(solver), estimator, *tossed])
+    own, kind = ("/".join([name, estimator, *tossed]) for name in (solver.name, _kind(solver)))
+    return own, kind
 
 
 def _kind(solver: Solver) -> str:

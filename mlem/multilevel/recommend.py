@@ -268,18 +268,22 @@ class _ForError(_Choosing):
 
     def _steps(self, solver: Solver, grid: str, error: float, sure: bool) -> int | None:
         """The fewest steps of the largest level to this error; sure: for the upper end; None: too many."""
-        by = self.predictor(solver, grid, self.measured(solver, grid)[0])
+        known = self.measured(solver, grid)
+        by = self.predictor(solver, grid, known[0])
         margin = math.exp(SURE * by.discretisation_spread) if sure else 1.0
-        low, high = self.measured(solver, grid)[0], MOST_STEPS
-        if (by.discretisation_at(high) or 0.0) * margin > error:
+
+        def reached(steps: int) -> bool:
+            return (by.discretisation_at(steps) or 0.0) * margin <= error
+
+        # between two measured counts errors fall or rise; over all of them they need not fall
+        high = next((steps for steps in (*known, MOST_STEPS) if reached(steps)), None)
+        if high is None:
             return None
-        while low < high:
+        low = max((steps for steps in known if steps < high), default=high - 1)
+        while high - low > 1:
             middle = (low + high) // 2
-            if (by.discretisation_at(middle) or 0.0) * margin <= error:
-                high = middle
-            else:
-                low = middle + 1
-        return low
+            low, high = (low, middle) if reached(middle) else (middle, high)
+        return high
 
     def _alone(self, solver: Solver, grid: str) -> None:
         steps = self._steps(solver, grid, self.target, sure=True)
