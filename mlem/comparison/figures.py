@@ -233,7 +233,7 @@ def quality_vs_evaluations(rows: Sequence[Row], path: str | os.PathLike[str], ca
     save(figure, path)
 
 
-_OURS = ("hindsight", "recommended")
+_OURS = ("hindsight", "hindsight on kept features", "recommended")
 """Rivals that are drawn bold, the last one black and starred."""
 _MARKERS = "osDv^Pp<>d*"
 
