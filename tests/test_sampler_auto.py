@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from mlem import Family
+from mlem.files import read_json
 from mlem.multilevel import pilot as pilot_module
 from mlem.multilevel.calibrate import calibrate
+from mlem.multilevel.correction import REUSES
 from mlem.multilevel.fitted import Fitted
 from tests.commands import run_here, run_in
 from tests.problems import level
@@ -33,6 +36,27 @@ def test_mistakes_of_sampler_auto_get_one_line(options: list[str], says: str, tm
     Family([level("xs", data="digits"), level("s", data="digits")]).save(tmp_path / "family")
     with pytest.raises(ValueError, match="^" + re.escape(says)):
         run_here("sample", f"family={tmp_path}/family", f"root={tmp_path}", "sampler=auto", *options)
+
+
+def test_sampler_auto_reuses_features_where_that_is_fastest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a folder of such images is no folder of others."""
+    Family([level("xs", data="digits"), level("s", data="digits", seed=1)]).save(tmp_path / "family")
+    of = Family.load(tmp_path / "family")
+    monkeypatch.setattr(pilot_module, "discretisations", lambda: [("unipc", "uniform")])  # for speed
+    monkeypatch.setattr(pilot_module, "PILOTS", (("unipc", "uniform", (12,), 1),))
+    known = pilot_module.pilot(of, calibrate(of, images=2, times=4, batch_sizes=(2,)), images=2, reference_steps=40)
+    times = {"seconds": {2: (1.0, 20.0)}, "outside": {2: {"ode": 0.0, "sde": 0.0}}, "shallow": {2: {1: 0.1}}}
+    of.fitted = Fitted(replace(known, **times))
+    of.save_fitted(tmp_path / "family")
+    target = 1.5 * max(known.discretisation[f"unipc/uniform/{reuse}"][16] for reuse in REUSES)
+    asked = ["sampler=auto", f"mse={target}", "seeds=0-1", "batch_size=2", f"root={tmp_path}", "out=pictures"]
+    printed = run_in(tmp_path, lambda: run_here("sample", f"family={tmp_path}/family", *asked))
+    assert "features reused (every" in printed.splitlines()[0]
+    assert "every" in read_json(tmp_path / "pictures" / "settings.json")["reuse"]
+    of.fitted = Fitted(replace(known, **times | {"shallow": {2: {1: 20.0}}}))
+    of.save_fitted(tmp_path / "family")
+    with pytest.raises(ValueError, match=r"holds samples made with other settings \(.*reuse"):
+        run_in(tmp_path, lambda: run_here("sample", f"family={tmp_path}/family", *asked))
 
 
 def test_sampler_auto_samples_what_is_recommended(tmp_path: Path) -> None:
