@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from rich.console import Console
 
 from mlem import Family, Reuse, Sampler
 from mlem.multilevel import pilot as pilots
@@ -14,6 +15,7 @@ from mlem.multilevel.calibration import Calibration
 from mlem.multilevel.correction import REUSES
 from mlem.multilevel.fitted import Fitted
 from mlem.multilevel.identity import seen_reusing
+from mlem.multilevel.report import report
 from tests.problems import level
 
 SHAPE = (1, 8, 8)
@@ -142,3 +144,18 @@ def test_the_trajectory_before_leaves_nothing_behind(family: Family) -> None:
     with torch.inference_mode():
         one, two = (plan_samples(kept, plan, solver, points, torch.arange(2), 0) for _ in range(2))
     assert torch.equal(one, two)
+
+
+def test_a_report_shows_where_a_few_images_outweigh_the_others(
+    known: Calibration, capsys: pytest.CaptureFixture
+) -> None:
+    """Of two images the worst one is left out."""
+    whole, without = known.discretisation["unipc/uniform"], known.trimmed["unipc/uniform"]
+    assert list(without) == list(whole)
+    assert all(without[steps] <= whole[steps] for steps in whole)
+    heavy = replace(known, trimmed=known.trimmed | {"unipc/uniform": {steps: mse / 3 for steps, mse in whole.items()}})
+    for one, bracket in ((heavy, True), (replace(known, trimmed={}), False)):
+        report(one, Console(width=200))
+        said = capsys.readouterr().out
+        assert (f"{whole[8]:.1e} ({whole[8] / 3:.1e})" in said) is bracket
+        assert ("In brackets: without the worst twentieth of the images" in said) is bracket

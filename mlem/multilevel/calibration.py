@@ -62,6 +62,7 @@ class Calibration:
             unless it was calibrated before these were kept, the standard error of the latter and the steps.
         outside: batch size -> seconds per image that a step takes outside the networks, for "ode" and "sde".
         stderr: like `discretisation`, the standard errors of these over images.
+        trimmed: like `discretisation`, without the worst twentieth of the images, at least one of them.
         shallow: batch size -> {branch: seconds per image of an evaluation of the largest level on kept deep features};
             empty for a network that cannot reuse them. What was measured with a `Reuse` has its words behind the name,
             such as "unipc/uniform/every 2, branch 1".
@@ -79,6 +80,7 @@ class Calibration:
     pilots: dict[str, list[list[float]]] = field(default_factory=dict[str, list[list[float]]])
     outside: dict[int, dict[str, float]] = field(default_factory=dict[int, dict[str, float]])
     stderr: dict[str, dict[int, float]] = field(default_factory=dict[str, dict[int, float]])
+    trimmed: dict[str, dict[int, float]] = field(default_factory=dict[str, dict[int, float]])
     shallow: dict[int, dict[int, float]] = field(default_factory=dict[int, dict[int, float]])
 
     def __post_init__(self) -> None:
@@ -204,6 +206,7 @@ class Calibration:
                     for size, one in plain.get("outside", {}).items()
                 },
                 {name: by_number(errors) for name, errors in plain.get("stderr", {}).items()},
+                {name: by_number(errors) for name, errors in plain.get("trimmed", {}).items()},
                 {int(size): by_number(seconds) for size, seconds in plain.get("shallow", {}).items()},
             )
             found._check_shapes()

@@ -67,7 +67,7 @@ def pilot(
     family = Family(family.levels, Fitted(calibration))
     with torch.inference_mode(), evaluating(networks):
         runs = _Runs(family, reserved_indices("pilots", images, device), reference_steps, seed, conditions)
-        errors, stderr = dict[str, dict[int, float]](), dict[str, dict[int, float]]()
+        errors, stderr, trimmed = (dict[str, dict[int, float]]() for _ in range(3))
         for name, grid, reuse in _alone(family):
             key = f"{name}/{grid}" + _words(reuse)
             progress(f"discretisation error of {name} on the {grid} grid{'' if reuse is None else f', reuse {reuse}'}")
@@ -76,7 +76,8 @@ def pilot(
             found = {steps: each for steps, each in found.items() if each.mean() > 0}
             errors[key] = {steps: each.mean().item() for steps, each in found.items()}
             stderr[key] = {steps: _stderr(each) for steps, each in found.items()}
-        calibration = replace(calibration, discretisation=errors, stderr=stderr)
+            trimmed[key] = {steps: _trimmed(each) for steps, each in found.items()}
+        calibration = replace(calibration, discretisation=errors, stderr=stderr, trimmed=trimmed)
         family.fitted = Fitted(calibration)
         pilots: dict[str, list[list[float]]] = {}
         for name, grid, counts, order in PILOTS:
@@ -164,6 +165,11 @@ class _Runs:
 def _stderr(errors: Tensor) -> float:
     """Standard error of the mean of these, (B,)."""
     return (errors.std() / math.sqrt(len(errors))).item()
+
+
+def _trimmed(errors: Tensor) -> float:
+    """Mean of these, (B,), without the worst twentieth, at least one."""
+    return errors.sort().values[: -math.ceil(len(errors) / 20)].mean().item()
 
 
 def _pilots(

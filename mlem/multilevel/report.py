@@ -55,6 +55,13 @@ def missing(found: Calibration, kind: str, level: int) -> float:
     return torch.einsum("kt,ktls,ls->", factor, response.inner[level:, :, level:], factor).item()
 
 
+def _cell(error: float | None, trimmed: float | None) -> str:
+    """An error, and where a few images outweigh the others, what it is without them; "" for none."""
+    if error is None:
+        return ""
+    return f"{error:.1e}" + (f" ({trimmed:.1e})" if trimmed is not None and trimmed < error / 2 else "")
+
+
 def _discretisation(found: Calibration, console: Console) -> None:
     from rich.table import Table
 
@@ -62,9 +69,15 @@ def _discretisation(found: Calibration, console: Console) -> None:
     table = Table(title=f"mean squared error of level {found.names[-1]} alone, by steps")
     for column in ("solver/grid", *map(str, steps)):
         table.add_column(column, justify="left" if column == "solver/grid" else "right")
-    for name, errors in found.discretisation.items():
-        table.add_row(name, *(f"{errors[count]:.1e}" if count in errors else "" for count in steps))
+    cells = {
+        name: [_cell(errors.get(count), found.trimmed.get(name, errors).get(count)) for count in steps]
+        for name, errors in found.discretisation.items()
+    }
+    for name, row in cells.items():
+        table.add_row(name, *row)
     console.print(table)
+    if any("(" in cell for row in cells.values() for cell in row):
+        console.print("In brackets: without the worst twentieth of the images, where less than half is left.")
     if (unsure := found.uncertainty) is not None:
         images = found.about.get("pilot_images")
         remedy = "; on more images: calibrate --until 20%" if unsure > WIDE else ""
