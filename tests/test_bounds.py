@@ -62,7 +62,7 @@ CALLS: dict[str, Any] = {
     "indices must be in [0, 1000000000), got 99999999999": lambda: blocks(range(100_000_000_000), 64),
     "steps must be at most 1000000, got 100000000000": lambda: TimeGrid.make("uniform", NoiseSchedule.cosine(), 10**11),
     "reference_steps must be at most 1000000": lambda: pilot(None, None, reference_steps=10**11),  # type: ignore[arg-type]
-    "calibration may draw 100000000 samples at most, got 100000000000": lambda: calibrate(
+    "calibration may draw at most 100000000 samples, got 100000000000": lambda: calibrate(
         Family([level("xs"), level("s")]), images=10**11
     ),
 }

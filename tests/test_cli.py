@@ -347,7 +347,7 @@ def test_a_late_mistake_leaves_nothing_behind(
 
 def test_a_prediction_that_contradicts_the_schedule_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=r"^prediction eps says nothing of the data where there is no signal, "):
+    with pytest.raises(ValueError, match=r"^prediction eps says nothing about the data without signal, "):
         run_here("train", *TINY, "schedule=flow", "model.prediction=eps")
     assert not list(tmp_path.iterdir())
 

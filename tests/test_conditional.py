@@ -52,11 +52,11 @@ def test_the_family_knows_its_classes_and_is_sampled_by_them(folder: Path) -> No
 
 def test_model_cards_say_how_levels_were_trained(folder: Path) -> None:
     card = (folder / "runs/digits/family/level_xs/README.md").read_text()
-    for words in ("told `class_labels` | the class, 0 to 9; 10 is no class", "| training | 4 steps, ", "| error | "):
+    for words in ("takes `class_labels` | the class, 0 to 9; 10 is no class", "| training | 4 steps, ", "| error | "):
         assert words in card
     assert 'ConsistencyModelPipeline.from_pretrained("level_xs")' in card
     assert 'from_pretrained("level")' in (folder / RUN / "level/README.md").read_text()
-    assert "They are told `class_labels`" in (folder / "runs/digits/family/README.md").read_text()
+    assert "They take `class_labels`" in (folder / "runs/digits/family/README.md").read_text()
 
 
 def test_a_resumed_run_repeats_an_uninterrupted_one(folder: Path, tmp_path: Path) -> None:
@@ -91,7 +91,7 @@ def test_errors_are_those_of_the_true_labels(folder: Path) -> None:
     assert tested == pytest.approx(expected, rel=1e-5)
     family = Family.load(folder / "runs/digits/family")
     assert held_out_errors(family, images, index, labels=labels)[0].mean() == pytest.approx(expected, rel=1e-5)
-    with pytest.raises(ValueError, match="is told class_labels, which the images of this data set do not have"):
+    with pytest.raises(ValueError, match="takes class_labels, which the images of this data set do not have"):
         held_out_errors(family, images, index)
 
 

@@ -305,7 +305,11 @@ def test_hindsight_is_refused_where_the_state_cannot_be_moved() -> None:
         (Plan.draw(torch.ones(4, 2)), {"solver": "heun"}, "the plan has 4 rows, but heun in 4 steps evaluates 7 times"),
         (Plan.draw(torch.ones(4, 3)), {}, "the plan is for 3 levels, the family has 2 (xs, s); draw it for these leve"),
         (Plan.draw(torch.ones(4, 2), levels=("xs", "l")), {}, "level must be one of xs, s, got 'l'"),
-        (Plan.draw(torch.ones(4, 2)), {"level": "xs"}, "level='xs' runs one level, plan= several; give one of them"),
+        (
+            Plan.draw(torch.ones(4, 2)),
+            {"level": "xs"},
+            "level='xs' runs one level, plan= several; pass only one of them",
+        ),
     ],
     ids=["rows", "heun", "levels", "names", "level"],
 )
@@ -353,7 +357,7 @@ def test_a_level_that_becomes_nan_is_named() -> None:
     ids=["plan", "spec", "hindsight"],
 )
 def test_rows_that_belong_together_are_not_spread(plan: Plan | PlanSpec, says: str) -> None:
-    says = f"spread=True deals the rows of a call to the ranks, and {says} needs all; leave spread out"
+    says = f"spread=True splits the rows of a call among ranks, but {says} needs all; leave out spread"
     with pytest.raises(ValueError, match=f"^{re.escape(says)}$"):
         Sampler(networks(), steps=4, plan=plan, spread=True)
     Sampler(networks(), steps=4, plan=plan)

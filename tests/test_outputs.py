@@ -261,13 +261,19 @@ def other_pixels(folder: Path) -> None:
             "cannot be merged: steps: 2 in {whole}, 3 in {copy}",
         ),
         (lambda copy: (copy / "settings.json").unlink(), "{copy} holds no samples (no settings.json)"),
-        (lambda copy: write_json(copy / "settings.json", []), "{copy}/settings.json holds a JSON list, no object; "),
-        (lambda copy: write_json(copy / "manifest.json", []), "{copy}/manifest.json holds a JSON list, no object; "),
-        (lambda copy: write_json(copy / "ledger.json", []), "{copy}/ledger.json holds a JSON list, no object; "),
+        (
+            lambda copy: write_json(copy / "settings.json", []),
+            "{copy}/settings.json holds a JSON list, not an object; ",
+        ),
+        (
+            lambda copy: write_json(copy / "manifest.json", []),
+            "{copy}/manifest.json holds a JSON list, not an object; ",
+        ),
+        (lambda copy: write_json(copy / "ledger.json", []), "{copy}/ledger.json holds a JSON list, not an object; "),
         (lambda copy: write_json(copy / "ledger.json", {}), "{copy}/ledger.json is damaged (no 'levels'); restore it"),
         (
             lambda copy: write_json(copy / "ledger.json", {"levels": {}, "wall_seconds": "1", "images": 1}),
-            "{copy}/ledger.json is damaged ('1' is no number); restore it or delete it",
+            "{copy}/ledger.json is damaged ('1' is not a number); restore it or delete it",
         ),
         (
             lambda copy: write_json(copy / "ledger.json", {"levels": {"xs": {"cost": 1}}}),
@@ -287,7 +293,7 @@ def test_parts_that_do_not_fit_are_refused_in_one_line(
 @pytest.mark.parametrize("name", ["manifest.json", "settings.json", "ledger.json"])
 def test_json_of_another_kind_is_named_and_nothing_lost(copy: Path, whole: Path, name: str) -> None:
     write_json(copy / name, [])
-    with pytest.raises(ValueError, match=rf"^{copy / name} holds a JSON list, no object; restore it or delete it"):
+    with pytest.raises(ValueError, match=rf"^{copy / name} holds a JSON list, not an object; restore it or delete it"):
         make(copy, range(14))
     assert images(copy).items() >= images(whole).items()
 

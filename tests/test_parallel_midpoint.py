@@ -201,7 +201,7 @@ def test_a_block_alone_is_a_step() -> None:
         ({"chunk": 0}, "chunk must be a whole number >= 1, got 0"),
         ({"window": 4}, "window must hold whole blocks of midpoints=8, at least one, got 4"),
         ({"window": 12}, "window must hold whole blocks of midpoints=8, at least one, got 12"),
-        ({"tolerance": 0.0}, "tolerance must be a positive number, got 0.0; null makes all rounds"),
+        ({"tolerance": 0.0}, "tolerance must be a positive number, got 0.0; null runs all rounds"),
         ({"clock": "time"}, "clock must be one of kappa, ou, got 'time'"),
         (
             {"round": 3},

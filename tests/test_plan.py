@@ -206,7 +206,7 @@ def test_files_that_are_no_plan(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=rf"^{path} has {found}, this version reads 1; draw it again: python -m "):
             Plan.load(path)
     path.write_text("[]")
-    with pytest.raises(ValueError, match=rf"^{path} holds a JSON list, no object; restore it or delete it"):
+    with pytest.raises(ValueError, match=rf"^{path} holds a JSON list, not an object; restore it or delete it"):
         Plan.load(path)
 
 

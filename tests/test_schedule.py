@@ -163,9 +163,9 @@ def test_edm_and_flow_configs_are_read(config: dict[str, object], due: NoiseSche
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"_class_name": "CosineDPMSolverMultistepScheduler", "sigma_min": 0.3}, "has no betas, and is no EDM"),
-        ({"_class_name": "CMStochasticIterativeScheduler", "sigma_min": 0.002}, "has no betas, and is no EDM"),
-        ({"_class_name": "FlowMapEulerDiscreteScheduler"}, "has no betas, and is no EDM"),
+        ({"_class_name": "CosineDPMSolverMultistepScheduler", "sigma_min": 0.3}, "has no betas and is not an EDM"),
+        ({"_class_name": "CMStochasticIterativeScheduler", "sigma_min": 0.002}, "has no betas and is not an EDM"),
+        ({"_class_name": "FlowMapEulerDiscreteScheduler"}, "has no betas and is not an EDM"),
         (
             {"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True},
             "use_dynamic_shifting of FlowMatchEulerDiscreteScheduler depends on the picture",
