@@ -183,12 +183,12 @@ def _check(config: Mapping[str, Any]) -> None:
 
 @cache
 def _hash(path: Path, size: int, time: int) -> str:
-    """SHA-256 of a file; size and time: of this very version of it."""
+    """SHA-256 of a file, computed once per version, identified by size and time."""
     return sha256(path)
 
 
 def _read(folder: Path, upcast: bool) -> Any:
-    """The network, in the dtype of its weights; upcast: not in float16, in which it would overflow."""
+    """The network, in the dtype of its weights; upcast: float32 instead of float16, which would overflow."""
     import torch
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from safetensors import SafetensorError, safe_open

@@ -211,8 +211,8 @@ MISTAKES: dict[str, tuple[Any, str]] = {
     "another name": (lambda i: {"label": i}, "conditions= gives 'label', but level 2 takes class_labels"),
     "nothing": (lambda i: {}, "level 2 takes class_labels, which conditions= does not give; it gives nothing"),
     "no mapping": (lambda i: i, "conditions= must return a mapping, name -> tensor with one row per index"),
-    "too large": (lambda i: {"class_labels": i + 4}, r"must be in \[0, 3\], 3 for no class; got 4 to 6"),
-    "negative": (lambda i: {"class_labels": i - 1}, r"must be in \[0, 3\], 3 for no class; got -1 to 1"),
+    "too large": (lambda i: {"class_labels": i + 4}, r"must be in \[0, 3\], 3 meaning no class; got 4 to 6"),
+    "negative": (lambda i: {"class_labels": i - 1}, r"must be in \[0, 3\], 3 meaning no class; got -1 to 1"),
     "fractions": (lambda i: {"class_labels": i / 2}, "must be whole numbers, got torch.float64"),
     "rows": (lambda i: {"class_labels": i[:2]}, r"must have shape \(3,\), got \(2,\)"),
 }

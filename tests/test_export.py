@@ -225,7 +225,7 @@ def test_a_card_says_what_is_known(card_of: Any) -> None:
         "# xs, a diffusion model of digits\n",
         "| data set | digits; a sample has shape (1, 8, 8) |",
         "| licence of the data set | not stated |",
-        "| network | UNet2DModel, 40,489 parameters, 1.889 MFLOPs a call |",
+        "| network | UNet2DModel, 40,489 parameters, 1.889 MFLOPs per call |",
         "| predicts | `v` |",
         "| noise schedule | linear, beta_start 0.0001, beta_end 0.02, num_timesteps 1000 |",
         "| training | 2,000 steps, 31 s |",

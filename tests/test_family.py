@@ -362,7 +362,7 @@ def test_fields_of_another_kind_are_named(folder: Path, name: str, change: dict[
     ("plain", "says"),
     [
         ([], "holds a JSON list, not an object; "),
-        ({}, "has format None, this version reads 1; copy the family again or make it again: python train.py"),
+        ({}, "has format None, but this version reads 1; copy the family again or make it again: python train.py"),
         ({"format": 1}, r"is damaged \(no 'levels'\); copy the family again or make it again: python train.py"),
         ({"format": 1, "levels": 3}, r"is damaged \(.*\); copy the family again or make it again: python train.py"),
     ],
@@ -376,7 +376,7 @@ def test_a_damaged_family_is_named(tmp_path: Path, plain: object, says: str) -> 
 
 def test_another_format_is_refused(folder: Path) -> None:
     edit_json(folder / "mlem.json", lambda about: about.update(format=2))
-    with pytest.raises(ValueError, match=r"mlem.json has format 2, this version reads 1; copy it again or"):
+    with pytest.raises(ValueError, match=r"mlem.json has format 2, but this version reads 1; copy it again or"):
         Level.load(folder)
 
 

@@ -224,7 +224,7 @@ def test_fewer_images_than_asked_or_than_two_are_refused():
         with pytest.raises(ValueError, match=f"at least 2 images on each side, got {count} generated and 10 real"):
             fid.compute()
     fid.update(digits()[:4])
-    with pytest.raises(ValueError, match="fid_random256: 6 generated images were asked for, only 5 came"):
+    with pytest.raises(ValueError, match="fid_random256: expected 6 generated images, got only 5"):
         fid.compute(expected=6)
     assert fid.compute(expected=5).count == 5
 

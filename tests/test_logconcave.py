@@ -341,7 +341,7 @@ def test_bad_starts() -> None:
             ValueError, match=r"^x0 must be \(chains, \*shape\), got \(.*\): one chain is x0\[None\].*$"
         ):
             sample(unit, x0, steps=1, m=1, L=1)
-    with pytest.raises(ValueError, match=r"^x0 must be of a floating dtype, got torch.int64: give x0.double\(\)$"):
+    with pytest.raises(ValueError, match=r"^x0 must have a floating dtype, got torch.int64: pass x0.double\(\)$"):
         sample(unit, torch.zeros(2, 3, dtype=torch.int64), steps=1, m=1, L=1)
 
 

@@ -187,4 +187,4 @@ print("went on")
     done = execute_code(code, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "went on\n"
-    assert done.stderr.count("W&B is off, it was lost (") == 1
+    assert done.stderr.count("W&B is off: the connection was lost (") == 1

@@ -350,8 +350,8 @@ def test_a_level_that_becomes_nan_is_named() -> None:
 @pytest.mark.parametrize(
     ("plan", "says"),
     [
-        (Plan.draw(torch.ones(4, 2), per_sample=True), "coins of each sample's own"),
-        (PlanSpec(probabilities=(1.0, 0.5), estimator="jump", per_sample=True), "coins of each sample's own"),
+        (Plan.draw(torch.ones(4, 2), per_sample=True), "per_sample=True"),
+        (PlanSpec(probabilities=(1.0, 0.5), estimator="jump", per_sample=True), "per_sample=True"),
         (Plan.given(torch.ones(4, 2)), "estimator=hindsight"),
     ],
     ids=["plan", "spec", "hindsight"],
