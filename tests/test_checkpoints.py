@@ -189,7 +189,7 @@ def test_force_leaves_a_finished_run_alone(finished: Path) -> None:
     settings = finished / RUN / "settings.json"
     before = settings.read_text()
     for options in (["training.learning_rate=0.001"], ["training.steps=19"]):
-        with pytest.raises(ValueError, match=r"step-00000020\.ckpt has 20 steps already: training\.steps=\d+ leaves"):
+        with pytest.raises(ValueError, match=r"step-00000020\.ckpt already has 20 steps: training\.steps=\d+ leaves"):
             _forced(finished, *options)
     assert settings.read_text() == before
 
@@ -214,7 +214,9 @@ def test_what_resume_may_be(finished: Path, monkeypatch: pytest.MonkeyPatch, tmp
     with pytest.raises(ValueError, match=r"resume must be auto, force or the path of a checkpoint, got 'Auto'"):
         run_here("train", *OPTIONS, "resume=Auto")
     other = shutil.copy(RUN / "checkpoints" / "step-00000015.ckpt", tmp_path)
-    with pytest.raises(ValueError, match=r"is no checkpoint of this run: give one in runs/digits/unet_xs/checkpoints"):
+    with pytest.raises(
+        ValueError, match=r"is not a checkpoint of this run: name one in runs/digits/unet_xs/checkpoints"
+    ):
         run_here("train", *OPTIONS, f"resume={other}")
 
 

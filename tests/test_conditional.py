@@ -164,7 +164,7 @@ def test_a_family_of_transformers_from_the_command_line(tmp_path: Path) -> None:
         (("data=dead_leaves",), r"^model\.conditional=true: data set dead_leaves has no labels$"),
         (
             ("data=cifar10",),
-            r"^model\.conditional=true: data/cifar10 holds no data, and where cifar10 comes from is not",
+            r"^model\.conditional=true: data/cifar10 holds no data, and no source of cifar10 is given",
         ),
     ],
 )
@@ -175,7 +175,7 @@ def test_classes_that_are_not_there_are_said(options: tuple[str, ...], message: 
 
 def test_dry_run_of_conditional_networks(tmp_path: Path) -> None:
     printed = run_in(tmp_path, lambda: run_here("train", "model=unet_xs", "model.conditional=true", "dry_run=true"))
-    assert "xs: 40,841 parameters, 1.9 MFLOPs for an image, about " in printed
+    assert "xs: 40,841 parameters, 1.9 MFLOPs per image, about " in printed
 
 
 def test_the_top_of_cifar10_is_the_published_network_and_recipe() -> None:

@@ -126,7 +126,7 @@ def test_second_preparation_is_refused_and_interrupt_is_clean(tmp_path):
         _, errors = process.communicate(timeout=120)
     assert process.returncode == 130
     (line,) = [line for line in errors.splitlines() if not line.startswith("dead_leaves")]  # but the bar
-    assert line == "mlem.data: interrupted; finished shards are kept, the same command goes on from there"
+    assert line == "mlem.data: interrupted; finished shards are kept, the same command continues from there"
     assert not list(tmp_path.glob(".*.tmp"))
 
 
@@ -206,8 +206,8 @@ def test_memory_does_not_grow_with_the_data_set(tmp_path):
 @pytest.mark.parametrize(
     ("images", "message"),
     [
-        (lambda start, stop: np.zeros((stop - start, 8, 8, 1)), "must give uint8"),
-        (lambda start, stop: np.zeros((stop - start, 8, 8), np.uint8), "must give uint8"),
+        (lambda start, stop: np.zeros((stop - start, 8, 8, 1)), "must return uint8"),
+        (lambda start, stop: np.zeros((stop - start, 8, 8), np.uint8), "must return uint8"),
         (lambda start, stop: np.zeros((1, 8, 8, 1), np.uint8), r"images\(0, 3\) must give"),
         (lambda start, stop: np.zeros((stop - start, 8, 6 + stop, 1), np.uint8), "the first image was"),
     ],
@@ -228,7 +228,7 @@ def test_wrong_source_is_refused(tmp_path, images, message):
         (["zzz"], f"unknown data set 'zzz'; choose from: {', '.join(DATASETS)}\n"),
         ([], "required: dataset"),
         (["digits"], "required: --out"),
-        (["digits", "--out", "pipe:touch x"], "folder 'pipe:touch x' is an address"),
+        (["digits", "--out", "pipe:touch x"], "folder 'pipe:touch x' is a URL"),
         (["dead_leaves", "--out", "x", "--size", "big"], "argument --size: invalid int value: 'big'"),
         (["dead_leaves", "--out", "x", "--size", "0"], "size must be >= 1, got 0"),
         (["dead_leaves", "--out", "x", "--count", "0"], "count and shard_size must be >= 1, got 0 and 1000"),

@@ -301,7 +301,7 @@ def test_pictures_that_cannot_be_halved_are_refused(home: Path, tmp_path: Path) 
     decoder = save_decoder(tmp_path / "vae", 3)
     with pytest.raises(ValueError, match=r"vae needs images whose sides are multiples of 2, got 7x7; prepare the data"):
         prepare("latents", tmp_path / "out", source=tmp_path / "leaves", decoder=decoder)
-    with pytest.raises(ValueError, match=r"latents holds latents already; name the data set of pictures"):
+    with pytest.raises(ValueError, match=r"latents already holds latents; name the image data set"):
         prepare("latents", tmp_path / "out", source=home / "data/latents", decoder=save_decoder(tmp_path / "four", 4))
     with pytest.raises(ValueError, match=r"^decoder must be given: the folder of the AutoencoderKL"):
         prepare("latents", tmp_path / "out", source=tmp_path / "leaves")
@@ -357,7 +357,7 @@ def test_an_array_of_another_kind_is_a_damaged_shard(home: Path) -> None:
     np.testing.assert_array_equal(array_of(array_bytes(good), good.shape), good)
     with pytest.raises(ValueError, match=r"^is float16 \(2, 1, 2, 2\), the manifest says float16 \(2, 1, 4, 2\)$"):
         array_of(array_bytes(good), (2, 1, 4, 2))
-    with pytest.raises(ValueError, match=r"^holds 15 bytes of numbers, 16 are due$"):
+    with pytest.raises(ValueError, match=r"^holds 15 bytes of numbers, expected 16$"):
         array_of(array_bytes(good)[:-1], good.shape)
     with pytest.raises(ValueError, match=r"^holds NaN or infinity$"):
         array_of(array_bytes(good * np.float16(np.nan)), good.shape)

@@ -156,7 +156,7 @@ def test_a_bad_plan_names_its_entry(entry: str, says: str, tmp_path: Path, monke
         ("{budget:0.6,levels:[xs,m]}", "level must be one of xs, s, got 'm'"),
         ("{budget:0.6,levels:[s,xs]}", "levels must be different and the cheapest first, as in xs, s; got s, xs"),
         ("{probabilities:[1,0.5,0.1]}", "probabilities= must be 2 numbers, for xs, s, got 3"),
-        ("{probabilities:learned,delta:0}", "learned probabilities are of a trained family, and runs/digits/family is"),
+        ("{probabilities:learned,delta:0}", "learned probabilities need a trained family of "),
         ("{budget:0.01,cost:flops}", "budget=0.01 is too small for 2 steps of xs, s: no plan costs less than 0."),
         (
             "{budget:0.01,cost:flops,estimator:jump}",
@@ -273,12 +273,12 @@ def test_the_mlem_samplers_print_the_calls_of_each_level(
     run_here("sample", *options)
     printed, found = capsys.readouterr().out, calls(out)
     for name, count in found.items():
-        assert f"level {name}: {count:g} calls an image (expected {count:.4g})" in printed
+        assert f"level {name}: {count:g} calls per image (expected {count:.4g})" in printed
     family = Family.load(FAMILY)
     steps = configure("sample", f"sampler={sampler}").steps
     flops = sum(count * family.level(name).flops for name, count in found.items()) / family.level().flops
     assert flops <= budget * steps
-    assert f"in all {flops:.4g} evaluations of level s by FLOPs, where it alone would make {steps}" in printed
+    assert f"in all {flops:.4g} evaluations of level s by FLOPs; it alone would make {steps}" in printed
     assert re.search(
         r"predicted mean squared error \S+; \w+ with level s alone in \d+ steps, at the same cost", printed
     )

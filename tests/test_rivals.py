@@ -186,7 +186,7 @@ def test_the_command_writes_rows_figure_and_recommendation(made: tuple[Path, str
     assert (folder / "fastest.png").exists()
     assert not (folder / "summary.json").exists()  # whose ratios are of eval=benchmark
     assert f"recommended: {found.recommendation.text}" in printed
-    assert "left out: what is recommended for 1e-09: mse=1e-09: nothing reaches it for sure" in printed
+    assert "left out: the recommendation for 1e-09: mse=1e-09: nothing reaches it for sure" in printed
     assert "left out: DeepCache, every 2, branch 2, parallel_midpoint: " in printed
     rows = (folder / "runs.csv").read_text()
     again = run_in(tmp_path, lambda: run_here("sample", *COMMAND))

@@ -63,7 +63,7 @@ def download(url: str, path: Path, md5: str) -> None:
         os.fsync(file.fileno())
         if (found := _md5(part)) != md5:
             file.truncate(0)
-            raise ValueError(f"{url} returned a file with MD5 {found}, the official one has {md5}; run the command again")
+            raise ValueError(f"{url} returned a file with MD5 {found}, the official one has {md5}; run it again")
         os.replace(part, path)
 
 

@@ -48,7 +48,7 @@ _REFUSED = {
     "TCDScheduler": _DISTILLED,
     "DDIMInverseScheduler": "it goes from images to noise",
     "DPMSolverMultistepInverseScheduler": "it goes from images to noise",
-    "KDPM2AncestralDiscreteScheduler": "the second call of a step is at the noise level of the next step, so each level occurs twice",
+    "KDPM2AncestralDiscreteScheduler": "the second call of a step is at the next noise level, so each occurs twice",
     "IPNDMScheduler": "it uses its own noise schedule, whatever betas it is given",
 }
 """Schedulers that take betas but cannot sample a model from noise -> the reason."""
@@ -103,7 +103,7 @@ class DiffusersSolver(Solver):
         except (ArithmeticError, AssertionError, IndexError, RuntimeError, TypeError, ValueError) as error:
             raise _StepsError(f"{self._class.__name__} cannot make {steps} steps") from error
         if hasattr(scheduler, "set_begin_index"):
-            scheduler.set_begin_index(0)  # else it searches for its first timestep, and takes the second of two equal ones
+            scheduler.set_begin_index(0)  # else it looks up its first timestep, taking the second of two equal ones
         return scheduler
 
     def grid(self, schedule: NoiseSchedule, steps: int, grid: str | TimeGrid | None = None) -> SchedulerGrid:
@@ -124,7 +124,7 @@ class DiffusersSolver(Solver):
         if len(set(times)) != len(times):
             twice = next(time for time in times if times.count(time) > 1)
             raise ValueError(
-                f"{name} evaluates the network twice at one noise level (t = {twice:.4g}), but a grid has every time once; "
+                f"{name} evaluates the network twice at one noise level (t = {twice:.4g}), but grid times must differ; "
                 "use solver=heun or another scheduler"
             )
         return SchedulerGrid("diffusers", (*times, 0.0), steps)
@@ -176,9 +176,7 @@ def _scheduler_class(class_name: str) -> Any:
 
     found: Any = getattr(diffusers, class_name, None) if class_name.isidentifier() else None
     if not (isinstance(found, type) and issubclass(found, SchedulerMixin)):
-        raise ValueError(
-            f"diffusers has no scheduler {class_name!r}; use the class name, as in {PREFIX}DDIMScheduler"
-        )
+        raise ValueError(f"diffusers has no scheduler {class_name!r}; use the class name, as in {PREFIX}DDIMScheduler")
     if class_name in _REFUSED:
         raise ValueError(f"{class_name} cannot be compared: {_REFUSED[class_name]}; use another scheduler")
     if "trained_betas" not in inspect.signature(found.__init__).parameters:
@@ -205,14 +203,14 @@ def _check_options(class_name: str, options: dict[str, object], accepted: Iterab
 
 
 def _times(scheduler: Any, schedule: NoiseSchedule) -> list[float]:
-    """The times at which a scheduler that has its timesteps wants the network, in (0, 1]."""
+    """The times at which a scheduler with timesteps set evaluates the network, in (0, 1]."""
     n = schedule.num_timesteps
     most = schedule.time_from_alpha(_LEAST_SIGNAL**0.5).item()
     times = ((scheduler.timesteps.double() + 1) / n).clamp(max=most)
     sigmas = getattr(scheduler, "sigmas", None)
     if sigmas is None or len(sigmas) <= len(times):
         return times.tolist()
-    if hasattr(scheduler, "sigmas_interpol"):  # two calls a step, the second one in between
+    if hasattr(scheduler, "sigmas_interpol"):  # two calls per step, the second one in between
         second = torch.arange(len(sigmas)) % 2 == 1
         sigmas = torch.where(second, scheduler.sigmas_interpol, sigmas)
     # the levels it steps from; its timesteps may be rounded, and if not, are more precise than the float32 sigmas

@@ -100,7 +100,7 @@ class RandomizedMidpointScheduler(SchedulerMixin, ConfigMixin):
         given = {name: value for name, value in dict(config).items() if name != "_use_default_values"}
         for name in ("sigma_data", "shift_terminal"):  # of EDM, and of flows with another end of the noise
             if given.get(name):
-                raise ValueError(f"{cls.__name__} has betas or a rectified flow, but the config's {name} belongs to neither")
+                raise ValueError(f"{cls.__name__} has betas or a rectified flow, but the config's {name} fits neither")
         return super().from_config(given, return_unused_kwargs, **kwargs)
 
     @property

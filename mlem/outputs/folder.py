@@ -37,9 +37,7 @@ def claim(folder: Path, settings: dict[str, Any], what: str = "samples") -> None
             raise ValueError(f"{folder} holds {what} made with other settings ({odd}); choose another out=")
         return
     if any(folder.glob("*.png")):
-        raise ValueError(
-            f"{folder} holds images that may not be samples (no settings.json); choose another out="
-        )
+        raise ValueError(f"{folder} holds images that may not be samples (no settings.json); choose another out=")
     write_record(path, settings)
 
 

@@ -20,7 +20,7 @@ from mlem.data.sources import DataSet, Source
 __all__ = ["DeadLeaves", "dead_leaves", "nearest_disk", "power_law_radii"]
 
 _MAX_DISKS = 10_000_000  # about 1 GB
-_EXPECTED_GAPS = 0.01  # mean number of pixels per image that no disk reaches; they show the ground, a leaf behind all others
+_EXPECTED_GAPS = 0.01  # mean number of pixels per image that no disk reaches; they show the ground
 
 
 @dataclass(frozen=True)

@@ -70,10 +70,10 @@ def _labels(shards: Shards, start: int, stop: int) -> np.ndarray:
 
 
 def _latents(shards: Shards, decoder: Decoder, start: int, stop: int) -> np.ndarray:
-    """(stop - start, 2, C, h, w) float16: mean and deviation, not scaled."""
+    """(stop - start, 2, C, h, w) float16: mean and standard deviation, not scaled."""
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    # one by one: the last bits of a network's answer depend on the size of its batch
+    # one by one: the last bits of a network's output depend on the batch size
     parts = [decoder.encode(shards.images([i]).to(device)).cpu() for i in range(start, stop)]
     return torch.cat(parts).numpy().astype(np.float16)

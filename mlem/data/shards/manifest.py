@@ -96,7 +96,7 @@ class Manifest:
         for key in left_out:
             if not re.fullmatch(r"[0-9]{8,}", key) or int(key) >= manifest.total:
                 raise ValueError(
-                    f"{path}: left_out names {key!r}, none of the {manifest.total} images; restore the file, or delete the "
+                    f"{path}: left_out names {key!r}, none of the {manifest.total} images; restore it, or delete the "
                     "folder and prepare the data set again"
                 )
         if channels not in (1, 3) and not latents:

@@ -68,7 +68,7 @@ class Shards:
         folder = plain_folder(folder)
         if not (folder / MANIFEST).is_file():
             if (folder / UNFINISHED).is_file():
-                raise FileNotFoundError(f"the data set in {folder} is unfinished; run its preparation again to continue")
+                raise FileNotFoundError(f"the data set in {folder} is unfinished; run its preparation again to go on")
             raise FileNotFoundError(f"no data set in {folder} ({MANIFEST} is missing); make one: python -m mlem.data")
         manifest = Manifest.read(folder / MANIFEST)
         if not manifest.count or manifest.count != sum(record.count for record in manifest.shards):

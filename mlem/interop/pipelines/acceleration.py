@@ -56,14 +56,14 @@ def accelerate(
 
     Args:
         pipe: a pipeline in memory, on its device.
-        small: one network, or several, cheapest first: modules of diffusers, levels, or folders of either; of the same
-            latents, trained on the same noise, of the same prediction.
-        budget: share of the seconds that the large network alone takes in as many steps.
-        plan: instead: what `family.plan` gives, or a plan with a row for each step.
-        inputs: the pipeline's arguments to calibrate with now, such as {"prompt": [..]}; None: those of the first call.
+        small: one network, or several, cheapest first: diffusers modules, levels, or folders of either; for the same
+            latents, with the same noise schedule and prediction.
+        budget: share of the seconds of the large network alone in as many steps.
+        plan: instead of budget: a specification from `family.plan`, or a plan with one row per step.
+        inputs: pipeline arguments to calibrate with now, such as {"prompt": [..]}; None: those of the first call.
         images, times: of the calibration; see `mlem.multilevel.calibrate`.
-        cache: folder where calibrations are kept; by default ~/.cache/mlem.
-        offload: the large network's weights wait in the CPU's memory while it is not called.
+        cache: folder of saved calibrations; by default ~/.cache/mlem.
+        offload: keep the large network's weights in CPU memory while it is not called.
 
     Raises:
         ValueError: the pipeline or a network does not fit; names both.
@@ -227,7 +227,7 @@ class Acceleration:
             flops = networks.flops(counted, shape, conditions)
         except (RuntimeError, TypeError, ValueError) as error:
             said = " ".join(str(error).split())
-            raise ValueError(f"{name} does not take the arguments that this pipeline passes to its own network: {said}") from error
+            raise ValueError(f"{name} does not take what this pipeline passes to its network: {said}") from error
         return Level(
             name,
             CapturedNetwork(network, run.guidance, run.first),
@@ -284,7 +284,7 @@ def _cache_folder(cache: str | os.PathLike[str] | None) -> Path:
 
 
 def _begun(spec: PlanSpec, family: Family, stepping: Stepping) -> Plan:
-    """The plan, which must run the large network at the first row: it has run there before a plan is known."""
+    """The plan, adjusted for its first row, where the large network has already run."""
     plan = plan_for_use(spec, family, stepping.solver, stepping.points)
     begun = plan.begun()
     if begun is plan or spec.budget is None:

@@ -132,7 +132,7 @@ class Guidance(NamedTuple):
             due, step = answer[: len(first)].double(), second - first
             length = step.square().sum()
             scale = ((due - first) * step).sum().item() / length.item() if length > 0 else 1.0
-            scale = round(scale, _DIGITS.get(answer.dtype, 2))  # as the user wrote it, so that calls with other prompts agree
+            scale = round(scale, _DIGITS.get(answer.dtype, 2))  # as the user wrote it: calls with other prompts agree
             if _alike((first + scale * step).to(answer.dtype), answer[: len(first)]):
                 return Guidance(scale, len(outputs), mirrored)
         raise ValueError(

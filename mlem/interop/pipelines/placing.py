@@ -77,9 +77,7 @@ def place_of(pipe: Any) -> str:
     name = type(pipe).__name__
     for two in ("transformer_2", "unet_2"):
         if getattr(pipe, two, None) is not None:
-            raise ValueError(
-                f"{name} already switches between two networks ({two}, boundary_ratio); use it as it is"
-            )
+            raise ValueError(f"{name} already switches between two networks ({two}, boundary_ratio); use it as it is")
     place = next((one for one in PLACES if isinstance(getattr(pipe, one, None), nn.Module)), None)
     if place is None:
         raise ValueError(f"{name} has neither unet nor transformer: it cannot be accelerated")
@@ -121,4 +119,4 @@ def _refuse_other_latents(name: str, network: nn.Module, large: nn.Module) -> No
     own, other = (getattr(plain_network(one), "config", {}) for one in (network, large))
     for field in ("in_channels", "out_channels"):
         if (ours := own.get(field)) != (theirs := other.get(field)):
-            raise ValueError(f"small network {name} has {field}={ours}, the pipeline's has {theirs}; use one that agrees")
+            raise ValueError(f"small network {name} has {field}={ours}, the pipeline's has {theirs}; they must agree")

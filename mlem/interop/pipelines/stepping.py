@@ -128,11 +128,11 @@ class Steppings:
         self._scale, self._kept = time_scale, OrderedDict[Any, tuple[Any, Stepping]]()
 
     def of(self, scheduler: Any, asked: float) -> Stepping:
-        """What the scheduler will do now that the network is asked at this time. Raises ValueError as `Stepping`."""
+        """The steps of the scheduler, given the first time of the network. Raises ValueError like `Stepping`."""
         times: list[float] = scheduler.timesteps.tolist()
         first = self._number(times, asked)
         key = (id(scheduler.config), first, *times)
-        # the config is kept with it, so that its place in memory means no other
+        # the config is kept alive, so that its id cannot be reused
         config, stepping = self._kept.pop(key, None) or (scheduler.config, Stepping(scheduler, first, self._scale))
         self._kept[key] = config, stepping
         if len(self._kept) > _MOST:
@@ -144,7 +144,7 @@ class Steppings:
         number = distances.index(min(distances))
         if distances[number] > 1e-2 * max(1.0, abs(asked)):
             raise ValueError(
-                f"the network is called at time {asked:g}, which is not one of the scheduler's timesteps; this pipeline "
+                f"the network is called at time {asked:g}, which is none of the scheduler's timesteps; this pipeline "
                 "cannot be accelerated"
             )
         return number
