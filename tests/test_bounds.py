@@ -117,5 +117,5 @@ def test_a_folder_of_links_says_that_links_are_not_followed(name: str, folder: b
 def test_a_family_of_one_level_is_not_told_to_calibrate(spec: dict[str, Any]) -> None:
     family = Family([level("xs")])
     asked = family.fitted.coefficients_for if "probabilities" in spec else family.fitted.calibration_for
-    with pytest.raises(ValueError, match="has one level, xs, and plans share work between several: leave the plan out"):
+    with pytest.raises(ValueError, match="has one level, xs, but plans share work between several: leave out the plan"):
         asked(family)

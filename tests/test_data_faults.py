@@ -142,7 +142,11 @@ def test_memory_that_cannot_be_written_is_left_out(folder):
         ('"file": "shard-000000.tar"', '"file": "../shard-000000.tar"', "is not the name of a shard"),
         ('"file": "shard-000000.tar"', '"file": "pipe:touch x.tar"', "is not the name of a shard"),
         ('"left_out": {}', '"left_out": {"abc": "x"}', "left_out names 'abc', none of the 31 images; restore it"),
-        ('"left_out": {}', '"left_out": {"00000031": "x"}', "left_out names '00000031', no image of 31; restore"),
+        (
+            '"left_out": {}',
+            '"left_out": {"00000031": "x"}',
+            "left_out names '00000031', none of the 31 images; restore",
+        ),
         ("{", "", "is not valid JSON"),
     ],
 )

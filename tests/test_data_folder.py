@@ -270,7 +270,7 @@ def test_a_shard_may_hold_nothing(tmp_path):
 BROKEN = {
     "giant": (png(b"\0", 30_000, 30_000, 8, 0), r"'a\.png' has more than 67108864 pixels"),
     "large": (png(b"\0", 8_200, 8_200, 8, 0), r"'a\.png' has more than 67108864 pixels"),
-    "gif": (encoded(RAMP, "GIF"), r"'a\.png' cannot be decoded as PNG, JPEG or WebP \(it is none\)"),
+    "gif": (encoded(RAMP, "GIF"), r"'a\.png' cannot be decoded as PNG, JPEG or WebP \(it is none of them\)"),
     "bmp": (encoded(RAMP, "BMP"), "it is none"),
     "tiff": (encoded(RAMP, "TIFF"), "it is none"),
     "empty": (b"", "it is none"),
@@ -342,7 +342,7 @@ def test_another_folder_is_refused(tmp_path):
     with_broken(tmp_path / "in", broken=())
     stored(tmp_path / "in", tmp_path / "out")
     (tmp_path / "in" / "new.png").write_bytes(encoded(COLOUR, "PNG"))
-    with pytest.raises(ValueError, match=r"out holds other data: count is 20, asked for 21, listing is"):
+    with pytest.raises(ValueError, match=r"out holds other data: count is 20, requested 21, listing is"):
         stored(tmp_path / "in", tmp_path / "out")
-    with pytest.raises(ValueError, match="filter is 'box', asked for 'bicubic'"):
+    with pytest.raises(ValueError, match="filter is 'box', requested 'bicubic'"):
         stored(tmp_path / "in", tmp_path / "out", filter="bicubic")

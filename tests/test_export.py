@@ -230,7 +230,7 @@ def test_a_card_says_what_is_known(card_of: Any) -> None:
         "| noise schedule | linear, beta_start 0.0001, beta_end 0.02, num_timesteps 1000 |",
         "| training | 2,000 steps, 31 s |",
         "| error | 0.1235: mean squared error of the noise estimate on held-out samples |",
-        "| time of a call | 0.2 ms a sample in batches of 64 on cpu |",
+        "| time per call | 0.2 ms per sample in batches of 64 on cpu |",
         "| fid | 3.2 |",
     ):
         assert row in card.text

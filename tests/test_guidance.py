@@ -148,7 +148,7 @@ def test_what_was_fitted_belongs_to_its_guidance(tmp_path: Path) -> None:
             made = sample(family, indices=range(2), steps=8, plan=plan)
             assert len(made.x) == 2
         else:
-            with pytest.raises(ValueError, match="the calibration is of other weights or guidance"):
+            with pytest.raises(ValueError, match="the calibration is for other weights or guidance"):
                 sample(family, indices=range(2), steps=8, plan=plan)
 
 

@@ -155,7 +155,7 @@ def test_calibrating_leaves_the_family_as_it_was(made: tuple[Path, str], tmp_pat
     status, lines = _end(process)
     assert (status, lines) == (
         130,
-        ["mlem.multilevel: interrupted; family is as it was; the same command begins anew"],
+        ["mlem.multilevel: interrupted; family is unchanged; the same command starts again"],
     )
     assert {path: path.read_bytes() for path in family.rglob("*") if path.is_file()} == before
 

@@ -312,7 +312,7 @@ PLAIN_LATENTS = (*PLAIN, "data=latents", "training.steps=1", "root=runs/refused"
 
 def test_training_refuses_what_does_not_fit(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other = save_decoder(home / "other", seed=1)
-    with pytest.raises(ValueError, match=r"data/latents holds other data: decoder is '\w{16}', asked for '\w{16}'"):
+    with pytest.raises(ValueError, match=r"data/latents holds other data: decoder is '\w{16}', requested '\w{16}'"):
         run_in(home, lambda: run_here("train", *PLAIN_LATENTS, f"data.options.decoder={other}"))
     with pytest.raises(
         ValueError, match=r"^training\.flip=true: latents of mirrored pictures are not mirrored latents"

@@ -154,7 +154,7 @@ def test_a_bad_plan_names_its_entry(entry: str, says: str, tmp_path: Path, monke
     ("entry", "says"),
     [
         ("{budget:0.6,levels:[xs,m]}", "level must be one of xs, s, got 'm'"),
-        ("{budget:0.6,levels:[s,xs]}", "levels must be different and the cheapest first, as in xs, s; got s, xs"),
+        ("{budget:0.6,levels:[s,xs]}", "levels must be distinct and cheapest first, as in xs, s; got s, xs"),
         ("{probabilities:[1,0.5,0.1]}", "probabilities= must be 2 numbers, for xs, s, got 3"),
         ("{probabilities:learned,delta:0}", "learned probabilities need a trained family of "),
         ("{budget:0.01,cost:flops}", "budget=0.01 is too small for 2 steps of xs, s: no plan costs less than 0."),
@@ -178,7 +178,7 @@ def test_a_plan_that_its_solver_cannot_follow_is_refused_before_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    says = r"^evaluation\.samplers\[0\]: hindsight needs a solver of mlem's that evaluates once a step, not heun"
+    says = r"^evaluation\.samplers\[0\]: hindsight needs an mlem solver with one evaluation per step, not heun"
     with pytest.raises(ValueError, match=says):
         run_here("train", *TRAIN, "evaluation.samplers=[{solver:heun,steps:[2],plan:{budget:0.5}}]")
     assert not list(tmp_path.iterdir())
@@ -232,7 +232,7 @@ def test_until_errors_are_known_well_more_images_are_taken(
     for until, count in (("900%", 2), ("0.0001", 6)):
         tool(monkeypatch, "calibrate", family, *options, "--until", until)
         assert read_json(family / "calibration.json")["about"]["pilot_images"] == count
-        assert f"Standard errors of these over {count} images: at most " in capsys.readouterr().out
+        assert f"Standard errors over {count} images: at most " in capsys.readouterr().out
     with pytest.raises(SystemExit):
         tool(monkeypatch, "calibrate", family, "--until", "much")
     assert "argument --until: must be a share, such as 20% or 0.2, got 'much'" in capsys.readouterr().err

@@ -218,7 +218,7 @@ def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
 def test_a_plan_is_refused() -> None:
     family = closed_family()
     with pytest.raises(
-        ValueError, match=r"^parallel_midpoint evaluates many times at once, a plan once a row; leave plan= out$"
+        ValueError, match=r"^parallel_midpoint evaluates many times at once, but a plan once per row; leave out plan=$"
     ):
         Sampler(family, solver="parallel_midpoint", steps=3, plan=family.plan(probabilities=(1.0, 0.5, 0.2)))
 

@@ -48,7 +48,7 @@ def _mistakes() -> dict[str, tuple[str, dict[str, Any], str]]:
         "solver": (
             sd,
             {"plan": Plan.given(torch.ones(5, 2), about={"solver": "diffusers:DPMSolverMultistepScheduler"})},
-            r"the plan was made for diffusers:DPMSolverMultistepScheduler, and is used with diffusers:DDIMScheduler",
+            r"the plan was made for diffusers:DPMSolverMultistepScheduler, but is used with diffusers:DDIMScheduler",
         ),
         "prediction": (
             "DDPMPipeline",

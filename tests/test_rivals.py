@@ -220,5 +220,5 @@ def test_a_level_that_there_is_not_is_named() -> None:
     setup = Setup(Family([level("xs", SHAPE)]), [[0]])
     with pytest.raises(ValueError, match="level must be one of xs, got 'large'"):
         setup.runs(entry("T-Stitch", running=[["large", 1.0]]))
-    with pytest.raises(ValueError, match=r"parallel_midpoint evaluates many times at once, a plan once a row"):
+    with pytest.raises(ValueError, match=r"parallel_midpoint evaluates many times at once, but a plan once per row"):
         setup.runs(replace(entry("forecast", forecast={"every": 2}), solver="parallel_midpoint"))

@@ -87,10 +87,10 @@ def test_an_error_is_reached_by_the_smallest_budget(solver: str, options: dict[s
 
 
 def test_an_error_below_the_solvers_own_gets_one_line() -> None:
-    says = "mse=1e-07: the error of ddpm in 32 steps on the uniform grid alone is 2e-07; take more steps, or another"
+    says = "mse=1e-07: the error of ddpm in 32 steps on the uniform grid alone is 2e-07; use more steps, or another"
     with pytest.raises(ValueError, match=f"^{re.escape(says)}"):
         plan("ddpm", 32, mse=1e-7)
-    says = "mse=0.1: the error of heun in 8 steps on the log_snr grid alone was not measured; take more steps"
+    says = "mse=0.1: the error of heun in 8 steps on the log_snr grid alone was not measured; use more steps"
     with pytest.raises(ValueError, match=f"^{re.escape(says)}"):
         plan("heun", 8, mse=0.1, estimator="held")
 

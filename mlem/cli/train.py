@@ -178,7 +178,7 @@ def _check_samplers(job: Train, family: Family) -> None:
     choices, several = sampler_entries(job.evaluation.samplers), len(family.levels) > 1
     if not several and all(choice.planned for choice in choices):
         raise ValueError(
-            f"evaluation.samplers lists only plans, which need several levels, but there is just {family.names[0]}: add "
+            f"evaluation.samplers lists only plans, which need several levels, but {family.names[0]} is alone: add "
             "an entry without plan, or train model=family"
         )
     for number, choice in enumerate(choices):
