@@ -258,7 +258,7 @@ def test_mistakes() -> None:
         RandomizedMidpointScheduler(prediction_type="flow_prediction")
     with pytest.raises(ValueError, match=r"use_dynamic_shifting depends on the image size; set it to False"):
         RandomizedMidpointScheduler(shift=1.0, use_dynamic_shifting=True)
-    with pytest.raises(ValueError, match=r"set_timesteps\(steps\) comes before step\(\)"):
+    with pytest.raises(ValueError, match=r"call set_timesteps\(steps\) before step\(\)"):
         RandomizedMidpointScheduler().step(torch.zeros(1, 1), 0, torch.zeros(1, 1))
     with pytest.raises(ValueError, match=r"grid must be one of uniform, "):
         RandomizedMidpointScheduler(grid="karas").set_timesteps(4)

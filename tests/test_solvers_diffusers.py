@@ -280,10 +280,10 @@ def test_unknown_schedulers_are_refused(name: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"grid": "karras"}, r"^a diffusers scheduler brings its own grid; leave grid out \(got 'karras'\)$"),
+        ({"grid": "karras"}, r"^a diffusers scheduler has its own grid; leave out grid \(got 'karras'\)$"),
         ({"steps": 0}, r"^steps must be a whole number >= 1, got 0$"),
         ({"steps": 1001}, r"^steps must be in \[1, 1000\] on the trailing grid, got 1001$"),
-        ({"solver": "diffusers:HeunDiscreteScheduler"}, r"^HeunDiscreteScheduler asks the network twice at one"),
+        ({"solver": "diffusers:HeunDiscreteScheduler"}, r"^HeunDiscreteScheduler evaluates the network twice at one"),
     ],
 )
 def test_adapter_refuses_bad_options(options: dict[str, Any], message: str) -> None:
