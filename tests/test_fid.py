@@ -299,7 +299,7 @@ def test_kept_features_are_cached_with_the_sums(tmp_path):
 
 def test_reference_sums_guard_their_count(tmp_path):
     fid = FID()
-    with pytest.raises(ValueError, match="should hold 300 images, 299 were read"):
+    with pytest.raises(ValueError, match="should hold 300 images, but 299 were read"):
         reference_statistics(real_batches(0, 299), fid, tmp_path, KEY)
     assert not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match=r"call fid\.reset\(real=True\) first"):

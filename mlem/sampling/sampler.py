@@ -123,7 +123,7 @@ class Sampler:
         if not self.solver.sequential and (watch is not None or revise is not None):
             raise ValueError(f"{self.solver.name} solves for many times at once: leave out watch= and revise=")
         if not self.solver.sequential and reuse is not None:
-            raise ValueError(f"{self.solver.name} solves for many times at once: leave reuse out")
+            raise ValueError(f"{self.solver.name} solves for many times at once: leave out reuse")
         self.plan = None if plan is None else self._fitting(whole, plan, spread, reuse)
         if self.plan is not None and self.plan.per_sample and reuse is not None:
             raise ValueError("reuse= keeps features of a batch, but per_sample coins run part of it; leave one out")
