@@ -1,4 +1,4 @@
-"""Errors about arguments that name the function as its caller wrote it, and the nearest argument there is."""
+"""Argument errors that name the function as its caller wrote it, and suggest the nearest argument."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from typing import ParamSpec, TypeVar
 __all__ = ["MOST_STEPS", "called", "check_whole", "hint", "named", "nearest"]
 
 MOST_STEPS = 10**6
-"""Steps of a solver, at most: a grid of more would fill the memory."""
+"""Most steps of a solver: a longer grid would fill the memory."""
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
 
 def named(function: Callable[_P, _R], name: str) -> Callable[_P, _R]:
-    """`function`, with errors about its arguments that speak of `name`.
+    """`function`, with argument errors that call it `name`.
 
-    An unknown keyword gets `sample() has no argument 'stepz'; did you mean steps?`, or the list of arguments where
-    none is near.
+    An unknown keyword gets `sample() has no argument 'stepz'; did you mean steps?`, or the list of arguments if
+    none is close.
 
     Args:
         function: a function, a class, or an `__init__`, without `**kwargs`.
@@ -55,7 +55,7 @@ def called(name: str) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
 
 
 def _complaint(signature: inspect.Signature, unknown: list[str], error: str) -> str:
-    """What follows the name of the function; error: what `bind` said."""
+    """The message after the function's name; error: the message of `bind`."""
     parameters = [parameter for parameter in signature.parameters.values() if parameter.name != "self"]
     by_name = [one.name for one in parameters if one.kind is not inspect.Parameter.POSITIONAL_ONLY]
     if unknown:
@@ -69,20 +69,20 @@ def _complaint(signature: inspect.Signature, unknown: list[str], error: str) -> 
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """`did you mean steps?` for the nearest of the known words; where none is near, the list of them."""
+    """`did you mean steps?` for the closest known word; if none is close, the list of them."""
     known = list(known)
     near = hint(word, known).removeprefix("; ")
     return near or (f"there are {', '.join(known)}" if known else "there are none")
 
 
 def hint(word: str, known: Iterable[str]) -> str:
-    """`; did you mean steps?` for the nearest of the known words; nothing where none is near."""
+    """`; did you mean steps?` for the closest known word; empty if none is close."""
     near = difflib.get_close_matches(word, list(known), 1)
     return f"; did you mean {near[0]}?" if near else ""
 
 
 def check_whole(name: str, value: object, least: int = 1, most: int = 10**9) -> int:
-    """`value` itself. Raises ValueError, which calls it `name`, unless it is a whole number in [least, most]."""
+    """Return `value`. Raises ValueError naming `name` unless it is a whole number in [least, most]."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name} must be a whole number >= {least}, got {value!r}")
     if value > most:

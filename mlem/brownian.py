@@ -1,4 +1,4 @@
-"""Brownian paths that every step count shares, one for each sample."""
+"""Brownian paths, one per sample, shared by all step counts."""
 
 from __future__ import annotations
 
@@ -19,29 +19,29 @@ __all__ = ["BrownianPath", "NoisePath"]
 
 
 class NoisePath(Protocol):
-    """What a solver asks of a Brownian path; see `BrownianPath`."""
+    """What a solver needs of a Brownian path; see `BrownianPath`."""
 
     def at(self, t: float) -> Tensor:
         """B at time t: (B, ...)."""
         ...
 
     def between(self, t: float, kappa: Tensor) -> tuple[Tensor, Tensor]:
-        """B at kappa^2, a kappa for each sample (B,) between the last time asked for and t, and B at t."""
+        """B at kappa^2, with one kappa per sample (B,) between the last time requested and t, and B at t."""
         ...
 
 
 class _Cell(NamedTuple):
-    """A stretch of time, in ticks; its left end is a node."""
+    """A time interval, in ticks; its left end is a node."""
 
     left: int
     right: float
 
 
 class _Split(NamedTuple):
-    """A cell, and a time in it at which B is found: by the normal of that node, or by one of its own between nodes.
+    """A cell, and a time in it at which B is drawn: from the normal of that node, or its own normal between nodes.
 
-    slot: that of the normal. weight: how far the time is on the way in the clock kappa^2, from 0 to 1. spread: the
-    deviation of a Brownian bridge there.
+    slot: of the normal. weight: position of the time within the cell in the clock kappa^2, in [0, 1]. spread: standard
+    deviation of the Brownian bridge there.
     """
 
     left: int
@@ -54,7 +54,7 @@ class _Split(NamedTuple):
 
 
 class _Route(NamedTuple):
-    """The splits that lead to a time, the cells below it afterwards, lowest first, and all ends of these."""
+    """The splits that lead to a time, the cells left below it, lowest first, and the ends of those cells."""
 
     step: float
     splits: tuple[_Split, ...]
@@ -71,17 +71,17 @@ class _Known(NamedTuple):
 
 
 _TICKS = 48000
-"""In t = 1, so that all nodes are whole numbers."""
+"""Ticks in t = 1, so that all nodes are whole numbers."""
 _SPANS = tuple(_TICKS // steps for steps in (10, 20, 32, 50, 64, 96, 100, 128, 200, 1000))
-"""Their multiples are the nodes of the tree, the first come first."""
+"""Their multiples are the nodes of the tree, in this order of priority."""
 
 AT_ONCE = 1 << 17
-"""Numbers that are drawn at once: more would leave the cache, fewer be all overhead."""
+"""Numbers drawn at once: more would not fit the cache, fewer would be mostly overhead."""
 
 
 @functools.lru_cache(4096)
 def _split(left: int, right: int) -> int | None:
-    """The first node strictly inside, the one nearest to the middle."""
+    """The node of highest priority strictly inside, closest to the middle."""
     for span in _SPANS:
         first, last = (left // span + 1) * span, (right - 1) // span * span
         if first < right:
@@ -100,7 +100,7 @@ def _split_at(schedule: NoiseSchedule, left: int, right: float, step: float) -> 
 
 
 def _route(schedule: NoiseSchedule, cells: list[_Cell], step: float) -> Iterator[_Split]:
-    """The splits that lead to B at `step`, below all that was asked for; `cells`, lowest first, are kept true."""
+    """The splits that lead to B at `step`, below all earlier requests; updates `cells`, lowest first."""
     while step < cells[-1].left:
         cells.pop()
     while step != cells[-1].left:
@@ -117,7 +117,7 @@ def _route(schedule: NoiseSchedule, cells: list[_Cell], step: float) -> Iterator
 def _routes(
     schedule: NoiseSchedule, cells: tuple[_Cell, ...], steps: tuple[float, ...], room: int
 ) -> tuple[_Route, ...]:
-    """The routes to falling times, one after another: to the first, and until they have so many splits."""
+    """The routes to falling times in turn: at least one, and until they have this many splits."""
     below, count, routes = list(cells), 0, list[_Route]()
     for step in steps:
         splits = tuple(_route(schedule, below, step))
@@ -130,7 +130,7 @@ def _routes(
 
 
 def _own_split(left: Tensor, right: Tensor) -> Tensor:
-    """`_split` of many cells; of one that has no node inside, its left end. Whole numbers in float64, (B,)."""
+    """`_split` of many cells; the left end if there is no node inside. Whole numbers in float64, (B,)."""
     found = left
     for span in reversed(_SPANS):
         first, last = (left // span + 1) * span, (right - 1) // span * span
@@ -141,15 +141,15 @@ def _own_split(left: Tensor, right: Tensor) -> Tensor:
 
 @functools.cache
 def _depth(left: int, right: int) -> int:
-    """How often a cell can be split before no node is inside."""
+    """How often a cell can be split until no node is left inside."""
     middle = _split(left, right)
     return 0 if middle is None else 1 + max(_depth(left, middle), _depth(middle, right))
 
 
 def _bridged(left: Tensor, here: Tensor, right: Tensor, at_left: Tensor, at_right: Tensor, z: Tensor) -> Tensor:
-    """A Brownian motion at the clocks `here` (B,), given it at clocks on either side, by standard normals z (B, ...).
+    """A Brownian motion at clocks `here` (B,), given its values on either side and standard normals z (B, ...).
 
-    Where both ends are one, that end.
+    Where both ends coincide, the value there.
     """
     width = (right - left).clamp(min=torch.finfo(left.dtype).tiny)
     weight = expand_like((here - left) / width, z)
@@ -158,21 +158,21 @@ def _bridged(left: Tensor, here: Tensor, right: Tensor, at_left: Tensor, at_righ
 
 
 class BrownianPath:
-    """A Brownian motion B in the clock `kappa^2`, one for each sample and pixel, that every step count shares.
+    """A Brownian motion B in the clock `kappa^2`, one per sample and pixel, shared by all step counts.
 
     `path.at(t)` is B(kappa(t)^2), with B = 0 at t = 0. Two uses:
 
     - Euler-Maruyama takes increments in the clock kappa^2: `B(kappa^2) - B(kappa'^2)`, variance `kappa^2 - kappa'^2`.
     - Ancestral sampling (DDPM) needs `kappa'^2 (M(1/kappa'^2) - M(1/kappa^2))` with M a Brownian motion in the
       clock 1/kappa^2. By time inversion `M(1/c) = B(c) / c` is one, so the noise of the step is
-      `B(kappa'^2) - (kappa'/kappa)^2 B(kappa^2)`: finite, and zero by itself on the last step.
+      `B(kappa'^2) - (kappa'/kappa)^2 B(kappa^2)`: finite, and zero on the last step.
 
-    Levy's construction over the times of uniform grids of 10, 20, 32, 50, 64, 96, 100, 128, 200 and 1000 steps, its
-    nodes, with a normal keyed by each; those of few steps come first, so that such a grid needs one or two normals a
-    step. Between two nodes a bridge, keyed by the time asked for. Hence grids with at most one time strictly between
-    two nodes, such as all uniform grids of up to 1000 steps, agree exactly wherever they meet; finer ones are exact in
-    law, and agree to a thousandth. Times must be asked for in falling order: what lies above the last is forgotten.
-    `path.between(t, kappa)` goes on to t, and says too what B was on the way, at a time of its own for each sample.
+    Levy's construction; its nodes are the times of uniform grids of 10, 20, 32, 50, 64, 96, 100, 128, 200 and 1000
+    steps, each keying one normal. Coarse grids come first, so that they need one or two normals a step. Between two
+    nodes lies a bridge, keyed by the time requested. Hence grids with at most one time strictly between two nodes, such
+    as all uniform grids of up to 1000 steps, agree exactly wherever they meet; finer ones have the exact distribution
+    and agree to a thousandth. Times must be requested in falling order: what lies above the last is forgotten.
+    `path.between(t, kappa)` goes on to t and also returns B at an intermediate time, a different one for each sample.
     """
 
     def __init__(
@@ -184,9 +184,9 @@ class BrownianPath:
         dtype: torch.dtype,
         times: Sequence[float] = (),
     ) -> None:
-        """indices: (B,) int64 sample indices on the device to use. shape: of one sample.
+        """indices: (B,) int64, sample indices, on the device to use. shape: of one sample.
 
-        times: falling; those that will be asked for, if that is known: normals of several are then drawn at once.
+        times: the falling times that will be requested, if known: their normals are then drawn several at once.
         """
         self._schedule, self._indices, self._shape, self._dtype = schedule, indices, tuple(shape), dtype
         self._nodes, self._inside = NoiseStream(seed, "brownian"), NoiseStream(seed, "brownian-bridge")
@@ -195,13 +195,13 @@ class BrownianPath:
         self._ready: deque[_Known] = deque()
 
     def at(self, t: float) -> Tensor:
-        """B(kappa(t)^2): (B, *shape). Raises ValueError when t is above a time asked for before."""
+        """B(kappa(t)^2): (B, *shape). Raises ValueError if t is above an earlier request."""
         step = _step(t)
         if self._known is None:
             end = self._normals(self._nodes, [_TICKS])[0] * math.sqrt(_clock(self._schedule, _TICKS))
             self._known = _Known(_TICKS, (_Cell(0, _TICKS),), {0: torch.zeros_like(end), _TICKS: end})
         if step > self._known.step:
-            raise ValueError(f"a Brownian path is read with falling times; {t} comes after {self._known.step / _TICKS}")
+            raise ValueError(f"a Brownian path is read at falling times; {t} comes after {self._known.step / _TICKS}")
         if step != self._known.step:
             if not self._ready or self._ready[0].step != step:
                 self._go_on(self._known, step)
@@ -209,13 +209,13 @@ class BrownianPath:
         return self._known.values[step]
 
     def between(self, t: float, kappa: Tensor) -> tuple[Tensor, Tensor]:
-        """B at kappa^2, with a kappa for each sample (B,) between the last time asked for and t, and B at t.
+        """B at kappa^2, with one kappa per sample (B,) between the last time requested and t, and B at t.
 
-        The same numbers that a grid through these times would meet, up to a node. Raises ValueError when no
-        time was asked for, or t is above the last.
+        A grid through these times would get the same numbers, up to one node. Raises ValueError if no time was
+        requested before, or t is above the last.
         """
         if self._known is None:
-            raise ValueError("between() begins at the last time asked for: call at() first")
+            raise ValueError("between() starts from the last time requested: call at() first")
         _, cells, values = self._known
         at_t, low = self.at(t), _step(t)
         step = (self._schedule.time_from_kappa(kappa) * _TICKS).clamp(min=low)
@@ -232,7 +232,7 @@ class BrownianPath:
     def _narrowed(
         self, step: Tensor, cells: Sequence[_Cell], values: Mapping[float, Tensor]
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The nodes on either side of each sample's own time (B,), as far as it is known, and B there."""
+        """The known nodes on either side of each sample's own time (B,), and B there."""
 
         def rows(mask: Tensor) -> Tensor:
             return mask.view(-1, *[1] * len(self._shape))
@@ -257,7 +257,7 @@ class BrownianPath:
         return left, at_left, right, at_right
 
     def _go_on(self, known: _Known, step: float) -> None:
-        """Find B at `step`, and at as many of the coming times as go well at once."""
+        """Find B at `step`, and at as many later times as are efficient at once."""
         while self._coming and self._coming[0] >= step:
             self._coming.popleft()
         room = AT_ONCE // (len(self._indices) * math.prod(self._shape))
@@ -273,7 +273,7 @@ class BrownianPath:
             self._ready.append(_Known(route.step, route.cells, dict(values)))
 
     def _drawn(self, splits: Sequence[_Split]) -> dict[bool, Iterator[Tensor]]:
-        """The normals of these splits, in their order: of those at nodes and, apart, of those between nodes."""
+        """The normals of these splits, in order; at nodes and between nodes separately."""
         drawn: dict[bool, Iterator[Tensor]] = {}
         for stream, inside in ((self._nodes, False), (self._inside, True)):
             slots = [split.slot for split in splits if split.inside is inside]

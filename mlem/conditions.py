@@ -1,8 +1,8 @@
-"""Conditions: what networks are told of a sample beside x and t, such as its class or an embedding of its text.
+"""Conditions: what networks take besides x and t, such as a class or a text embedding.
 
-A condition belongs to a sample, like its noise: users give a function of the index, and a batch gets its rows. A level
-describes what it is told, name -> the number of classes, whose labels are 0 .. n - 1 and, for "no class", n; or the
-shape of a row of numbers.
+A condition belongs to a sample, like its noise: users pass a function of the index, and a batch gets its rows. A level
+describes its conditions as name -> number of classes n, with labels 0 .. n - 1 and n for "no class", or name -> shape
+of a row of numbers.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from torch import Tensor
 __all__ = ["ConditionSource", "Conditions", "Described", "blank", "conditions_of", "described", "of_labels", "rows_of"]
 
 Conditions: TypeAlias = dict[str, Tensor]
-"""Name of an argument of the network -> (B, ...), a row for each sample."""
+"""Argument of the network -> (B, ...), one row per sample."""
 
 ConditionSource: TypeAlias = Callable[[Tensor], Mapping[str, Any]]
-"""source(indices): indices (B,) int64 -> name -> (B, ...). Where levels are told different things, the name of a level
--> such a mapping of its own."""
+"""source(indices): indices (B,) int64 -> name -> (B, ...); or, where levels take different conditions, name of a
+level -> such a mapping."""
 
 Described: TypeAlias = dict[str, "int | tuple[int | None, ...]"]
-"""Name -> number of classes, or shape of a row, None for any size, such as the number of tokens."""
+"""Name -> number of classes, or shape of a row, with None for any size, such as the number of tokens."""
 
 _TOKENS = 77
-"""What stands for any size where something is counted or timed: the tokens of CLIP."""
+"""Stands for any size in counts and timings: the tokens of CLIP."""
 
 
 class _Level(Protocol):
-    """What is known of a level that is told something."""
+    """A level that takes conditions."""
 
     @property
     def name(self) -> str: ...
@@ -41,7 +41,7 @@ class _Level(Protocol):
 
 
 def described(conditions: Mapping[str, Any] | None) -> Described:
-    """A checked description. Raises ValueError unless it is names, with numbers of classes or shapes."""
+    """The checked description. Raises ValueError unless it maps names to numbers of classes or shapes."""
     found: Described = {}
     for name, value in (conditions or {}).items():
         numbers = [value] if isinstance(value, int) else value
@@ -58,7 +58,7 @@ def described(conditions: Mapping[str, Any] | None) -> Described:
 
 
 def blank(conditions: Described, rows: int, device: torch.device, dtype: torch.dtype) -> Conditions:
-    """Conditions of no sample in particular, for counting and timing: first classes, and zeros."""
+    """Placeholder conditions for counting and timing: first classes, and zeros."""
     return {
         name: torch.zeros(rows, dtype=torch.int64, device=device)
         if isinstance(value, int)
@@ -68,48 +68,48 @@ def blank(conditions: Described, rows: int, device: torch.device, dtype: torch.d
 
 
 def of_labels(conditions: Described, batch: Mapping[str, Tensor]) -> Conditions:
-    """What a level that is told classes, or nothing, is told of the images of a batch.
+    """Conditions of the images of a batch, for a level that takes classes or nothing.
 
     Args:
-        conditions: as the level describes them; where there is one class, it is that of every image.
-        batch: of a data set, with "label" (B,) where images have labels.
+        conditions: as the level describes them; a single class applies to every image.
+        batch: from a data set, with "label" (B,) if images have labels.
 
     Raises:
-        ValueError: images have no labels, or the level is told something else.
+        ValueError: images have no labels, or the level takes something else.
     """
     told: Conditions = {}
     for name, classes in conditions.items():
         if classes != 1 and (isinstance(classes, tuple) or "label" not in batch):
-            raise ValueError(f"the network is told {name}, which the images of this data set do not have")
+            raise ValueError(f"the network takes {name}, which the images of this data set do not have")
         told[name] = torch.zeros_like(batch["index"]) if classes == 1 else batch["label"]
     return told
 
 
 def conditions_of(levels: Sequence[_Level], source: ConditionSource | None, indices: Tensor) -> list[Conditions]:
-    """What each level is told of the samples with these indices.
+    """Conditions of each level for the samples with these indices.
 
     Args:
-        levels: that are told.
-        source: of the conditions. None: classes take turns, sample i being of class i modulo their number.
-        indices: (B,), int64; conditions are put on their device.
+        levels: in order.
+        source: of the conditions. None: sample i has class i modulo the number of classes.
+        indices: (B,), int64; conditions are moved to their device.
 
     Raises:
-        ValueError: a condition is missing, or no level is told it; it has other rows or another shape than its level
-            says, or a label out of range.
+        ValueError: a condition is missing or no level takes it, it has the wrong number of rows or shape, or a label is
+            out of range.
     """
     if source is None:
         return [_in_turn(level, indices) for level in levels]
     given = source(indices)
     if not isinstance(given, Mapping):
-        raise ValueError(f"conditions= must give a mapping, name -> tensor with a row for each index, got {given!r}")
+        raise ValueError(f"conditions= must return a mapping, name -> tensor with one row per index, got {given!r}")
     names = [level.name for level in levels]
     own = {name: value for name, value in given.items() if isinstance(value, Mapping)}
     common = {name: value for name, value in given.items() if name not in own}
     known = {name for level in levels for name in level.conditions}
     for name in common:
         if name not in known:
-            told = ", ".join(sorted(known)) or "nothing beside x and t: Level(..., conditions={...}) says what"
-            raise ValueError(f"conditions= gives {name!r}, but level {names[-1]} is told {told}")
+            told = ", ".join(sorted(known)) or "nothing besides x and t; declare it: Level(..., conditions={...})"
+            raise ValueError(f"conditions= gives {name!r}, but level {names[-1]} takes {told}")
     told = [{**common, **cast(Mapping[str, Any], own.get(level.name, {}))} for level in levels]
     return [
         {name: _checked(level.name, name, value, one, indices) for name, value in level.conditions.items()}
@@ -118,7 +118,7 @@ def conditions_of(levels: Sequence[_Level], source: ConditionSource | None, indi
 
 
 def rows_of(path: str | os.PathLike[str]) -> ConditionSource:
-    """Conditions from a safetensors file: tensors NAME, or LEVEL/NAME, with rows that samples take in turn.
+    """Conditions from a safetensors file: tensors NAME, or LEVEL/NAME, whose rows samples use in turn.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -153,7 +153,7 @@ def _in_turn(level: _Level, indices: Tensor) -> Conditions:
     for name, value in level.conditions.items():
         if not isinstance(value, int):
             raise ValueError(
-                f"level {level.name} is told {name}, rows of shape {value}: pass conditions=, a function of the indices"
+                f"level {level.name} takes {name}, rows of shape {value}: pass conditions=, a function of the indices"
             )
     return {name: indices % value for name, value in level.conditions.items() if isinstance(value, int)}
 
@@ -164,7 +164,7 @@ def _checked(
     """A condition of one level, on the device of the indices."""
     if name not in given:
         raise ValueError(
-            f"level {level} is told {name}, which conditions= does not give; it gives {', '.join(given) or 'nothing'}"
+            f"level {level} takes {name}, which conditions= does not give; it gives {', '.join(given) or 'nothing'}"
         )
     value = torch.as_tensor(given[name])
     shape = (len(indices),) if isinstance(due, int) else (len(indices), *due)
@@ -173,10 +173,10 @@ def _checked(
     if isinstance(due, int):
         if value.is_floating_point():
             raise ValueError(f"conditions[{name!r}] of level {level} must be whole numbers, got {value.dtype}")
-        # a check on another device would make the host wait for it
+        # checking on another device would make the host wait for it
         if value.device.type == "cpu" and len(value) and not 0 <= int(value.min()) <= int(value.max()) <= due:
             raise ValueError(
-                f"conditions[{name!r}] of level {level} must be in [0, {due}], {due} for no class; got "
+                f"conditions[{name!r}] of level {level} must be in [0, {due}], {due} meaning no class; got "
                 f"{int(value.min())} to {int(value.max())}"
             )
         value = value.long()

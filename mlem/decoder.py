@@ -1,7 +1,7 @@
-"""The decoder of a latent space: an AutoencoderKL that diffusers wrote, between pictures and scaled latents.
+"""The decoder of a latent space: an AutoencoderKL saved by diffusers, between images and scaled latents.
 
-A folder with `config.json` and `diffusion_pytorch_model.safetensors`. It is read when the first picture is asked for;
-until then only its config is. No other class is built, and no pickle is read. Importing this takes no torch.
+A folder with `config.json` and `diffusion_pytorch_model.safetensors`. Weights are read when first needed; until
+then only the config is. No other class is built, and no pickle is read. Importing this module does not import torch.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ if TYPE_CHECKING:
 __all__ = ["Decoder"]
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-_BATCH = 8  # latents decoded at a time: a batch of samples may be larger than what a decoder has memory for
+_BATCH = 8  # latents decoded at once: decoding a whole batch of samples may not fit the memory
 _REMEDY = "copy the folder again, or save it again with save_pretrained"
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 
 
 class Decoder:
-    """An AutoencoderKL in a folder, read when it is first needed. It can be pickled.
+    """An AutoencoderKL in a folder, read when first needed. It can be pickled.
 
-    Latents are scaled: z = (what it encodes - shift_factor) * scaling_factor.
+    Latents are scaled: z = (encoded - shift_factor) * scaling_factor.
 
     Args:
         folder: such as `vae/` of a pipeline.
-        expected: the fingerprint that it must have; None: any.
+        expected: the required fingerprint; None: any.
 
     Attributes:
-        latents: its `scaling_factor`, and `shift_factor` where it has one, as `Level.latents` has them.
+        latents: `scaling_factor`, and `shift_factor` if there is one, as in `Level.latents`.
 
     Raises:
         FileNotFoundError: a file is missing; it is named.
-        ValueError: it is no AutoencoderKL that can be used, or its config is damaged; it says why.
+        ValueError: it is not a usable AutoencoderKL, or its config is damaged; the message says why.
     """
 
     def __init__(self, folder: str | os.PathLike[str], expected: str | None = None) -> None:
@@ -55,12 +55,12 @@ class Decoder:
 
     @staticmethod
     def beside(folder: Path, expected: str) -> Decoder:
-        """The one in `folder/decoder`, where `save` put it: beside a family, or beside latents."""
+        """The decoder in `folder/decoder`, where `save` put it: beside a family or latents."""
         return Decoder(folder / "decoder", expected)
 
     @staticmethod
     def of_pipeline(folder: str | os.PathLike[str]) -> Decoder | None:
-        """The one in `vae/` of a pipeline's folder; None where there is none, or one of another kind."""
+        """The decoder in `vae/` of a pipeline's folder; None if there is none, or one of another class."""
         vae = Path(folder) / "vae"
         if not (vae / "config.json").is_file() or not (vae / WEIGHTS).is_file():
             return None
@@ -77,41 +77,41 @@ class Decoder:
 
     @property
     def network(self) -> Any:
-        """The AutoencoderKL, in eval mode and the dtype of its weights. Raises ValueError where it is damaged."""
+        """The AutoencoderKL, in eval mode and the dtype of its weights. Raises ValueError if it is damaged."""
         if self._network is None:
             if self._expected not in (None, found := self.fingerprint):
-                raise ValueError(f"{self.folder} has hash {found}, {self._expected} is noted of it; {_REMEDY}")
+                raise ValueError(f"{self.folder} has hash {found}, expected {self._expected}; {_REMEDY}")
             self._network = _read(self.folder, bool(self._config.get("force_upcast", True)))
         return self._network
 
     def latent_shape(self, picture: tuple[int, ...]) -> tuple[int, int, int]:
-        """(C, h, w) of the latents of pictures (C, H, W). Raises ValueError for pictures that it cannot encode."""
+        """(C, h, w), the latent shape of images (C, H, W). Raises ValueError for images that it cannot encode."""
         channels, factor = self._config["in_channels"], self._factor
         if len(picture) != 3 or picture[0] != channels:
             raise ValueError(
-                f"{self.folder} encodes pictures of {channels} channel{'s' * (channels != 1)}, and these are "
-                f"{picture}; take a decoder of such pictures"
+                f"{self.folder} encodes images with {channels} channel{'s' * (channels != 1)}, but these are "
+                f"{picture}; use a decoder for such images"
             )
         _, height, width = picture
         if height % factor or width % factor:
             raise ValueError(
-                f"{self.folder} needs pictures whose sides are multiples of {factor}, got {height}x{width}; prepare "
-                "the data set in another size"
+                f"{self.folder} needs images whose sides are multiples of {factor}, got {height}x{width}; prepare "
+                "the data set at another size"
             )
         return self._config["latent_channels"], height // factor, width // factor
 
     def picture_shape(self, latent: tuple[int, ...]) -> tuple[int, int, int]:
-        """(C, H, W) of the pictures of latents (C, h, w). Raises ValueError for latents that it cannot decode."""
+        """(C, H, W), the image shape of latents (C, h, w). Raises ValueError for latents that it cannot decode."""
         channels = self._config["latent_channels"]
         if len(latent) != 3 or latent[0] != channels:
             raise ValueError(
-                f"{self.folder} decodes latents of {channels} channels, and these are {latent}; take the decoder that "
+                f"{self.folder} decodes latents with {channels} channels, but these are {latent}; use the decoder that "
                 "the networks were trained with"
             )
         return self._config["out_channels"], latent[1] * self._factor, latent[2] * self._factor
 
     def encode(self, pictures: Tensor) -> Tensor:
-        """Mean and deviation of the unscaled latents of pictures (B, C, H, W) in [-1, 1]: (B, 2, C, h, w) float32."""
+        """Mean and standard deviation of the unscaled latents of images (B, C, H, W) in [-1, 1]: (B, 2, C, h, w)."""
         import torch
 
         network = self.network.to(pictures.device)
@@ -120,7 +120,7 @@ class Decoder:
             return torch.stack([found.mean, found.std], 1).float()
 
     def decode(self, latents: Tensor) -> Tensor:
-        """The pictures of scaled latents (B, C, h, w), nominally in [-1, 1]: (B, C, H, W) float32, on their device."""
+        """The images of scaled latents (B, C, h, w), nominally in [-1, 1]: (B, C, H, W) float32, on their device."""
         import torch
 
         shape = self.picture_shape(tuple(latents.shape[1:]))
@@ -133,7 +133,7 @@ class Decoder:
             return torch.cat([network.decode(part).sample.float() for part in parts])
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Copy its files; nothing where they are there."""
+        """Copy the files, unless they are already there."""
         folder = Path(folder)
         for name in (WEIGHTS, "config.json"):
             source, target = self.folder / name, folder / name
@@ -160,7 +160,7 @@ def _config(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder} holds a {kind}; only an AutoencoderKL can be the decoder")
     if not (folder / WEIGHTS).is_file():
         if pickles := sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES):
-            raise ValueError(f"{folder} holds {pickles[0]}, a pickle, which is not read; save it as {WEIGHTS}")
+            raise ValueError(f"{folder} holds {pickles[0]}, a pickle, which mlem does not read; save it as {WEIGHTS}")
         raise FileNotFoundError(f"{folder / WEIGHTS} is missing; {_REMEDY}")
     with damaged(folder / "config.json", _REMEDY):
         _check(config)
@@ -168,14 +168,14 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 def _check(config: Mapping[str, Any]) -> None:
-    """Raise for a config that means something else here."""
+    """Raise ValueError for a config that mlem would misread."""
     sizes = [config[name] for name in ("in_channels", "out_channels", "latent_channels")]
     if not all(isinstance(size, int) and size > 0 for size in [*sizes, *config["block_out_channels"]]):
         raise ValueError("channels must be whole numbers >= 1")
     if sizes[0] != sizes[1]:
-        raise ValueError(f"it encodes pictures of {sizes[0]} channels and decodes to {sizes[1]}")
+        raise ValueError(f"it encodes images with {sizes[0]} channels and decodes to {sizes[1]}")
     if config.get("latents_mean") is not None or config.get("latents_std") is not None:
-        raise ValueError("it scales each channel by itself (latents_mean), which is not known here")
+        raise ValueError("it scales each channel separately (latents_mean), which mlem does not support")
     scale, shift = float(config.get("scaling_factor", 1.0)), float(config.get("shift_factor") or 0.0)
     if not (math.isfinite(scale) and scale > 0 and math.isfinite(shift)):
         raise ValueError(f"scaling_factor must be above 0 and shift_factor a number, got {scale} and {shift}")
@@ -183,12 +183,12 @@ def _check(config: Mapping[str, Any]) -> None:
 
 @cache
 def _hash(path: Path, size: int, time: int) -> str:
-    """SHA-256 of a file; size and time: of this very version of it."""
+    """SHA-256 of a file, computed once per version, identified by size and time."""
     return sha256(path)
 
 
 def _read(folder: Path, upcast: bool) -> Any:
-    """The network, in the dtype of its weights; upcast: not in float16, in which it would overflow."""
+    """The network, in the dtype of its weights; upcast: float32 instead of float16, which would overflow."""
     import torch
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from safetensors import SafetensorError, safe_open

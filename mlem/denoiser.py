@@ -1,8 +1,8 @@
 """Denoisers: callables `eps = denoiser(x, t)` that estimate the noise in `x_t = alpha_t x_0 + sigma_t z`.
 
-x: (B, ...), the noised data; t: (B,), times in [0, 1]; eps: like x. A network, a closed-form law and (in its
-own package) a weighted sum of levels are all denoisers, and every solver takes any of them. One that says
-`any_dtype = True` is given x and t in float64, whatever its network computes in; others get the default dtype.
+x: (B, ...), the noised data; t: (B,), times in [0, 1]; eps: like x. A network, a closed-form distribution
+and (in its own package) a weighted sum of levels are all denoisers, and every solver takes any of them. One with
+`any_dtype = True` gets x and t in float64, whatever its network computes in; others get the default dtype.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Scheduled(Protocol):
 
 @runtime_checkable
 class AnyDtype(Protocol):
-    """A denoiser that says whether it takes x and t in float64."""
+    """A denoiser that declares whether it takes x and t in float64."""
 
     any_dtype: bool
 
@@ -60,7 +60,7 @@ class HoldsNetwork(Protocol):
 
 @runtime_checkable
 class Conditional(Protocol):
-    """A denoiser that may be told more of its samples than x and t."""
+    """A denoiser that may take conditions besides x and t."""
 
     def given(self, conditions: Mapping[str, Tensor], /) -> Denoiser:
         """The same denoiser for a batch with these conditions, (B, ...) each."""
@@ -72,24 +72,24 @@ class Conditional(Protocol):
 
 
 def of_rows(denoiser: Denoiser, positions: Tensor | slice) -> Denoiser:
-    """The denoiser for some rows of its batch: itself where all rows are alike to it."""
+    """The denoiser for some rows of its batch; itself if it treats all rows alike."""
     return denoiser.rows(positions) if isinstance(denoiser, Conditional) else denoiser
 
 
 class NetworkDenoiser:
-    """A network under a schedule, asked and understood as its prediction says.
+    """A network under a schedule, with inputs and outputs as its prediction defines them.
 
-    network(input, time, **conditions) may return a tensor or an object with `.sample` (diffusers). Where it answers
-    with twice the channels, the second half, a learned variance, is dropped.
+    network(input, time, **conditions) may return a tensor or an object with `.sample` (diffusers). If it returns
+    twice the channels, the second half, a learned variance, is dropped.
 
     The network is fed in its own dtype; its output is turned into eps in the dtype of x. In float64 that loses
     nothing: `x_0 = y - kappa eps` would magnify a float32 rounding of eps by kappa, up to 400.
 
     Args:
-        network: what is asked.
-        schedule: that x and t are under.
-        prediction: how it is asked, and what it answers.
-        own: the schedule that the network was trained under, where that is another; it is asked at its own time of the
+        network: the network to evaluate.
+        schedule: the schedule of x and t.
+        prediction: meaning of the network's inputs and output.
+        own: the schedule that the network was trained under, if different; it is evaluated at its own time with the
             same kappa.
     """
 
@@ -112,13 +112,13 @@ class NetworkDenoiser:
         self._point: tuple[float, float, float] | None = None
 
     def through(self, network: Callable[..., Any]) -> NetworkDenoiser:
-        """The same denoiser calling `network` instead: something that stands before its own, such as a meter."""
+        """The same denoiser calling `network` instead: a wrapper of its own, such as a meter."""
         other = copy.copy(self)
         other.network = network
         return other
 
     def given(self, conditions: Mapping[str, Tensor]) -> NetworkDenoiser:
-        """The same denoiser for a batch with these conditions, (B, ...) each, which the network gets by name."""
+        """The same denoiser for a batch with these conditions, (B, ...) each, passed to the network by name."""
         other = copy.copy(self)
         other.conditions = {
             name: value.to(self.dtype) if value.is_floating_point() else value for name, value in conditions.items()
@@ -160,7 +160,7 @@ class NetworkDenoiser:
         return output
 
     def _beyond(self, eps: Tensor, x: Tensor, t: Tensor, at: NoiseLevel) -> Tensor:
-        """The noise estimate at t, where the network knew less noise: of the same x_0."""
+        """The noise estimate at t, beyond the noisiest level the network knows: of the same x_0."""
         alpha, sigma = (expand_like(scale, x) for scale in self.schedule.scales(t))
         own_alpha, own_sigma = at.like(x)
         ratio = alpha / own_alpha
@@ -170,10 +170,10 @@ class NetworkDenoiser:
 class MixtureDenoiser:
     """The exact denoiser of a Gaussian mixture.
 
-    weights: (M,), positive, sum 1; means: (M, d); covariances: (M, d, d), or (M,) variances of round components.
+    weights: (M,), positive, sum 1; means: (M, d); covariances: (M, d, d), or (M,) variances of isotropic components.
     With `x ~ N(alpha m, C)`, `C = alpha^2 Sigma + sigma^2 I`, the noise estimate is `sigma C^-1 (x - alpha m)`,
-    averaged over components by their posterior weights. Computed in float64. Samples are flat: x is (B, d). Round
-    components need no matrices: d may be thousands.
+    averaged over components by their posterior weights. Computed in float64. Samples are flat: x is (B, d).
+    Isotropic components need no matrices: d may be thousands.
     """
 
     any_dtype = True

@@ -1,13 +1,13 @@
 """A family: networks of increasing cost for one data set, under one schedule; a folder on disk.
 
-What lies there:
+The files:
 
     family/family.json                  the levels in order
     family/README.md                    the model card; not read
     family/level_xs/                    a level: see `mlem.level`
-    family/decoder/                     of latents: the AutoencoderKL, as diffusers wrote it; see `mlem.decoder`
+    family/decoder/                     for latents: the AutoencoderKL, as saved by diffusers; see `mlem.decoder`
     family/calibration.json, ..         what was fitted to the levels: see `mlem.multilevel.fitted`
-    family/found/                       plans that were found: see `mlem.multilevel.kept`
+    family/found/                       saved plans: see `mlem.multilevel.kept`
     family/guided/0123456789abcdef/     what was fitted to the family under guidance
 """
 
@@ -46,17 +46,17 @@ __all__ = ["Family"]
 
 
 class Family:
-    """Levels in order of rising cost.
+    """Levels in order of increasing cost.
 
-    Schedules and predictions may differ: noise is that of the largest level's schedule, and every other level is asked
-    at the time of its own at which there is as much.
+    Schedules and predictions may differ: sampling follows the largest level's schedule, and every other level is
+    evaluated at its own time with the same noise-to-signal ratio.
 
     Args:
         levels: one or more.
         fitted: what was fitted to these levels.
-        kept: where plans that were found are kept; by default in memory.
-        folder: where what is fitted is kept, if anywhere.
-        decoder: makes pictures of the samples, where they are latents.
+        kept: the store of found plans; by default in memory.
+        folder: where fitted results are saved, if anywhere.
+        decoder: turns samples into images, if they are latents.
 
     Raises:
         ValueError: levels disagree on shape or data set, share a name, are out of order of cost, or do not fit the
@@ -81,7 +81,7 @@ class Family:
         self._weights_hash: str | None = None
         for name in self.names:
             if self.names.count(name) > 1:
-                raise ValueError(f"two levels are called {name!r}; name each level once")
+                raise ValueError(f"two levels are called {name!r}; give each its own name")
         self._check_common()
         self._check_costs()
         if len({level.schedule.fingerprint for level in self.levels}) > 1:
@@ -98,7 +98,7 @@ class Family:
                     )
         if len(self.levels) > 1 and (clipped := [level for level in self.levels if level.prediction.clip is not None]):
             raise ValueError(
-                f"level {clipped[0].name} clips its estimate of the data, which must not be summed over levels: leave "
+                f"level {clipped[0].name} clips its estimate of the data, so that no sum over levels may use it: leave "
                 "clip out, or make a family of that level alone"
             )
         if self.decoder is not None:
@@ -106,15 +106,15 @@ class Family:
             for level in self.levels:
                 if {**self.decoder.latents, **level.latents} != self.decoder.latents:
                     raise ValueError(
-                        f"level {level.name} is of latents scaled by {level.latents}, and {self.decoder.folder} scales "
-                        f"by {self.decoder.latents}; take the decoder that it was trained with"
+                        f"level {level.name} works on latents scaled by {level.latents}, but {self.decoder.folder} "
+                        f"scales by {self.decoder.latents}; use the decoder that it was trained with"
                     )
         for level in self.levels:
             for key, value in level.latents.items():
                 if value != (own := first.latents.get(key, value)):
                     raise ValueError(
-                        f"levels {first.name} and {level.name} are not of one latent space: {key} {own} and {value}; "
-                        "take networks that were trained with the same decoder"
+                        f"levels {first.name} and {level.name} work on different latents: {key} {own} and {value}; "
+                        "use networks that were trained with the same decoder"
                     )
 
     def _check_costs(self) -> None:
@@ -129,14 +129,14 @@ class Family:
     def from_diffusers(
         folders: Mapping[str, str | os.PathLike[str]], *, data: str = "", dtype: torch.dtype | None = None
     ) -> Family:
-        """A family of networks that diffusers wrote, in the same pictures or latents.
+        """A family of networks saved by diffusers, for the same images or latents.
 
-        An AutoencoderKL in `vae/` of the last pipeline that has one is its decoder.
+        The decoder is the AutoencoderKL in `vae/` of the last pipeline that has one.
 
         Args:
             folders: name of a level -> folder of its model or pipeline, cheapest first; see `Level.from_diffusers`.
             data: name of the data set.
-            dtype: of the weights; by default as they were saved.
+            dtype: of the weights; by default as saved.
 
         Raises: as `Level.from_diffusers` and `Family` do.
         """
@@ -145,7 +145,7 @@ class Family:
         return Family(levels, decoder=found[-1] if found else None)
 
     plan = staticmethod(named(PlanSpec, "family.plan"))
-    """What is wanted of a plan, as `family.plan(budget=0.4)`: the arguments are those of `PlanSpec`."""
+    """A plan specification, such as `family.plan(budget=0.4)`; takes the arguments of `PlanSpec`."""
 
     @called("family.recommend")
     def recommend(
@@ -156,16 +156,16 @@ class Family:
         kind: str = "ode",
         batch_size: int = 64,
     ) -> Recommendation:
-        """What to run; see `mlem.multilevel.recommend`: `sample(family, ..., **family.recommend(mse=1e-3).options)`.
+        """The settings to run: `sample(family, ..., **family.recommend(mse=1e-3).options)`.
 
         Args:
-            mse: the error that is allowed: mean squared, per pixel, to the many-step run of the largest level.
-            seconds: or the time that is allowed, wall seconds an image.
-            kind: "ode" or "sde": what is solved.
-            batch_size: images in a batch.
+            mse: allowed error: mean squared difference per pixel to the largest level in many steps.
+            seconds: or the allowed time: wall-clock seconds per image.
+            kind: "ode" or "sde".
+            batch_size: images per batch.
 
         Raises:
-            ValueError: no target or two, the family is not calibrated, or nothing reaches the target.
+            ValueError: not exactly one target, an uncalibrated family, or nothing reaches the target.
         """
         return recommend(self, mse=mse, seconds=seconds, kind=kind, batch_size=batch_size)
 
@@ -178,12 +178,12 @@ class Family:
 
     @property
     def schedule(self) -> NoiseSchedule:
-        """The noise schedule that is sampled: the largest level's."""
+        """The noise schedule of sampling: the largest level's."""
         return self.levels[-1].schedule
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of one sample, (C, H, W) of an image."""
+        """The shape of one sample, (C, H, W) for images."""
         return self.levels[0].shape
 
     @property
@@ -192,7 +192,7 @@ class Family:
         return self.levels[0].data
 
     def pictures(self, samples: Tensor) -> Tensor:
-        """What samples (B, *shape) show, nominally in [-1, 1]: themselves; of latents, what the decoder makes of them.
+        """Images of samples (B, *shape), nominally in [-1, 1]: the samples themselves, or decoded latents.
 
         Raises ValueError for latents without a decoder.
         """
@@ -200,8 +200,8 @@ class Family:
             return self.decoder.decode(samples)
         if latents := self.level().latents:
             raise ValueError(
-                f"the family is of latents scaled by {latents} and has no decoder: give it one, "
-                "family.decoder = Decoder(FOLDER of an AutoencoderKL), and save it again"
+                f"the family makes latents scaled by {latents} and has no decoder: set "
+                "family.decoder = Decoder(FOLDER of an AutoencoderKL) and save it again"
             )
         return samples
 
@@ -212,7 +212,7 @@ class Family:
 
     @property
     def weights_hash(self) -> str:
-        """Hash of all weights: what was fitted to one family is refused on another."""
+        """Hash of all weights: what was fitted to one family is rejected on another."""
         if self._weights_hash is None:
             digest = hashlib.sha256()
             for level in self.levels:
@@ -228,7 +228,7 @@ class Family:
         return self._weights_hash
 
     def level(self, name: str | None = None) -> Level:
-        """The level called `name`, or the largest. Raises ValueError with the names there are."""
+        """The level called `name`, or the largest. Raises ValueError, listing the names."""
         if name is None:
             return self.levels[-1]
         if name not in self.names:
@@ -245,18 +245,18 @@ class Family:
     ) -> Family:
         """The family under guidance, every level alike: `null + scale (conditioned - null)`; see `mlem.guidance`.
 
-        It has calibrations, coefficients and plans of its own, which fit this guidance alone.
+        It has its own calibration, coefficients and plans, valid for this guidance only.
 
         Args:
-            scale: 1 is none; class-conditional networks are commonly run at 1.5 to 7.5.
-            null: name of a condition -> what the null side is told instead, a label or a row of numbers; by default
-                "no class" of every label.
-            weak: autoguidance: the null side is this level, told the same. A name is that of the cheapest level, which
-                then stays as it is.
-            interval: noise-to-signal ratios between which guidance acts, such as (0.2, 5.0); None: at all.
+            scale: 1 is none; class-conditional networks commonly use 1.5 to 7.5.
+            null: name of a condition -> what the null side gets instead, a label or a row of numbers; by default
+                "no class" for every label.
+            weak: autoguidance: the null side is this level, with the same conditions. As a name: the cheapest level,
+                which itself stays unguided.
+            interval: noise-to-signal ratios between which guidance acts, such as (0.2, 5.0); None: everywhere.
 
         Raises:
-            ValueError: nothing could be left out, or levels do not fit together.
+            ValueError: there is nothing to leave out, or levels do not fit together.
         """
         by = self.level(weak) if isinstance(weak, str) else weak
         if isinstance(weak, str) and weak != self.names[0]:
@@ -272,23 +272,21 @@ class Family:
         return guided
 
     def denoisers_for(self, indices: Tensor, conditions: ConditionSource | None = None) -> list[NetworkDenoiser]:
-        """The levels as denoisers of the samples with these indices (B,), told what they are told of them."""
+        """The levels as denoisers of the samples with these indices (B,), with their conditions."""
         told = conditions_of(self.levels, conditions, indices)
         return [level.denoiser.given(own) for level, own in zip(self.levels, told, strict=True)]
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write the family, which is there whole or not at all; the one that was there stays until all is written.
+        """Write the family, whole or not at all; an older one stays until all is written.
 
-        The levels are written in a folder aside. Then `family.json` is taken away, levels take the place of levels, and
-        the new `family.json` comes last: cut short in between, there is no family, and never one of old and new levels.
+        The levels are first written to a folder aside. Then `family.json` is removed, the levels are swapped, and the
+        new `family.json` comes last: if interrupted in between, there is no family, never a mix of old and new levels.
         """
         if any(isinstance(level.network, GuidedNetwork) for level in self.levels):
-            raise ValueError(
-                "a family under guidance is not saved; save the one that is guided, and guide it when loaded"
-            )
+            raise ValueError("a family under guidance is not saved; save the unguided one, and guide it after loading")
         folder = Path(folder)
         aside = folder / ".saving"
-        shutil.rmtree(aside, ignore_errors=True)  # of a save that was killed
+        shutil.rmtree(aside, ignore_errors=True)  # left by a killed save
         try:
             for level in self.levels:
                 level.save(aside / f"level_{level.name}")
@@ -319,12 +317,12 @@ class Family:
         """Read a family.
 
         Args:
-            folder: as `save` wrote it; or "pretrained:NAME", of those that come with the package.
-            networks: name of a level -> the module that takes its weights, for levels of modules of one's own.
+            folder: as written by `save`, or "pretrained:NAME" for a family that ships with the package.
+            networks: name of a level -> the module that takes its weights, for networks of your own.
 
         Raises:
             FileNotFoundError: a file is missing; it is named.
-            ValueError: a file is damaged, or a network is not known; it names the file and the remedy.
+            ValueError: a file is damaged, or a network is unknown; names the file and the remedy.
         """
         folder = folder_of(folder)
         if not (folder / "family.json").is_file():
@@ -341,15 +339,15 @@ class Family:
         if own:
             raise ValueError(f"networks= names {next(iter(own))!r}; the levels are {', '.join(about['levels'])}")
         decoder = Decoder.beside(folder, about["decoder"]) if "decoder" in about else None
-        if comes_along(folder):  # kept in half precision; nothing is written beside what belongs to the package
+        if comes_along(folder):  # stored in half precision; nothing is written into the package
             for level in levels:
-                nn.Module.float(level.network)  # that of diffusers warns of nothing
+                nn.Module.float(level.network)  # the method of diffusers warns needlessly
             return Family(levels, Fitted.load(folder), decoder=decoder)
         return Family(levels, Fitted.load(folder), KeptPlans(folder), folder, decoder)
 
 
 def _convention(level: Level, family: Family) -> str:
-    """What belongs to a level's identity beside its weights; nothing where it is asked as all levels once were."""
+    """A level's identity besides its weights; empty for the original convention."""
     prediction = level.prediction.to_config()
     alike = prediction in ("v", "eps", "x0") and level.prediction == family.level().prediction
     plain: list[Any] = [] if alike else [prediction]

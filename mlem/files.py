@@ -1,6 +1,6 @@
-"""Writing files so that no partial file can be mistaken for a whole one.
+"""Writing files so that a partial file is never mistaken for a complete one.
 
-Lives here: atomic writes, checksums, JSON, locks. Knows nothing of what the files hold.
+Lives here: atomic writes, checksums, JSON, locks. Does not know the files' contents.
 """
 
 from __future__ import annotations
@@ -37,21 +37,21 @@ __all__ = [
 ]
 
 CHECKSUM = "checksum"
-"""The key, or the column, of what was written with its own checksum."""
+"""The key, or column, that holds a record's own checksum."""
 _REMEDY = "restore it or delete it and make it again"
 _OF_ANOTHER_KIND = (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError, RuntimeError)
 
 
 def first_process() -> bool:
-    """Whether this process is rank 0 of a run; known before there is a process group."""
+    """Whether this process is rank 0 of a run; works before there is a process group."""
     return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
 
 
 @contextmanager
 def folder_lock(folder: str | os.PathLike[str]) -> Generator[None, None, None]:
-    """Hold `folder` for this process; the lock ends with the process, however that ends.
+    """Lock `folder` for this process; the lock ends with the process, however it ends.
 
-    Raises ValueError when another process holds it.
+    Raises ValueError if another process holds it.
     """
     lock = Path(folder) / ".lock"
     with writing(lock):
@@ -97,16 +97,16 @@ def atomic_write(path: str | os.PathLike[str], durable: bool = True) -> Generato
 
 
 def clear_leftovers(folder: str | os.PathLike[str]) -> None:
-    """Remove the half files of killed runs in `folder` and below; only for who holds the folder's lock."""
+    """Remove partial files of killed runs in `folder` and below; call only with the folder's lock held."""
     for leftover in Path(folder).rglob(".*.tmp"):
         leftover.unlink(missing_ok=True)
 
 
 @contextmanager
 def writing(path: str | os.PathLike[str]) -> Generator[None, None, None]:
-    """Give every OSError of the block that names no other file the path, what is wrong, and the remedy.
+    """Make every OSError of the block that names no other file give the path, the problem and the remedy.
 
-    A full disk names no path by itself, and what is beside `path` says little to who asked for `path`.
+    A full disk names no path, and the name of a temporary file beside `path` means little to the user.
     """
     path = Path(path)
     try:
@@ -114,21 +114,21 @@ def writing(path: str | os.PathLike[str]) -> Generator[None, None, None]:
     except (OSError, RuntimeError) as raised:
         error = raised if isinstance(raised, OSError) else raised.__context__  # torch.save has an error of its own
         if not isinstance(error, OSError) or error.errno is None or isinstance(error.__cause__, OSError):
-            raise  # no failure to write, or named already
+            raise  # not a write failure, or already named
         at = None if error.filename is None else Path(os.fsdecode(error.filename))
         if at is not None and not path.is_relative_to(at) and not at.name.startswith(f".{path.name}."):
-            raise  # of another file, which is read
+            raise  # from another file, which is being read
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         remedy = "make room there" if full else "make it writable, or choose another folder"
         why = f"{error.strerror}: {at}" if at is not None and path.is_relative_to(at) else error.strerror
-        # of the same kind, so that it is handled as the one that it comes from
+        # the same type, so that handlers of the original catch it
         named = type(error)(f"{path} cannot be written ({why}); {remedy}, then run the same command again")
         named.errno = error.errno
         raise named from error
 
 
 def check_writable(folder: str | os.PathLike[str]) -> None:
-    """Raise OSError where files cannot be made in `folder`: asked before long work, whose result goes there."""
+    """Raise OSError if files cannot be created in `folder`; call before long work that writes there."""
     folder = Path(folder)
     probe = folder / f".{folder.name}.{os.getpid()}.tmp"
     with writing(folder):
@@ -146,7 +146,7 @@ def _fsync_folder(folder: Path) -> None:
 
 
 def remove(path: str | os.PathLike[str]) -> None:
-    """Delete the file `path`, if it is there, for good: it is not back after a power cut."""
+    """Delete the file `path`, if it exists, durably: it does not return after a power cut."""
     path = Path(path)
     if path.exists():
         path.unlink()
@@ -160,22 +160,22 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    """Write `value` as indented JSON to `path` atomically; NaN and infinity are refused."""
+    """Write `value` as indented JSON to `path` atomically; NaN and infinity are rejected."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 def write_record(path: str | os.PathLike[str], value: Mapping[str, Any]) -> None:
-    """Write a JSON object with its own checksum, which `read_json` compares: no flipped digit goes unnoticed."""
+    """Write a JSON object with its own checksum, which `read_json` checks: no changed digit goes unnoticed."""
     write_json(path, {**value, CHECKSUM: checksum(json.loads(json.dumps(value, allow_nan=False)))})
 
 
 def checksum(value: Any) -> str:
-    """SHA-256 of plain data, whatever the order of its keys."""
+    """SHA-256 of plain data, independent of the order of keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
-    """Read a JSON file. Raises ValueError that names the file when it is no valid JSON, or not what was written."""
+    """Read a JSON file. Raises ValueError naming the file if it is not valid JSON or fails its checksum."""
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -189,25 +189,25 @@ def read_json(path: str | os.PathLike[str]) -> Any:
 
 
 def read_object(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a JSON file that must hold an object. Raises ValueError that names the file when it holds another thing."""
+    """Read a JSON file that must hold an object. Raises ValueError naming the file if it holds anything else."""
     value = read_json(path)
     if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a JSON {type(value).__name__}, no object; {_REMEDY}")
+        raise ValueError(f"{path} holds a JSON {type(value).__name__}, not an object; {_REMEDY}")
     return value
 
 
 def check_format(plain: Any, known: int, what: str | os.PathLike[str], remedy: str) -> None:
-    """Raise ValueError that names `what` and the remedy unless `plain` is an object of the format `known`."""
-    found = repr(plain.get("format")) if isinstance(plain, dict) else f"{type(plain).__name__}, no object"
+    """Raise ValueError naming `what` and the remedy unless `plain` is an object of format `known`."""
+    found = repr(plain.get("format")) if isinstance(plain, dict) else f"{type(plain).__name__}, not an object"
     if found != repr(known):
-        raise ValueError(f"{what} has format {found}, this version reads {known}; {remedy}")
+        raise ValueError(f"{what} has format {found}, but this version reads {known}; {remedy}")
 
 
 @contextmanager
 def damaged(what: str | os.PathLike[str], remedy: str = _REMEDY) -> Generator[None, None, None]:
-    """Turn errors of taking plain data apart into one ValueError that names `what` and the remedy.
+    """Turn errors in unpacking plain data into one ValueError naming `what` and the remedy.
 
-    Only for plain data: an error of the program itself would be taken for one of the file.
+    Only for plain data: an error of the program itself would be mistaken for one of the file.
     """
     try:
         yield

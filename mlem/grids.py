@@ -1,4 +1,4 @@
-"""Time grids: the times that a solver visits, falling from 1 to 0."""
+"""Time grids: the times a solver visits, falling from 1 to 0."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ class TimeGrid:
     def make(name: str, schedule: NoiseSchedule, steps: int) -> TimeGrid:
         """The grid called `name` with `steps` steps under `schedule`.
 
-        Raises ValueError for an unknown name, steps that are not a whole number >= 1, and, on the discrete
-        grids, more steps than there are timesteps.
+        Raises ValueError for an unknown name, steps that are not a whole number >= 1, or more steps than timesteps on
+        a discrete grid.
         """
         if name not in GRIDS:
             raise ValueError(f"grid must be one of {', '.join(GRIDS)}, got {name!r}")
@@ -48,9 +48,9 @@ class TimeGrid:
         return TimeGrid(name, tuple(GRIDS[name](schedule, steps)))
 
     def below(self, t: float) -> TimeGrid:
-        """The part of the grid from time t on, for samples that do not begin with pure noise.
+        """The part of the grid from time t on, for samples that do not start from pure noise.
 
-        Raises: ValueError where nothing is left.
+        Raises: ValueError if nothing is left.
         """
         rest = [time for time in self.times if time < t]
         if not 0 < t <= 1 or not rest:
@@ -69,7 +69,7 @@ def _down_to_zero(schedule: NoiseSchedule, kappas: Tensor) -> list[float]:
 
 
 def _kappa_range(schedule: NoiseSchedule) -> tuple[float, float]:
-    """Largest kappa that has a signal, and the smallest before 0: that of the first of the N timesteps."""
+    """Largest kappa with any signal, and the smallest before 0: at the first of the N timesteps."""
     return schedule.kappa(schedule.last).item(), schedule.kappa(1.0 / schedule.num_timesteps).item()
 
 
@@ -88,7 +88,7 @@ def _ou_uniform(schedule: NoiseSchedule, steps: int) -> list[float]:
 def _ou_halving(schedule: NoiseSchedule, steps: int) -> list[float]:
     """Evenly in OU time, `h = s_1 / n`, down to h; then h/2, h/4, .. down to t = 1/N, then 0.
 
-    The steps of Algorithm 3, arXiv:2406.00924v2. Of few steps at most half are halvings.
+    The steps of Algorithm 3, arXiv:2406.00924v2. At most half of all steps are halvings.
     """
     whole, least = _ou_range(schedule)
     enough = (count for count in range(steps) if whole / (steps - count) / 2**count <= least)
@@ -115,7 +115,7 @@ def _karras(schedule: NoiseSchedule, steps: int, rho: float = 7.0) -> list[float
 def _flow(schedule: NoiseSchedule, steps: int) -> list[float]:
     """The sigmas of diffusers' FlowMatchEulerDiscreteScheduler, r of rectified flow, then 0.
 
-    Evenly in the r before its shift, down to that after the shift of the first of the N timesteps.
+    Even in r before its shift, down to the shifted r of the first of the N timesteps.
     """
     high, low = schedule.kappa(1.0).item(), schedule.kappa(1.0 / schedule.num_timesteps).item()
     ratios = torch.linspace(high / (schedule.shift + high), low / (1 + low), steps, dtype=torch.float64)
@@ -153,4 +153,4 @@ GRIDS: dict[str, Callable[[NoiseSchedule, int], list[float]]] = {
     "trailing": _trailing,
     "leading": _leading,
 }
-"""Name of a grid -> its times, given the schedule and the number of steps."""
+"""Grid name -> function of schedule and number of steps, returning the times."""

@@ -1,11 +1,11 @@
-"""Guidance: networks that push what a network says of a condition away from what it, or a weaker one, says otherwise.
+"""Guidance: networks whose conditioned output is pushed away from an unconditioned or a weaker network's output.
 
     output = null + scale (conditioned - null)
 
-Classifier-free guidance (Ho and Salimans, arXiv:2207.12598): null is the same network told "no class". Autoguidance
-(Karras et al., arXiv:2406.02507): null is a smaller or less trained network told the same. In an interval of noise
-levels only (Kynkäänniemi et al., arXiv:2404.07724) it is faster and often better. All of it is affine in the outputs,
-so that a guided network is a network like any other: plans, calibrations and ledgers see one level.
+Classifier-free guidance (Ho and Salimans, arXiv:2207.12598): null is the same network given "no class". Autoguidance
+(Karras et al., arXiv:2406.02507): null is a smaller or less trained network with the same conditions. Restricted to an
+interval of noise levels (Kynkäänniemi et al., arXiv:2404.07724) it is faster and often better. Guidance is affine in
+the outputs, so a guided network is a network like any other: plans, calibrations and ledgers see one level.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ class GuidedNetwork(nn.Module):
     """A network under guidance.
 
     Args:
-        network: `network(x, time, **conditions)`, the one that is guided.
-        scale: of the guidance; 1 is none.
-        null: name -> what the null side is told instead: a label, or a row of numbers. Conditions that are not named
+        network: the guided network, called as `network(x, time, **conditions)`.
+        scale: guidance scale; 1 is none.
+        null: name -> what the null side gets instead: a label, or a row of numbers. Conditions that are not named
             stay.
         weak: the null side of autoguidance; None: the network itself.
         interval: the network's times between which guidance acts; None: always.
-        weak_share: of the null side in the floating-point operations of a guided evaluation.
+        weak_share: the null side's share of the FLOPs of a guided evaluation.
     """
 
     def __init__(
@@ -53,18 +53,18 @@ class GuidedNetwork(nn.Module):
         self.weak: nn.Module | None = None if weak is None else by_position(weak)
         self._told_instead = tuple(null)
         for name, value in null.items():
-            # moved with the network, so that no call waits for a copy; no weights
+            # buffers move with the network, so that no call waits for a copy; they are not saved
             self.register_buffer(f"null_{name}", torch.as_tensor(value), persistent=False)
         self.interval, self.weak_share = interval, weak_share
 
     @property
     def null(self) -> dict[str, Tensor]:
-        """What the null side is told instead, by name."""
+        """What the null side gets instead, by name."""
         return {name: getattr(self, f"null_{name}") for name in self._told_instead}
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What tells guidance apart from others of the same networks; plain data."""
+        """What distinguishes this guidance from others of the same networks; plain data."""
         null = {
             name: hashlib.sha256(str(value.tolist()).encode()).hexdigest()[:16] for name, value in self.null.items()
         }
@@ -72,7 +72,7 @@ class GuidedNetwork(nn.Module):
         return {"scale": self.scale, "null": null, "weak": self.weak is not None, "interval": interval}
 
     def guided(self, time: Tensor) -> Tensor | slice:
-        """The rows on which guidance acts; time: (B,), the network's own."""
+        """The rows on which guidance acts; time: (B,), in the network's units."""
         if self.interval is None:
             return slice(None)
         low, high = self.interval
@@ -110,10 +110,10 @@ def guided_level(
     weak: Level | None = None,
     interval: tuple[float, float] | None = None,
 ) -> Level:
-    """A level under guidance; for the arguments see `Family.guided`."""
+    """A level under guidance; see `Family.guided` for the arguments."""
     if not math.isfinite(scale):
         raise ValueError(f"scale of guidance must be a finite number, got {scale}")
-    scale = float(scale)  # the identity knows 2 and 2.0 as one
+    scale = float(scale)  # 2 and 2.0 have one identity
     null = _null(level, null, weak)
     if weak is not None:
         _refuse_other_convention(level, weak)
@@ -144,32 +144,32 @@ def guided_level(
 
 
 def _null(level: Level, null: Mapping[str, Any] | None, weak: Level | None) -> Mapping[str, Any]:
-    """What the null side is told. Raises ValueError where that cannot be told."""
+    """The conditions of the null side. Raises ValueError if they do not fit the level."""
     classes = {name: value for name, value in level.conditions.items() if isinstance(value, int)}
     if null is None:
         null = classes if weak is None else {}
     if weak is None and not null:
         told = (
-            f"told {', '.join(level.conditions)}: null= says what it is told instead"
+            f"takes {', '.join(level.conditions)}: null= says what the null side gets instead"
             if level.conditions
-            else ("told nothing that could be left out; weak= names a weaker level instead")
+            else ("takes no condition that could be left out; pass a weaker level as weak= instead")
         )
-        raise ValueError(f"guidance of level {level.name}: it is {told}")
+        raise ValueError(f"guidance of level {level.name}: it {told}")
     for name in null:
         if name not in level.conditions:
-            known = ", ".join(level.conditions) or "nothing beside x and t"
-            raise ValueError(f"null= has {name!r}, but level {level.name} is told {known}")
+            known = ", ".join(level.conditions) or "nothing besides x and t"
+            raise ValueError(f"null= has {name!r}, but level {level.name} takes {known}")
     return null
 
 
 def _refuse_other_convention(level: Level, weak: Level) -> None:
-    """Raise ValueError where outputs of the two networks do not mean the same."""
+    """Raise ValueError if the outputs of the two networks do not mean the same."""
     for what in ("prediction", "shape"):
         own, other = getattr(level, what), getattr(weak, what)
         if own != other:
             raise ValueError(f"weak={weak.name} has {what} {other}, level {level.name} has {own}; they must agree")
     if level.schedule.fingerprint != weak.schedule.fingerprint:
-        raise ValueError(f"weak={weak.name} has another noise schedule than level {level.name}; they must agree")
+        raise ValueError(f"weak={weak.name} and level {level.name} have different noise schedules; they must agree")
 
 
 def _network_times(level: Level, low: float, high: float) -> tuple[float, float]:

@@ -1,6 +1,6 @@
-"""Images as numbers: from the model's [-1, 1] to the 256 values of a picture file, alone or side by side.
+"""Images as numbers: from the model's [-1, 1] to the 256 values of an image file, alone or side by side.
 
-Lives here: quantisation, the one place where it is done, so that metrics, figures and files agree.
+Quantisation happens here and nowhere else, so that metrics, figures and files agree.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 __all__ = ["GUTTER", "image_grid", "quantise"]
 
 GUTTER = 200
-"""The grey between images of a grid, told apart from black and white pictures alike."""
+"""The grey between images of a grid, distinct from black and white images alike."""
 
 
 def quantise(x: Tensor) -> Tensor:
     """Round images to the 256 values a PNG can hold.
 
     Args:
-        x: (N, ...), floating point, nominally in [-1, 1]; what lies outside is clamped.
+        x: (N, ...), floating point, nominally in [-1, 1]; values outside are clamped.
 
     Returns: uint8 of the same shape: -1 -> 0, 1 -> 255, rounded to nearest, not truncated.
 
@@ -48,16 +48,16 @@ def image_grid(images: Tensor, columns: int | None = None, scale: int | None = N
 
     Args:
         images: (N, C, H, W), C 1 or 3, in [-1, 1] (clamped and rounded by `quantise`) or uint8.
-        columns: by default what is nearest to a square.
-        scale: by default what brings the smaller side to 64 pixels or more.
+        columns: by default as close to a square as possible.
+        scale: by default enough to make the smaller side at least 64 pixels.
 
     Raises:
-        ValueError: for other shapes, no images, columns or scale below 1.
+        ValueError: other shapes, no images, or columns or scale below 1.
     """
     from PIL import Image as pillow
 
     if images.ndim != 4 or images.shape[1] not in (1, 3) or images.numel() == 0:
-        raise ValueError(f"images must be (N, C, H, W) with C 1 or 3 and none of them 0, got {tuple(images.shape)}")
+        raise ValueError(f"images must be (N, C, H, W) with C 1 or 3 and no dimension 0, got {tuple(images.shape)}")
     count, channels, height, width = images.shape
     columns = math.ceil(math.sqrt(count)) if columns is None else columns
     scale = math.ceil(64 / min(height, width)) if scale is None else scale

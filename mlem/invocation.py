@@ -1,6 +1,6 @@
-"""Names of mlem's commands as the user types them: those of a checkout, or those that the wheel installs.
+"""Names of mlem's commands as the user types them.
 
-In a checkout `python train.py` and `python -m mlem.data`, installed `mlem-train` and `mlem data`.
+In a checkout these are `python train.py` and `python -m mlem.data`; installed, `mlem-train` and `mlem data`.
 """
 
 from __future__ import annotations
@@ -40,19 +40,19 @@ def _is_script() -> bool:
 
 
 def called(name: str) -> str:
-    """What messages of a command begin with: `train.py` or `mlem-train`, `mlem.data` or `mlem data`."""
+    """The prefix of a command's messages: `train.py` or `mlem-train`, `mlem.data` or `mlem data`."""
     if name in _SCRIPTS:
         return f"mlem-{name}" if installed() else f"{name}.py"
     return f"mlem {name}" if installed() else f"mlem.{name}"
 
 
 def command(name: str) -> str:
-    """What starts a command: `python train.py` or `mlem-train`, `python -m mlem.data` or `mlem data`."""
+    """How to type a command: `python train.py` or `mlem-train`, `python -m mlem.data` or `mlem data`."""
     return in_words_of_the_user(f"python {name}.py" if name in _SCRIPTS else f"python -m mlem.{name}")
 
 
 def in_words_of_the_user(text: str) -> str:
-    """The text, with every command of a checkout as the installed one where such a one was typed."""
+    """The text, with checkout commands replaced by installed ones if the user typed an installed command."""
     if not installed():
         return text
     text = re.sub(r"\bpython (train|sample)\.py\b", r"mlem-\1", text)
@@ -60,14 +60,14 @@ def in_words_of_the_user(text: str) -> str:
 
 
 def interrupted(name: str, kept: str) -> int:
-    """Say in one line that Ctrl-C ended the command `name`, and what it leaves; the exit status."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process ends: pressed again, it would only add a traceback
+    """Report in one line that Ctrl-C ended the command `name`, and what remains; return the exit status."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process is ending: a second Ctrl-C would only add a traceback
     print(f"{called(name)}: interrupted; {in_words_of_the_user(kept)}", file=sys.stderr, flush=True)
     return INTERRUPTED
 
 
 def one_line_for_interrupts() -> None:
-    """Where this process is a command of mlem: Ctrl-C while it imports is one line, as it is in its work."""
+    """In mlem's own commands, report Ctrl-C during imports in one line, as later on."""
     words = sys.orig_argv[1:]
     module = words[words.index("-m") + 1 : words.index("-m") + 2] if "-m" in words else []
     if not (module[0].partition(".")[0] == "mlem" if module else _is_script()):
@@ -76,7 +76,7 @@ def one_line_for_interrupts() -> None:
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         if issubclass(kind, KeyboardInterrupt):
-            print("interrupted; what was finished is kept, the same command goes on", file=sys.stderr, flush=True)
+            print("interrupted; finished work is kept, the same command continues", file=sys.stderr, flush=True)
         else:
             before(kind, error, trace)
 

@@ -2,16 +2,16 @@
 
     dx = v dt,    dv = -g v dt + score(x) dt + sqrt(2 g) dB,    score = -grad V
 
-has the stationary law `exp(-V(x)) N(v; 0, I)`, g the friction. Three discretisations:
+has the stationary distribution `exp(-V(x)) N(v; 0, I)`, g the friction. Three discretisations:
 
 - `underdamped_step`: the exact transition with the score frozen at the start of the step (Cheng, Chatterji, Bartlett
-  and Jordan, "Underdamped Langevin MCMC", arXiv:1707.03663, with their u = 1 and any friction). Order 1 in law.
-- `randomized_midpoint_step`: the score is taken at a uniform time of the step, which makes its integral unbiased
+  and Jordan, "Underdamped Langevin MCMC", arXiv:1707.03663, with their u = 1 and any friction). Weak order 1.
+- `randomized_midpoint_step`: the score at a uniformly random time of the step, which makes its integral unbiased
   (Shen and Lee, "The randomized midpoint method for log-concave sampling", arXiv:1909.05503, Algorithm 1).
 - `parallel_underdamped`: many frozen-score steps at once by Picard iteration (Anari, Chewi and Vuong, "Fast parallel
   sampling under isoperimetry", arXiv:2401.09016).
 
-The noise is handed in as standard normals; where it comes from, and any loop over steps, is up to the caller.
+The caller passes the noise as standard normals and loops over steps.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch import Tensor
 __all__ = ["Kernel", "Score", "parallel_underdamped", "randomized_midpoint_step", "underdamped_step"]
 
 Score = Callable[[Tensor], Tensor]
-"""score(x): -grad V at x (B, ...), like x; each row by itself."""
+"""score(x): -grad V at x (B, ...), like x; rows are independent."""
 
 _SERIES = 0.1  # g h below which the closed forms lose digits; 12 terms are exact to rounding there
 
@@ -37,7 +37,7 @@ class Kernel(NamedTuple):
         x' = x + x_from_v v + x_from_score score + xi_x,   xi_x = noise_xx z_x
         v' = decay v + v_from_score score + xi_v,          xi_v = noise_vx z_x + noise_vv z_v
 
-    Entries are numbers, or tensors (B,), one for each chain.
+    Entries are numbers, or tensors (B,), one per chain.
     """
 
     decay: Any
@@ -50,7 +50,7 @@ class Kernel(NamedTuple):
 
     @staticmethod
     def of(friction: float, step: float | Tensor) -> Kernel:
-        """The kernel of friction g > 0, over step h > 0: a number, or a tensor (B,) that is not checked.
+        """The kernel of friction g > 0 over step h > 0, a number or a tensor (B,); tensors are not checked.
 
         With E = e^(-g h): Var xi_x = (2/g) [h - 2 (1-E)/g + (1-E^2)/(2g)], Var xi_v = 1 - E^2,
         Cov = (1-E)^2 / g. Computed in float64; entries are floats, or float64 tensors (B,). Raises ValueError.
@@ -66,7 +66,7 @@ class Kernel(NamedTuple):
         spread = torch.where(small, _series(u, lambda n: 2 - 2.0 ** (n - 1)), u - 2 * fall + fall * (2 - fall) / 2)
         noise_xx = torch.sqrt(2 * spread)
         noise_vx = fall.square() / noise_xx
-        # 1 - E^2 - noise_vx^2 tends to g h / 2: a quarter of the first term, nothing worse
+        # 1 - E^2 - noise_vx^2 tends to g h / 2: a quarter of the first term, no worse
         noise_vv = torch.sqrt(fall * (2 - fall) - noise_vx.square())
         entries = (
             torch.exp(-u),
@@ -101,15 +101,15 @@ def underdamped_step(
 def randomized_midpoint_step(
     score_fn: Score, x: Tensor, v: Tensor, friction: float, step: float, a: Tensor, normals: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """(x', v') after one step h with the score at time a h; two scores. Algorithm 1, arXiv:1909.05503.
+    """(x', v') after one step h with the score at time a h; two score evaluations. Algorithm 1, arXiv:1909.05503.
 
     With x_a, v_a the motion without a score at time a h and E = e^(-g (1-a) h), the step is
 
         x_mid = x_a + [x_from_score over a h] score(x)
         x' = x_a + (1-E)/g (v_a + h score(x_mid)) + xi_x,    v' = E (v_a + h score(x_mid)) + xi_v
 
-    xi the noise of [a h, h], so that the noise at a h and at h is of one Brownian path. x, v: (B, ...). a: (B,),
-    uniform in (0, 1), one for each chain. normals: (2, 2, B, ...), standard: before and after a h, for x and v.
+    with xi the noise of [a h, h], so that the noise at a h and at h is that of one Brownian path. x, v: (B, ...).
+    a: (B,), uniform in (0, 1), one per chain. normals: (2, 2, B, ...), standard: before and after a h, for x and v.
     """
     _check_positive("step", step)
     a = a.double()
@@ -123,11 +123,11 @@ def randomized_midpoint_step(
 def parallel_underdamped(
     score_fn: Score, x: Tensor, v: Tensor, friction: float, step: float, points: int, rounds: int, normals: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """(x', v') after one big step h, as R = `points` steps h/R whose scores are found together, in K = `rounds`.
+    """(x', v') after one big step h: R = `points` steps h/R whose scores are found together in K = `rounds` rounds.
 
-    Each round evaluates all R scores in one call, at the positions that the last round's scores gave, the noise being
-    fixed; it starts from the motion without a score. After k rounds the first k steps are those of `underdamped_step`
-    on the same noise, so K = R is exact; for g h and sqrt(L) h of order 1 a few rounds are close.
+    Each round evaluates all R scores in one call, at the positions given by the last round's scores, with fixed noise;
+    the first starts from the motion without a score. After k rounds the first k steps equal those of
+    `underdamped_step` on the same noise, so K = R is exact; for g h and sqrt(L) h of order 1 a few rounds are close.
     x, v: (B, ...).
     normals: (R, 2, B, ...), standard: for x and v. score_fn gets (R B, ...), all chains of the first point first.
     Raises ValueError for points or rounds below 1.

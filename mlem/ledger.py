@@ -1,4 +1,4 @@
-"""What a run cost: the ledger of network evaluations (NFE), seconds and FLOPs, and the meter before every network."""
+"""What a run cost: the ledger of network evaluations (NFE), seconds and FLOPs, and the meter around each network."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Network: TypeAlias = Callable[..., Any]
 class LevelLedger:
     """What one level cost.
 
-    calls: network evaluations (NFE), one for each image and call. expected_calls: their mean over the coins of a plan.
+    calls: network evaluations (NFE), one per image and call. expected_calls: their mean over the coins of a plan.
     seconds: in the network. flops: floating-point operations.
     """
 
@@ -36,25 +36,25 @@ class LevelLedger:
 
 @dataclass
 class Ledger:
-    """What a run cost, all of its images together.
+    """What a run cost, summed over its images.
 
-    levels: by name. wall_seconds: the whole run, networks included. images: how many.
+    levels: by name. wall_seconds: wall-clock time of the run, networks included. images: number of images.
     """
 
     levels: dict[str, LevelLedger] = field(default_factory=dict[str, LevelLedger])
     wall_seconds: float = 0.0
     images: int = 0
     rounds: float = 0.0
-    """Sequential NFE of an image, on average: less than `evaluations` where calls run at once."""
+    """Sequential NFE per image, on average: fewer than `evaluations` if calls run in parallel."""
 
     @property
     def evaluations(self) -> float:
-        """NFE of one sample, all levels together."""
+        """NFE per sample, summed over levels."""
         return sum(level.calls for level in self.levels.values()) / max(self.images, 1)
 
     @property
     def network_seconds(self) -> float:
-        """Seconds in networks, all levels together."""
+        """Seconds in networks, summed over levels."""
         return sum(level.seconds for level in self.levels.values())
 
     def add(self, other: Ledger) -> None:
@@ -76,7 +76,7 @@ class Ledger:
 
     @staticmethod
     def from_dict(plain: Mapping[str, Any], where: str = "the ledger") -> Ledger:
-        """The ledger that `to_dict` described. Raises ValueError, which names `where`, for other data."""
+        """The ledger described by `to_dict`. Raises ValueError naming `where` for other data."""
         with damaged(where):
             levels = {
                 name: LevelLedger(**{key: _number(value) for key, value in cost.items()})
@@ -87,20 +87,20 @@ class Ledger:
 
 
 def _number(value: Any) -> Any:
-    """`value` itself, an int still an int. Raises TypeError for what is no number."""
+    """Return `value`, an int or a float. Raises TypeError for anything else."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{value!r} is no number")
+        raise TypeError(f"{value!r} is not a number")
     return value
 
 
 class Meter:
     """Counts the calls of a network, or of a denoiser without one, and the seconds spent in it.
 
-    Calls never wait for a device; only `collect` does. A guided network counts as the two that it calls; a call on
-    reused features counts as one, with its own FLOPs.
+    Calls never wait for a device; only `collect` does. A guided network counts as the two it calls; a call on reused
+    features counts as one, with its own FLOPs.
 
     Attributes:
-        images: rows that it was asked for since the last `collect`.
+        images: rows evaluated since the last `collect`.
     """
 
     def __init__(self, network: Network, flops: float) -> None:
@@ -110,7 +110,7 @@ class Meter:
         self._cache = deep_cache_in(network)
 
     def begin(self) -> None:
-        """Begin a trajectory: features of the last one are not reused."""
+        """Begin a trajectory: features of the previous one are not reused."""
         if self._cache is not None:
             self._cache.start()
 
@@ -137,7 +137,7 @@ class Meter:
         return output
 
     def collect(self) -> LevelLedger:
-        """The cost since the last call of `collect`; waits for the GPU."""
+        """The cost since the last `collect`; waits for the GPU."""
         for start, end in self._events:
             end.synchronize()
             self._seconds += start.elapsed_time(end) / 1000

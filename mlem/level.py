@@ -1,13 +1,13 @@
-"""A level: one network of a family, with its schedule and prediction; a folder on disk that diffusers reads too.
+"""A level: one network of a family, with its schedule and prediction; a folder that diffusers can read too.
 
-    level_xs/mlem.json           schedule, prediction, shape of a sample, data set, what was measured
+    level_xs/mlem.json           schedule, prediction, shape of a sample, data set, measurements
     level_xs/config.json         the two files of a diffusers model; for another module, the name of its class
     level_xs/diffusion_pytorch_model.safetensors
-    level_xs/scheduler_config.json      with which diffusers samples it, where one of its schedulers can; not read
-    level_xs/model_index.json           makes the folder a pipeline of diffusers, where one fits; not read
+    level_xs/scheduler_config.json      for sampling with diffusers, if one of its schedulers fits; not read
+    level_xs/model_index.json           makes the folder a diffusers pipeline, if one fits; not read
     level_xs/README.md                  the model card; not read
 
-There are no pickles. A file may name a class of `mlem.networks.CLASSES`, and nothing else is built by a name in it.
+There are no pickles. A file may name a class of `mlem.networks.CLASSES`; no other name in a file builds anything.
 """
 
 from __future__ import annotations
@@ -39,32 +39,32 @@ __all__ = ["Level", "check_name"]
 FORMAT = 1
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 _HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-"""Name in mlem.json -> dtype of weights; networks of others are built in float32."""
+"""Name in mlem.json -> dtype of weights; all others are float32."""
 _REMEDY = "copy it again or train this level again"
 _FIELDS = ("name", "prediction", "shape", "data", "measured", "schedule", "schedule_hash", "sha256")
 
 
 class Level:
-    """One network and what is known of it.
+    """One network and what is known about it.
 
     Args:
         name: a file name without separators.
         network: `network(x, timestep, **conditions)` gives a tensor like x, or an object that has it as `.sample`; x:
             (B, *shape), timestep: (B,) float32.
-        schedule: of the noise that it was trained on.
+        schedule: the noise schedule it was trained on.
         shape: of one sample: (C, H, W) for images, (D,), (T, D) or any other.
-        prediction: how the network is asked, and what it answers: a name in `mlem.predictions.PREDICTIONS`, one of
-            diffusers, or an object with options such as `EDM(sigma_data=1.0)`.
+        prediction: meaning of the network's input and output: a name in `mlem.predictions.PREDICTIONS`, a diffusers
+            name, or an object with options such as `EDM(sigma_data=1.0)`.
         data: name of the data set.
-        measured: plain numbers, such as `error` (held-out denoising error), `seconds` (per image) and `steps` (of
-            training).
+        measured: plain numbers, such as `error` (held-out denoising error), `seconds` (per image) and `steps`
+            (training steps).
         flops: floating-point operations to evaluate one sample; None: torch counts them.
-        conditions: what the network is told beside x and t: name of its argument -> number of classes, or shape of a
-            sample's row, such as {"class_labels": 10} or {"encoder_hidden_states": (None, 768)}, None for any size.
-        licence: of the data set, where its source says it, such as "cc-by-4.0"; it stands on the model card.
+        conditions: what the network takes besides x and t: argument -> number of classes, or shape of a sample's row,
+            such as {"class_labels": 10} or {"encoder_hidden_states": (None, 768)}, None for any size.
+        licence: of the data set, if its source states one, such as "cc-by-4.0"; printed on the model card.
 
     Attributes:
-        latents: how the decoder of a pipeline scales latents, `scaling_factor` and `shift_factor`; empty for pictures.
+        latents: the decoder's `scaling_factor` and `shift_factor`; empty for images.
 
     Raises:
         ValueError: names an argument that is out of range.
@@ -102,12 +102,12 @@ class Level:
 
     @cached_property
     def flops(self) -> int:
-        """Floating-point operations for one sample. Raises ValueError when torch cannot count them."""
+        """Floating-point operations per sample. Raises ValueError if torch cannot count them."""
         found = self._flops or networks.flops(self.network, self.shape, self.conditions)
         if not found:
             raise ValueError(
-                f"torch counts no FLOPs in level {self.name} ({type(self.network).__name__}); say how many one sample "
-                "takes: Level(..., flops=)"
+                f"torch counts no FLOPs in level {self.name} ({type(self.network).__name__}); give those of one "
+                "sample: Level(..., flops=)"
             )
         return found
 
@@ -122,13 +122,13 @@ class Level:
         return NetworkDenoiser(self.network, self._asked, self.prediction, self.schedule)
 
     def under(self, schedule: NoiseSchedule) -> Level:
-        """The same level whose denoiser is asked under another schedule: the network stays with its own."""
+        """The same level with a denoiser under another schedule; the network keeps its own."""
         other = copy.copy(self)
         other._asked = schedule
         return other
 
     def through(self, network: nn.Module) -> Level:
-        """The same level calling `network` instead: something that stands before its own."""
+        """The same level calling `network`, a wrapper of its own network."""
         other = copy.copy(self)
         other.network, other._flops = network, self.flops
         return other
@@ -145,20 +145,20 @@ class Level:
         data: str = "",
         dtype: torch.dtype | None = None,
     ) -> Level:
-        """A level of a network that diffusers wrote: the folder of a model or of a pipeline, on disk.
+        """A level from a network saved by diffusers: the folder of a model or a pipeline.
 
         Args:
             folder: with config.json and safetensors, or with model_index.json.
-            name: by default that of the folder.
-            shape: of one sample; by default what the config says. Of video it says nothing.
-            schedule, prediction: by default what the scheduler says that lies in or beside the folder.
-            conditions: by default what the class of the network is told.
+            name: by default the folder's name.
+            shape: of one sample; by default from the config, which does not give it for video.
+            schedule, prediction: by default from the scheduler config in or beside the folder.
+            conditions: by default those of the network's class.
             data: name of the data set.
-            dtype: of the weights; by default as they were saved.
+            dtype: of the weights; by default as saved.
 
         Raises:
             FileNotFoundError: a file is missing; it is named.
-            ValueError: the network is none that can be sampled here, or what is given contradicts its scheduler.
+            ValueError: the network cannot be sampled by mlem, or an argument contradicts its scheduler.
         """
         folder = Path(folder)
         found = networks.read_foreign(folder, dtype)
@@ -188,7 +188,7 @@ class Level:
         return level
 
     def denoiser_for(self, indices: Tensor, conditions: ConditionSource | None = None) -> NetworkDenoiser:
-        """The network as a denoiser of the samples with these indices (B,), told what it is told of them."""
+        """The network as a denoiser of the samples with these indices (B,), with their conditions."""
         return self.denoiser.given(conditions_of([self], conditions, indices)[0])
 
     def __repr__(self) -> str:
@@ -198,7 +198,7 @@ class Level:
         )
 
     def common(self) -> dict[str, Any]:
-        """What the files of a level and of its family say alike."""
+        """The fields that the files of a level and of its family share."""
         return {
             "schedule": self.schedule.to_config(),
             "prediction": self.prediction.to_config(),
@@ -216,7 +216,7 @@ class Level:
         write_json(folder / "config.json", config)
         for name, plain in (("scheduler_config.json", scheduler), ("model_index.json", index)):
             if plain is None:
-                remove(folder / name)  # of the level that was there
+                remove(folder / name)  # of an earlier level
             else:
                 write_json(folder / name, plain)
         measured = {"measured": self.measured}
@@ -230,7 +230,7 @@ class Level:
         write_record(folder / "mlem.json", about | checked | measured)
 
     def _about(self) -> dict[str, Any]:
-        """What mlem.json holds beside hashes and measurements."""
+        """The fields of mlem.json except hashes and measurements."""
         own = {"format": FORMAT, "name": self.name, "flops": self.flops, "parameters": self.parameters}
         own["timesteps"] = self.schedule.num_timesteps
         own |= {key: value for key in ("conditions", "latents", "licence") if (value := getattr(self, key))}
@@ -239,7 +239,7 @@ class Level:
         return own | self.common()
 
     def _scheduler(self) -> dict[str, Any] | None:
-        """The scheduler config with which diffusers samples it, if it can."""
+        """The scheduler config for sampling with diffusers, if one fits."""
         try:
             return to_diffusers(self.schedule, self.prediction)
         except ValueError:
@@ -250,13 +250,13 @@ class Level:
         """Read a level's folder.
 
         Args:
-            folder: as `save` wrote it.
-            network: a module like the one that was saved, which takes the weights in place; needed unless the files
-                name a class of `mlem.networks.CLASSES`.
+            folder: as written by `save`.
+            network: a module like the saved one, which takes the weights in place; required unless the files name a
+                class of `mlem.networks.CLASSES`.
 
         Raises:
             FileNotFoundError: a file is missing; it is named.
-            ValueError: a file is damaged, or the network is not known; it names the file and the remedy.
+            ValueError: a file is damaged, or the network is unknown; names the file and the remedy.
         """
         folder = Path(folder)
         about = _about(folder)
@@ -265,7 +265,7 @@ class Level:
         known = network is None and kind in networks.CLASSES
         if network is None and not known:
             raise ValueError(
-                f"{folder} holds a network of class {kind!r}, and only {', '.join(networks.CLASSES)} are built from a "
+                f"{folder} holds a network of class {kind!r}, but only {', '.join(networks.CLASSES)} are built from a "
                 f"file; build it and pass it: Level.load({str(folder)!r}, network=...)"
             )
         if about.get("config_sha256", sha256(folder / "config.json")) != sha256(folder / "config.json"):
@@ -276,18 +276,18 @@ class Level:
             with damaged(folder / "config.json", _REMEDY):
                 network = networks.from_config(kind, config)
                 if "dtype" in about:
-                    nn.Module.to(network, _HALVES[about["dtype"]])  # that of diffusers warns of nothing
+                    nn.Module.to(network, _HALVES[about["dtype"]])  # the method of diffusers warns needlessly
             read_weights(folder / WEIGHTS, network, about["sha256"])
         else:
             assert network is not None
             ours = f"network= ({type(network).__name__})"
-            remedy = f"pass a network like the one that was saved, a {kind!r}"
+            remedy = f"pass a network like the saved one, a {kind!r}"
             read_weights(folder / WEIGHTS, network, about["sha256"], owner=ours, remedy=remedy)
         with damaged(folder / "mlem.json", _REMEDY):
             schedule = NoiseSchedule.from_config(about["schedule"])
             own = {name: about[name] for name in ("name", "data", "measured")}
             own["prediction"] = _prediction(about, schedule)
-            own["flops"] = None if known else about.get("flops")  # which may have been given: torch cannot count all
+            own["flops"] = None if known else about.get("flops")  # may have been given: torch cannot count all
             own["conditions"], own["licence"] = about.get("conditions"), str(about.get("licence", ""))
             level = Level(network=network.eval(), schedule=schedule, shape=shape, **own)
         level.latents = dict(about.get("latents", {}))
@@ -299,13 +299,13 @@ class Level:
 
 
 def check_name(what: str, name: str) -> None:
-    """Raise ValueError unless `name` can be that of a file or folder, and of nothing outside of where it is put."""
+    """Raise ValueError unless `name` is a plain file name, without a path."""
     if not re.fullmatch(r"\w[\w.+-]*", name):
         raise ValueError(f"{what} must be letters, digits, or any of _ . + -, got {name!r}")
 
 
 def _about(folder: Path) -> dict[str, Any]:
-    """What mlem.json holds, of the right format and with every field."""
+    """The contents of mlem.json, with format and fields checked."""
     if not (folder / "mlem.json").is_file():
         raise FileNotFoundError(f"{folder} holds no level (no mlem.json); train one with: python train.py model=unet_s")
     about = read_object(folder / "mlem.json")
@@ -317,7 +317,7 @@ def _about(folder: Path) -> dict[str, Any]:
 
 
 def _prediction(about: Mapping[str, Any], schedule: NoiseSchedule) -> Any:
-    """What mlem.json says of the prediction. Files of old have no timesteps: networks were asked at 1000 then."""
+    """The prediction in mlem.json. Old files have no timesteps: networks then had 1000."""
     found = about["prediction"]
     if "timesteps" in about or schedule.num_timesteps == NUM_TIMESTEPS:
         return found
@@ -325,7 +325,7 @@ def _prediction(about: Mapping[str, Any], schedule: NoiseSchedule) -> Any:
 
 
 def _checked_shape(shape: Sequence[Any], axes: int | None = None) -> tuple[int, ...]:
-    """`shape` as a tuple. Raises ValueError unless it is whole numbers >= 1, as many as `axes` says."""
+    """`shape` as a tuple. Raises ValueError unless it consists of `axes` whole numbers >= 1."""
     if not shape or not all(isinstance(size, int) and size > 0 for size in shape) or len(shape) != (axes or len(shape)):
         raise ValueError(f"shape must be {axes or 'one or more'} whole numbers >= 1, got {list(shape)}")
     return tuple(shape)

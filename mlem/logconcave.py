@@ -3,8 +3,8 @@
     chains = sample(lambda x: x, torch.zeros(64, 10), steps=1000, m=1, L=1)  # standard normals in 10 dimensions
     chains.mean, chains.std, chains.rhat, chains.ess
 
-No Metropolis test: the law is biased by the step size (see `default_step_size`), and a sample costs a fixed number of
-gradients. Chains run side by side as one batch. The steps themselves are in `mlem.langevin`; nothing here knows of
+No Metropolis test: the distribution is biased by the step size (see `default_step_size`), and a sample costs a fixed
+number of gradients. Chains run as one batch. The steps themselves are in `mlem.langevin`; nothing here depends on
 diffusion. R-hat and ESS are those of Vehtari, Gelman, Simpson, Carpenter and Buerkner, "Rank-normalization, folding,
 and localization: an improved R-hat", arXiv:1903.08008.
 """
@@ -30,15 +30,15 @@ METHODS = ("randomized_midpoint", "underdamped", "parallel")
 """Steps of `sample`."""
 
 Gradient = Callable[[Tensor], Tensor]
-"""grad V at x (B, *shape), like x; each row by itself."""
+"""grad V at x (B, *shape), like x; rows are independent."""
 
 
 @dataclass(frozen=True)
 class Chains:
     """What `sample` returns.
 
-    x: (chains, draws, *shape), on the device of x0. gradients: evaluations of grad V for each chain, warm-up included.
-    rounds: how many of them had to wait for one another, the sequential depth. step_size, friction: as used.
+    x: (chains, draws, *shape), on the device of x0. gradients: evaluations of grad V per chain, warm-up included.
+    rounds: sequential evaluations, one after another. step_size, friction: as used.
     """
 
     x: Tensor
@@ -74,24 +74,24 @@ class Chains:
         """Rank-normalised split R-hat of each element, (*shape) float64: the larger of bulk and folded.
 
         Near 1 when the halves of all chains agree; arXiv:1903.08008 asks for less than 1.01. Raises ValueError for
-        fewer than 4 draws; NaN for an element that never changes.
+        fewer than 4 draws; NaN for a constant element.
         """
         return self._diagnose(lambda halves: torch.maximum(_rhat(_normal_scores(halves)), _rhat(_folded(halves))))
 
     @functools.cached_property
     def ess(self) -> Tensor:
-        """Bulk effective sample size of each element, (*shape) float64, of all chains together.
+        """Bulk effective sample size of each element, (*shape) float64, over all chains.
 
-        The standard error of `mean` is about std / sqrt(ess). Raises ValueError for fewer than 4 draws; NaN for an
-        element that never changes.
+        The standard error of `mean` is about std / sqrt(ess). Raises ValueError for fewer than 4 draws; NaN for a
+        constant element.
         """
         return self._diagnose(lambda halves: _ess(_normal_scores(halves)))
 
     def _diagnose(self, statistic: Callable[[Tensor], Tensor]) -> Tensor:
-        """statistic: (2 chains, draws / 2, E) -> (E,), on a few elements at a time, for memory's sake."""
+        """statistic: (2 chains, draws / 2, E) -> (E,), on a few elements at a time to save memory."""
         chains, draws, *shape = self.x.shape
         if draws < 4:
-            raise ValueError(f"R-hat and ESS need >= 4 draws of each chain, got {draws}: raise steps or lower thin")
+            raise ValueError(f"R-hat and ESS need >= 4 draws per chain, got {draws}: raise steps or lower thin")
         half = draws // 2
         flat = self.x.reshape(chains, draws, -1)
         halves = torch.cat([flat[:, :half], flat[:, -half:]]).double()
@@ -100,7 +100,7 @@ class Chains:
     def to_arviz(self) -> dict[str, dict[str, Any]]:
         """Groups of NumPy arrays (chain, draw, ..): `arviz.from_dict(**chains.to_arviz())`, without `**` from 1.0 on.
 
-        posterior has x; sample_stats has step_size and n_steps, the steps made for each draw.
+        posterior has x; sample_stats has step_size and n_steps, the steps per draw.
         """
         plane = torch.ones(self.x.shape[:2], dtype=torch.float64)
         stats = {"step_size": (plane * self.step_size).numpy(), "n_steps": (plane.long() * self.thin).numpy()}
@@ -126,23 +126,23 @@ def sample(
 ) -> Chains:
     """Chains of underdamped Langevin dynamics for the density exp(-V(x)).
 
-    grad_potential: grad V, (B, *shape) -> (B, *shape), each row by itself; B is the number of chains, or `points` times
+    grad_potential: grad V, (B, *shape) -> (B, *shape), row by row; B is the number of chains, or `points` times
         that for `parallel`. It may use autograd; its result is detached.
     x0: (chains, *shape) float, where the chains start; velocities start as N(0, I). Results have its dtype and device.
-    steps: steps after the warm-up; every `thin`-th is kept, so steps // thin draws of each chain.
-    method: `randomized_midpoint` (two gradients a step, the most accurate), `underdamped` (one gradient a step) or
+    steps: steps after the warm-up; every `thin`-th is kept, giving steps // thin draws per chain.
+    method: `randomized_midpoint` (two gradients per step, the most accurate), `underdamped` (one gradient per step) or
         `parallel` (`underdamped` in big steps: `points` small steps each, found together in `rounds` calls of
-        grad_potential: points * rounds gradients a step).
-    step_size: time of a step (of a big one for `parallel`). Default: `default_step_size` of m and L.
+        grad_potential: points * rounds gradients per step).
+    step_size: time of a step (a big one for `parallel`). Default: `default_step_size` of m and L.
     friction: Default: 2 sqrt(L), the choice of arXiv:1707.03663 and arXiv:1909.05503 (there 2, with time in units of
         1/sqrt(L)), for which any strongly log-concave target contracts at rate >= m / (2 sqrt(L)). Where V is nearly
         quadratic 2 sqrt(m) is faster: all modes of a Gaussian then relax at rate sqrt(m).
     m, L: bounds of the Hessian, m I <= V'' <= L I, in units of 1/x^2.
     warmup: steps dropped before the first draw. Default: half of `steps`.
-    seed: chain k depends on seed and k alone, whatever the number of chains. progress: show a bar.
+    seed: chain k depends only on seed and k, not on the number of chains. progress: show a bar.
 
-    Raises ValueError for options out of range, or, after the last step, naming chain and step, when a chain became NaN
-    or infinite.
+    Raises ValueError for options out of range and, after the last step, naming chain and step, if a chain became NaN or
+    infinite.
     """
     plan = _plan(method, steps, step_size, friction, m, L, points, rounds)
     warmup = steps // 2 if warmup is None else warmup
@@ -188,8 +188,8 @@ def sample(
 def default_step_size(method: str, m: float, L: float, *, points: int = 16, accuracy: float = 0.1) -> float:
     """The step for a Wasserstein-2 error of about `accuracy` sqrt(d / m), sqrt(d / m) being the width of the target.
 
-    The rates of the theorems, kappa = L / m, with 1 for their constants: a guide, no guarantee. On N(0, I) the error is
-    more than 7 times smaller than asked. In these units nothing depends on d; an error fixed in units of x needs
+    The rates of the theorems, kappa = L / m, with constants set to 1: a guide, no guarantee. On N(0, I) the error is
+    more than 7 times smaller than requested. In these units nothing depends on d; an error fixed in units of x needs
     accuracy ~ 1/sqrt(d). Raises ValueError for numbers out of range.
 
     - randomized_midpoint: min(accuracy^(1/3) kappa^(-1/6), accuracy^(2/3)) / sqrt(L) (arXiv:1909.05503, abstract)
@@ -238,7 +238,7 @@ def _plan(
     points: int,
     rounds: int,
 ) -> _Plan:
-    """The step asked for, or ValueError."""
+    """The requested step. Raises ValueError for bad options."""
     _check_method(method)
     _check_counts(steps=(steps, 1), points=(points, 1), rounds=(rounds, 1))
     _check_positive(step_size=step_size, friction=friction, m=m, L=L)
@@ -246,11 +246,11 @@ def _plan(
         default = default_step_size(method, m, L, points=points)
         h = default if step_size is None else step_size
     elif step_size is None:
-        raise ValueError("step_size is not known: give step_size, or m and L, the bounds of the Hessian of V")
+        raise ValueError("step_size is unknown: give step_size, or m and L, the bounds of the Hessian of V")
     else:
         h = step_size
     if friction is None and L is None:
-        raise ValueError("friction is not known: give friction, or L, the upper bound of the Hessian of V")
+        raise ValueError("friction is unknown: give friction, or L, the upper bound of the Hessian of V")
     g = 2 * math.sqrt(L) if friction is None else friction  # type: ignore[arg-type]
     if method == "randomized_midpoint":
         return _Plan(lambda score, x, v, a, z: randomized_midpoint_step(score, x, v, g, h, a, z), h, g, 2, 2, 2, True)
@@ -300,11 +300,11 @@ def _check_start(x0: Tensor) -> None:
             f"x0 must be (chains, *shape), got {(*x0.shape,)}: one chain is x0[None], chains of numbers x0[:, None]"
         )
     if not x0.is_floating_point():
-        raise ValueError(f"x0 must be of a floating dtype, got {x0.dtype}: give x0.double()")
+        raise ValueError(f"x0 must have a floating dtype, got {x0.dtype}: pass x0.double()")
 
 
 def _check_failed(failed: Tensor, total: int, step_size: float) -> None:
-    """failed: (B,), the step that made the chain NaN or infinite, or -1. The one place where the host waits."""
+    """failed: (B,), the step that made the chain NaN or infinite, or -1. Only here does the host wait."""
     steps = failed.tolist()
     bad = [chain for chain, step in enumerate(steps) if step >= 0]
     if bad:
@@ -327,9 +327,9 @@ def _normal_scores(x: Tensor) -> Tensor:
 
 
 def _folded(x: Tensor) -> Tensor:
-    """The normal scores of the distance to the median: they see chains of unlike width."""
+    """The normal scores of the distance to the median, which detect chains of different width."""
     ordered = x.flatten(0, 1).sort(0).values
-    # not `quantile`: the two middle values must stay ties
+    # not `quantile`: the two middle values must remain ties
     median = (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2
     return _normal_scores((x - median).abs())
 
@@ -351,7 +351,7 @@ def _ess(z: Tensor) -> Tensor:
     rho[0] = 1
     even, odd = rho[: draws // 2 * 2].unflatten(0, (-1, 2)).unbind(1)
     pairs = (even + odd)[: max(1, (draws - 1) // 2)]
-    # pairs count up to the first that is not positive, or the last; of that one the even term, unless both fall short
+    # pairs count up to the first that is not positive, or the last; of that, only the even term, unless both fall short
     counts = (pairs > 0).long().cumprod(0)
     counts[-1] = 0
     tail = (torch.cat([torch.ones_like(counts[:1]), counts[:-1]]) - counts) * even[: len(pairs)]

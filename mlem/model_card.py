@@ -1,6 +1,6 @@
-"""Model cards: the README.md of a level's or a family's folder, with the head that the hub of Hugging Face reads.
+"""Model cards: the README.md of a level's or a family's folder, with the metadata that the Hugging Face hub reads.
 
-Lives here: their text, from what the other files of a folder say. `mlem.model_code` has the blocks of code.
+Their text comes from the other files of the folder. `mlem.model_code` has the blocks of code.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ __all__ = ["family_card", "level_card"]
 
 _ERROR = "mean squared error of the noise estimate on held-out samples"
 _SHOWN = ("steps", "training_seconds", "error", "seconds", "batch_size", "device")
-"""What is measured and has a place of its own on a card."""
+"""Measurements with their own row on a card."""
 
 
 def level_card(export: Export) -> str:
@@ -26,7 +26,7 @@ def level_card(export: Export) -> str:
     parts = [
         _head(about, conditions, "diffusers" if export.of_diffusers else None),
         f"# {about['name']}, a diffusion model{_of(about)}",
-        "A level of a family of mlem: networks of rising cost for one data set, sampled alone or several together.",
+        "A level of an mlem family: networks of increasing cost for one data set, sampled alone or together.",
         _table(["", ""], [*_facts(export), *_measurements(about["measured"])]),
         "## Sampling with mlem",
         by_mlem(export),
@@ -41,12 +41,12 @@ def family_card(folder: str, levels: Sequence[Mapping[str, Any]]) -> str:
 
     Args:
         folder: its name.
-        levels: what their mlem.json say, cheapest first.
+        levels: their mlem.json, cheapest first.
     """
     largest = levels[-1]
     conditions = described(largest.get("conditions"))
-    told = "".join(f"They are told `{name}`, {_kind(value)}. " for name, value in conditions.items())
-    columns = ["level", "parameters", "MFLOPs a call", "ms a sample", "error", "training steps"]
+    told = "".join(f"They take `{name}`, {_kind(value)}. " for name, value in conditions.items())
+    columns = ["level", "parameters", "MFLOPs per call", "ms per sample", "error", "training steps"]
     rows = [
         [
             f"[{about['name']}](level_{about['name']}/README.md)",
@@ -59,20 +59,20 @@ def family_card(folder: str, levels: Sequence[Mapping[str, Any]]) -> str:
     parts = [
         _head(largest, conditions, None),
         f"# A family of diffusion models{_of(largest)}",
-        f"Networks of rising cost for one data set, which mlem samples alone or several together. {told}"
+        f"Networks of increasing cost for one data set, which mlem samples alone or together. {told}"
         f"Licence of the data set: {_licence(largest)}.",
         _table(columns, rows),
         f"Error: {_ERROR}.",
         family_by_mlem(folder, conditions),
         f"With a calibration (`python -m mlem.multilevel calibrate {folder}`) the levels share the work: "
-        "`sample(..., plan=family.plan(budget=0.3))`. The folder of a level can be read by itself; its card says how "
-        "diffusers samples it.",
+        "`sample(..., plan=family.plan(budget=0.3))`. The folder of each level can be read alone; its card says how to "
+        "sample it with diffusers.",
     ]
     return "\n\n".join(parts) + "\n"
 
 
 def _head(about: Mapping[str, Any], conditions: Described, library: str | None) -> str:
-    """What the hub reads. Only names in small letters are licences that it knows."""
+    """The hub's metadata. It knows licences only by lower-case names."""
     licence = about.get("licence", "")
     lines = [f"license: {licence or 'unknown'}"]
     if licence and not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", licence):
@@ -85,20 +85,20 @@ def _head(about: Mapping[str, Any], conditions: Described, library: str | None) 
 
 
 def _facts(export: Export) -> list[list[str]]:
-    """What a level is, in rows."""
+    """Rows that describe a level."""
     about = export.about
     return [
         ["data set", f"{_plain(about['data'] or 'not stated')}; a sample has shape {tuple(about['shape'])}"],
         ["licence of the data set", _licence(about)],
-        ["network", f"{_plain(export.kind)}, {about['parameters']:,} parameters, {_flops(about)} MFLOPs a call"],
-        *([f"told `{name}`", _kind(value)] for name, value in export.conditions.items()),
+        ["network", f"{_plain(export.kind)}, {about['parameters']:,} parameters, {_flops(about)} MFLOPs per call"],
+        *([f"takes `{name}`", _kind(value)] for name, value in export.conditions.items()),
         ["predicts", f"`{export.prediction}`"],
         ["noise schedule", _schedule(about["schedule"])],
     ]
 
 
 def _measurements(measured: Mapping[str, Any]) -> list[list[str]]:
-    """What was measured of a level, in rows."""
+    """Rows of a level's measurements."""
     rows: list[list[str]] = []
     if "steps" in measured:
         seconds = f", {_number(measured, 'training_seconds')} s" if "training_seconds" in measured else ""
@@ -108,32 +108,32 @@ def _measurements(measured: Mapping[str, Any]) -> list[list[str]]:
     if "seconds" in measured:
         batch = f" in batches of {measured['batch_size']}" if "batch_size" in measured else ""
         device = f" on {_plain(measured['device'])}" if "device" in measured else ""
-        rows.append(["time of a call", f"{_number(measured, 'seconds')} ms a sample{batch}{device}"])
+        rows.append(["time per call", f"{_number(measured, 'seconds')} ms per sample{batch}{device}"])
     return rows + [[_plain(name), _plain(value)] for name, value in measured.items() if name not in _SHOWN]
 
 
 def _by_diffusers(export: Export) -> list[str]:
-    """How diffusers samples a level, or why it does not: paragraphs."""
+    """How to sample a level with diffusers, or why that is impossible; paragraphs."""
     code = by_diffusers(export)
     if code is None and export.scheduler is None:
-        return [f"No scheduler of diffusers asks a network like this one, of prediction `{export.prediction}`."]
+        return [f"No diffusers scheduler fits this network, whose prediction is `{export.prediction}`."]
     if code is None:
         return [
             f"`{export.kind}.from_pretrained({quoted(export.folder)})` is the network for the pipeline of its class."
         ]
-    alike = "From the same noise come the samples above"
+    alike = "The same noise gives the samples above"
     if export.prediction.clip is not None:
-        alike = "The samples have the same law; the noise of every step is drawn by diffusers"
+        alike = "The samples have the same distribution; diffusers draws the noise of every step"
     elif export.grid == "trailing":
         alike += (
-            f", in numbers of steps that divide {export.about['timesteps']}; in others, DDIM of diffusers steps to "
+            f", for numbers of steps that divide {export.about['timesteps']}; for others, diffusers' DDIM steps to "
         )
-        alike += "noise levels that are not those of its next timesteps"
+        alike += "noise levels other than those of its next timesteps"
     if export.index is None:
-        alike = f"This folder is no pipeline of diffusers, but the loop is short. {alike}"
+        alike = f"This folder is not a diffusers pipeline, but the loop is short. {alike}"
     elif export.conditions:
-        alike += f". `{export.index['_class_name']}` is the pipeline that tells a UNet2DModel its class, here with the "
-        alike += "scheduler of this folder; say the steps, it makes one unless told"
+        alike += f". `{export.index['_class_name']}` is the pipeline for a UNet2DModel with classes, here with the "
+        alike += "scheduler of this folder; pass the number of steps, its default is one"
     return [f"{alike}.", code]
 
 
@@ -150,7 +150,7 @@ def _flops(about: Mapping[str, Any]) -> str:
 
 
 def _number(measured: Mapping[str, Any], name: str) -> str:
-    """What was measured, for a cell, times in milliseconds; nothing where it was not."""
+    """A measurement as a table cell, times in milliseconds; empty if missing."""
     value = measured.get(name, "")
     if not isinstance(value, int | float):
         return _plain(value)
@@ -159,21 +159,21 @@ def _number(measured: Mapping[str, Any], name: str) -> str:
 
 
 def _kind(value: int | tuple[int | None, ...]) -> str:
-    """What a condition is."""
+    """A condition in words."""
     if isinstance(value, tuple):
         return f"rows of shape {str(value).replace('None', 'n')}"
     return f"the class, 0 to {value - 1}; {value} is no class" if value > 1 else "0, the one class"
 
 
 def _schedule(config: Mapping[str, Any]) -> str:
-    """The kind of a noise schedule and its options; of a table, how long it is."""
+    """The kind of a noise schedule and its options; for a table, its length."""
     options = {name: value for name, value in config.get("config", config).items() if name != "kind"}
     short = [f"{name} {len(value) if isinstance(value, list) else value}" for name, value in options.items()]
     return _plain(", ".join([str(config["kind"]), *short]))
 
 
 def _plain(value: Any) -> str:
-    """Text for a cell of a table."""
+    """Text for a table cell."""
     return " ".join(str(value).split()).replace("|", "\\|")
 
 

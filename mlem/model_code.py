@@ -1,4 +1,4 @@
-"""The lines of Python that sample a level from its folder: with mlem, and with nothing but diffusers."""
+"""Python code that samples a level from its folder, with mlem or with diffusers alone."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mlem.schedule import NoiseSchedule
 __all__ = ["Export", "by_diffusers", "by_mlem", "family_by_mlem", "quoted"]
 
 _COUNT, _STEPS = 4, 50
-"""Samples that the lines make, and in how many steps at most."""
+"""Samples that the code makes, and the most steps it takes."""
 _CALLED_ALIKE = ("UNet2DModel", "DiTTransformer2DModel")
 """Classes that are called as network(x, times, class_labels=), with no pipeline around them."""
 _LOOP = """\
@@ -27,14 +27,14 @@ with torch.no_grad():
 
 @dataclass(frozen=True)
 class Export:
-    """What the files of a level's folder say.
+    """The files of a level's folder.
 
     Args:
         folder: its name.
         about: mlem.json.
         config: of the network.
-        scheduler: scheduler_config.json; None: there is none.
-        index: model_index.json; None: there is none.
+        scheduler: scheduler_config.json, or None.
+        index: model_index.json, or None.
     """
 
     folder: str
@@ -45,12 +45,12 @@ class Export:
 
     @property
     def kind(self) -> str:
-        """The class of the network; with its module where it is none of diffusers."""
+        """The class of the network; with its module unless it is a diffusers class."""
         return str(self.config["_class_name"])
 
     @property
     def of_diffusers(self) -> bool:
-        """Whether diffusers opens the network, beside mlem where the class is one of mlem's."""
+        """Whether diffusers can load the network, with mlem imported if the class is mlem's."""
         return "_diffusers_version" in self.config and "." not in self.kind
 
     @property
@@ -60,24 +60,24 @@ class Export:
 
     @property
     def conditions(self) -> Described:
-        """What the network is told."""
+        """Conditions of the network."""
         return described(self.about.get("conditions"))
 
     @property
     def grid(self) -> str:
-        """That of diffusers' scheduler."""
+        """The grid of diffusers' scheduler."""
         if isinstance(self.prediction, Flow):
             return "flow"
         return "karras" if self.prediction.name.startswith("edm") else "trailing"
 
     @property
     def steps(self) -> int:
-        """Some that divide the timesteps: in others, DDIM of diffusers steps to a level that is not its next one."""
+        """Steps that divide the timesteps: for others, diffusers' DDIM steps to the wrong noise level."""
         return next(steps for steps in range(_STEPS, 0, -1) if self.about["timesteps"] % steps == 0)
 
 
 def by_mlem(export: Export) -> str:
-    """How mlem samples a level, on the grid of diffusers' scheduler."""
+    """Code that samples a level with mlem, on the grid of diffusers' scheduler."""
     network, comment = "", "this folder"
     if export.kind not in networks.CLASSES:
         network, comment = ", network=network", f"this folder; network: a new {export.kind}"
@@ -92,7 +92,7 @@ def by_mlem(export: Export) -> str:
 
 
 def family_by_mlem(folder: str, conditions: Described) -> str:
-    """How mlem samples the largest level of a family."""
+    """Code that samples the largest level of a family with mlem."""
     return _block(
         "from mlem import Family, sample",
         "",
@@ -102,7 +102,7 @@ def family_by_mlem(folder: str, conditions: Described) -> str:
 
 
 def _call(how: str, conditions: Described) -> str:
-    """A call of `sample` that tells samples their classes in turn; rows of numbers are the reader's to make."""
+    """A call of `sample` with classes in turn; rows of numbers are left to the reader."""
     how = f"{how}, indices=range({_COUNT})"
     if all(value == 1 for value in conditions.values()):
         return f"x = sample({how}).x"
@@ -113,7 +113,7 @@ def _call(how: str, conditions: Described) -> str:
 
 
 def by_diffusers(export: Export) -> str | None:
-    """How diffusers samples a level, from the same noise to the same samples; None: it does not."""
+    """Code that samples a level with diffusers, from the same noise to the same samples; None if it cannot."""
     if export.index is not None:
         return _by_pipeline(export, export.index["_class_name"])
     begin = _begin(export) if export.kind in _CALLED_ALIKE else None
@@ -149,14 +149,14 @@ def _by_pipeline(export: Export, pipeline: str) -> str:
 
 
 def _begin(export: Export) -> tuple[str, list[str], str] | None:
-    """The class of the scheduler, the lines that make it, and what noise is multiplied with; None: there is none."""
+    """The scheduler's class, the lines that make it, and the factor on the noise; None if there is none."""
     if export.scheduler is not None:
         name, folder = export.scheduler["_class_name"], quoted(export.folder)
         lines = [f"scheduler = {name}.from_pretrained({folder})", f"scheduler.set_timesteps({export.steps})"]
         return name, lines, " * scheduler.init_noise_sigma" if name == "EDMEulerScheduler" else ""
     if not isinstance(export.prediction, Flow) or isinstance(export.prediction, SIT):
         return None
-    # a velocity, on the noise levels of a schedule that is none of a flow
+    # a velocity, on the noise levels of a schedule that is not a flow's
     schedule, name = NoiseSchedule.from_config(export.about["schedule"]), "FlowMatchEulerDiscreteScheduler"
     low, high = (schedule.kappa(t).item() for t in (1 / schedule.num_timesteps, 1.0))
     lines = [
@@ -168,10 +168,10 @@ def _begin(export: Export) -> tuple[str, list[str], str] | None:
 
 
 def quoted(name: str) -> str:
-    """A name in the quotes of Python."""
+    """A name in Python quotes."""
     return json.dumps(name, ensure_ascii=False)
 
 
 def _block(*lines: str) -> str:
-    """A block of Python in Markdown."""
+    """A Markdown block of Python."""
     return "\n".join(["```python", *lines, "```"])

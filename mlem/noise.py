@@ -1,7 +1,7 @@
 """All randomness of sampling: streams keyed by (seed, purpose, sample index, slot), and the table of reserved indices.
 
-Nothing here keeps state between draws: a number depends on its key alone, so the same sample index gets the
-same noise in any batch, on any number of ranks, and after a restart. The generator is SplitMix64 (Steele, Lea
+Nothing here keeps state between draws: a number depends only on its key, so the same sample index gets the same
+noise in any batch, on any number of ranks, and after a restart. The generator is SplitMix64 (Steele, Lea
 and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014) used as a keyed hash of a counter,
 vectorised over samples and elements.
 """
@@ -20,7 +20,7 @@ from torch import Tensor
 __all__ = ["RESERVED", "USER_INDICES", "NoiseStream", "check_indices", "noise_dtype", "reserved_indices"]
 
 USER_INDICES = range(10**9)
-"""Sample indices that a user may ask for."""
+"""Sample indices available to users."""
 
 RESERVED: Mapping[str, range] = MappingProxyType(
     {
@@ -32,14 +32,14 @@ RESERVED: Mapping[str, range] = MappingProxyType(
         "judging": range(3 * 10**9, 4 * 10**9),
     }
 )
-"""Sample indices of runs that fit something: what was fitted is never applied to the noise that it was fitted to."""
+"""Sample indices of runs that fit something, so that nothing is applied to the noise it was fitted on."""
 
 
 def reserved_indices(use: str, count: int, device: str | torch.device = "cpu", skip: int = 0) -> Tensor:
     """`count` indices of a use in `RESERVED`, after the first `skip`: (count,) int64."""
     indices = RESERVED[use]
     if skip + count > len(indices):
-        raise ValueError(f"{use} may draw {len(indices)} samples at most, got {skip + count}")
+        raise ValueError(f"{use} may draw at most {len(indices)} samples, got {skip + count}")
     return torch.arange(indices.start + skip, indices.start + skip + count, device=device)
 
 
@@ -47,7 +47,7 @@ def check_indices(indices: Iterable[int]) -> list[int]:
     """The indices as plain numbers. Raises ValueError unless they are whole numbers in `USER_INDICES`."""
     if isinstance(indices, range):
         if indices:
-            check_indices(sorted({indices[0], indices[-1]}))  # before they fill the memory
+            check_indices(sorted({indices[0], indices[-1]}))  # before a list fills the memory
         return [*indices]
     try:
         listed = [operator.index(index) for index in indices]
@@ -59,7 +59,7 @@ def check_indices(indices: Iterable[int]) -> list[int]:
             f"indices must be in [0, {USER_INDICES.stop}), got {max(listed)}: those above are reserved ({uses})"
         )
     if listed and min(listed) < 0:
-        raise ValueError(f"indices must be different whole numbers >= 0, got {min(listed)}")
+        raise ValueError(f"indices must be distinct whole numbers >= 0, got {min(listed)}")
     return listed
 
 
@@ -87,8 +87,8 @@ def mix(word: Tensor) -> Tensor:
 class NoiseStream:
     """Random numbers for one purpose, keyed by sample index and slot.
 
-    seed: any integer. purpose: a word, such as "start" or "brownian". A slot is whatever the user of the stream
-    counts, a step or a node of a tree: an integer in [0, 2^63).
+    seed: any integer. purpose: a word, such as "start" or "brownian". A slot is whatever the caller counts, a
+    step or a node of a tree: an integer in [0, 2^63).
     """
 
     def __init__(self, seed: int, purpose: str) -> None:
@@ -100,7 +100,7 @@ class NoiseStream:
         samples = mix(indices * GOLDEN + self._key)
         if isinstance(slots, Tensor):
             keys = mix(samples + slots * GOLDEN)
-        else:  # as plain numbers: a tensor of them would make the host wait for a device
+        else:  # as plain numbers: a tensor would make the host wait for a device
             keys = mix(torch.stack([samples + _signed(slot * GOLDEN % (1 << 64)) for slot in slots]))
         return mix(keys[..., None] + torch.arange(1, count + 1, device=device).mul_(GOLDEN))
 
@@ -109,7 +109,7 @@ class NoiseStream:
     ) -> Tensor:
         """Standard normals for each slot and sample: (S, B, *shape), on the device of `indices` (B,) int64.
 
-        slots: S numbers, or (S, B) int64, other ones for each sample.
+        slots: S numbers, or (S, B) int64, different for each sample.
 
         Box and Muller in float64, rounded once to `dtype`: vectorised float32 functions differ in the last bit
         between the body and the tail of a tensor, and so between batch sizes.

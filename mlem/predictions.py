@@ -1,9 +1,9 @@
-"""Predictions: how a network is asked, and what it answers.
+"""Predictions: the meaning of a network's input, time and output.
 
 The state of sampling is `x = alpha x_0 + sigma z` with `alpha^2 + sigma^2 = 1`, whatever path a network was trained on:
 all Gaussian paths visit the same `y = x / alpha` at the same noise-to-signal ratio `kappa = sigma / alpha`. They differ
-in the scale of the network's input, the name of its time and the meaning of its output. With `r = kappa / (1 + kappa)`,
-data deviation d and `q^2 = kappa^2 + d^2`:
+in the scale of the network's input, its time variable and the meaning of its output. With `r = kappa / (1 + kappa)`,
+data standard deviation d and `q^2 = kappa^2 + d^2`:
 
 | prediction     | input       | time            | output                                                             |
 |----------------|-------------|-----------------|--------------------------------------------------------------------|
@@ -15,7 +15,7 @@ data deviation d and `q^2 = kappa^2 + d^2`:
 | `flow`         | (1 - r) y   | N r             | z - x_0                                                            |
 | `sit`          | (1 - r) y   | 1 - r           | x_0 - z: time runs the other way (arXiv:2401.08740)                |
 
-Users write a name, or an object where it has options: `prediction="edm"`, `prediction=EDM(sigma_data=1.0)`.
+Users pass a name, or an object to set options: `prediction="edm"`, `prediction=EDM(sigma_data=1.0)`.
 """
 
 from __future__ import annotations
@@ -50,18 +50,18 @@ __all__ = [
 ]
 
 _LEAST_SHARE = 1e-6
-"""Of the training times that are drawn from a normal law: its outermost quantiles are not finite."""
+"""Clips quantiles when training times are drawn from a normal distribution: the outermost are not finite."""
 P_MEAN, P_STD = -1.2, 1.2
-"""ln kappa of `edm` in training is normal with this mean and deviation; table 1, arXiv:2206.00364."""
+"""Mean and standard deviation of the normal ln kappa of `edm` in training; table 1, arXiv:2206.00364."""
 
 
 class NoiseLevel(NamedTuple):
-    """Where a network is asked.
+    """The noise level at which a network is evaluated.
 
     Args:
         t: (B,), times in [0, 1].
         alpha, sigma: scales of data and noise in x, `alpha^2 + sigma^2 = 1`: (B,), or numbers where all samples agree.
-        number: t as a number, where that is known.
+        number: t as a number, if known.
     """
 
     t: Tensor
@@ -71,11 +71,11 @@ class NoiseLevel(NamedTuple):
 
     @staticmethod
     def of(schedule: NoiseSchedule, t: Tensor) -> NoiseLevel:
-        """That of a schedule at t (B,)."""
+        """The noise level of a schedule at t (B,)."""
         return NoiseLevel(t, *schedule.scales(t))
 
     def like(self, x: Tensor) -> tuple[Tensor | float, Tensor | float]:
-        """alpha and sigma, to be multiplied with x (B, ...)."""
+        """alpha and sigma, shaped to multiply x (B, ...)."""
         return expand_like(self.alpha, x), expand_like(self.sigma, x)
 
     def time(self, value: Tensor | float) -> Tensor:
@@ -90,8 +90,8 @@ class Prediction(ABC):
     """One convention.
 
     Args:
-        clip: bound of the data: the estimate of x_0 is cut off at +-clip, as diffusers' `clip_sample` does. That is not
-            affine, so that no sum over levels may be made of it. None: it is not.
+        clip: bound of the data: the estimate of x_0 is clipped to +-clip, like `clip_sample` of diffusers. Not affine,
+            so no sum over levels may use it. None: no clipping.
     """
 
     name: ClassVar[str]
@@ -117,7 +117,7 @@ class Prediction(ABC):
         """What the network should answer for data x_0 and noise z, both (B, ...)."""
 
     def eps(self, output: Tensor, x: Tensor, at: NoiseLevel) -> Tensor:
-        """The noise estimate that an output stands for; output, x: (B, ...)."""
+        """The noise estimate of an output; output, x: (B, ...)."""
         eps = self._noise(output, x, at)
         if self.clip is None:
             return eps
@@ -125,20 +125,20 @@ class Prediction(ABC):
         return (x - alpha * ((x - sigma * eps) / alpha).clamp(-self.clip, self.clip)) / sigma
 
     def training_times(self, shares: Tensor, schedule: NoiseSchedule) -> Tensor:
-        """Times of training, (B,), from shares (B,) that are uniform in [0, 1)."""
+        """Training times, (B,), from shares (B,) uniform in [0, 1)."""
         return shares
 
-    def check(self, schedule: NoiseSchedule) -> None:  # noqa: B027  (most go with any)
-        """Raise ValueError where this cannot be sampled under a schedule."""
+    def check(self, schedule: NoiseSchedule) -> None:  # noqa: B027  (most fit any schedule)
+        """Raise ValueError if this cannot be sampled under the schedule."""
 
     @property
     def options(self) -> dict[str, float]:
-        """Those that are not the defaults."""
+        """Options that differ from their defaults."""
         fields = dataclasses.fields(self)
         return {field.name: value for field in fields if (value := getattr(self, field.name)) != field.default}
 
     def to_config(self) -> str | dict[str, Any]:
-        """Plain data from which `make_prediction` makes this again: its name, where it has no other options."""
+        """Plain data from which `make_prediction` rebuilds this: just its name if all options are defaults."""
         return {"kind": self.name} | self.options if self.options else self.name
 
     def __str__(self) -> str:
@@ -147,22 +147,22 @@ class Prediction(ABC):
 
 
 def _normal(shares: Tensor) -> Tensor:
-    """Standard normal numbers from uniform ones, which stay evenly spread."""
+    """Standard normal numbers from uniform ones, by quantiles: they stay evenly spread."""
     return torch.special.ndtri(shares.double().clamp(_LEAST_SHARE, 1 - _LEAST_SHARE))
 
 
 @functools.lru_cache(4096)
 def _timestep(t: float, timesteps: int) -> float:
-    """N t - 1, rounded as tensors of float32 are."""
+    """N t - 1, rounded like float32 tensors."""
     return float(np.float32(t) * np.float32(timesteps) - np.float32(1))
 
 
 @dataclass(frozen=True, kw_only=True)
 class _OfTimesteps(Prediction):
-    """A network that sees x and timesteps.
+    """A network that takes x and timesteps.
 
     Args:
-        timesteps: N, how many the network knows; None: those of its schedule.
+        timesteps: N of the network; None: that of its schedule.
     """
 
     timesteps: int | None = None
@@ -191,7 +191,7 @@ class V(_OfTimesteps):
 
 @dataclass(frozen=True, kw_only=True)
 class Eps(_OfTimesteps):
-    """See the module docstring. Of pure noise it says nothing, so that no schedule may end there."""
+    """See the module docstring. It carries no information at pure noise, so no schedule may end there."""
 
     name = "eps"
 
@@ -204,8 +204,8 @@ class Eps(_OfTimesteps):
     def check(self, schedule: NoiseSchedule) -> None:
         if schedule.ends_in_noise:
             raise ValueError(
-                "prediction eps says nothing of the data where there is no signal, and this schedule ends with none "
-                "(flow, or zero terminal SNR); take v, x0 or flow, or another schedule"
+                "prediction eps says nothing about the data without signal, and this schedule ends with none "
+                "(flow, or zero terminal SNR); use v, x0 or flow, or another schedule"
             )
 
 
@@ -228,7 +228,7 @@ class EDM(Prediction):
     """The raw network F of Karras et al., without its preconditioning.
 
     Args:
-        sigma_data: d, the deviation of the data.
+        sigma_data: d, the standard deviation of the data.
     """
 
     name = "edm"
@@ -253,13 +253,13 @@ class EDM(Prediction):
         return (sigma * x_0 / self.sigma_data - self.sigma_data * alpha * z) / self._norm(alpha, sigma)
 
     def training_times(self, shares: Tensor, schedule: NoiseSchedule) -> Tensor:
-        """ln kappa is normal: with weight 1 on F, section 5 of Karras et al."""
+        """ln kappa is normal, with weight 1 on F: section 5 of Karras et al."""
         return schedule.time_from_kappa(torch.exp(P_MEAN + P_STD * _normal(shares))).to(shares.dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
 class EDMDenoised(Prediction):
-    """A network that brings the preconditioning of Karras et al. itself: D(y, kappa)."""
+    """A network that includes the preconditioning of Karras et al.: D(y, kappa)."""
 
     name = "edm_denoised"
 
@@ -306,7 +306,7 @@ class Flow(Prediction):
 
 @dataclass(frozen=True, kw_only=True)
 class SIT(Flow):
-    """The same with time and velocity reversed.
+    """Rectified flow with time and velocity reversed.
 
     Args:
         timesteps: N: the network's time is N (1 - r).
@@ -328,17 +328,17 @@ class SIT(Flow):
 PREDICTIONS: dict[str, type[Prediction]] = {kind.name: kind for kind in (V, Eps, X0, EDM, EDMDenoised, Flow, SIT)}
 """Name -> class."""
 _ALIASES = {"v_prediction": "v", "epsilon": "eps", "sample": "x0", "flow_prediction": "flow"}
-"""Names of diffusers -> ours."""
+"""Diffusers name -> our name."""
 
 Named: TypeAlias = str | Prediction
-"""What users write."""
+"""What users may pass."""
 
 
 def make_prediction(prediction: Named | Mapping[str, Any]) -> Prediction:
-    """The prediction that a name or `Prediction.to_config` says, or the one that it is.
+    """The prediction given by name, by `Prediction.to_config`, or as itself.
 
     Raises:
-        ValueError: there is none of this name, or it has no such option.
+        ValueError: unknown name or option.
     """
     if isinstance(prediction, Prediction):
         return prediction

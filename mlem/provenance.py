@@ -1,4 +1,4 @@
-"""Which code makes a run, the version of the package and the git commit that it was imported from; and on what."""
+"""Where a run comes from: version of the package, git commit it was imported from, and machine."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["machine", "processor", "provenance"]
 
 @cache
 def provenance() -> dict[str, str]:
-    """`{"version": ..., "commit": ...}`, "unknown" where there is none; "-dirty" ends the commit of changed code."""
+    """`{"version": ..., "commit": ...}`, "unknown" if there is none; changed code appends "-dirty"."""
     return {"version": _version(), "commit": _commit(Path(__file__).resolve().parent)}
 
 
@@ -28,7 +28,7 @@ def processor() -> str:
 
 
 def machine(device: str = "cpu") -> dict[str, str | int]:
-    """What times depend on: processor, threads, versions, and of "cuda" the GPU and what it is driven with."""
+    """What timings depend on: processor, threads, versions and, for "cuda", the GPU and its software."""
     import torch
 
     found: dict[str, str | int] = {"device": device, "processor": processor(), "threads": torch.get_num_threads()}
@@ -49,7 +49,7 @@ def _version() -> str:
 
 def _commit(package: Path) -> str:
     try:
-        # an installed copy inside somebody else's repository is no part of that repository
+        # an installed copy inside another repository is not part of it
         _git(package, "ls-files", "--error-unmatch", "__init__.py")
         return _git(package, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
     except (OSError, subprocess.SubprocessError):

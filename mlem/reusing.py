@@ -12,11 +12,11 @@ __all__ = ["ReusingLevel", "can_reuse", "reusing"]
 
 
 class ReusingLevel(NamedTuple):
-    """A level that is no function of (x, t), and what in it keeps features.
+    """A level with a memory, not a function of (x, t), and the part that keeps features.
 
     Args:
-        level: to be sampled by itself, one trajectory after another.
-        cache: which starts each trajectory.
+        level: to be sampled alone, one trajectory after another.
+        cache: its DeepCache, which must `start` each trajectory.
     """
 
     level: Level
@@ -24,7 +24,7 @@ class ReusingLevel(NamedTuple):
 
 
 def reusing(level: Level, reuse: Reuse) -> ReusingLevel:
-    """The level on its network with reused features (DeepCache); under guidance, on the one that is guided.
+    """The level with a network that reuses features (DeepCache); under guidance, the guided network.
 
     Raises ValueError for a network whose features cannot be reused.
     """
@@ -33,7 +33,7 @@ def reusing(level: Level, reuse: Reuse) -> ReusingLevel:
         cache = network = DeepCache(level.network, reuse, level.shape, level.conditions)
     elif guided.weak is not None or guided.interval is not None:
         raise ValueError(
-            f"level {level.name} is guided by a weaker one, or in an interval: leave reuse out, or weak= and interval="
+            f"level {level.name} is guided by a weaker one, or in an interval: leave out reuse, or weak= and interval="
         )
     else:
         cache = DeepCache(guided.network, reuse, level.shape, level.conditions)

@@ -1,6 +1,6 @@
-"""`python -m mlem.runs [ROOT]`: the training runs below a folder, how far each is and what came out.
+"""`python -m mlem.runs [ROOT]`: the training runs below a folder, their progress and results.
 
-Lives here: finding run folders (those with `settings.json` and `config.yaml`) and reading their state from files alone.
+Finds run folders (those with `settings.json` and `config.yaml`) and reads their state from files alone.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from mlem.invocation import called, command, interrupted
 __all__ = ["Run", "main", "read_run", "runs"]
 
 _RUN = {"settings.json", "config.yaml"}
-_OTHER = {"settings.json", "family.json", "manifest.json"}  # samples, families and data sets hold no runs
-_RESULTS = ("level/mlem.json", "coefficients.json")  # what a finished run has
+_OTHER = {"settings.json", "family.json", "manifest.json"}  # folders of samples, families and data sets hold no runs
+_RESULTS = ("level/mlem.json", "coefficients.json")  # files of a finished run
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,12 @@ class Run:
     Attributes:
         path: of the folder.
         state: "training" (its lock is held), "finished" or "interrupted".
-        step: the last that was logged or saved.
-        steps: how many there will be; None where the settings do not say.
+        step: the last step logged or saved.
+        steps: total training steps; None if the settings do not say.
         error: the lowest held-out denoising error; None before the first validation.
-        fid: the lowest of the last evaluation; None without one.
-        fid_name: its sampler, protocol and count.
-        bytes: on disk.
+        fid: the lowest FID of the last evaluation; None without one.
+        fid_name: sampler, protocol and number of samples of `fid`.
+        bytes: size on disk.
         changed: time of the last change, in Unix seconds.
     """
 
@@ -83,9 +83,9 @@ def _run_folders(root: Path) -> Iterator[Path]:
 
 
 def _usage(folder: str | Path) -> tuple[int, float]:
-    """Bytes on disk, and the last change, of the files in `folder` and below. Files that vanish meanwhile are left out.
+    """Bytes on disk and time of the last change of the files in `folder` and below.
 
-    Links are not followed.
+    Files that vanish meanwhile are skipped; links are not followed.
     """
     size, changed, folders = 0, 0.0, [str(folder)]
     while folders:
@@ -176,10 +176,10 @@ def _show(found: Sequence[Run], root: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit code: 0, or 2 where there is no such folder."""
+    """Run the command line; return the exit code: 0, or 2 if the folder does not exist."""
     parser = argparse.ArgumentParser(command("runs"), description="The training runs below a folder.")
     parser.add_argument("root", type=Path, nargs="?", default=Path("runs"), help="folder to search; default: runs")
-    parser.add_argument("--json", action="store_true", help="a list of objects, with sizes in bytes, times in seconds")
+    parser.add_argument("--json", action="store_true", help="print a list of objects: sizes in bytes, times in seconds")
     options = parser.parse_args(arguments)
     try:
         found = runs(options.root)
@@ -187,7 +187,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{called('runs')}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        return interrupted("runs", "nothing is written by this command")
+        return interrupted("runs", "this command writes nothing")
     if options.json:
         print(json.dumps([asdict(run) for run in found], indent=2))
     elif found:

@@ -1,12 +1,12 @@
 """The noise schedule: how the noise grows with time, on any Gaussian path.
 
 Forward process `x_t = alpha_t x_0 + sigma_t z` with `alpha^2 + sigma^2 = 1`, time t in [0, 1], t = 0 clean.
-Discrete timesteps n = 0 .. N-1 of other libraries sit at `t = (n + 1) / N`. Paths in which data and noise have other
-scales (EDM, rectified flow) are brought to these; how a network of theirs is asked is its prediction's matter.
+Discrete timesteps n = 0 .. N-1 of other libraries are at `t = (n + 1) / N`. Paths that scale data and noise differently
+(EDM, rectified flow) are converted to this form; the inputs and outputs of their networks are up to the prediction.
 
 A schedule is one increasing function, t -> OU time `s = -ln alpha`; everything else follows from s:
 `alpha = e^-s`, `sigma^2 = 1 - e^-2s`, `kappa = sigma / alpha`, `kappa^2 = e^2s - 1`, `log_snr = -2 ln kappa`.
-All of it is computed in float64, whatever the dtype of the input, and returned in the dtype of the input.
+Everything is computed in float64 and returned in the dtype of the input.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ __all__ = [
 ]
 
 NUM_TIMESTEPS = 1000
-"""N: how many discrete timesteps the unit interval stands for, as in DDPM."""
+"""N: number of discrete timesteps in the unit interval, as in DDPM."""
 PURE_NOISE = 2.0**27
-"""kappa where there is no signal, of rectified flow at r = 1 and with zero terminal SNR.
+"""kappa where there is no signal: rectified flow at r = 1, and zero terminal SNR.
 
-Networks see the same as at infinity: x and their times round to it in float32. Solvers can tell: in float64 it leaves
+To networks it equals infinity: x and their times round to the same float32. Solvers can tell: in float64 it leaves
 eight digits of `x_0 = y - kappa eps`.
 """
 
@@ -51,7 +51,7 @@ def _float64(value: Tensor | float) -> tuple[Tensor, torch.dtype]:
 
 
 def _refuse_outside(name: str, value: Tensor, low: float, high: float) -> None:
-    # a check on another device would make the host wait for it
+    # checking on another device would make the host wait for it
     if value.device.type == "cpu" and not bool(((value >= low) & (value <= high)).all()):
         bad = value[~((value >= low) & (value <= high))].flatten()[0].item()
         raise ValueError(f"{name} must be in [{low:g}, {high:g}], got {bad:g}")
@@ -79,7 +79,7 @@ NOISIEST = 100.0
 class NoiseSchedule(ABC):
     """A noise schedule; make one with `cosine`, `linear`, `edm`, `flow` or `from_diffusers`.
 
-    num_timesteps: N, in which networks are told the time. shift: of the flow that it comes from; else 1.
+    num_timesteps: N, the unit of the networks' time. shift: of the original flow; else 1.
     """
 
     num_timesteps: int = NUM_TIMESTEPS
@@ -95,7 +95,7 @@ class NoiseSchedule(ABC):
 
     @abstractmethod
     def to_config(self) -> dict[str, Any]:
-        """Plain data from which `from_config` makes this schedule again."""
+        """Plain data from which `from_config` rebuilds this schedule."""
 
     @staticmethod
     def cosine(offset: float = 0.008, log_snr_min: float = -12.0) -> NoiseSchedule:
@@ -117,9 +117,9 @@ class NoiseSchedule(ABC):
 
     @staticmethod
     def edm(sigma_min: float = 0.002, sigma_max: float = 80.0) -> NoiseSchedule:
-        """The noise of Karras et al., arXiv:2206.00364: kappa up to `sigma_max`, even in kappa^(1/7).
+        """The noise levels of Karras et al., arXiv:2206.00364: kappa up to `sigma_max`, even in kappa^(1/7).
 
-        Of N timesteps the first has `sigma_min`; from there it falls linearly to 0.
+        The first of N timesteps has `sigma_min`; from there kappa falls linearly to 0.
         """
         return EDMSchedule(sigma_min, sigma_max)
 
@@ -132,20 +132,20 @@ class NoiseSchedule(ABC):
     def from_diffusers(config: Mapping[str, Any]) -> NoiseSchedule:
         """The schedule of a diffusers scheduler config: DDPM's betas in any of their forms, EDM or flow matching.
 
-        Raises ValueError for schedulers that are none of these, and options that move their noise levels.
+        Raises ValueError for other schedulers, and for options that change their noise levels.
         """
         kind = str(config.get("_class_name", ""))
         if "FlowMatch" in kind or config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction":
             for option in ("use_dynamic_shifting", "shift_terminal", "invert_sigmas"):
                 if config.get(option):
                     raise ValueError(
-                        f"{option} of {kind} depends on the picture; write its noise as NoiseSchedule.flow(shift=)"
+                        f"{option} of {kind} depends on the image size; write it as NoiseSchedule.flow(shift=)"
                     )
             return NoiseSchedule.flow(config.get("shift", config.get("flow_shift", 1.0)))
         if kind.startswith("EDM"):
             return NoiseSchedule.edm(config.get("sigma_min", 0.002), config.get("sigma_max", 80.0))
         if kind and not any(key in config for key in ("beta_start", "beta_schedule", "trained_betas")):
-            raise ValueError(f"{kind} has no betas, and is no EDM or flow-matching scheduler; use one of these")
+            raise ValueError(f"{kind} has no betas and is not an EDM or flow-matching scheduler; use one of these")
         from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
         names = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "rescale_betas_zero_snr")
@@ -157,7 +157,7 @@ class NoiseSchedule(ABC):
 
     @staticmethod
     def from_config(config: Mapping[str, Any]) -> NoiseSchedule:
-        """The schedule that `to_config` described. Raises ValueError for an unknown kind and options it cannot have."""
+        """The schedule described by `to_config`. Raises ValueError for an unknown kind or invalid options."""
         makers: dict[str, Callable[..., NoiseSchedule]] = {
             "cosine": NoiseSchedule.cosine,
             "linear": NoiseSchedule.linear,
@@ -166,7 +166,7 @@ class NoiseSchedule(ABC):
             "diffusers": NoiseSchedule.from_diffusers,
         }
         if not isinstance(config, Mapping):
-            raise ValueError(f"a schedule is an object with its kind, such as cosine, got {config!r}")
+            raise ValueError(f"a schedule must be an object with a kind, such as cosine, got {config!r}")
         options = dict(config)
         kind = options.pop("kind", None)
         if kind not in [*makers]:
@@ -176,14 +176,14 @@ class NoiseSchedule(ABC):
             return makers[kind](**options)
         except (TypeError, AttributeError, RuntimeError) as error:
             said = " ".join(str(error).split())
-            raise ValueError(f"schedule {kind} cannot be made ({said}); its options are {known}") from error
+            raise ValueError(f"schedule {kind} cannot be built ({said}); its options are {known}") from error
 
     def __repr__(self) -> str:
         return f"NoiseSchedule({self.to_config()})"
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the schedule: levels of one family must agree on it."""
+        """Hash of the schedule."""
         return hashlib.sha256(json.dumps(self.to_config(), sort_keys=True).encode()).hexdigest()[:16]
 
     @property
@@ -193,7 +193,7 @@ class NoiseSchedule(ABC):
 
     @property
     def last(self) -> float:
-        """Where grids that are even in a noise level begin: 1, or, under pure noise, where kappa is NOISIEST."""
+        """Where grids even in a noise level begin: 1, or, under pure noise, where kappa is NOISIEST."""
         return self.time_from_kappa(NOISIEST).item() if self.ends_in_noise else 1.0
 
     def ou_time(self, t: Tensor | float) -> Tensor:
@@ -214,7 +214,7 @@ class NoiseSchedule(ABC):
         return torch.sqrt(-torch.expm1(-2 * self.ou_time(value))).to(dtype)
 
     def scales(self, t: Tensor | float) -> tuple[Tensor, Tensor]:
-        """alpha and sigma at t, in the time of one."""
+        """alpha and sigma at t, for the time of one of them."""
         value, dtype = _float64(t)
         s = self.ou_time(value)
         return torch.exp(-s).to(dtype), torch.sqrt(-torch.expm1(-2 * s)).to(dtype)
@@ -284,7 +284,7 @@ class CosineSchedule(NoiseSchedule):
 
     def _time(self, s: Tensor) -> Tensor:
         theta = torch.acos(torch.exp(-s) * math.cos(self._theta_0))
-        # near the data acos loses digits: two Newton steps on the variance give them back
+        # near the data acos loses digits: two Newton steps on the variance restore them
         rise, slope = theta - self._theta_0, torch.sin(2 * theta) / math.cos(self._theta_0) ** 2
         for _ in range(2):
             rise = torch.where(s < 0.1, rise - (self._variance(rise) + torch.expm1(-2 * s)) / slope, rise)
@@ -352,13 +352,13 @@ class TabulatedSchedule(NoiseSchedule):
         """ou_times: (N,), float64, positive and strictly increasing."""
         knots = torch.cat([torch.zeros(1, dtype=torch.float64), ou_times.double()])
         if not bool((knots.diff() > 0).all()):
-            raise ValueError("the noise must grow with every timestep; this scheduler config has betas <= 0")
+            raise ValueError("noise must grow with every timestep; this scheduler config has betas <= 0")
         self._config = config
         self.num_timesteps = len(ou_times)
         self._knots = {knots.device: knots}
 
     def _knots_on(self, device: torch.device) -> Tensor:
-        """The knots, copied to a device once: a copy at every call would make the host wait."""
+        """The knots, copied to a device once: copying at every call would make the host wait."""
         if device not in self._knots:
             self._knots[device] = self._knots[torch.device("cpu")].to(device)
         return self._knots[device]

@@ -1,6 +1,6 @@
-"""Scheduler configs of diffusers, plain data: what they say of a network, and what says the same of a level.
+"""Scheduler configs of diffusers as plain data: reading a network's prediction from them, and writing them for levels.
 
-`NoiseSchedule.from_diffusers` reads their noise. With a scheduler config goes the index of a pipeline, if one fits.
+`NoiseSchedule.from_diffusers` reads their noise levels. Also here: the pipeline index that goes with them.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from mlem.schedule import EDMSchedule, FlowSchedule, NoiseSchedule
 __all__ = ["pipeline_index", "prediction_of", "to_diffusers"]
 
 _UNETS = {"UNet2DModel": "diffusers", "PatchUNet2DModel": "mlem.networks.patch_unet"}
-"""Networks of pictures that pipelines of diffusers call alike: class -> the library that model_index.json names."""
+"""Image networks that diffusers pipelines call alike: class -> its library in model_index.json."""
 
 
 def prediction_of(config: Mapping[str, Any]) -> Prediction:
-    """What a network predicts that comes with this scheduler config.
+    """The prediction of a network with this scheduler config.
 
     Raises:
         ValueError: the prediction contradicts the scheduler.
@@ -33,7 +33,7 @@ def prediction_of(config: Mapping[str, Any]) -> Prediction:
     if kind.startswith("EDM"):
         if name not in (None, "epsilon"):
             raise ValueError(
-                f"prediction_type of {kind} is {name!r}, but EDM networks answer F, which it calls epsilon"
+                f"prediction_type of {kind} is {name!r}, but EDM networks return F, which it calls epsilon"
             )
         return EDM(sigma_data=config.get("sigma_data", 0.5))
     flow = bool(config.get("use_flow_sigmas"))
@@ -46,10 +46,10 @@ def prediction_of(config: Mapping[str, Any]) -> Prediction:
 
 
 def to_diffusers(schedule: NoiseSchedule, prediction: Prediction) -> dict[str, Any]:
-    """A scheduler config with which diffusers samples such a network rightly.
+    """A scheduler config with which diffusers samples such a network correctly.
 
     Raises:
-        ValueError: none of its schedulers asks networks like this, or on these noise levels.
+        ValueError: none of its schedulers fits this prediction or these noise levels.
     """
     if isinstance(prediction, Flow) and not isinstance(prediction, SIT) and isinstance(schedule, FlowSchedule):
         n = int(prediction.timesteps)
@@ -63,7 +63,7 @@ def to_diffusers(schedule: NoiseSchedule, prediction: Prediction) -> dict[str, A
     if prediction.name not in names or asked != schedule.num_timesteps:
         path = schedule.to_config()["kind"]
         raise ValueError(f"no scheduler of diffusers samples prediction {prediction} on a schedule of kind {path}")
-    # DDIM of diffusers clips the data, but not the noise that goes with it
+    # DDIM of diffusers clips the data estimate but not the matching noise
     kind = "DDIMScheduler" if prediction.clip is None else "DDPMScheduler"
     config = {"_class_name": kind, **_betas(schedule), "prediction_type": names[prediction.name]}
     config |= {"timestep_spacing": "trailing", "clip_sample": prediction.clip is not None}
@@ -76,16 +76,16 @@ def pipeline_index(
     shape: Sequence[int],
     conditions: Mapping[str, int | tuple[int | None, ...]],
 ) -> dict[str, Any] | None:
-    """The model_index.json of a folder that is a pipeline of diffusers, and no other pipeline samples wrongly.
+    """The model_index.json of a folder that diffusers can open as a pipeline and sample correctly.
 
-    DDIMPipeline turns whatever scheduler it finds into DDIM, so that folders with flows or EDM must be none.
+    DDIMPipeline turns any scheduler into DDIM, so folders with flows or EDM must not be pipelines.
 
     Args:
-        network, scheduler: their configs; scheduler: None where there is none.
+        network, scheduler: their configs; scheduler: None if there is none.
         shape: of one sample.
-        conditions: what the network is told.
+        conditions: what the network takes besides x and t.
 
-    Returns: None where diffusers has no such pipeline.
+    Returns: None if diffusers has no such pipeline.
     """
     kind = None if scheduler is None else scheduler["_class_name"]
     library = _UNETS.get(network["_class_name"])
@@ -98,7 +98,7 @@ def pipeline_index(
         return None
     pipeline = kind.replace("Scheduler", "Pipeline")
     if network["num_class_embeds"] is not None or network.get("class_embed_type") is not None or conditions:
-        # the one that tells a UNet2DModel its class; it makes squares
+        # the only pipeline with classes for a UNet2DModel; it makes square images
         if conditions != {"class_labels": (network["num_class_embeds"] or 0) - 1} or not square:
             return None
         pipeline = "ConsistencyModelPipeline"
@@ -114,7 +114,7 @@ def _sigmas(schedule: NoiseSchedule) -> tuple[float, float]:
 
 
 def _betas(schedule: NoiseSchedule) -> dict[str, Any]:
-    """The fields that say so, as short as they can be."""
+    """The fields for these betas, as short as possible."""
     config, n = schedule.to_config(), schedule.num_timesteps
     if config["kind"] == "diffusers":
         return config["config"] | {"num_train_timesteps": n}
@@ -126,10 +126,10 @@ def _betas(schedule: NoiseSchedule) -> dict[str, Any]:
 
 
 def _rounded(signal: Sequence[float]) -> list[float]:
-    """Betas in float32 whose products of `1 - beta`, as diffusers takes them, stay at these: no rounding adds up."""
+    """Betas in float32 whose cumulative products of `1 - beta` stay at these values: rounding does not add up."""
     betas, product = list[float](), 1.0
     for due in signal:
-        beta = np.float32(max(1 - due / product, 2.0**-24))  # the least that 1 - beta shows
+        beta = np.float32(max(1 - due / product, 2.0**-24))  # the least that changes 1 - beta
         product *= float(np.float32(1) - beta)
         betas.append(float(beta))
     return betas

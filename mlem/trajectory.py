@@ -1,7 +1,7 @@
-"""The one loop from noise to samples: sampling, calibration, pilots, memorising and learning all run through it.
+"""The one loop from noise to samples: sampling, calibration, pilots, memorising and learning all use it.
 
-The state is `y = x / alpha` in float64: at large kappa, y and kappa eps are both large and nearly cancel. What is asked
-for noise estimates, and in which precision, is the caller's choice.
+The state is `y = x / alpha` in float64: at large kappa, y and kappa eps are both large and nearly cancel. The caller
+chooses the source of noise estimates and its precision.
 """
 
 from __future__ import annotations
@@ -29,24 +29,24 @@ from mlem.solvers import (
 __all__ = ["SIGNAL_LEFT", "noise_estimate", "samples", "starting_noise", "trajectory", "warn_of_signal"]
 
 Revise = Callable[[Tensor, GridPoint], Tensor]
-"""revise(y, here): the state to go on from, given y (B, ...) before the step at `here`."""
+"""revise(y, here): the state to continue from, given y (B, ...) before the step at `here`."""
 
 Watch = Callable[[int, Tensor], None]
-"""watch(i, y): sees the number of a step and y (B, ...) after it."""
+"""watch(i, y): gets the number of a step and y (B, ...) after it."""
 
 
 SIGNAL_LEFT = 0.01
-"""alpha^2 above which samples that begin with N(0, I) are warned of: the mean is off by a tenth of the data's."""
+"""alpha^2 above which starting from N(0, I) gives a warning: the mean is off by a tenth of the data's."""
 
 
 def warn_of_signal(schedule: NoiseSchedule, t: float = 1.0) -> None:
-    """Warn, with the number, where sampling begins at time t and x_t is still far from N(0, I)."""
+    """Warn if sampling begins at time t but x_t is still far from N(0, I)."""
     signal = schedule.alpha(t).item() ** 2
     if signal > SIGNAL_LEFT:
         what = f"the schedule ends at t = {t:g}" if t == 1 else f"the grid begins at t = {t:.3g}"
         warnings.warn(
-            f"{what} with a signal of alpha^2 = {signal:.2g} (at most {SIGNAL_LEFT:g} is right), but sampling begins "
-            "with pure noise: samples will be off; take larger betas, a lower log_snr_min or a grid from t = 1",
+            f"{what} with a signal of alpha^2 = {signal:.2g} (it should be at most {SIGNAL_LEFT:g}), but sampling "
+            "starts from pure noise: samples will be off; use larger betas, a lower log_snr_min or a grid from t = 1",
             stacklevel=3,
         )
 
@@ -81,12 +81,12 @@ def trajectory(
     """x at the last point, from x_T at the first: (B, ...), float64, in the memory format of x_T.
 
     Args:
-        estimate: the noise estimate, given y (B, ...) and where it is wanted.
-        solver, points: the method, and the times it visits under their schedule.
+        estimate: the noise estimate, given y (B, ...) and an evaluation point.
+        solver, points: the method and the times it visits under their schedule.
         x_T: (B, ...), starting noise; see `starting_noise`.
-        indices: (B,), int64, the samples; with the seed they fix all chance of the solver.
+        indices: (B,), int64, sample indices; with the seed they fix all randomness of the solver.
         path: the Brownian path; by default that of these samples, in the dtype of x_T.
-        revise: may change the state before each step, also the number of its rows. watch: sees it after each step.
+        revise: may change the state before each step, even its number of rows. watch: sees it after each step.
     """
     if path is None:
         times = [point.t for point in points]

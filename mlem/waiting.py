@@ -1,4 +1,4 @@
-"""A bar for work that is mostly over before anyone asks: it appears only after a second."""
+"""A progress bar for work that is usually short: it appears only after a second."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ if TYPE_CHECKING:
 __all__ = ["Waiting"]
 
 PATIENCE = 1.0
-"""Seconds without a bar."""
+"""Seconds before the bar appears."""
 
 
 class Waiting:
-    """A bar on standard error, of the first process of a run alone: `with Waiting("what is done", parts) as waiting`.
+    """A bar on standard error, in the first process only: `with Waiting("what is done", parts) as waiting`.
 
     Args:
-        text: what is done.
-        total: in how many parts.
+        text: description of the work.
+        total: number of parts.
     """
 
     def __init__(self, text: str, total: int) -> None:
@@ -40,7 +40,7 @@ class Waiting:
             self._shown[0].stop()
 
     def advance(self) -> None:
-        """One part is done."""
+        """Count one part as done."""
         self._done += 1
         if self._shown is None and time.monotonic() - self._begin > PATIENCE and first_process():
             self._shown = self._bar()

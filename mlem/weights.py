@@ -16,10 +16,10 @@ __all__ = ["read_tensors", "read_weights", "write_tensors", "write_weights"]
 
 
 def write_weights(path: str | os.PathLike[str], weights: Mapping[str, Tensor]) -> None:
-    """Write tensors as safetensors, atomically; what tensors share is written for each of them.
+    """Write tensors as safetensors, atomically; shared memory is written once per tensor.
 
     Raises:
-        ValueError: names a tensor with NaN or infinity, or a value that is no tensor.
+        ValueError: names a tensor with NaN or infinity, or a value that is not a tensor.
     """
     from safetensors.torch import save
 
@@ -27,7 +27,7 @@ def write_weights(path: str | os.PathLike[str], weights: Mapping[str, Tensor]) -
     storages: set[int] = set()
     for name, tensor in weights.items():
         if not isinstance(tensor, Tensor):
-            raise ValueError(f"weights {name} are of type {type(tensor).__name__}, no tensor; not saved to {path}")
+            raise ValueError(f"weights {name} are of type {type(tensor).__name__}, not a tensor; not saved to {path}")
         if not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"weights {name} hold NaN or infinity; not saved to {path}")
         plain = tensor.detach().cpu().contiguous()
@@ -39,7 +39,7 @@ def write_weights(path: str | os.PathLike[str], weights: Mapping[str, Tensor]) -
 
 
 def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> None:
-    """Write tensors that were computed, and what is said of them, with a checksum of all: safetensors has none."""
+    """Write computed tensors and metadata with a checksum over both, which safetensors lacks."""
     from safetensors.torch import save
 
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -48,7 +48,7 @@ def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], a
 
 
 def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """What `write_tensors` wrote: the tensors, and what is said of them. Raises ValueError where it is damaged."""
+    """Tensors and metadata written by `write_tensors`. Raises ValueError if the file is damaged."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -58,12 +58,12 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
     except SafetensorError as error:
         raise ValueError(f"{path} is not a safetensors file, or it was cut short ({error}); delete it") from error
     if about.pop("sha256", None) != _digest(tensors, about):
-        raise ValueError(f"{path} differs from its checksum; delete it, it is made again")
+        raise ValueError(f"{path} differs from its checksum; delete it, and it is made again")
     return tensors, about
 
 
 def _digest(tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> str:
-    """SHA-256 of names, types, shapes and bytes, and of what is said of them."""
+    """SHA-256 of names, types, shapes and bytes, and of the metadata."""
     digest = hashlib.sha256(repr(sorted(about.items())).encode())
     for name in sorted(tensors):
         tensor = tensors[name]
@@ -85,7 +85,7 @@ def read_weights(
     Args:
         path: of the file.
         network: takes the weights.
-        checksum: SHA-256 of the file in hex; None: not compared.
+        checksum: SHA-256 of the file in hex; None: not checked.
         owner: what the network was built from, for the error message.
         remedy: what to do about weights that do not fit.
 
@@ -116,7 +116,7 @@ def read_weights(
 
 
 def _differences(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:
-    """The keys in which weights of a file differ from those of a network, each with what is wrong."""
+    """The keys in which weights of a file differ from those of a network, each with the reason."""
     odd = [f"{key} (missing)" for key in own.keys() - weights.keys()]
     odd += [f"{key} (extra)" for key in weights.keys() - own.keys()]
     odd += [

@@ -54,7 +54,7 @@ def test_one_range_is_a_range_and_takes_no_memory() -> None:
     assert parse_indices("0-9999999", "seeds") == range(10_000_000)
     assert parse_indices("7, 0-3", "seeds") == [7, 0, 1, 2, 3]
     assert parse_indices(5, "seeds") == range(5, 6)
-    with pytest.raises(ValueError, match="seeds names an index twice: 0-5,3"):
+    with pytest.raises(ValueError, match="seeds contains an index twice: 0-5,3"):
         parse_indices("0-5,3", "seeds")
 
 
@@ -62,7 +62,7 @@ CALLS: dict[str, Any] = {
     "indices must be in [0, 1000000000), got 99999999999": lambda: blocks(range(100_000_000_000), 64),
     "steps must be at most 1000000, got 100000000000": lambda: TimeGrid.make("uniform", NoiseSchedule.cosine(), 10**11),
     "reference_steps must be at most 1000000": lambda: pilot(None, None, reference_steps=10**11),  # type: ignore[arg-type]
-    "calibration may draw 100000000 samples at most, got 100000000000": lambda: calibrate(
+    "calibration may draw at most 100000000 samples, got 100000000000": lambda: calibrate(
         Family([level("xs"), level("s")]), images=10**11
     ),
 }
@@ -98,7 +98,7 @@ def test_a_training_of_one_or_two_images_is_refused_with_their_number(
         Image.new("RGB", (8, 8)).save(tmp_path / f"{number}.png")
     monkeypatch.chdir(tmp_path)
     options = ("data=folder", f"data.options.source={tmp_path}", "data.options.size=8", "data.held_out=1")
-    with pytest.raises(ValueError, match=rf"has {count} images?: a training needs 3 or more, 2 of them held out"):
+    with pytest.raises(ValueError, match=rf"has {count} images?: training needs at least 3, 2 of them held out"):
         run_here("train", *PLAIN, *options, "training.steps=1")
 
 
@@ -109,7 +109,7 @@ def test_a_folder_of_links_says_that_links_are_not_followed(name: str, folder: b
     linked.mkdir()
     Image.new("RGB", (8, 8)).save(real / "picture.png")
     (linked / name).symlink_to(real if folder else real / name)
-    with pytest.raises(ValueError, match="no image of its own, but 1 link, and links are not followed: copy the files"):
+    with pytest.raises(ValueError, match="no images, only 1 link, and links are not followed: copy the files"):
         prepare("folder", tmp_path / "out", source=str(linked), progress=False)
 
 
@@ -117,5 +117,5 @@ def test_a_folder_of_links_says_that_links_are_not_followed(name: str, folder: b
 def test_a_family_of_one_level_is_not_told_to_calibrate(spec: dict[str, Any]) -> None:
     family = Family([level("xs")])
     asked = family.fitted.coefficients_for if "probabilities" in spec else family.fitted.calibration_for
-    with pytest.raises(ValueError, match="has one level, xs, and plans share work between several: leave the plan out"):
+    with pytest.raises(ValueError, match="has one level, xs, but plans share work between several: leave out the plan"):
         asked(family)

@@ -108,11 +108,11 @@ def test_a_calibration_is_kept_as_json_of_these_weights() -> None:
     other = Family([level(1, 0.03, 1), level(2, 0.01, 4), level(3, 0.0, 3)], Fitted(found))
     with pytest.raises(
         ValueError,
-        match=r"^the calibration is of other weights or guidance: python -m mlem\.multilevel calibrate",
+        match=r"^the calibration is for other weights or guidance: python -m mlem\.multilevel calibrate",
     ):
         other.fitted.calibration_for(other)
     with pytest.raises(
-        ValueError, match=r"^the calibration has format 0, this version reads 1; calibrate again: python -m"
+        ValueError, match=r"^the calibration has format 0, but this version reads 1; calibrate again: python -m"
     ):
         Calibration.from_dict(plain | {"format": 0})
     with pytest.raises(ValueError, match=r"points is not calibrated: python -m mlem\.multilevel calibrate FAMILY$"):

@@ -75,7 +75,7 @@ def test_a_pickle_is_not_executed(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     write_text(path.with_name(path.name + ".sha256"), sha256(path) + "\n")
     with pytest.raises(pickle.UnpicklingError, match=r"[Ww]eights.only"):
         AtomicCheckpointIO().load_checkpoint(path)
-    with pytest.raises(ValueError, match=r"\Astep-00000005.ckpt is not the checkpoint of a training [^\n]*\Z"):
+    with pytest.raises(ValueError, match=r"\Astep-00000005.ckpt is not a training checkpoint [^\n]*\Z"):
         steps_of(Path(path.name), {})
     assert not (tmp_path / "executed").exists()
 
@@ -123,7 +123,7 @@ def test_a_diverged_training_stops_and_keeps_what_was_good(tmp_path: Path) -> No
     spoilt = ("callbacks=[{_target_: tests.dying.Spoiling, at: 8}]", "allow=[tests]")
     says = (
         r"at step 10 the weights are not finite; lower training\.learning_rate=0\.002; "
-        r"\S+/checkpoints/step-00000005\.ckpt is kept: resume=force goes on from it"
+        r"\S+/checkpoints/step-00000005\.ckpt is kept: resume=force continues from it"
     )
     with pytest.raises(FloatingPointError, match=says):
         run_in(tmp_path, lambda: run_here("train", *OPTIONS, *spoilt))
@@ -132,7 +132,7 @@ def test_a_diverged_training_stops_and_keeps_what_was_good(tmp_path: Path) -> No
 
 def test_an_absurd_learning_rate_is_named(tmp_path: Path) -> None:
     absurd = ("training.learning_rate=1e12", "training.gradient_clip=0")
-    with pytest.raises(FloatingPointError, match=r"step 5 .* lower training\.learning_rate=1e\+12; no checkpoint came"):
+    with pytest.raises(FloatingPointError, match=r"step 5 .* lower training\.learning_rate=1e\+12; there is no ear"):
         run_in(tmp_path, lambda: run_here("train", *OPTIONS, *absurd))
     assert not (tmp_path / RUN / "level").exists()
 
@@ -189,7 +189,7 @@ def test_force_leaves_a_finished_run_alone(finished: Path) -> None:
     settings = finished / RUN / "settings.json"
     before = settings.read_text()
     for options in (["training.learning_rate=0.001"], ["training.steps=19"]):
-        with pytest.raises(ValueError, match=r"step-00000020\.ckpt has 20 steps already: training\.steps=\d+ leaves"):
+        with pytest.raises(ValueError, match=r"step-00000020\.ckpt already has 20 steps: training\.steps=\d+ leaves"):
             _forced(finished, *options)
     assert settings.read_text() == before
 
@@ -214,7 +214,9 @@ def test_what_resume_may_be(finished: Path, monkeypatch: pytest.MonkeyPatch, tmp
     with pytest.raises(ValueError, match=r"resume must be auto, force or the path of a checkpoint, got 'Auto'"):
         run_here("train", *OPTIONS, "resume=Auto")
     other = shutil.copy(RUN / "checkpoints" / "step-00000015.ckpt", tmp_path)
-    with pytest.raises(ValueError, match=r"is no checkpoint of this run: give one in runs/digits/unet_xs/checkpoints"):
+    with pytest.raises(
+        ValueError, match=r"is not a checkpoint of this run: name one in runs/digits/unet_xs/checkpoints"
+    ):
         run_here("train", *OPTIONS, f"resume={other}")
 
 

@@ -300,7 +300,7 @@ def test_a_family_of_one_level_is_refused(tmp_path: Path) -> None:
 
 
 def test_sampling_with_the_name_of_no_level(tmp_path: Path) -> None:
-    with contextlib.chdir(tmp_path), pytest.raises(ValueError, match="model=coefficients is no level by itself"):
+    with contextlib.chdir(tmp_path), pytest.raises(ValueError, match="model=coefficients is not a level"):
         run_here("sample", "model=coefficients")
 
 

@@ -52,11 +52,11 @@ def test_the_family_knows_its_classes_and_is_sampled_by_them(folder: Path) -> No
 
 def test_model_cards_say_how_levels_were_trained(folder: Path) -> None:
     card = (folder / "runs/digits/family/level_xs/README.md").read_text()
-    for words in ("told `class_labels` | the class, 0 to 9; 10 is no class", "| training | 4 steps, ", "| error | "):
+    for words in ("takes `class_labels` | the class, 0 to 9; 10 is no class", "| training | 4 steps, ", "| error | "):
         assert words in card
     assert 'ConsistencyModelPipeline.from_pretrained("level_xs")' in card
     assert 'from_pretrained("level")' in (folder / RUN / "level/README.md").read_text()
-    assert "They are told `class_labels`" in (folder / "runs/digits/family/README.md").read_text()
+    assert "They take `class_labels`" in (folder / "runs/digits/family/README.md").read_text()
 
 
 def test_a_resumed_run_repeats_an_uninterrupted_one(folder: Path, tmp_path: Path) -> None:
@@ -91,7 +91,7 @@ def test_errors_are_those_of_the_true_labels(folder: Path) -> None:
     assert tested == pytest.approx(expected, rel=1e-5)
     family = Family.load(folder / "runs/digits/family")
     assert held_out_errors(family, images, index, labels=labels)[0].mean() == pytest.approx(expected, rel=1e-5)
-    with pytest.raises(ValueError, match="is told class_labels, which the images of this data set do not have"):
+    with pytest.raises(ValueError, match="takes class_labels, which the images of this data set do not have"):
         held_out_errors(family, images, index)
 
 
@@ -164,7 +164,7 @@ def test_a_family_of_transformers_from_the_command_line(tmp_path: Path) -> None:
         (("data=dead_leaves",), r"^model\.conditional=true: data set dead_leaves has no labels$"),
         (
             ("data=cifar10",),
-            r"^model\.conditional=true: data/cifar10 holds no data, and where cifar10 comes from is not",
+            r"^model\.conditional=true: data/cifar10 holds no data, and no source of cifar10 is given",
         ),
     ],
 )
@@ -175,7 +175,7 @@ def test_classes_that_are_not_there_are_said(options: tuple[str, ...], message: 
 
 def test_dry_run_of_conditional_networks(tmp_path: Path) -> None:
     printed = run_in(tmp_path, lambda: run_here("train", "model=unet_xs", "model.conditional=true", "dry_run=true"))
-    assert "xs: 40,841 parameters, 1.9 MFLOPs for an image, about " in printed
+    assert "xs: 40,841 parameters, 1.9 MFLOPs per image, about " in printed
 
 
 def test_the_top_of_cifar10_is_the_published_network_and_recipe() -> None:

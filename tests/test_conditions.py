@@ -141,7 +141,7 @@ def test_levels_may_be_told_different_things() -> None:
     apart = sample(family, indices=range(6), steps=8, plan=plan, conditions=source, batch_size=4)
     assert (whole.x - apart.x).abs().max() < 1e-9
     assert all(cost.calls for cost in whole.ledger.levels.values())
-    with pytest.raises(ValueError, match="level l is told text, rows of shape"):
+    with pytest.raises(ValueError, match="level l takes text, rows of shape"):
         sample(family, indices=range(2), steps=2)
 
 
@@ -208,11 +208,11 @@ def test_memorised_plans_and_learning_are_told_too(calibrated: Family) -> None:
 
 
 MISTAKES: dict[str, tuple[Any, str]] = {
-    "another name": (lambda i: {"label": i}, "conditions= gives 'label', but level 2 is told class_labels"),
-    "nothing": (lambda i: {}, "level 2 is told class_labels, which conditions= does not give; it gives nothing"),
-    "no mapping": (lambda i: i, "conditions= must give a mapping, name -> tensor with a row for each index"),
-    "too large": (lambda i: {"class_labels": i + 4}, r"must be in \[0, 3\], 3 for no class; got 4 to 6"),
-    "negative": (lambda i: {"class_labels": i - 1}, r"must be in \[0, 3\], 3 for no class; got -1 to 1"),
+    "another name": (lambda i: {"label": i}, "conditions= gives 'label', but level 2 takes class_labels"),
+    "nothing": (lambda i: {}, "level 2 takes class_labels, which conditions= does not give; it gives nothing"),
+    "no mapping": (lambda i: i, "conditions= must return a mapping, name -> tensor with one row per index"),
+    "too large": (lambda i: {"class_labels": i + 4}, r"must be in \[0, 3\], 3 meaning no class; got 4 to 6"),
+    "negative": (lambda i: {"class_labels": i - 1}, r"must be in \[0, 3\], 3 meaning no class; got -1 to 1"),
     "fractions": (lambda i: {"class_labels": i / 2}, "must be whole numbers, got torch.float64"),
     "rows": (lambda i: {"class_labels": i[:2]}, r"must have shape \(3,\), got \(2,\)"),
 }
@@ -227,10 +227,10 @@ def test_conditions_that_do_not_fit_get_one_line(mistake: str) -> None:
 
 def test_a_denoiser_or_level_that_is_told_nothing_says_so() -> None:
     schedule = NoiseSchedule.cosine()
-    with pytest.raises(ValueError, match="this denoiser is told nothing beside x and t"):
+    with pytest.raises(ValueError, match="this denoiser takes nothing besides x and t"):
         sample(lambda x, t: x, schedule=schedule, shape=(2,), indices=[0], steps=1, conditions=labels([1]))
     family = Family([Level("s", nn.Linear(2, 2), schedule, (2,), flops=1)])
-    with pytest.raises(ValueError, match=r"level s is told nothing beside x and t: Level\(..., conditions="):
+    with pytest.raises(ValueError, match=r"level s takes nothing besides x and t; declare it: Level\(..., conditions="):
         sample(family, indices=[0], steps=1, conditions=labels([1]))
 
 

@@ -153,7 +153,7 @@ MISTAKES = {
     "guidance.scale=2 guidance.interval=[3,1]": "guidance: interval of guidance must be noise-to-signal ratios",
     "conditions=none.safetensors": "conditions=none.safetensors does not exist",
     "conditions=broken.safetensors": "conditions=broken.safetensors is not a whole safetensors file",
-    "labels=1 conditions=none.safetensors": "labels= and conditions= both say what levels are told; give one",
+    "labels=1 conditions=none.safetensors": "labels= and conditions= exclude each other; use one",
 }
 
 

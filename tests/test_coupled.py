@@ -203,7 +203,7 @@ def test_a_flipped_digit_of_a_row_is_noticed(measured: tuple[Path, str], tmp_pat
         (["eval.samplers=[{name: a, solver: ddpm, steps: [2], levels: [xl]}]"], "level must be one of xs, s, got 'xl'"),
         (["eval.samplers=[]"], "list at least one sampler"),
         (["level=xs"], "leave out level=xs"),
-        (["model=unet_xs"], "model=unet_xs is one level: leave it out"),
+        (["model=unet_xs"], "model=unet_xs is a single level: leave it out"),
         (["family=nowhere"], "nowhere holds no family"),
         (["seeds=0"], "at least 2 images, got 1"),
     ],
@@ -237,10 +237,10 @@ def test_bad_values(option: str, says: str) -> None:
 @pytest.mark.parametrize(
     ("option", "says"),
     [
-        ("budget=0.5", "does not use budget=0.5: leave it out, or say eval.budget="),
-        ("steps=9", "does not use steps=9: leave it out, or say eval.steps="),
-        ("sampler=heun", "does not use sampler=heun: leave it out, or say eval.solver="),
-        ("coins=nested", "does not use coins=nested: leave it out, or say eval.coins="),
+        ("budget=0.5", "does not use budget=0.5: leave it out, or use eval.budget="),
+        ("steps=9", "does not use steps=9: leave it out, or use eval.steps="),
+        ("sampler=heun", "does not use sampler=heun: leave it out, or use eval.solver="),
+        ("coins=nested", "does not use coins=nested: leave it out, or use eval.coins="),
         ("levels=[xs]", r"does not use levels=\['xs'\]: leave it out, or see eval.samplers"),
         ("format=npz", "does not use format=npz: leave it out"),
         ("per_sample=true", "does not use per_sample=true: leave it out"),
@@ -262,8 +262,8 @@ def test_a_solver_without_a_path_is_refused(family: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("solver", "says"),
     [
-        ("heun", "^hindsight needs a solver of mlem's that evaluates once a step"),
-        ("parallel_midpoint", "leave plan= out$"),
+        ("heun", "^hindsight needs an mlem solver with one evaluation per step"),
+        ("parallel_midpoint", "leave out plan=$"),
     ],
 )
 def test_a_plan_that_its_solver_cannot_follow_is_refused(family: Path, tmp_path: Path, solver: str, says: str) -> None:

@@ -102,7 +102,7 @@ def test_killed_preparation_goes_on_to_the_same_bytes(tmp_path, capsys):
     assert not (folder / "manifest.json").exists()
     with pytest.raises(FileNotFoundError, match="killed is unfinished"):
         Shards.open(folder)
-    with pytest.raises(ValueError, match="seed is 0, asked for 7"):
+    with pytest.raises(ValueError, match="seed is 0, requested 7"):
         prepare("dead_leaves", folder, size=32, count=2000, shard_size=100, seed=7)
     done = {record["file"] for record in json.loads((folder / "manifest.unfinished.json").read_text())["shards"]}
     assert {"shard-000000.tar", "shard-000001.tar"} <= done
@@ -126,7 +126,7 @@ def test_second_preparation_is_refused_and_interrupt_is_clean(tmp_path):
         _, errors = process.communicate(timeout=120)
     assert process.returncode == 130
     (line,) = [line for line in errors.splitlines() if not line.startswith("dead_leaves")]  # but the bar
-    assert line == "mlem.data: interrupted; finished shards are kept, the same command goes on from there"
+    assert line == "mlem.data: interrupted; finished shards are kept, the same command continues from there"
     assert not list(tmp_path.glob(".*.tmp"))
 
 
@@ -162,11 +162,11 @@ def test_a_damaged_count_is_mended(tmp_path, count):
 def test_other_data_in_the_folder_are_refused(tmp_path):
     ensure("dead_leaves", tmp_path, progress=False, size=8, count=20)
     assert len(ensure("dead_leaves", tmp_path, size=8, count=20)) == 20
-    with pytest.raises(ValueError, match="seed is 0, asked for 1; choose another folder"):
+    with pytest.raises(ValueError, match="seed is 0, requested 1; choose another folder"):
         ensure("dead_leaves", tmp_path, size=8, count=20, seed=1)
-    with pytest.raises(ValueError, match="name is 'dead_leaves', asked for 'digits'"):
+    with pytest.raises(ValueError, match="name is 'dead_leaves', requested 'digits'"):
         ensure("digits", tmp_path)
-    with pytest.raises(ValueError, match="shard_size is 1000, asked for 5"):
+    with pytest.raises(ValueError, match="shard_size is 1000, requested 5"):
         prepare("dead_leaves", tmp_path, size=8, count=20, shard_size=5)
     (tmp_path / "manifest.json").unlink()
     with pytest.raises(ValueError, match=r"shard-000000\.tar but no manifest\.json"):
@@ -206,9 +206,9 @@ def test_memory_does_not_grow_with_the_data_set(tmp_path):
 @pytest.mark.parametrize(
     ("images", "message"),
     [
-        (lambda start, stop: np.zeros((stop - start, 8, 8, 1)), "must give uint8"),
-        (lambda start, stop: np.zeros((stop - start, 8, 8), np.uint8), "must give uint8"),
-        (lambda start, stop: np.zeros((1, 8, 8, 1), np.uint8), r"images\(0, 3\) must give"),
+        (lambda start, stop: np.zeros((stop - start, 8, 8, 1)), "must return uint8"),
+        (lambda start, stop: np.zeros((stop - start, 8, 8), np.uint8), "must return uint8"),
+        (lambda start, stop: np.zeros((1, 8, 8, 1), np.uint8), r"images\(0, 3\) must return"),
         (lambda start, stop: np.zeros((stop - start, 8, 6 + stop, 1), np.uint8), "the first image was"),
     ],
 )
@@ -228,7 +228,7 @@ def test_wrong_source_is_refused(tmp_path, images, message):
         (["zzz"], f"unknown data set 'zzz'; choose from: {', '.join(DATASETS)}\n"),
         ([], "required: dataset"),
         (["digits"], "required: --out"),
-        (["digits", "--out", "pipe:touch x"], "folder 'pipe:touch x' is an address"),
+        (["digits", "--out", "pipe:touch x"], "folder 'pipe:touch x' is a URL"),
         (["dead_leaves", "--out", "x", "--size", "big"], "argument --size: invalid int value: 'big'"),
         (["dead_leaves", "--out", "x", "--size", "0"], "size must be >= 1, got 0"),
         (["dead_leaves", "--out", "x", "--count", "0"], "count and shard_size must be >= 1, got 0 and 1000"),

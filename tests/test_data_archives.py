@@ -341,9 +341,9 @@ def test_prepared_data_need_no_archive_and_other_options_are_refused(home, tmp_p
     assert count_of("celeba", out, split="valid") == 6
     for source in (None, str(tmp_path / "gone.zip")):
         assert len(ensure("celeba", out, split="valid", source=source)) == 6
-        with pytest.raises(ValueError, match="split is 'valid', asked for 'train'"):
+        with pytest.raises(ValueError, match="split is 'valid', requested 'train'"):
             ensure("celeba", out, source=source)
-    with pytest.raises(ValueError, match=r"size is 64, asked for 32.*; choose another folder"):
+    with pytest.raises(ValueError, match=r"size is 64, requested 32.*; choose another folder"):
         ensure("celeba", out, split="valid", size=32)
     other = make.celeba(tmp_path / "other", make.faces(6), [1] * 6)
     with pytest.raises(ValueError, match="holds other data: md5 is"):

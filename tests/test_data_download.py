@@ -94,10 +94,12 @@ def test_a_wrong_download_is_thrown_away(server, tmp_path, capsys):
     server.data = b"another file"
     assert main(["cifar10", "--download", "--source", str(tmp_path / "x.tar.gz"), "--out", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
-    assert f"gave a file of MD5 {hashlib.md5(server.data).hexdigest()}, the official one has {cifar10.MD5}" in error
+    assert (
+        f"returned a file with MD5 {hashlib.md5(server.data).hexdigest()}, the official one has {cifar10.MD5}" in error
+    )
     assert not (tmp_path / "x.tar.gz").exists()
     server.asked = []
-    with pytest.raises(ValueError, match="gave a file of MD5"):
+    with pytest.raises(ValueError, match="returned a file with MD5"):
         archives.download(cifar10.URL, tmp_path / "x.tar.gz", cifar10.MD5)
     assert server.asked == [None]  # from the beginning
 

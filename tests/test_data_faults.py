@@ -141,8 +141,12 @@ def test_memory_that_cannot_be_written_is_left_out(folder):
         ('"count": 30', '"count": 31', "count is 31, its shards hold 30"),
         ('"file": "shard-000000.tar"', '"file": "../shard-000000.tar"', "is not the name of a shard"),
         ('"file": "shard-000000.tar"', '"file": "pipe:touch x.tar"', "is not the name of a shard"),
-        ('"left_out": {}', '"left_out": {"abc": "x"}', "left_out names 'abc', no image of 31; restore the file"),
-        ('"left_out": {}', '"left_out": {"00000031": "x"}', "left_out names '00000031', no image of 31; restore"),
+        ('"left_out": {}', '"left_out": {"abc": "x"}', "left_out names 'abc', none of the 31 images; restore it"),
+        (
+            '"left_out": {}',
+            '"left_out": {"00000031": "x"}',
+            "left_out names '00000031', none of the 31 images; restore",
+        ),
         ("{", "", "is not valid JSON"),
     ],
 )
@@ -157,7 +161,7 @@ def test_damaged_manifest_is_named(folder, old, new, message):
 @pytest.mark.parametrize("use", [Shards.open, lambda a: ensure("digits", a), lambda a: prepare("digits", a)])
 def test_address_instead_of_a_folder_is_refused(use, address, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="is an address, not a folder"):
+    with pytest.raises(ValueError, match="is a URL, not a folder"):
         use(address)
     assert not list(tmp_path.iterdir())
 

@@ -219,7 +219,7 @@ def test_a_broken_image_stops_the_preparation_and_is_named(tmp_path, capsys):
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: 2 broken of 20 images, 0 allowed: '03.png' cannot be decoded as PNG, JPEG or WebP")
     assert "'11.png'" in error
-    assert error.endswith("or allow a share of it with --max-broken")
+    assert error.endswith("or allow a share with --max-broken")
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
@@ -235,7 +235,7 @@ def test_a_share_of_broken_images_is_left_out_and_named(tmp_path, capsys):
         assert main([*command, "--out", out, "--max-broken", "0.1"]) == 0
     printed = capsys.readouterr()
     assert f"{stopped}: 18 images (5 were there)" in printed.out
-    assert "2 broken images are left out, named in manifest.json: '03.png' cannot be decoded" in printed.err
+    assert "2 broken images are left out, listed in manifest.json: '03.png' cannot be decoded" in printed.err
     assert contents(tmp_path / "stopped") == contents(tmp_path / "whole")
     shards = Shards.open(whole)
     np.testing.assert_array_equal(pixels_of(shards), expected)
@@ -270,7 +270,7 @@ def test_a_shard_may_hold_nothing(tmp_path):
 BROKEN = {
     "giant": (png(b"\0", 30_000, 30_000, 8, 0), r"'a\.png' has more than 67108864 pixels"),
     "large": (png(b"\0", 8_200, 8_200, 8, 0), r"'a\.png' has more than 67108864 pixels"),
-    "gif": (encoded(RAMP, "GIF"), r"'a\.png' cannot be decoded as PNG, JPEG or WebP \(it is none\)"),
+    "gif": (encoded(RAMP, "GIF"), r"'a\.png' cannot be decoded as PNG, JPEG or WebP \(it is none of them\)"),
     "bmp": (encoded(RAMP, "BMP"), "it is none"),
     "tiff": (encoded(RAMP, "TIFF"), "it is none"),
     "empty": (b"", "it is none"),
@@ -320,8 +320,8 @@ def test_any_flipped_byte_is_an_image_or_a_name(tmp_path):
     ("arguments", "message"),
     [
         ([], "prepare it: python -m mlem.data folder --source FOLDER --out out"),
-        (["--source", "none"], "none is not a folder; give the folder that holds the images"),
-        (["--source", "pipe:ls"], "folder 'pipe:ls' is an address, not a folder"),
+        (["--source", "none"], "none is not a folder; name the folder that holds the images"),
+        (["--source", "pipe:ls"], "folder 'pipe:ls' is a URL, not a folder"),
         (["--source", "."], "holds no image: no file in it ends in .png, .jpg, .jpeg, .webp"),
         (["--source", ".", "--size", "0"], "size must be >= 1, got 0"),
         (["--source", ".", "--filter", "nearest"], "filter must be one of box, bilinear, bicubic, lanczos"),
@@ -342,7 +342,7 @@ def test_another_folder_is_refused(tmp_path):
     with_broken(tmp_path / "in", broken=())
     stored(tmp_path / "in", tmp_path / "out")
     (tmp_path / "in" / "new.png").write_bytes(encoded(COLOUR, "PNG"))
-    with pytest.raises(ValueError, match=r"out holds other data: count is 20, asked for 21, listing is"):
+    with pytest.raises(ValueError, match=r"out holds other data: count is 20, requested 21, listing is"):
         stored(tmp_path / "in", tmp_path / "out")
-    with pytest.raises(ValueError, match="filter is 'box', asked for 'bicubic'"):
+    with pytest.raises(ValueError, match="filter is 'box', requested 'bicubic'"):
         stored(tmp_path / "in", tmp_path / "out", filter="bicubic")

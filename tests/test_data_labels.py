@@ -158,7 +158,7 @@ def test_preparing_an_old_folder_makes_its_labels_and_says_so(
     images = Shards.open(old).images(range(3))
     assert main(["digits", "--out", str(old)]) == 0
     said = capsys.readouterr().err
-    assert f"{old} was prepared without labels: its shards are made again, with them\n" in said
+    assert f"{old} was prepared without labels: its shards are made again, with labels\n" in said
     for name in ("manifest.json", "shard-000000.tar", "shard-000001.tar"):
         assert (old / name).read_bytes() == (digits.folder / name).read_bytes()
     assert torch.equal(Shards.open(old).images(range(3)), images)

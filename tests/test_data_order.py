@@ -153,7 +153,7 @@ def test_held_out_images_come_exactly_once(digits, world_size):
     assert sorted(position.tolist()) == list(range(98))
     assert torch.equal(torch.cat([batch["index"] for batch in batches]), torch.from_numpy(held_out)[position])
     assert torch.equal(batches[-1]["image"], digits.images(batches[-1]["index"]))
-    with pytest.raises(ValueError, match="2 held-out images cannot be shared by 3 ranks"):
+    with pytest.raises(ValueError, match="2 held-out images cannot be split over 3 ranks"):
         held_out_batches(digits, held_out[:2], 16, 0, 3)
 
 

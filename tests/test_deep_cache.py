@@ -308,19 +308,19 @@ def mistakes() -> dict[str, tuple[Any, dict[str, Any]]]:
     unknown = Level("k", UNet2DModel(**SMALL | {"norm_num_groups": 1}, **skipping), cosine, SHAPE, flops=1)
     return {
         "features are reused in a UNet2DModel or a UNet2DConditionModel or a PatchUNet2DModel, and this is a "
-        "DiTTransformer2DModel; leave reuse out": (transformer, {}),
-        "features are reused in a UNet of DownBlock2D, AttnDownBlock2D, CrossAttnDownBlock2D, and this one has a "
-        "SkipDownBlock2D; leave reuse out": (unknown, {}),
-        "reuse= is of the network of a Level, and the model is a bare denoiser; leave reuse out": (
+        "DiTTransformer2DModel; leave out reuse": (transformer, {}),
+        "features are reused in a UNet of DownBlock2D, AttnDownBlock2D, CrossAttnDownBlock2D, but this one has a "
+        "SkipDownBlock2D; leave out reuse": (unknown, {}),
+        "reuse= needs the network of a Level, but the model is a bare denoiser; leave out reuse": (
             gaussian(cosine),
             {"shape": (3,)},
         ),
-        "reuse= keeps features of a batch, and per_sample coins run a part of it; leave one out": (
+        "reuse= keeps features of a batch, but per_sample coins run part of it; leave one out": (
             Family([small, level("s", SHAPE)]),
             {"plan": Plan.draw(torch.ones(4, 2), per_sample=True)},
         ),
-        "parallel_midpoint solves for many times at once: leave reuse out": (small, {"solver": "parallel_midpoint"}),
-        "level a is guided by a weaker one, or in an interval: leave reuse out, or weak= and interval=": (
+        "parallel_midpoint solves for many times at once: leave out reuse": (small, {"solver": "parallel_midpoint"}),
+        "level a is guided by a weaker one, or in an interval: leave out reuse, or weak= and interval=": (
             Family([labelled()]).guided(2.0, interval=(0.2, 5.0)),
             {},
         ),

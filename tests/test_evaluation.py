@@ -218,7 +218,7 @@ def test_an_evaluation_of_nothing_is_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=says):
             SamplerEvaluation(CHOICES, range(2), tmp_path, **options)
-    with pytest.raises(ValueError, match="indices must be different"):
+    with pytest.raises(ValueError, match="indices must be distinct"):
         SamplerEvaluation(CHOICES, [1, 1], tmp_path)
     with pytest.raises(ValueError, match="evaluation of ddpm needs at least one step count"):
         Entry("ddpm", ())

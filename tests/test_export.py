@@ -185,7 +185,7 @@ def test_latents_and_parts_of_a_picture_are_no_pipeline(card_of: Any) -> None:
 def test_clipped_samples_come_from_the_pipeline_of_ddpm(card_of: Any) -> None:
     card = card_of(level(prediction=Eps(clip=1.0)))
     assert len(card.run(1)["images"]) == len(card.run(0)["x"]) == 4
-    assert "the noise of every step is drawn by diffusers" in card.text
+    assert "diffusers draws the noise of every step" in card.text
 
 
 def test_folders_of_before_are_read(card_of: Any) -> None:
@@ -225,12 +225,12 @@ def test_a_card_says_what_is_known(card_of: Any) -> None:
         "# xs, a diffusion model of digits\n",
         "| data set | digits; a sample has shape (1, 8, 8) |",
         "| licence of the data set | not stated |",
-        "| network | UNet2DModel, 40,489 parameters, 1.889 MFLOPs a call |",
+        "| network | UNet2DModel, 40,489 parameters, 1.889 MFLOPs per call |",
         "| predicts | `v` |",
         "| noise schedule | linear, beta_start 0.0001, beta_end 0.02, num_timesteps 1000 |",
         "| training | 2,000 steps, 31 s |",
         "| error | 0.1235: mean squared error of the noise estimate on held-out samples |",
-        "| time of a call | 0.2 ms a sample in batches of 64 on cpu |",
+        "| time per call | 0.2 ms per sample in batches of 64 on cpu |",
         "| fid | 3.2 |",
     ):
         assert row in card.text
@@ -274,12 +274,12 @@ def test_a_card_of_another_network(card_of: Any) -> None:
     assert len(card.blocks) == 1
     conditions = {"encoder_hidden_states": (None, 12)}
     card = card_of(Level("text", seeded(text_unet), COSINE, (4, 8, 8), conditions=conditions))
-    assert "| told `encoder_hidden_states` | rows of shape (n, 12) |" in card.text
+    assert "| takes `encoder_hidden_states` | rows of shape (n, 12) |" in card.text
     assert '`UNet2DConditionModel.from_pretrained("level")` is the network for the pipeline of its class.' in card.text
     rows = torch.ones(4, 2, 12)
     assert card.run(0, conditions=lambda indices: {"encoder_hidden_states": rows[indices]})["x"].shape == (4, 4, 8, 8)
     card = card_of(level(prediction="sit", schedule=FLOW))
-    assert "No scheduler of diffusers asks a network like this one, of prediction `sit`." in card.text
+    assert "No diffusers scheduler fits this network, whose prediction is `sit`." in card.text
 
 
 def test_a_family_has_a_card_and_its_levels_are_pipelines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

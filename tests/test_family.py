@@ -169,7 +169,7 @@ def test_a_save_that_is_killed_leaves_the_old_family_or_none(
     ("first", "second", "message"),
     [
         ({}, {"shape": (1, 16, 16)}, r"^levels xs and s differ in shape: \(1, 8, 8\) and \(1, 16, 16\); "),
-        ({"prediction": V(clip=1.0)}, {}, r"^level xs clips its estimate of the data, which must not be summed "),
+        ({"prediction": V(clip=1.0)}, {}, r"^level xs clips its estimate of the data, so that no sum over levels "),
         ({"data": "digits"}, {"data": "celeba"}, r"^levels xs and s differ in data: digits and celeba; "),
     ],
 )
@@ -191,7 +191,7 @@ def test_levels_must_rise_in_cost() -> None:
 def test_names_must_differ() -> None:
     same = [level("xs", name="a"), level("s", name="b"), level("m", name="a")]
     for levels in (same, [same[0], same[2]]):
-        with pytest.raises(ValueError, match=r"^two levels are called 'a'; name each level once$"):
+        with pytest.raises(ValueError, match=r"^two levels are called 'a'; give each its own name$"):
             Family(levels)
 
 
@@ -330,7 +330,7 @@ def test_broken_json_is_named(folder: Path, name: str) -> None:
 @pytest.mark.parametrize("plain", [[], "text", 3, None], ids=str)
 def test_json_of_another_kind_is_named(folder: Path, name: str, plain: object) -> None:
     (folder / name).write_text(json.dumps(plain))
-    with pytest.raises(ValueError, match=rf"^{folder / name} holds a JSON \w+, no object; restore it or"):
+    with pytest.raises(ValueError, match=rf"^{folder / name} holds a JSON \w+, not an object; restore it or"):
         Level.load(folder)
 
 
@@ -361,8 +361,8 @@ def test_fields_of_another_kind_are_named(folder: Path, name: str, change: dict[
 @pytest.mark.parametrize(
     ("plain", "says"),
     [
-        ([], "holds a JSON list, no object; "),
-        ({}, "has format None, this version reads 1; copy the family again or make it again: python train.py"),
+        ([], "holds a JSON list, not an object; "),
+        ({}, "has format None, but this version reads 1; copy the family again or make it again: python train.py"),
         ({"format": 1}, r"is damaged \(no 'levels'\); copy the family again or make it again: python train.py"),
         ({"format": 1, "levels": 3}, r"is damaged \(.*\); copy the family again or make it again: python train.py"),
     ],
@@ -376,7 +376,7 @@ def test_a_damaged_family_is_named(tmp_path: Path, plain: object, says: str) -> 
 
 def test_another_format_is_refused(folder: Path) -> None:
     edit_json(folder / "mlem.json", lambda about: about.update(format=2))
-    with pytest.raises(ValueError, match=r"mlem.json has format 2, this version reads 1; copy it again or"):
+    with pytest.raises(ValueError, match=r"mlem.json has format 2, but this version reads 1; copy it again or"):
         Level.load(folder)
 
 

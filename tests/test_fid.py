@@ -224,7 +224,7 @@ def test_fewer_images_than_asked_or_than_two_are_refused():
         with pytest.raises(ValueError, match=f"at least 2 images on each side, got {count} generated and 10 real"):
             fid.compute()
     fid.update(digits()[:4])
-    with pytest.raises(ValueError, match="fid_random256: 6 generated images were asked for, only 5 came"):
+    with pytest.raises(ValueError, match="fid_random256: expected 6 generated images, got only 5"):
         fid.compute(expected=6)
     assert fid.compute(expected=5).count == 5
 
@@ -299,7 +299,7 @@ def test_kept_features_are_cached_with_the_sums(tmp_path):
 
 def test_reference_sums_guard_their_count(tmp_path):
     fid = FID()
-    with pytest.raises(ValueError, match="should hold 300 images, 299 were read"):
+    with pytest.raises(ValueError, match="should hold 300 images, but 299 were read"):
         reference_statistics(real_batches(0, 299), fid, tmp_path, KEY)
     assert not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match=r"call fid\.reset\(real=True\) first"):

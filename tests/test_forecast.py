@@ -88,7 +88,7 @@ def test_nothing_is_predicted_of_it() -> None:
 
 
 def test_mistakes_get_one_line() -> None:
-    made_by = "a forecast is of one level, which runs at the first evaluation: make it by Plan.forecast"
+    made_by = "a forecast has one level, which runs at the first evaluation; use Plan.forecast"
     for running, order, message in (
         ([False, True], 1, made_by),
         ([], 1, made_by),

@@ -317,23 +317,27 @@ def config(path: Path, **fields: Any) -> None:
 
 
 MISTAKES: dict[str, tuple[Callable[[Path], Any], dict[str, Any], str]] = {
-    "no folder": (lambda folder: shutil.rmtree(folder), {}, "is no folder; name that of a diffusers model or pipeline"),
+    "no folder": (
+        lambda folder: shutil.rmtree(folder),
+        {},
+        "is not a folder; name that of a diffusers model or pipeline",
+    ),
     "no config": (lambda folder: without(folder / "config.json"), {}, "has no config.json; name the folder of a diff"),
     "no scheduler": (lambda folder: without(folder / "scheduler_config.json"), {}, "pass schedule= and prediction="),
     "another class": (
         lambda folder: config(folder / "config.json", _class_name="PriorTransformer"),
         {},
-        "holds a PriorTransformer; those that can be sampled are UNet2DModel, ",
+        "holds a PriorTransformer; mlem can sample UNet2DModel, ",
     ),
     "learned times": (
         lambda folder: config(folder / "config.json", time_embedding_type="learned"),
         {},
-        "a learned embedding of time is not known here; only positional ones take any time",
+        "a learned time embedding is not supported; only positional ones take any time",
     ),
     "inpainting": (
         lambda folder: config(folder / "config.json", in_channels=9),
         {},
-        "it sees 9 channels and answers 3: something else goes in with x",
+        "it takes 9 channels and returns 3: it needs more input than x",
     ),
     "contradiction": (lambda folder: None, {"prediction": "v"}, "prediction=v contradicts the scheduler of "),
     "flow and betas": (
@@ -355,14 +359,14 @@ def test_what_cannot_be_right_gets_one_line(mistake: str, tmp_path: Path) -> Non
 
 def test_a_flow_transformer_without_a_flow_and_two_latent_spaces_are_refused(tmp_path: Path) -> None:
     folder = written(tmp_path / "net", seeded(lambda: sd3(1)), DDIMScheduler())
-    with pytest.raises(ValueError, match=r"holds a SD3Transformer2DModel, trained on a flow, and .* is of no flow"):
+    with pytest.raises(ValueError, match=r"holds a SD3Transformer2DModel, trained on a flow, but .* is for no flow"):
         Level.from_diffusers(folder)
     levels = [
         Level.from_diffusers(written(tmp_path / name, seeded(make), DDPMScheduler()))
         for name, make in (("s", unet), ("l", lambda: unet(16)))
     ]
     levels[0].latents, levels[1].latents = {"scaling_factor": 0.18215}, {"scaling_factor": 0.13025}
-    with pytest.raises(ValueError, match=r"levels s and l are not of one latent space: scaling_factor"):
+    with pytest.raises(ValueError, match=r"levels s and l work on different latents: scaling_factor"):
         Family(levels)
     with pytest.raises(ValueError, match=r"does not say the shape of a sample: pass shape="):
         Level.from_diffusers(written(tmp_path / "wan", seeded(wan), flow()))

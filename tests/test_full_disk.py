@@ -131,7 +131,7 @@ def test_statistics_that_are_all_that_is_asked_must_be_written(
     (tmp_path / "cache").touch()
     options = ("eval=ref", "trainer=cpu", "metric=fid_random256", f"metric.cache={tmp_path}/cache")
     with (
-        pytest.raises(ValueError, match=r"nothing could be written into metric.cache=.*; name another folder"),
+        pytest.raises(ValueError, match=r"nothing could be written to metric.cache=.*; name another folder"),
         pytest.warns(UserWarning, match="not kept"),
     ):
         run_here("sample", *options)

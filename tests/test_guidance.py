@@ -148,12 +148,12 @@ def test_what_was_fitted_belongs_to_its_guidance(tmp_path: Path) -> None:
             made = sample(family, indices=range(2), steps=8, plan=plan)
             assert len(made.x) == 2
         else:
-            with pytest.raises(ValueError, match="the calibration is of other weights or guidance"):
+            with pytest.raises(ValueError, match="the calibration is for other weights or guidance"):
                 sample(family, indices=range(2), steps=8, plan=plan)
 
 
 def test_a_guided_family_is_made_anew_not_saved(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="a family under guidance is not saved; save the one that is guided"):
+    with pytest.raises(ValueError, match="a family under guidance is not saved; save the unguided one"):
         labelled_family().guided(2.0).save(tmp_path / "family")
     assert not (tmp_path / "family").exists()
 
@@ -168,8 +168,8 @@ def unconditional() -> Family:
 
 
 MISTAKES: dict[str, tuple[Any, str]] = {
-    "nothing to leave out": (lambda: unconditional().guided(2.0), "it is told nothing that could be left out; weak="),
-    "null of another name": (lambda: labelled_family().guided(2.0, null={"text": 1}), "level 1 is told class_labels"),
+    "nothing to leave out": (lambda: unconditional().guided(2.0), "it takes no condition that could be left out"),
+    "null of another name": (lambda: labelled_family().guided(2.0, null={"text": 1}), "level 1 takes class_labels"),
     "not the cheapest": (lambda: labelled_family().guided(2.0, weak="2"), "weak=2 must be the cheapest level, 1"),
     "no level": (lambda: labelled_family().guided(2.0, weak="9"), "level must be one of 1, 2, got '9'"),
     "infinite": (lambda: labelled_family().guided(float("inf")), "scale of guidance must be a finite number, got inf"),

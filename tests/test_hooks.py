@@ -100,12 +100,18 @@ def test_hooks_of_multilevel_runs_see_what_hindsight_moved() -> None:
 MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "a part of a grid": (
         {"grid": TimeGrid("mine", (0.5, 0.0))},
-        "the grid begins at t = 0.5, where samples are no pure",
+        "the grid begins at t = 0.5, where samples are not pure",
     ),
-    "start of another shape": ({"start": lambda i, z: z[:, :2]}, r"start= must give x of shape \(6, 3\), got \(6, 2\)"),
-    "start that is not finite": ({"start": lambda i, z: z / 0}, "start= gave NaN or infinity"),
-    "revised to another shape": ({"revise": lambda s: s.x[:1]}, r"revise= must give x of shape \(6, 3\), got \(1, 3\)"),
-    "watched in parallel": ({"solver": "parallel_midpoint", "watch": print}, "leave watch= and revise= out"),
+    "start of another shape": (
+        {"start": lambda i, z: z[:, :2]},
+        r"start= must return x of shape \(6, 3\), got \(6, 2\)",
+    ),
+    "start that is not finite": ({"start": lambda i, z: z / 0}, "start= returned NaN or infinity"),
+    "revised to another shape": (
+        {"revise": lambda s: s.x[:1]},
+        r"revise= must return x of shape \(6, 3\), got \(1, 3\)",
+    ),
+    "watched in parallel": ({"solver": "parallel_midpoint", "watch": print}, "leave out watch= and revise="),
 }
 
 

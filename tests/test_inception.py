@@ -42,11 +42,11 @@ def test_inception_without_weights_says_what_to_do_at_construction(
     found = sha256(path)
     with pytest.raises(ValueError, match=f"does not start with 6726825d; .* add metric.sha256={found[:12]}"):
         FID("inception", (3, 32, 32))
-    with pytest.raises(ValueError, match=f"has SHA-256 {found[:16]}..., metric.sha256 is 0123456789; correct"):
+    with pytest.raises(ValueError, match=f"has SHA-256 {found[:16]}..., but metric.sha256 is 0123456789; correct"):
         FID("inception", (3, 32, 32), sha256="0123456789")
     with pytest.raises(ValueError, match=f"first 8 or more digits of the file's SHA-256, got '{found[:4]}'"):
         FID("inception", (3, 32, 32), sha256=found[:4])
-    with pytest.raises(ValueError, match="is damaged, or holds more than tensors: refused"):
+    with pytest.raises(ValueError, match="is damaged or holds more than tensors; fetch"):
         FID("inception", (3, 32, 32), sha256=found)
 
 
@@ -119,4 +119,4 @@ def test_files_that_are_no_inception_are_refused_in_one_line(results: dict[str, 
     said = results["refusals"]
     assert "does not fit Inception" in said["misfit"]
     assert "\n" not in said["misfit"] + said["payload"]
-    assert "holds more than tensors: refused" in said["payload"]
+    assert "holds more than tensors; fetch" in said["payload"]

@@ -60,7 +60,7 @@ def test_a_training_saves_and_says_so(tmp_path: Path, ranks: tuple[str, ...]) ->
     wait_until(lambda: _logged(tmp_path, 9), process)
     status, lines = _end(process, pids=tuple(_children(process.pid)))
     saved = max((tmp_path / RUN / "checkpoints").glob("*.ckpt"))
-    kept = f"saved {saved.relative_to(tmp_path)}; the same command goes on from there"
+    kept = f"saved {saved.relative_to(tmp_path)}; the same command continues from there"
     assert (status, lines) == (130, [f"train.py: interrupted; {kept}"])
     assert not [*tmp_path.rglob(".*.tmp")]
     if not ranks:
@@ -125,7 +125,9 @@ def test_the_last_evaluation_heeds_signals(
     assert _status("train", options, monkeypatch) == 128 + number
     assert len(begun) == 1
     said = capsys.readouterr().err.splitlines()[-1]
-    assert said == f"train.py: {word}; saved {RUN}/checkpoints/step-00000002.ckpt; the same command goes on from there"
+    assert (
+        said == f"train.py: {word}; saved {RUN}/checkpoints/step-00000002.ckpt; the same command continues from there"
+    )
     assert (RUN / "level" / "mlem.json").exists()
 
 
@@ -153,7 +155,7 @@ def test_calibrating_leaves_the_family_as_it_was(made: tuple[Path, str], tmp_pat
     status, lines = _end(process)
     assert (status, lines) == (
         130,
-        ["mlem.multilevel: interrupted; family is as it was; the same command begins anew"],
+        ["mlem.multilevel: interrupted; family is unchanged; the same command starts again"],
     )
     assert {path: path.read_bytes() for path in family.rglob("*") if path.is_file()} == before
 

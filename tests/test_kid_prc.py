@@ -188,7 +188,7 @@ def test_features_need_an_index_each_and_each_once() -> None:
             fid.update(noise(4), indices)
     fid.update(noise(4), range(4))
     fid.update(noise(2), [9, 3])
-    with pytest.raises(ValueError, match="image 3 came twice"):
+    with pytest.raises(ValueError, match="image 3 was added twice"):
         fid.bank.gather()
     fid.reset()
     assert len(fid.bank.gather()) == 0

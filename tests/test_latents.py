@@ -266,7 +266,7 @@ DAMAGED: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda folder: _edit(folder / "config.json", _class_name="VQModel"),
         r"vae holds a VQModel; only",
     ),
-    "a pickle": (_pickle, r"vae holds diffusion_pytorch_model\.bin, a pickle, which is not read"),
+    "a pickle": (_pickle, r"vae holds diffusion_pytorch_model\.bin, a pickle, which mlem does not read"),
     "cut short": (_cut, r"is not a safetensors file, or it was cut short"),
     "other weights": (
         lambda folder: _edit(folder / "config.json", layers_per_block=2),
@@ -276,7 +276,7 @@ DAMAGED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "own scales": (lambda folder: _edit(folder / "config.json", latents_mean=[0.0] * 4), r"latents_mean"),
     "channels": (
         lambda folder: save_decoder(folder, 3),
-        r"vae encodes pictures of 3 channels, and these are \(1, 8, 8\)",
+        r"vae encodes images with 3 channels, but these are \(1, 8, 8\)",
     ),
 }
 
@@ -299,11 +299,9 @@ def test_a_damaged_decoder_is_refused(
 def test_pictures_that_cannot_be_halved_are_refused(home: Path, tmp_path: Path) -> None:
     prepare("dead_leaves", tmp_path / "leaves", progress=False, size=7, count=2)
     decoder = save_decoder(tmp_path / "vae", 3)
-    with pytest.raises(
-        ValueError, match=r"vae needs pictures whose sides are multiples of 2, got 7x7; prepare the data"
-    ):
+    with pytest.raises(ValueError, match=r"vae needs images whose sides are multiples of 2, got 7x7; prepare the data"):
         prepare("latents", tmp_path / "out", source=tmp_path / "leaves", decoder=decoder)
-    with pytest.raises(ValueError, match=r"latents holds latents already; name the data set of pictures"):
+    with pytest.raises(ValueError, match=r"latents already holds latents; name the image data set"):
         prepare("latents", tmp_path / "out", source=home / "data/latents", decoder=save_decoder(tmp_path / "four", 4))
     with pytest.raises(ValueError, match=r"^decoder must be given: the folder of the AutoencoderKL"):
         prepare("latents", tmp_path / "out", source=tmp_path / "leaves")
@@ -314,7 +312,7 @@ PLAIN_LATENTS = (*PLAIN, "data=latents", "training.steps=1", "root=runs/refused"
 
 def test_training_refuses_what_does_not_fit(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other = save_decoder(home / "other", seed=1)
-    with pytest.raises(ValueError, match=r"data/latents holds other data: decoder is '\w{16}', asked for '\w{16}'"):
+    with pytest.raises(ValueError, match=r"data/latents holds other data: decoder is '\w{16}', requested '\w{16}'"):
         run_in(home, lambda: run_here("train", *PLAIN_LATENTS, f"data.options.decoder={other}"))
     with pytest.raises(
         ValueError, match=r"^training\.flip=true: latents of mirrored pictures are not mirrored latents"
@@ -329,9 +327,7 @@ def test_a_decoder_that_was_changed_is_refused(trained: Path, tmp_path: Path) ->
     shutil.copytree(trained / "data/latents", tmp_path / "data")
     save_decoder(tmp_path / "family/decoder", seed=1, shift_factor=0.25)
     family = Family.load(tmp_path / "family")
-    with pytest.raises(
-        ValueError, match=r"family/decoder has hash \w{16}, \w{16} is noted of it; copy the folder again"
-    ):
+    with pytest.raises(ValueError, match=r"family/decoder has hash \w{16}, expected \w{16}; copy the folder again"):
         family.pictures(torch.zeros(1, 4, 4, 4))
     with pytest.raises(ValueError, match=r"^the family has decoder \w{16} and data=latents was encoded by \w{16}"):
         sampled(trained, f"family={tmp_path / 'family'}", "data=latents")
@@ -348,9 +344,9 @@ def test_latents_without_a_decoder_are_not_drawn(trained: Path, tmp_path: Path) 
         sampled(trained, f"family={tmp_path / 'family'}", "data=digits")
     with pytest.raises(ValueError, match=r"^level s makes latents and has no decoder: name its data set of latents"):
         sampled(trained, "model=unet_s", "data=digits", "root=runs/latents")
-    with pytest.raises(ValueError, match=r"^the family is of latents scaled by .* and has no decoder: give it one"):
+    with pytest.raises(ValueError, match=r"^the family makes latents scaled by .* and has no decoder: set family"):
         family.pictures(torch.zeros(1, 4, 4, 4))
-    with pytest.raises(ValueError, match=r"vae decodes latents of 4 channels, and these are \(3, 4, 4\)"):
+    with pytest.raises(ValueError, match=r"vae decodes latents with 4 channels, but these are \(3, 4, 4\)"):
         Decoder(trained / "vae").decode(torch.zeros(1, 3, 4, 4))
 
 
@@ -361,7 +357,7 @@ def test_an_array_of_another_kind_is_a_damaged_shard(home: Path) -> None:
     np.testing.assert_array_equal(array_of(array_bytes(good), good.shape), good)
     with pytest.raises(ValueError, match=r"^is float16 \(2, 1, 2, 2\), the manifest says float16 \(2, 1, 4, 2\)$"):
         array_of(array_bytes(good), (2, 1, 4, 2))
-    with pytest.raises(ValueError, match=r"^holds 15 bytes of numbers, 16 are due$"):
+    with pytest.raises(ValueError, match=r"^holds 15 bytes of numbers, expected 16$"):
         array_of(array_bytes(good)[:-1], good.shape)
     with pytest.raises(ValueError, match=r"^holds NaN or infinity$"):
         array_of(array_bytes(good * np.float16(np.nan)), good.shape)

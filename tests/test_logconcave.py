@@ -301,7 +301,7 @@ def test_groups_for_arviz() -> None:
 
 
 def test_diagnostics_need_draws() -> None:
-    with pytest.raises(ValueError, match="need >= 4 draws of each chain, got 3"):
+    with pytest.raises(ValueError, match="need >= 4 draws per chain, got 3"):
         _ = run(steps=3).rhat
 
 
@@ -317,10 +317,10 @@ def test_diagnostics_need_draws() -> None:
         ({"friction": -1.0}, "friction must be a positive number, got -1.0"),
         ({"m": 0}, "m must be a positive number, got 0"),
         ({"m": 2, "L": 1}, "m must be <= L, got m=2 and L=1: they bound the Hessian from below and above"),
-        ({"m": None}, "step_size is not known: give step_size, or m and L, the bounds of the Hessian of V"),
+        ({"m": None}, "step_size is unknown: give step_size, or m and L, the bounds of the Hessian of V"),
         (
             {"L": None, "step_size": 0.1},
-            "friction is not known: give friction, or L, the upper bound of the Hessian of V",
+            "friction is unknown: give friction, or L, the upper bound of the Hessian of V",
         ),
         ({"method": "parralel"}, "method must be one of .*, got 'parralel'; did you mean parallel?"),
         ({"warmup": -1}, "warmup must be >= 0, got -1"),
@@ -341,7 +341,7 @@ def test_bad_starts() -> None:
             ValueError, match=r"^x0 must be \(chains, \*shape\), got \(.*\): one chain is x0\[None\].*$"
         ):
             sample(unit, x0, steps=1, m=1, L=1)
-    with pytest.raises(ValueError, match=r"^x0 must be of a floating dtype, got torch.int64: give x0.double\(\)$"):
+    with pytest.raises(ValueError, match=r"^x0 must have a floating dtype, got torch.int64: pass x0.double\(\)$"):
         sample(unit, torch.zeros(2, 3, dtype=torch.int64), steps=1, m=1, L=1)
 
 

@@ -136,7 +136,7 @@ def test_other_modes(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("no_key")
 def test_wandb_that_cannot_start_is_one_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("no folder")
-    with pytest.warns(UserWarning, match=r"^W&B is off, it could not start \(.*\); metrics\.jsonl has everything$"):
+    with pytest.warns(UserWarning, match=r"^W&B is off: it could not start \(.*\); metrics\.jsonl has everything$"):
         assert wandb_logger(tmp_path / "file", mode="offline", **OPTIONS) is None
     import wandb
 
@@ -162,7 +162,7 @@ def test_training_goes_on_without_wandb(trained: Path, tmp_path: Path) -> None:
     ]
     done = execute("train", *options, cwd=tmp_path, WANDB_X_STATS_SAMPLING_INTERVAL="often")
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("W&B is off, it could not start") == 1
+    assert done.stderr.count("W&B is off: it could not start") == 1
     assert (tmp_path / "unet_xs/level/mlem.json").is_file()
     assert "train/loss" in (tmp_path / "unet_xs/metrics.jsonl").read_text()
     assert not list((tmp_path / "unet_xs").glob("wandb/offline-run-*"))
@@ -187,4 +187,4 @@ print("went on")
     done = execute_code(code, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "went on\n"
-    assert done.stderr.count("W&B is off, it was lost (") == 1
+    assert done.stderr.count("W&B is off: the connection was lost (") == 1

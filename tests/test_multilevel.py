@@ -245,7 +245,7 @@ def test_trajectories_do_not_know_one_another() -> None:
     for seed, one in enumerate(pair):
         assert torch.equal(torch.stack([turn[seed] for turn in turns]), alone[seed])
         assert one.row == 5
-        with pytest.raises(ValueError, match=r"^this trajectory has had its 5 evaluations; begin another$"):
+        with pytest.raises(ValueError, match=r"^this trajectory has made all 5 evaluations; begin another$"):
             one.evaluate(noise(4), at(0.1, 4))
 
 
@@ -277,9 +277,7 @@ def test_a_specification_fits_a_diffusers_scheduler(estimator: str) -> None:
 @of_diffusers
 def test_hindsight_is_refused_where_the_state_cannot_be_moved() -> None:
     plan = measured(8, [0, 4])
-    with pytest.raises(
-        ValueError, match=r"^hindsight needs a solver of mlem's .* not diffusers:.*; use estimator=held$"
-    ):
+    with pytest.raises(ValueError, match=r"^hindsight needs an mlem solver .* not diffusers:.*; use estimator=held$"):
         sample(networks(), indices=[0], solver="diffusers:DDIMScheduler", steps=8, plan=plan)
     held = measured(8, [0, 4], estimator="held")
     with pytest.raises(
@@ -303,9 +301,17 @@ def test_hindsight_is_refused_where_the_state_cannot_be_moved() -> None:
             "the plan has 5 rows, but ddim in 4 steps evaluates 4 times; draw it for these steps, or pass family.plan(",
         ),
         (Plan.draw(torch.ones(4, 2)), {"solver": "heun"}, "the plan has 4 rows, but heun in 4 steps evaluates 7 times"),
-        (Plan.draw(torch.ones(4, 3)), {}, "the plan is for 3 levels, the family has 2 (xs, s); draw it for these leve"),
+        (
+            Plan.draw(torch.ones(4, 3)),
+            {},
+            "the plan is for 3 levels, but the family has 2 (xs, s); draw it for these leve",
+        ),
         (Plan.draw(torch.ones(4, 2), levels=("xs", "l")), {}, "level must be one of xs, s, got 'l'"),
-        (Plan.draw(torch.ones(4, 2)), {"level": "xs"}, "level='xs' runs one level, plan= several; give one of them"),
+        (
+            Plan.draw(torch.ones(4, 2)),
+            {"level": "xs"},
+            "level='xs' runs one level, plan= several; pass only one of them",
+        ),
     ],
     ids=["rows", "heun", "levels", "names", "level"],
 )
@@ -322,7 +328,7 @@ def test_a_plan_needs_a_family(model: Any) -> None:
 
 def test_bare_levels_need_a_schedule_and_own_coins_their_samples() -> None:
     plan = Plan.draw(TABLE, per_sample=True)
-    with pytest.raises(ValueError, match=r"^bare denoisers say nothing of their schedule; pass schedule=$"):
+    with pytest.raises(ValueError, match=r"^bare denoisers do not know their schedule; pass schedule=$"):
         MultilevelDenoiser(denoisers(), plan)
     multilevel = MultilevelDenoiser(denoisers(), plan, schedule=COSINE)
     with pytest.raises(ValueError, match=r"call start\(indices\) before the first step$"):
@@ -346,14 +352,14 @@ def test_a_level_that_becomes_nan_is_named() -> None:
 @pytest.mark.parametrize(
     ("plan", "says"),
     [
-        (Plan.draw(torch.ones(4, 2), per_sample=True), "coins of each sample's own"),
-        (PlanSpec(probabilities=(1.0, 0.5), estimator="jump", per_sample=True), "coins of each sample's own"),
+        (Plan.draw(torch.ones(4, 2), per_sample=True), "per_sample=True"),
+        (PlanSpec(probabilities=(1.0, 0.5), estimator="jump", per_sample=True), "per_sample=True"),
         (Plan.given(torch.ones(4, 2)), "estimator=hindsight"),
     ],
     ids=["plan", "spec", "hindsight"],
 )
 def test_rows_that_belong_together_are_not_spread(plan: Plan | PlanSpec, says: str) -> None:
-    says = f"spread=True deals the rows of a call to the ranks, and {says} needs all; leave spread out"
+    says = f"spread=True splits the rows of a call among ranks, but {says} needs all; leave out spread"
     with pytest.raises(ValueError, match=f"^{re.escape(says)}$"):
         Sampler(networks(), steps=4, plan=plan, spread=True)
     Sampler(networks(), steps=4, plan=plan)

@@ -154,9 +154,9 @@ def test_a_bad_plan_names_its_entry(entry: str, says: str, tmp_path: Path, monke
     ("entry", "says"),
     [
         ("{budget:0.6,levels:[xs,m]}", "level must be one of xs, s, got 'm'"),
-        ("{budget:0.6,levels:[s,xs]}", "levels must be different and the cheapest first, as in xs, s; got s, xs"),
+        ("{budget:0.6,levels:[s,xs]}", "levels must be distinct and cheapest first, as in xs, s; got s, xs"),
         ("{probabilities:[1,0.5,0.1]}", "probabilities= must be 2 numbers, for xs, s, got 3"),
-        ("{probabilities:learned,delta:0}", "learned probabilities are of a trained family, and runs/digits/family is"),
+        ("{probabilities:learned,delta:0}", "learned probabilities need a trained family of "),
         ("{budget:0.01,cost:flops}", "budget=0.01 is too small for 2 steps of xs, s: no plan costs less than 0."),
         (
             "{budget:0.01,cost:flops,estimator:jump}",
@@ -178,7 +178,7 @@ def test_a_plan_that_its_solver_cannot_follow_is_refused_before_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    says = r"^evaluation\.samplers\[0\]: hindsight needs a solver of mlem's that evaluates once a step, not heun"
+    says = r"^evaluation\.samplers\[0\]: hindsight needs an mlem solver with one evaluation per step, not heun"
     with pytest.raises(ValueError, match=says):
         run_here("train", *TRAIN, "evaluation.samplers=[{solver:heun,steps:[2],plan:{budget:0.5}}]")
     assert not list(tmp_path.iterdir())
@@ -232,7 +232,7 @@ def test_until_errors_are_known_well_more_images_are_taken(
     for until, count in (("900%", 2), ("0.0001", 6)):
         tool(monkeypatch, "calibrate", family, *options, "--until", until)
         assert read_json(family / "calibration.json")["about"]["pilot_images"] == count
-        assert f"Standard errors of these over {count} images: at most " in capsys.readouterr().out
+        assert f"Standard errors over {count} images: at most " in capsys.readouterr().out
     with pytest.raises(SystemExit):
         tool(monkeypatch, "calibrate", family, "--until", "much")
     assert "argument --until: must be a share, such as 20% or 0.2, got 'much'" in capsys.readouterr().err
@@ -273,12 +273,12 @@ def test_the_mlem_samplers_print_the_calls_of_each_level(
     run_here("sample", *options)
     printed, found = capsys.readouterr().out, calls(out)
     for name, count in found.items():
-        assert f"level {name}: {count:g} calls an image (expected {count:.4g})" in printed
+        assert f"level {name}: {count:g} calls per image (expected {count:.4g})" in printed
     family = Family.load(FAMILY)
     steps = configure("sample", f"sampler={sampler}").steps
     flops = sum(count * family.level(name).flops for name, count in found.items()) / family.level().flops
     assert flops <= budget * steps
-    assert f"in all {flops:.4g} evaluations of level s by FLOPs, where it alone would make {steps}" in printed
+    assert f"in all {flops:.4g} evaluations of level s by FLOPs; it alone would make {steps}" in printed
     assert re.search(
         r"predicted mean squared error \S+; \w+ with level s alone in \d+ steps, at the same cost", printed
     )

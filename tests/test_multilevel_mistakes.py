@@ -37,7 +37,10 @@ def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, *opt
     ("options", "says"),
     [
         (("plan=nothing",), "plan=nothing: there are none; memorise one with: python -m mlem.multilevel memorise"),
-        (("plan=nothing.json",), "nothing.json is no plan; make one with: python -m mlem.multilevel memorise FAMILY"),
+        (
+            ("plan=nothing.json",),
+            "nothing.json is not a plan; make one with: python -m mlem.multilevel memorise FAMILY",
+        ),
         (("coins=systematic",), "coins=systematic shapes a multilevel plan: add budget=, such as budget=0.25"),
         (("per_sample=true",), "per_sample=true shapes a multilevel plan: add budget=, such as budget=0.25"),
         (("cost=flops",), "cost=flops shapes a multilevel plan: add budget=, such as budget=0.25"),
@@ -49,19 +52,22 @@ def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, *opt
         ),
         (("budget=0.5", "mse=0.1"), "give one of budget, mse and delta, got budget and mse"),
         (("budget=0.5", "levels=[xs,zz]"), "level must be one of xs, s, got 'zz'"),
-        (("budget=0.5", "model=unet_xs"), "budget= shares work among levels, and model= is one; leave it out"),
-        (("budget=0.5", "level=s"), "level=s runs one level, budget= several; give one"),
+        (
+            ("budget=0.5", "model=unet_xs"),
+            "budget= shares work among levels, but model= is a single level; leave it out",
+        ),
+        (("budget=0.5", "level=s"), "level=s runs one level, budget= several; use one"),
         (("mse=1e-9",), "mse=1e-09: the error of ddim in 50 steps on the log_snr grid alone is "),
-        (("plan=best", "coins=nested"), "plan=best is made already: leave out coins="),
-        (("plan=best", "levels=[xs,s]"), "plan=best is made already: leave out levels="),
-        (("plan=best", "per_sample=true"), "plan=best is made already: leave out per_sample="),
-        (("plan=best", "sampler=mlem", "estimator=jump"), "plan=best is made already: leave out estimator="),
-        (("plan=best", "sampler=mlem", "mse=0.1"), "plan=best is made already: leave out mse="),
+        (("plan=best", "coins=nested"), "plan=best is already made: leave out coins="),
+        (("plan=best", "levels=[xs,s]"), "plan=best is already made: leave out levels="),
+        (("plan=best", "per_sample=true"), "plan=best is already made: leave out per_sample="),
+        (("plan=best", "sampler=mlem", "estimator=jump"), "plan=best is already made: leave out estimator="),
+        (("plan=best", "sampler=mlem", "mse=0.1"), "plan=best is already made: leave out mse="),
         (("budget=0.5", "coins=dice"), "coins must be one of systematic, bernoulli, nested, poisson, got 'dice'"),
         (("budget=0.5", "estimator=guess"), "estimator must be one of jump, held, hindsight, switch, got 'guess'"),
         (
             ("sampler=heun", "budget=0.5", "cost=flops", "estimator=hindsight"),
-            "hindsight needs a solver of mlem's that evaluates once a step, not heun; use estimator=held",
+            "hindsight needs an mlem solver with one evaluation per step, not heun; use estimator=held",
         ),
         (("probabilities=learned",), "this family of digits has no learned coefficients: python train.py model=coeff"),
         (("budget=0.5", "probabilities=learned"), "this family of digits has no learned coefficients: python train"),
@@ -90,13 +96,18 @@ def test_plans_of_other_steps_or_levels_get_one_line(
     path = tmp_path / "plan.json"
     for plan, says in (
         (Plan.draw(torch.ones(4, 2)), "the plan has 4 rows, but ddim in 8 steps evaluates 8 times; draw it for these"),
-        (Plan.draw(torch.ones(8, 3)), "the plan is for 3 levels, the family has 2 (xs, s); draw it for these levels"),
+        (
+            Plan.draw(torch.ones(8, 3)),
+            "the plan is for 3 levels, but the family has 2 (xs, s); draw it for these levels",
+        ),
         (Plan.draw(torch.ones(8, 2), levels=("xs", "m")), "level must be one of xs, s, got 'm'"),
     ):
         plan.save(path)
         assert says in refused(monkeypatch, capsys, "steps=8", f"plan={path}", f"out={out}")
     write_json(path, {"format": 0})
-    assert "plan.json has format 0, this version reads 1" in refused(monkeypatch, capsys, f"plan={path}", f"out={out}")
+    assert "plan.json has format 0, but this version reads 1" in refused(
+        monkeypatch, capsys, f"plan={path}", f"out={out}"
+    )
     assert not out.exists()
 
 
@@ -108,7 +119,7 @@ def test_a_family_that_is_not_calibrated_gets_one_line(
     plain = read_json(path)
     write_json(path, plain | {"about": plain["about"] | {"weights": "others"}})
     options = (f"family={family}", "budget=0.5", f"out={out}")
-    assert "the calibration is of other weights or guidance: python -m" in refused(monkeypatch, capsys, *options)
+    assert "the calibration is for other weights or guidance: python -m" in refused(monkeypatch, capsys, *options)
     path.unlink()
     says = "sample.py: this family of digits is not calibrated: python -m mlem.multilevel calibrate FAMILY\n"
     assert refused(monkeypatch, capsys, *options) == says
@@ -142,7 +153,7 @@ def test_a_damaged_calibration_gets_one_line(
         (("memorise", "--images", "-1"), "images must be >= 1, got -1; the best is chosen by its error on them"),
         (
             ("memorise", "--solver", "heun", "--estimator", "hindsight"),
-            "hindsight needs a solver of mlem's that evaluates once a step, not heun; use estimator=held",
+            "hindsight needs an mlem solver with one evaluation per step, not heun; use estimator=held",
         ),
         (("calibrate", "--reference-steps", "0"), "reference_steps must be a whole number >= 1, got 0"),
     ],
@@ -168,7 +179,7 @@ def test_a_device_that_is_not_here_gets_one_line(
     assert multilevel.main(["calibrate", str(FAMILY), "--device", "gpu"]) == 2
     said = capsys.readouterr().err
     assert said.startswith("mlem.multilevel: --device gpu cannot be used (")
-    assert said.endswith("); take cpu, or another device\n")
+    assert said.endswith("); use cpu or another device\n")
     assert said.count("\n") == 1
 
 

@@ -267,7 +267,7 @@ def test_seeds_and_pixels_have_paths_of_their_own() -> None:
 def test_rising_times_are_refused() -> None:
     path = brownian(1)
     path.at(0.5)
-    with pytest.raises(ValueError, match=r"^a Brownian path is read with falling times; 0.6 comes after 0.5$"):
+    with pytest.raises(ValueError, match=r"^a Brownian path is read at falling times; 0.6 comes after 0.5$"):
         path.at(0.6)
     with pytest.raises(ValueError, match=r"2.0 comes after 1.0$"):
         brownian(1).at(2.0)
@@ -282,5 +282,5 @@ def test_reserved_ranges_do_not_meet() -> None:
 def test_reserved_indices_follow_one_another() -> None:
     first, second = (reserved_indices("memorising", 3, skip=skip) for skip in (0, 3))
     assert torch.cat([first, second]).tolist() == list(RESERVED["memorising"][:6])
-    with pytest.raises(ValueError, match=r"^memorising may draw 100000000 samples at most, got 100000001$"):
+    with pytest.raises(ValueError, match=r"^memorising may draw at most 100000000 samples, got 100000001$"):
         reserved_indices("memorising", 1, skip=10**8)

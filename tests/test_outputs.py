@@ -136,7 +136,7 @@ def test_without_a_manifest_half_files_are_made_again(copy: Path, whole: Path) -
     sample_path(copy, 5).write_bytes(sample_path(copy, 5).read_bytes()[:-20])
     sample_path(copy, 6).write_bytes(b"")
     flip(sample_path(copy, 8))
-    assert survey(copy).broken == dict.fromkeys((5, 6, 8), "is no whole PNG")
+    assert survey(copy).broken == dict.fromkeys((5, 6, 8), "is not a complete PNG")
     make(copy, range(12))
     assert images(copy) == images(whole)
 
@@ -151,7 +151,7 @@ def test_a_manifest_without_its_list_is_refused(copy: Path, capsys: pytest.Captu
     with open(copy / "images.sha256", "a") as file:
         file.write("\n")
     assert main(["verify", str(copy)]) == 2
-    assert "images.sha256 is not what manifest.json says: run its sample command" in capsys.readouterr().err
+    assert "images.sha256 does not match manifest.json: run its sample command" in capsys.readouterr().err
     (copy / "manifest.json").unlink()
     assert main(["verify", str(copy)]) == 2
     assert "has no manifest.json: run its sample command again" in capsys.readouterr().err
@@ -261,13 +261,19 @@ def other_pixels(folder: Path) -> None:
             "cannot be merged: steps: 2 in {whole}, 3 in {copy}",
         ),
         (lambda copy: (copy / "settings.json").unlink(), "{copy} holds no samples (no settings.json)"),
-        (lambda copy: write_json(copy / "settings.json", []), "{copy}/settings.json holds a JSON list, no object; "),
-        (lambda copy: write_json(copy / "manifest.json", []), "{copy}/manifest.json holds a JSON list, no object; "),
-        (lambda copy: write_json(copy / "ledger.json", []), "{copy}/ledger.json holds a JSON list, no object; "),
+        (
+            lambda copy: write_json(copy / "settings.json", []),
+            "{copy}/settings.json holds a JSON list, not an object; ",
+        ),
+        (
+            lambda copy: write_json(copy / "manifest.json", []),
+            "{copy}/manifest.json holds a JSON list, not an object; ",
+        ),
+        (lambda copy: write_json(copy / "ledger.json", []), "{copy}/ledger.json holds a JSON list, not an object; "),
         (lambda copy: write_json(copy / "ledger.json", {}), "{copy}/ledger.json is damaged (no 'levels'); restore it"),
         (
             lambda copy: write_json(copy / "ledger.json", {"levels": {}, "wall_seconds": "1", "images": 1}),
-            "{copy}/ledger.json is damaged ('1' is no number); restore it or delete it",
+            "{copy}/ledger.json is damaged ('1' is not a number); restore it or delete it",
         ),
         (
             lambda copy: write_json(copy / "ledger.json", {"levels": {"xs": {"cost": 1}}}),
@@ -287,7 +293,7 @@ def test_parts_that_do_not_fit_are_refused_in_one_line(
 @pytest.mark.parametrize("name", ["manifest.json", "settings.json", "ledger.json"])
 def test_json_of_another_kind_is_named_and_nothing_lost(copy: Path, whole: Path, name: str) -> None:
     write_json(copy / name, [])
-    with pytest.raises(ValueError, match=rf"^{copy / name} holds a JSON list, no object; restore it or delete it"):
+    with pytest.raises(ValueError, match=rf"^{copy / name} holds a JSON list, not an object; restore it or delete it"):
         make(copy, range(14))
     assert images(copy).items() >= images(whole).items()
 
@@ -302,11 +308,11 @@ def test_a_file_that_is_named_otherwise_is_no_sample(copy: Path, whole: Path, na
 
 
 def test_a_folder_that_was_sampled_into_is_no_place_to_merge(whole: Path, copy: Path) -> None:
-    with pytest.raises(ValueError, match="holds samples of its own; name it as a part"):
+    with pytest.raises(ValueError, match="was sampled into; name it as a part"):
         merge(copy, [whole])
 
 
 def test_images_that_are_no_samples_are_no_place_to_merge(whole: Path, tmp_path: Path) -> None:
     Image.new("L", (8, 8)).save(tmp_path / "photo.png")
-    with pytest.raises(ValueError, match="not known to be samples"):
+    with pytest.raises(ValueError, match="may not be samples"):
         merge(tmp_path, [whole])

@@ -135,7 +135,7 @@ def test_another_network_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="does not fit network= ") as caught:
         Level.load(tmp_path, network=Perceptron(3, 4))
     assert "3 keys differ: first.bias ((16,) in the file, (4,) in the network); " in str(caught.value)
-    assert str(caught.value).endswith(f"pass a network like the one that was saved, a '{__name__}.Perceptron'")
+    assert str(caught.value).endswith(f"pass a network like the saved one, a '{__name__}.Perceptron'")
 
 
 def test_a_name_in_a_file_builds_and_imports_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

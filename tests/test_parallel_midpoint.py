@@ -201,7 +201,7 @@ def test_a_block_alone_is_a_step() -> None:
         ({"chunk": 0}, "chunk must be a whole number >= 1, got 0"),
         ({"window": 4}, "window must hold whole blocks of midpoints=8, at least one, got 4"),
         ({"window": 12}, "window must hold whole blocks of midpoints=8, at least one, got 12"),
-        ({"tolerance": 0.0}, "tolerance must be a positive number, got 0.0; null makes all rounds"),
+        ({"tolerance": 0.0}, "tolerance must be a positive number, got 0.0; null runs all rounds"),
         ({"clock": "time"}, "clock must be one of kappa, ou, got 'time'"),
         (
             {"round": 3},
@@ -218,7 +218,7 @@ def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
 def test_a_plan_is_refused() -> None:
     family = closed_family()
     with pytest.raises(
-        ValueError, match=r"^parallel_midpoint evaluates many times at once, a plan once a row; leave plan= out$"
+        ValueError, match=r"^parallel_midpoint evaluates many times at once, but a plan once per row; leave out plan=$"
     ):
         Sampler(family, solver="parallel_midpoint", steps=3, plan=family.plan(probabilities=(1.0, 0.5, 0.2)))
 

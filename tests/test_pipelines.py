@@ -235,7 +235,7 @@ def test_guidance_that_ends_midway_is_refused(tmp_path: Path) -> None:
     told: dict[str, Any] = {"callback_on_step_end_tensor_inputs": ["latents", "prompt_embeds"]}
     with (
         mlem.accelerate(pipe, small=tiny.small(), plan=held(), cache=tmp_path, **QUICK),
-        pytest.raises(ValueError, match=r"^the pipeline asks for 2 rows now, and began with 4: "),
+        pytest.raises(ValueError, match=r"^the pipeline now evaluates 2 rows, but began with 4: "),
     ):
         pictures(tiny, pipe, callback_on_step_end=end, **told)
 
@@ -344,7 +344,7 @@ def test_offloading_moves_the_large_network_when_it_is_needed(tmp_path: Path, mo
 def test_a_pipeline_that_offloads_by_itself_is_refused() -> None:
     tiny, pipe = pipeline("StableDiffusionPipeline", "DDIM")
     pipe.unet._hf_hook = object()
-    with pytest.raises(ValueError, match=r"the unet of this Stable.* is moved between devices by itself"):
+    with pytest.raises(ValueError, match=r"the unet of this Stable.* moves between devices"):
         mlem.accelerate(pipe, small=tiny.small(), budget=0.5)
 
 

@@ -79,7 +79,7 @@ def test_samples_have_the_weights_of_their_own_coins() -> None:
     indices = torch.tensor([4, 9])
     paid = COINS["nested"].toss(TABLE, 2, indices) / TABLE
     assert torch.equal(plan.sample_weights(indices), collect(paid))
-    with pytest.raises(ValueError, match=r"own coins: ask sample_weights\(indices\)"):
+    with pytest.raises(ValueError, match=r"own coins: call sample_weights\(indices\)"):
         _ = plan.weights
 
 
@@ -198,7 +198,7 @@ def test_a_plan_of_an_earlier_version_is_read() -> None:
 
 
 def test_files_that_are_no_plan(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"none\.json is no plan; make one with: "):
+    with pytest.raises(FileNotFoundError, match=r"none\.json is not a plan; make one with: "):
         Plan.load(tmp_path / "none.json")
     path = tmp_path / "plan.json"
     for other, found in (({"format": 7}, "format 7"), ({}, "format None")):
@@ -206,14 +206,14 @@ def test_files_that_are_no_plan(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=rf"^{path} has {found}, this version reads 1; draw it again: python -m "):
             Plan.load(path)
     path.write_text("[]")
-    with pytest.raises(ValueError, match=rf"^{path} holds a JSON list, no object; restore it or delete it"):
+    with pytest.raises(ValueError, match=rf"^{path} holds a JSON list, not an object; restore it or delete it"):
         Plan.load(path)
 
 
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"counts": [[1, 1]]}, "counts and probabilities must be of one shape, got (1, 2) and (4, 3)"),
+        ({"counts": [[1, 1]]}, "counts and probabilities must have one shape, got (1, 2) and (4, 3)"),
         ({"counts": [[1, 1, -1]] * 4}, "counts must be whole numbers >= 0, got -1 among"),
         ({"counts": [[1, 1, 0.5]] * 4}, "counts must be whole numbers >= 0, got 0.5 among"),
         ({"counts": [[1, 1]] * 3 + [[1]]}, ""),
@@ -255,7 +255,10 @@ def test_a_missing_field_of_a_plan_is_named(field: str) -> None:
         ({"estimator": "guess"}, "estimator must be one of jump, held, hindsight, switch, forecast, got 'guess'"),
         ({"order": 2}, "order of a held correction must be 0 or 1, got 2"),
         ({"levels": ("xs", "s")}, "probabilities have 3 columns, but levels are xs, s"),
-        ({"estimator": "held", "per_sample": True}, "held corrections need one plan for all samples; leave per_sample"),
+        (
+            {"estimator": "held", "per_sample": True},
+            "held corrections need one plan for all samples; leave out per_sample",
+        ),
         ({"coins": "fair"}, "coins must be one of systematic, bernoulli, nested, poisson, got 'fair'"),
         ({"coins": "fair", "per_sample": True}, "coins must be one of systematic"),
         ({"probabilities": TABLE - 0.2}, "probabilities must be in (0, 1], got p = 0 at evaluation 3, level 3 of 3"),

@@ -172,9 +172,9 @@ def test_bad_numbers_are_refused(tmp_path):
     with pytest.raises(ValueError, match="gamma is missing"):
         scaling_law({"a": {key: value for key, value in law.items() if key != "gamma"}}, path, "")
     for bad in ({"value": [1.0, 2.0, 0.0]}, {"cost": [1.0, 2.0]}):
-        with pytest.raises(ValueError, match="curve 'a' needs cost, value of one length and above 0"):
+        with pytest.raises(ValueError, match="curve 'a' needs cost, value of equal length and above 0"):
             scaling_law({"a": {**law, **bad}}, path, "")
-    with pytest.raises(ValueError, match="curve 'a' needs line_cost, line, low, high of one length"):
+    with pytest.raises(ValueError, match="curve 'a' needs line_cost, line, low, high of equal length"):
         scaling_law({"a": {**law, "low": -law["low"]}}, path, "")
     with pytest.raises(ValueError, match="figures are PNG files"):
         error_by_noise_level(curves(), tmp_path / "figure.txt", "")

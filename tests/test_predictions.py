@@ -260,7 +260,7 @@ def test_levels_of_one_family_may_have_other_conventions(solver: str) -> None:
 
 
 def test_a_noise_estimate_in_float32_is_refused_at_pure_noise() -> None:
-    with pytest.raises(ValueError, match=r"^sampling begins where there is no signal, and a noise estimate in float32"):
+    with pytest.raises(ValueError, match=r"^sampling starts from pure noise, where a noise estimate in float32"):
         sample(lambda x, t: x, schedule=FLOW, shape=(3,), steps=4, indices=range(2))
 
 
@@ -340,15 +340,15 @@ def test_options_are_part_of_the_identity() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: level(prediction="eps", schedule=FLOW), "prediction eps says nothing of the data where there is no"),
-        (lambda: level(prediction="eps", schedule=ZERO_SNR), "prediction eps says nothing of the data where there"),
+        (lambda: level(prediction="eps", schedule=FLOW), "prediction eps says nothing about the data"),
+        (lambda: level(prediction="eps", schedule=ZERO_SNR), "prediction eps says nothing about the data without sig"),
         (lambda: EDM(sigma_data=0), "sigma_data of prediction edm must be a positive number, got 0"),
         (lambda: V(clip=-1), "clip of prediction v must be a positive number, got -1"),
         (lambda: make_prediction({"kind": "edm", "sigma": 1}), "prediction edm has no option 'sigma'; its options are"),
         (lambda: make_prediction(7), "prediction must be one of v, eps, x0, edm, edm_denoised, flow, sit, got 7"),
         (
             lambda: prediction_of({"_class_name": "EDMEulerScheduler", "prediction_type": "v_prediction"}),
-            "prediction_type of EDMEulerScheduler is 'v_prediction', but EDM networks answer F",
+            "prediction_type of EDMEulerScheduler is 'v_prediction', but EDM networks return F",
         ),
         (
             lambda: prediction_of({"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True}),

@@ -186,7 +186,7 @@ def test_the_command_writes_rows_figure_and_recommendation(made: tuple[Path, str
     assert (folder / "fastest.png").exists()
     assert not (folder / "summary.json").exists()  # whose ratios are of eval=benchmark
     assert f"recommended: {found.recommendation.text}" in printed
-    assert "left out: what is recommended for 1e-09: mse=1e-09: nothing reaches it for sure" in printed
+    assert "left out: the recommendation for 1e-09: mse=1e-09: nothing reaches it for sure" in printed
     assert "left out: DeepCache, every 2, branch 2, parallel_midpoint: " in printed
     rows = (folder / "runs.csv").read_text()
     again = run_in(tmp_path, lambda: run_here("sample", *COMMAND))
@@ -220,5 +220,5 @@ def test_a_level_that_there_is_not_is_named() -> None:
     setup = Setup(Family([level("xs", SHAPE)]), [[0]])
     with pytest.raises(ValueError, match="level must be one of xs, got 'large'"):
         setup.runs(entry("T-Stitch", running=[["large", 1.0]]))
-    with pytest.raises(ValueError, match=r"parallel_midpoint evaluates many times at once, a plan once a row"):
+    with pytest.raises(ValueError, match=r"parallel_midpoint evaluates many times at once, but a plan once per row"):
         setup.runs(replace(entry("forecast", forecast={"every": 2}), solver="parallel_midpoint"))

@@ -21,14 +21,14 @@ from tests.problems import level
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ([], "sampler=auto needs a target: mse=, such as mse=1e-3, or seconds= an image; give one of them"),
-        (["mse=1e-3", "seconds=1"], "sampler=auto needs a target: "),
+        ([], "sampler=auto needs one target: mse=, such as mse=1e-3, or seconds=, per image"),
+        (["mse=1e-3", "seconds=1"], "sampler=auto needs one target: "),
         (["mse=1e-3", "steps=4"], "sampler=auto chooses steps itself; leave out steps=4"),
         (["mse=1e-3", "budget=0.3"], "sampler=auto chooses budget itself; leave out budget=0.3"),
         (["mse=1e-3", "level=xs"], "sampler=auto chooses level itself; leave out level=xs"),
-        (["mse=1e-3", "+sampler.options.order=2"], "sampler.options of sampler=auto are kind alone; leave out order"),
+        (["mse=1e-3", "+sampler.options.order=2"], "sampler=auto has only the option kind; leave out order"),
         (["mse=1e-3"], "this family of digits is not calibrated: "),
-        (["sampler=ddim", "seconds=1"], "seconds=1 is a target of sampler=auto: add it, or give budget="),
+        (["sampler=ddim", "seconds=1"], "seconds=1 is a target of sampler=auto: add it, or use budget="),
     ],
     ids=str,
 )

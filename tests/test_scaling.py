@@ -95,8 +95,8 @@ def test_the_seed_decides_the_interval():
     ("gamma", "spread", "words"),
     [
         (3.0, 0.01, "> 2: multilevel pays by theory"),
-        (1.5, 0.01, "<= 2: [J, Thm 1] promises no gain"),
-        (2.05, 0.5, "not decided whether [J, Thm 1] applies"),
+        (1.5, 0.01, "<= 2: [J, Thm 1] promises a gain"),
+        (2.05, 0.5, "undecided whether [J, Thm 1] applies"),
         (-3.0, 0.01, "the error does not fall with cost"),
     ],
 )
@@ -124,9 +124,9 @@ def test_bad_input_is_refused():
         fit_errors(table[:2], COSTS[:2])
     with pytest.raises(ValueError, match=r"needs costs of >= 3 levels, got shape \(2,\)"):
         fit_differences(table[:1], COSTS[:2])
-    with pytest.raises(ValueError, match=r"a cost for each row, got errors \(5, 10\), costs \(4,\)"):
+    with pytest.raises(ValueError, match=r"one cost per row, got errors \(5, 10\), costs \(4,\)"):
         fit_errors(table, COSTS[:4])
-    with pytest.raises(ValueError, match=r"a cost for each row, got differences \(5, 10\), costs \(4,\)"):
+    with pytest.raises(ValueError, match=r"one cost per row, got differences \(5, 10\), costs \(4,\)"):
         fit_differences(table, COSTS)
     with pytest.raises(ValueError, match=r"errors must be finite and > 0, got 0\.0"):
         fit_errors(np.where(table == table.max(), 0, table), COSTS)

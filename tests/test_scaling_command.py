@@ -57,7 +57,7 @@ def test_another_data_set_is_refused(folder: Path) -> None:
     for level in levels:
         level.data = "leaves"
     Family(levels).save(folder / "other")
-    with pytest.raises(ValueError, match=r"data=digits has images \(1, 8, 8\), the family is of leaves"):
+    with pytest.raises(ValueError, match=r"data=digits has images \(1, 8, 8\), but the family was trained on leaves"):
         run_in(folder, lambda: run_here("sample", "experiment=scaling_law", "family=other"))
 
 

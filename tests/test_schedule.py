@@ -163,12 +163,12 @@ def test_edm_and_flow_configs_are_read(config: dict[str, object], due: NoiseSche
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"_class_name": "CosineDPMSolverMultistepScheduler", "sigma_min": 0.3}, "has no betas, and is no EDM"),
-        ({"_class_name": "CMStochasticIterativeScheduler", "sigma_min": 0.002}, "has no betas, and is no EDM"),
-        ({"_class_name": "FlowMapEulerDiscreteScheduler"}, "has no betas, and is no EDM"),
+        ({"_class_name": "CosineDPMSolverMultistepScheduler", "sigma_min": 0.3}, "has no betas and is not an EDM"),
+        ({"_class_name": "CMStochasticIterativeScheduler", "sigma_min": 0.002}, "has no betas and is not an EDM"),
+        ({"_class_name": "FlowMapEulerDiscreteScheduler"}, "has no betas and is not an EDM"),
         (
             {"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True},
-            "use_dynamic_shifting of FlowMatchEulerDiscreteScheduler depends on the picture",
+            "use_dynamic_shifting of FlowMatchEulerDiscreteScheduler depends on the image size",
         ),
     ],
 )
@@ -233,14 +233,14 @@ def test_pure_noise_is_infinity_to_float32() -> None:
         ),
         (lambda: NoiseSchedule.from_config({}), "got None"),
         (lambda: NoiseSchedule.from_config({"kind": []}), "one of cosine, linear, edm, flow, diffusers, got []"),
-        (lambda: NoiseSchedule.from_config(["cosine"]), "an object with its kind, such as cosine, got ['cosine']"),
+        (lambda: NoiseSchedule.from_config(["cosine"]), "an object with a kind, such as cosine, got ['cosine']"),
         (
             lambda: NoiseSchedule.from_config({"kind": "cosine", "ofset": 1}),
             "'ofset'); its options are offset, log_snr",
         ),
-        (lambda: NoiseSchedule.from_config({"kind": "cosine", "offset": "a"}), "schedule cosine cannot be made ("),
-        (lambda: NoiseSchedule.from_config({"kind": "linear", "num_timesteps": -1}), "schedule linear cannot be made"),
-        (lambda: NoiseSchedule.from_config({"kind": "diffusers", "config": []}), "schedule diffusers cannot be made"),
+        (lambda: NoiseSchedule.from_config({"kind": "cosine", "offset": "a"}), "schedule cosine cannot be built ("),
+        (lambda: NoiseSchedule.from_config({"kind": "linear", "num_timesteps": -1}), "schedule linear cannot be built"),
+        (lambda: NoiseSchedule.from_config({"kind": "diffusers", "config": []}), "schedule diffusers cannot be built"),
         (
             lambda: NoiseSchedule.from_config({"kind": "diffusers", "config": {"beta_schedule": "sine"}}),
             "sine is not implemented",

@@ -245,20 +245,20 @@ def test_a_ddim_pipeline_takes_it() -> None:
     pipe = tiny.make(DDIMScheduler(clip_sample=False, prediction_type="v_prediction"))
     pipe.scheduler = made(pipe.scheduler.config)
     assert pipe(**tiny.inputs(1, 1), num_inference_steps=3).images.shape == (1, 8, 8, 1)
-    with pytest.raises(ValueError, match=r"^eta=0\.5 and use_clipped_model_output are of DDIM; leave them out$"):
+    with pytest.raises(ValueError, match=r"^eta=0\.5 and use_clipped_model_output belong to DDIM; leave them out$"):
         pipe(**tiny.inputs(1, 1), num_inference_steps=3, eta=0.5)
 
 
 def test_mistakes() -> None:
-    with pytest.raises(ValueError, match=r"has betas or a rectified flow, and the config's sigma_data is of neither"):
+    with pytest.raises(ValueError, match=r"has betas or a rectified flow, but the config's sigma_data fits neither"):
         made(EDMEulerScheduler().config)
-    with pytest.raises(ValueError, match=r"use_dynamic_shifting depends on the picture"):
+    with pytest.raises(ValueError, match=r"use_dynamic_shifting depends on the image size"):
         made(FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True).config)
     with pytest.raises(ValueError, match=r"flow_prediction goes with the sigmas of flows"):
         RandomizedMidpointScheduler(prediction_type="flow_prediction")
-    with pytest.raises(ValueError, match=r"use_dynamic_shifting depends on the picture; set it to False"):
+    with pytest.raises(ValueError, match=r"use_dynamic_shifting depends on the image size; set it to False"):
         RandomizedMidpointScheduler(shift=1.0, use_dynamic_shifting=True)
-    with pytest.raises(ValueError, match=r"set_timesteps\(steps\) comes before step\(\)"):
+    with pytest.raises(ValueError, match=r"call set_timesteps\(steps\) before step\(\)"):
         RandomizedMidpointScheduler().step(torch.zeros(1, 1), 0, torch.zeros(1, 1))
     with pytest.raises(ValueError, match=r"grid must be one of uniform, "):
         RandomizedMidpointScheduler(grid="karas").set_timesteps(4)

@@ -87,10 +87,10 @@ def test_an_error_is_reached_by_the_smallest_budget(solver: str, options: dict[s
 
 
 def test_an_error_below_the_solvers_own_gets_one_line() -> None:
-    says = "mse=1e-07: the error of ddpm in 32 steps on the uniform grid alone is 2e-07; take more steps, or another"
+    says = "mse=1e-07: the error of ddpm in 32 steps on the uniform grid alone is 2e-07; use more steps, or another"
     with pytest.raises(ValueError, match=f"^{re.escape(says)}"):
         plan("ddpm", 32, mse=1e-7)
-    says = "mse=0.1: the error of heun in 8 steps on the log_snr grid alone was not measured; take more steps"
+    says = "mse=0.1: the error of heun in 8 steps on the log_snr grid alone was not measured; use more steps"
     with pytest.raises(ValueError, match=f"^{re.escape(says)}"):
         plan("heun", 8, mse=0.1, estimator="held")
 
@@ -99,7 +99,7 @@ def test_an_error_below_the_solvers_own_gets_one_line() -> None:
 def test_an_error_below_that_of_the_levels_gets_one_line(options: dict[str, Any]) -> None:
     """Levels 1 and 2 cannot know what only level 3 does."""
     least = predictor("ddpm", 32).total(every(1, 32, 1, levels=("2",)))
-    says = f"mse={least / 2:g}: the levels 1, 2 come to {least:.2g} at every step; add a larger level to levels="
+    says = f"mse={least / 2:g}: the levels 1, 2 reach {least:.2g} at best; add a larger level to levels="
     with pytest.raises(ValueError, match=f"^{re.escape(says)}"):
         plan("ddpm", 32, mse=least / 2, levels=("1", "2"), **options)
     assert plan("ddpm", 32, mse=least * 1.01, levels=("1", "2"), **options).about["predicted_mse"] <= least * 1.01

@@ -262,11 +262,11 @@ def test_one_adapter_serves_two_samplers() -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("NoSuchScheduler", r"^diffusers has no scheduler 'NoSuchScheduler'; write the class name, as in .*$"),
+        ("NoSuchScheduler", r"^diffusers has no scheduler 'NoSuchScheduler'; use the class name, as in .*$"),
         ("UNet2DModel", r"^diffusers has no scheduler 'UNet2DModel'; "),
         ("__import__('os')", r"^diffusers has no scheduler "),
-        ("LCMScheduler", r"^LCMScheduler cannot be compared: it is made for networks distilled to it"),
-        ("RePaintScheduler", r"^RePaintScheduler cannot be compared: a step of it needs original_image, mask"),
+        ("LCMScheduler", r"^LCMScheduler cannot be compared: it is made for networks distilled for it"),
+        ("RePaintScheduler", r"^RePaintScheduler cannot be compared: its step needs original_image, mask"),
         ("DDIMInverseScheduler", r"^DDIMInverseScheduler cannot be compared: it goes from images to noise"),
         ("EDMEulerScheduler", r"^EDMEulerScheduler takes no betas: only variance-preserving schedulers"),
         ("FlowMatchEulerDiscreteScheduler", r"takes no betas"),
@@ -280,10 +280,10 @@ def test_unknown_schedulers_are_refused(name: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"grid": "karras"}, r"^a diffusers scheduler brings its own grid; leave grid out \(got 'karras'\)$"),
+        ({"grid": "karras"}, r"^a diffusers scheduler has its own grid; leave out grid \(got 'karras'\)$"),
         ({"steps": 0}, r"^steps must be a whole number >= 1, got 0$"),
         ({"steps": 1001}, r"^steps must be in \[1, 1000\] on the trailing grid, got 1001$"),
-        ({"solver": "diffusers:HeunDiscreteScheduler"}, r"^HeunDiscreteScheduler asks the network twice at one"),
+        ({"solver": "diffusers:HeunDiscreteScheduler"}, r"^HeunDiscreteScheduler evaluates the network twice at one"),
     ],
 )
 def test_adapter_refuses_bad_options(options: dict[str, Any], message: str) -> None:
@@ -346,7 +346,7 @@ def test_sigmas_that_round_to_one_timestep_are_told_apart(name: str, kind: str) 
         (
             "prediction_type",
             "v_prediction",
-            "would contradict the noise estimate that mlem gives; leave it out: ",
+            "would contradict the noise estimate that mlem passes; leave it out: ",
         ),
         ("num_train_timesteps", 100, "would contradict the schedule of the model"),
         ("beta_start", 0.001, "would contradict the schedule of the model"),

@@ -48,7 +48,7 @@ COSINE = NoiseSchedule.cosine()
         ({"budget": "half"}, "budget must be a number, got 'half'"),
         ({"mse": True}, "mse must be a number, got True"),
         ({"delta": math.nan, "probabilities": "learned"}, "delta must be finite, got nan"),
-        ({"probabilities": 0.5}, "probabilities must be one number for each level, got 0.5"),
+        ({"probabilities": 0.5}, "probabilities must be one number per level, got 0.5"),
         ({"probabilities": (1.0, "s")}, "probabilities must be in (0, 1], got 1.0, s"),
         (
             {"budget": 0.5, "per_sample": True},
@@ -75,7 +75,7 @@ COSINE = NoiseSchedule.cosine()
         ({"budget": 0.5, "order": 2}, "order of a held correction must be 0 or 1, got 2"),
         ({"budget": 0.5, "seed": "1"}, "seed must be a whole number, got '1'"),
         ({"budget": 0.5, "batch_size": "8"}, "batch_size must be a number, got '8'"),
-        ({"delta": 0.5, "probabilities": (1.0, 0.5)}, "delta shifts learned coefficients; say probabilities=learned"),
+        ({"delta": 0.5, "probabilities": (1.0, 0.5)}, "delta shifts learned coefficients; add probabilities=learned"),
     ],
     ids=str,
 )
@@ -186,7 +186,7 @@ def test_learned_coefficients_are_of_their_own_levels() -> None:
     grid = solver.grid(COSINE, 4)
     assert make_plan(family.plan(probabilities="learned", levels=smaller), family, solver, grid).levels == smaller
     others = (family.names[0], family.names[2])
-    with pytest.raises(ValueError, match=f"^learned coefficients are of {', '.join(smaller)}, got levels="):
+    with pytest.raises(ValueError, match=f"^learned coefficients are for {', '.join(smaller)}, got levels="):
         make_plan(family.plan(probabilities="learned", levels=others), family, solver, grid)
 
 
@@ -201,7 +201,7 @@ def test_learned_coefficients_of_smaller_levels_say_nothing_of_budgets() -> None
 
 
 def test_memorising_needs_coins() -> None:
-    with pytest.raises(ValueError, match=r"^this spec tosses no coins, so that all its draws are equal; add coins="):
+    with pytest.raises(ValueError, match=r"^this spec tosses no coins, so all its draws are equal; add coins="):
         memorise(pair(), PlanSpec(budget=0.5))
 
 
@@ -211,10 +211,10 @@ def test_memorising_needs_coins() -> None:
         ({"images": 0}, "images must be >= 1, got 0; the best is chosen by its error on them"),
         ({"images": -1}, "images must be >= 1, got -1; the best is chosen by its error on them"),
         ({"reference_steps": 0}, "reference_steps must be a whole number >= 1, got 0"),
-        ({"solver": "heun"}, "hindsight needs a solver of mlem's that evaluates once a step, not heun; use estimator="),
+        ({"solver": "heun"}, "hindsight needs an mlem solver with one evaluation per step, not heun; use estimator="),
         (
             {"solver": "parallel_midpoint"},
-            "parallel_midpoint evaluates many times at once, a plan once a row; leave plan= out",
+            "parallel_midpoint evaluates many times at once, but a plan once per row; leave out plan=",
         ),
     ],
     ids=str,
@@ -342,10 +342,10 @@ def test_what_was_fitted_to_other_weights_is_refused() -> None:
     other.fitted = Fitted(calibration(family), learned)
     with pytest.raises(
         ValueError,
-        match=r"^the calibration is of other weights or guidance: python -m mlem\.multilevel calibrate",
+        match=r"^the calibration is for other weights or guidance: python -m mlem\.multilevel calibrate",
     ):
         sample(other, indices=[0], steps=4, plan=other.plan(budget=0.5))
-    with pytest.raises(ValueError, match=r"^the coefficients are of other weights or guidance; fit them again: "):
+    with pytest.raises(ValueError, match=r"^the coefficients are for other weights or guidance; fit them again: "):
         other.fitted.coefficients_for(other)
 
 
@@ -381,11 +381,11 @@ def used(plan: Plan, **options: Any) -> Plan | None:
     [
         (
             {"solver": "ddpm"},
-            "^the plan was made for the solver ddim, and is used with ddpm in 6 steps on the uniform grid; ",
+            "^the plan was made for the solver ddim, but is used with ddpm in 6 steps on the uniform grid; ",
         ),
         (
             {"grid": "karras"},
-            "^the plan was made for the grid log_snr, and is used with ddim in 6 steps on the karras grid; ",
+            "^the plan was made for the grid log_snr, but is used with ddim in 6 steps on the karras grid; ",
         ),
         (
             {"grid": TimeGrid("log_snr", (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.0))},
@@ -411,7 +411,7 @@ def test_a_plan_knows_options_schedule_and_weights() -> None:
     spec = PlanSpec(probabilities=(1.0, 0.5), estimator="jump")
     plan = Sampler(pair(), solver="randomized_midpoint", steps=3, plan=spec).plan
     assert plan is not None
-    with pytest.raises(ValueError, match=r"^the plan was made for other options of the solver, and is used with rand"):
+    with pytest.raises(ValueError, match=r"^the plan was made for other options of the solver, but is used with rand"):
         used(plan, solver=make_solver("randomized_midpoint", midpoints="shared"), steps=3)
     for part, said in (("schedule", "another noise schedule"), ("weights", "other weights or guidance")):
         other = replace(plan, about=plan.about | {part: "0"})
@@ -425,7 +425,7 @@ def test_coefficients_of_another_solver_are_said() -> None:
     family.fitted = Fitted(coefficients=learned)
     spec = family.plan(probabilities="learned", estimator="jump")
     with pytest.warns(
-        UserWarning, match="^the coefficients were learned for ddpm on the uniform grid, and are used with"
+        UserWarning, match="^the coefficients were learned for ddpm on the uniform grid, but are used with"
     ):
         Sampler(family, solver="ddim", steps=4, plan=spec)
     Sampler(family, solver="ddpm", steps=4, plan=spec)
@@ -436,6 +436,6 @@ def test_a_calibration_of_another_schedule_is_refused() -> None:
     found = calibration(family)
     family.fitted = Fitted(replace(found, about=found.about | {"schedule": "0"}))
     with pytest.raises(
-        ValueError, match=r"^the calibration is of another noise schedule: python -m mlem\.multilevel cal"
+        ValueError, match=r"^the calibration is for another noise schedule: python -m mlem\.multilevel cal"
     ):
         Sampler(family, steps=4, plan=family.plan(budget=0.6))

@@ -77,5 +77,5 @@ def test_it_is_asked_for_as_other_plans_are() -> None:
 def test_mistakes_get_one_line() -> None:
     with pytest.raises(ValueError, match=r"^estimator=switch tosses no coins: leave out coins= and probabilities="):
         PlanSpec(budget=0.5, estimator="switch", coins="systematic")
-    with pytest.raises(ValueError, match=r"^a plan that switches runs one level at each evaluation"):
+    with pytest.raises(ValueError, match=r"^a switching plan runs one level at each evaluation"):
         Plan.draw(torch.ones(4, 2), estimator="switch", per_sample=True)

@@ -111,9 +111,7 @@ def test_one_class_is_told_without_labels_and_never_dropped() -> None:
     module = _module(8, classes=1, label_dropout=0.5)
     position = torch.arange(64)
     assert not module.told({"position": position, "index": position})["class_labels"].any()
-    with pytest.raises(
-        ValueError, match=r"^the network is told class_labels, which the images of this data set do not"
-    ):
+    with pytest.raises(ValueError, match=r"^the network takes class_labels, which the images of this data set do not"):
         _module(8, classes=2).told({"position": position, "index": position})
 
 

@@ -1,1 +1,1 @@
-"""The command line. The only code that knows Hydra; `mlem.cli.main` has the entry points."""
+"""The command line. The only code that uses Hydra; `mlem.cli.main` has the entry points."""

@@ -1,4 +1,4 @@
-"""`sampler=auto`: what is recommended for the error or the time that is asked for."""
+"""`sampler=auto`: the recommendation for a target error or time."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ def is_auto(job: Sample) -> bool:
 
 
 def chosen(job: Sample, model: Family | Level, device: torch.device) -> tuple[Sample, Recommendation | None]:
-    """The job with what is recommended in place of `sampler=auto`, and the recommendation; other jobs as they are.
+    """The job with the recommended settings in place of `sampler=auto`, and the recommendation; others unchanged.
 
-    The networks are moved to the device on which they will run, for their time counts.
+    The networks are first moved to the device on which they will run, since their time matters.
 
-    Raises: ValueError for options that do not go with it, and where nothing can be recommended.
+    Raises: ValueError for conflicting options, and if nothing can be recommended.
     """
     if not is_auto(job):
         if job.seconds is not None:
-            raise ValueError(f"seconds={job.seconds:g} is a target of sampler=auto: add it, or give budget=")
+            raise ValueError(f"seconds={job.seconds:g} is a target of sampler=auto: add it, or use budget=")
         return job, None
     kind = _checked(job, model)
     assert isinstance(model, Family)
@@ -45,11 +45,11 @@ def chosen(job: Sample, model: Family | Level, device: torch.device) -> tuple[Sa
 
 
 def _checked(job: Sample, model: Family | Level) -> str:
-    """What is solved, "ode" or "sde"."""
+    """The kind of solver, "ode" or "sde"."""
     if not isinstance(model, Family):
-        raise ValueError("sampler=auto chooses among the levels of a family, and model= is one; leave it out")
+        raise ValueError("sampler=auto chooses among the levels of a family, but model= is one level; leave it out")
     if (job.shared["mse"] is None) == (job.seconds is None):
-        raise ValueError("sampler=auto needs a target: mse=, such as mse=1e-3, or seconds= an image; give one of them")
+        raise ValueError("sampler=auto needs one target: mse=, such as mse=1e-3, or seconds=, per image")
     usual = plan_defaults()
     given: dict[str, Any] = {"steps": (job.steps, job.sampler.steps), "grid": (job.grid, None)}
     given |= {"level": (job.level, None), "plan": (job.plan, None)}
@@ -60,15 +60,15 @@ def _checked(job: Sample, model: Family | Level) -> str:
     options = dict(job.sampler.options)
     kind = options.pop("kind", "ode")
     if options:
-        raise ValueError(f"sampler.options of sampler=auto are kind alone; leave out {next(iter(options))}")
+        raise ValueError(f"sampler=auto has only the option kind; leave out {next(iter(options))}")
     return str(kind)
 
 
 def print_choice(choice: Recommendation) -> None:
-    """The recommendation, why, and what else there was."""
+    """Print the recommendation, the reason and the alternatives."""
     print(f"recommended: {choice}\n  {choice.why}\n  {_expected(choice)}")
     if choice.extrapolated:
-        print("  its steps are fewer or more than any that were measured, so that its error may be off")
+        print("  its number of steps is outside the measured range, so its error may be off")
     for other in choice.alternatives:
         print(f"  instead: {other}: {_expected(other)}")
 

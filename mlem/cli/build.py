@@ -35,7 +35,7 @@ def image_shape(data: Data) -> tuple[int, int, int]:
 
 
 def _schedule(options: dict[str, Any]) -> NoiseSchedule:
-    """The schedule that `schedule` describes."""
+    """The schedule described by the option `schedule`."""
     if options["kind"] == "diffusers":
         options = {"kind": "diffusers", "config": read_object(options["file"])}
     schedule = NoiseSchedule.from_config(options)
@@ -44,7 +44,7 @@ def _schedule(options: dict[str, Any]) -> NoiseSchedule:
 
 
 def new_level(job: Train, size: str) -> Level:
-    """A level with fresh weights, drawn from the seed. Raises ValueError for one that data or size do not admit."""
+    """A level with fresh weights, drawn from the seed. Raises ValueError if data or size do not allow it."""
     model, shape = job.model, image_shape(job.data)
     assert isinstance(model, (Network, Networks))
     classes = _number_of_classes(job.data) if model.conditional else 0
@@ -75,12 +75,12 @@ def _number_of_classes(data: Data) -> int:
 
 
 def loggers(job: Train, folder: Path, name: str, step: int | None) -> list[Any]:
-    """JSON lines and W&B. Notes in the folder what runs there: code and config.
+    """The loggers, JSON lines and W&B. Records code version and config in the folder.
 
     Args:
         folder: of the run.
-        name: of the run; W&B shows it behind that of the data set.
-        step: the one that is resumed from, 0 for a beginning; None: what is measured is new, whatever was there.
+        name: of the run; W&B shows it after the name of the data set.
+        step: the step to resume from, 0 at the start; None: all measurements are new, whatever was there.
     """
     plain, code = job.told, provenance()
     if first_process():
@@ -101,7 +101,7 @@ def loggers(job: Train, folder: Path, name: str, step: int | None) -> list[Any]:
 
 
 class LoaderFromStep(pl.LightningDataModule):
-    """Loads the batches that follow the trainer's step: order is a function of the step, so a resume is exact."""
+    """Loads the batches after the trainer's step: the order is a function of the step, so a resume is exact."""
 
     def __init__(self, shards: Shards, held_out: int, training: Training, seed: int) -> None:
         super().__init__()
@@ -131,7 +131,7 @@ class LoaderFromStep(pl.LightningDataModule):
 
 
 def sampler_entries(samplers: Sequence[Any]) -> list[Entry]:
-    """The samplers that `evaluation.samplers` lists. Raises ValueError that names the entry."""
+    """The samplers in `evaluation.samplers`. Raises ValueError naming the entry."""
     entries = [Entry.from_options(entry, f"evaluation.samplers[{number}]") for number, entry in enumerate(samplers)]
     if not entries:
         raise ValueError("evaluation.samplers is empty: list one or more, such as [{solver: ddim, steps: [20]}]")
@@ -140,7 +140,7 @@ def sampler_entries(samplers: Sequence[Any]) -> list[Entry]:
 
 
 def evaluation(job: Train, shards: Shards, folder: Path) -> SamplerEvaluation:
-    """The sampler evaluation that `evaluation` and `metric` describe, writing into `folder`."""
+    """The sampler evaluation described by `evaluation` and `metric`, writing to `folder`."""
     options = job.evaluation
     return SamplerEvaluation(
         sampler_entries(options.samplers),

@@ -1,4 +1,4 @@
-"""Lightning callbacks named in a config: the only entries that are built by name, from modules that are allowed."""
+"""Lightning callbacks named in a config: the only entries built by name, and only from allowed modules."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ def _targets(node: Any, place: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def build_callbacks(entries: Sequence[Any], allow: Sequence[str] = ()) -> list[Any]:
-    """The Lightning callbacks that these entries of `callbacks` name.
+    """The Lightning callbacks named by these entries of `callbacks`.
 
     Args:
         entries: each {_target_: module.Class, option: value}.
-        allow: modules beside the usual ones from which a class may come.
-    Raises: ValueError for what is not a Callback class, or options that it does not take.
+        allow: further modules from which a class may come.
+    Raises: ValueError for anything but a Callback class, or for options that it does not take.
     """
     from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch import Callback

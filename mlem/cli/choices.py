@@ -1,4 +1,4 @@
-"""The files in `configs/`: groups, their choices, and which command each is for."""
+"""The files in `configs/`: groups, their choices, and the command that each is for."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["CONFIGS", "choices", "default_choices", "first_comment", "groups", "
 
 
 def _folder() -> Path:
-    """Inside the package where mlem was installed from a wheel, beside it in a checkout."""
+    """`configs/`: inside the package if installed from a wheel, beside it in a checkout."""
     package = Path(__file__).resolve().parents[1]
     inside = package / "configs"
     return inside if inside.is_dir() else package.parent / "configs"
@@ -24,7 +24,7 @@ CONFIGS = _folder()
 
 
 def default_choices(command: str) -> dict[str, str | None]:
-    """The groups of a command and the choice that each has unless another is given."""
+    """The groups of a command and their default choices."""
     entries: Any = OmegaConf.to_container(OmegaConf.load(CONFIGS / f"{command}.yaml"))
     return {name: choice for entry in entries["defaults"] if isinstance(entry, dict) for name, choice in entry.items()}
 
@@ -34,7 +34,7 @@ def groups(command: str | None = None) -> list[str]:
     return list(_groups(command))
 
 
-@cache  # asked for with every override
+@cache  # called for every override
 def _groups(command: str | None) -> list[str]:
     if command is not None:
         return sorted(default_choices(command))
@@ -42,7 +42,7 @@ def _groups(command: str | None) -> list[str]:
 
 
 def choices(group: str, command: str | None = None) -> list[str]:
-    """The files of a group; command: without experiments of the other one."""
+    """The files of a group; with `command`, without experiments of the other command."""
     found = sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
     if command is None or group != "experiment":
         return found
@@ -50,7 +50,7 @@ def choices(group: str, command: str | None = None) -> list[str]:
 
 
 def other_command(command: str, experiment: str) -> str | None:
-    """The command that an experiment is for, where that is not `command`: it sets options that `command` lacks."""
+    """The command that an experiment is for, if it sets options that `command` lacks; else None."""
     path = CONFIGS / "experiment" / f"{experiment}.yaml"
     if not path.is_file() or _fits(path, command):
         return None
@@ -67,13 +67,13 @@ def _fits(path: Path, command: str) -> bool:
 
 
 def usual_options(source: str) -> dict[str, Any]:
-    """The options of a data set as its choice gives them; none where there is no such choice."""
+    """The options of a data set as given by its choice; empty if there is no such choice."""
     path = CONFIGS / "data" / f"{source}.yaml"
     plain: Any = OmegaConf.to_container(OmegaConf.load(path)) if path.is_file() else {}
     return plain.get("options", {})
 
 
 def first_comment(path: Path) -> str:
-    """What a config says of itself."""
+    """The description of a config, its first comment."""
     comments = (line[2:].strip() for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("# "))
     return next((line for line in comments if not line.startswith("@package")), "")

@@ -1,4 +1,4 @@
-"""`model=coefficients`: learn how a trained family shares out its evaluations."""
+"""`model=coefficients`: learn how a trained family distributes its evaluations over levels."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ __all__ = ["learn_coefficients"]
 
 
 def learn_coefficients(job: Train, options: Learning) -> None:
-    """Learn what the options, already checked, describe, resuming what is there.
+    """Learn the coefficients described by the checked options, resuming an earlier run.
 
-    options: those of the job's model.
+    options: of the job's model.
     """
     fit = _fit(job, options)
     world_size = _ranks(job, options)
@@ -73,8 +73,8 @@ def learn_coefficients(job: Train, options: Learning) -> None:
         changed, finished = changes(job.resume, folder, settings), (folder / "coefficients.json").exists()
         if finished and changed:
             raise ValueError(
-                f"{folder} is finished, with other settings ({'; '.join(changed)}): resume=force has nothing to go "
-                "on with; choose another root=, with family=, or remove the folder to learn anew"
+                f"{folder} is finished, with other settings ({'; '.join(changed)}): resume=force has nothing to "
+                "continue; choose another root=, with family=, or remove the folder to start again"
             )
         loggers_used: list[Any] = []
         if not finished:
@@ -89,7 +89,7 @@ def learn_coefficients(job: Train, options: Learning) -> None:
             log_pictures(loggers_used, {"p/probabilities": folder / "probabilities.png"}, fit.updates)
             write_report(folder)
             if (folder.parent / "report.html").exists():
-                write_report(folder.parent)  # which shows what was learned beside what was trained
+                write_report(folder.parent)  # it shows what was learned besides what was trained
 
 
 def _fit(job: Train, options: Learning) -> Fit:
@@ -145,7 +145,7 @@ def _objective(options: Learning, family: Family, seed: int) -> Objective:
 
 
 def _settings(job: Train, family: Family, start: Tensor, world_size: int) -> dict[str, Any]:
-    """What decides the coefficients that come out: a resumed run must agree on all of it."""
+    """Everything that determines the coefficients: a resumed run must agree on all of it."""
     model = {key: value for key, value in job.told["model"].items() if key != "checkpoint_every"}
     return {
         "model": model,
@@ -160,7 +160,7 @@ def _settings(job: Train, family: Family, start: Tensor, world_size: int) -> dic
 def _learn(
     job: Train, folder: Path, family: Family, module: CoefficientsModule, checkpoint: Path | None, step: int
 ) -> list[Any]:
-    """Fit, judge, and write `coefficients.json` into the run's folder. The loggers that were told."""
+    """Fit, evaluate, and write `coefficients.json` to the run's folder. Returns the loggers used."""
     fit = module.fit_options
     rate = f"model.learning_rate={fit.learning_rate:g}"
     checkpoints = Checkpoints(folder / "checkpoints", fit.log_every, rate)
@@ -195,7 +195,7 @@ def _learn(
 
 
 def _log(trainer: pl.Trainer, judged: dict[str, Any]) -> None:
-    """The outcome, for W&B and metrics.jsonl."""
+    """Log the outcome to W&B and metrics.jsonl."""
     found = judged["systematic"]
     values = {
         f"held_out/{key}_{when}": found[when][key] for when in ("before", "start", "after") for key in found[when]
@@ -226,7 +226,7 @@ def _about(module: CoefficientsModule, family: Family) -> dict[str, Any]:
 
 
 def _hand_over(folder: Path, family: Family, where: Path, objective: Objective, nearest: Tensor) -> None:
-    """Put the coefficients beside the family, draw them, and say what came of it."""
+    """Copy the coefficients to the family, draw them, and print the outcome."""
     learned = Coefficients.from_dict(read_object(folder / "coefficients.json"), str(folder / "coefficients.json"))
     _put_beside(where, learned, folder / "coefficients.json")
     before, after = (
@@ -245,7 +245,7 @@ def _hand_over(folder: Path, family: Family, where: Path, objective: Objective, 
 
 
 def _put_beside(family: Path, learned: Coefficients, kept: Path) -> None:
-    """Write the coefficients into the family's folder; where that cannot be done, say where they are."""
+    """Write the coefficients to the family's folder; if that fails, say where they are."""
     try:
         # nothing else: a calibration may have been written since this family was read
         Fitted(coefficients=learned).save(family)
@@ -265,7 +265,7 @@ def _outcome(judged: dict[str, Any]) -> str:
 
 
 def _say_duration(where: Path, module: CoefficientsModule) -> None:
-    """Print how long it would take here, on the CPU."""
+    """Print the estimated time here, on the CPU."""
     fit, objective = module.fit_options, module.objective
     indices = torch.arange(fit.batch_size)
     begin = time.perf_counter()
@@ -283,6 +283,6 @@ def _say_duration(where: Path, module: CoefficientsModule) -> None:
     references = (fit.images * learned_from + fit.held_out * reference) / fit.batch_size
     minutes = (fit.updates * seconds + references) / 60
     print(
-        f"coefficients of {where}: {module.first.numel()} numbers, {seconds:.2f} s for a step, about {minutes:.1f} "
+        f"coefficients of {where}: {module.first.numel()} numbers, {seconds:.2f} s per step, about {minutes:.1f} "
         f"minutes for {fit.updates} steps and the references on one CPU"
     )

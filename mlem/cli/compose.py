@@ -1,4 +1,4 @@
-"""From what was typed to a config, with Hydra: overrides, sweeps, and one line for every mistake."""
+"""From the command line to a config, with Hydra: overrides, sweeps, and one-line errors."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from mlem.invocation import command as typed
 __all__ = ["compose", "plain", "sweep", "without_secrets"]
 
 _INDICES = re.compile(r"^(seeds|labels|evaluation\.indices)=([-\d, ]*,[-\d, ]*)$")
-"""Lists of indices, whose commas would be a sweep to Hydra."""
+"""Lists of indices, whose commas Hydra would read as a sweep."""
 
 
 def sweep(arguments: list[str]) -> list[list[str]]:
-    """The overrides of every job: one, or with -m one for each point of the sweep that commas span.
+    """The overrides of every job: one, or with -m one per point of the sweep given by commas.
 
-    Raises: ValueError for other flags and for settings of Hydra itself (which could name code to run).
+    Raises: ValueError for other flags and for Hydra's own settings (which could name code to run).
     """
     flags = {argument for argument in arguments if argument.startswith("-")}
     if unknown := sorted(flags - {"-m", "--multirun"}):
-        raise ValueError(f"{unknown[0]}: there is no such flag; give options as option=value, and -m for a sweep")
+        raise ValueError(f"{unknown[0]}: there is no such flag; write options as option=value, and -m for a sweep")
     overrides = [_INDICES.sub(r"\1='\2'", argument) for argument in arguments if argument not in flags]
     for override in overrides:
         if re.match(r"[+~]*hydra\b|[^=]*@", override):
-            raise ValueError(f"{override}: settings of Hydra itself are fixed; leave it out")
+            raise ValueError(f"{override}: Hydra's own settings are fixed; leave it out")
     if not flags:
         return [overrides]
     from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -55,7 +55,7 @@ def sweep(arguments: list[str]) -> list[list[str]]:
 def compose(command: str, overrides: list[str]) -> DictConfig:
     """The config of a command: its options with their defaults, `configs/<command>.yaml`, and these overrides.
 
-    Raises: ValueError with one line for every mistake.
+    Raises: ValueError with a one-line message.
     """
     from hydra import initialize_config_dir
     from hydra.errors import HydraException
@@ -88,10 +88,7 @@ def plain(config: DictConfig) -> dict[str, Any]:
 
 
 def without_secrets(config: DictConfig) -> dict[str, Any]:
-    """The config resolved to plain data, but with every value that comes from the environment left as its name.
-
-    What refers to such a value, or holds it inside a string, shows the name too.
-    """
+    """The config resolved to plain data, but with environment variables left as names, also within strings."""
     OmegaConf.register_new_resolver("oc.env", lambda name, default=None: f"oc.env:{name}", replace=True)
     try:
         return plain(config)
@@ -100,7 +97,7 @@ def without_secrets(config: DictConfig) -> dict[str, Any]:
 
 
 def _split(overrides: list[str]) -> list[tuple[str, str]]:
-    """(option, value) of those that give a value."""
+    """(option, value) of the overrides with a value."""
     pairs = (override.lstrip("+").split("=", 1) for override in overrides if "=" in override)
     return [(option, value) for option, value in pairs]
 
@@ -114,20 +111,20 @@ def _refuse_the_others(command: str, overrides: list[str]) -> None:
         if group in groups() and group not in groups(command):
             owner = next(one for one in COMMANDS if group in groups(one))
             raise ValueError(
-                f"{group}={choice}: {called(command)} has no {group}=, it is of {called(owner)}; leave it out"
+                f"{group}={choice}: {called(command)} has no {group}=, it belongs to {called(owner)}; leave it out"
             )
 
 
 def _refuse_removed(overrides: list[str]) -> None:
-    """Raise ValueError for an option that was removed (~) and would be missed."""
+    """Raise ValueError for a removed (~) option that is required."""
     for override in overrides:
         option = override.lstrip("~").split("=", 1)[0]
         if override.startswith("~") and not option.startswith(tuple(f"{place}." for place in OPEN)):
-            raise ValueError(f"{override}: options cannot be removed but from {', '.join(OPEN)}; leave it out")
+            raise ValueError(f"{override}: options can be removed only from {', '.join(OPEN)}; leave it out")
 
 
 def _refuse_added(command: str, overrides: list[str], config: DictConfig) -> None:
-    """Raise ValueError for an option that was added (+) where nothing would read it."""
+    """Raise ValueError for an added (+) option that nothing would read."""
     added = [override for override in overrides if override.startswith("+")]
     if not added:
         return
@@ -145,7 +142,7 @@ def _refuse_added(command: str, overrides: list[str], config: DictConfig) -> Non
 
 
 def _explain(command: str, overrides: list[str], error: Exception) -> str:
-    """One line for what Hydra says: the option, the nearest match, the remedy."""
+    """One line for an error of Hydra: the option, the nearest match, the remedy."""
     from hydra.errors import OverrideParseException
 
     message = str(error)
@@ -157,7 +154,9 @@ def _explain(command: str, overrides: list[str], error: Exception) -> str:
     if wrong := _unknown_key(overrides, message):
         return f"{wrong}: there is no such option{instead(wrong, _known(command, overrides))}"
     if isinstance(error, OverrideParseException):
-        return f"{error.override}: cannot be read; write option=value, and quote a value with special characters twice"
+        return (
+            f"{error.override}: cannot be parsed; write option=value, and quote a value with special characters twice"
+        )
     if ambiguous := re.search(r"Ambiguous value for argument '([^']+)'", message):
         return f"{ambiguous[1]}: commas are for sweeps, with -m; write a list as [1,2]"
     if isinstance(error, MissingMandatoryValue):
@@ -166,7 +165,7 @@ def _explain(command: str, overrides: list[str], error: Exception) -> str:
 
 
 def _unknown_key(overrides: list[str], message: str) -> str | None:
-    """The option that Hydra's message says it does not know."""
+    """The unknown option in Hydra's message."""
     if key := re.search(r"Could not override '([^']+)'", message):
         return key[1]
     if key := re.search(r"Key '([^']+)' is not in struct", message):
@@ -175,13 +174,13 @@ def _unknown_key(overrides: list[str], message: str) -> str | None:
 
 
 def _known(command: str, overrides: list[str]) -> list[str]:
-    """Dotted names of all options of a command, with its groups as they are chosen here."""
+    """Dotted names of all options of a command, with the groups as chosen here."""
     from hydra.errors import HydraException
 
     chosen = [override for override in overrides if override.lstrip("+").split("=", 1)[0] in groups()]
     try:
         return _names(_composed(command, chosen)) + groups(command)
-    except HydraException:  # the choices do not compose either
+    except HydraException:  # the choices alone do not compose either
         return _names(_composed(command, [])) + groups(command)
 
 

@@ -1,4 +1,4 @@
-"""What makes pictures of latents: the decoder of a data set, and of what is sampled."""
+"""The decoders of data sets and of samples, which turn latents into images."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ __all__ = ["data_decoder", "decoder_for"]
 
 
 def data_decoder(data: Data) -> Decoder | None:
-    """What makes pictures of a data set of latents; None for pictures."""
+    """The decoder of a data set of latents; None for images."""
     return decoder_of(data.source, data.folder, **data.options)
 
 
 def decoder_for(job: Sample, model: Family | Level) -> Decoder | None:
-    """What makes pictures of the samples, where they are latents: the family's, or of a level that of its data.
+    """The decoder of samples that are latents: the family's, or for a level that of its data.
 
-    Raises: ValueError where there is none, or another one than that of the data.
+    Raises: ValueError if there is none, or it differs from that of the data.
     """
     level = model.level() if isinstance(model, Family) else model
     found = model.decoder if isinstance(model, Family) else None

@@ -1,4 +1,4 @@
-"""After training: every sampler on every level, figures, a table, and where to look."""
+"""After training: every sampler on every level, figures, a table, and where to find them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ __all__ = ["evaluate_family"]
 
 
 def evaluate_family(job: Train, family: Family, shards: Shards) -> None:
-    """Every sampler on every level; pictures, figures, a table, and where to look."""
+    """Run every sampler on every level; write images and figures, print a table and where they are."""
     whole = getattr(job.model, "several", False)
     folder = Path(job.root) if whole else run_folder(job, family.names[0]) / "evaluation"
     samplers = evaluation(job, shards, folder)
@@ -62,7 +62,7 @@ def evaluate_family(job: Train, family: Family, shards: Shards) -> None:
 
 
 def _recommend(family: Family, folder: Path, trainer: pl.Trainer) -> dict[str, Path]:
-    """Find what to run, and say it; the figures of its calls and of those in the evaluation, by name."""
+    """Find and print the recommendation; return figures of its calls and of those in the evaluation, by name."""
     torch.nn.ModuleList(level.network for level in family.levels).to(trainer.strategy.root_device)
     renew(folder, family)
     if (words := told(folder)) is not None:
@@ -78,7 +78,7 @@ def _recommend(family: Family, folder: Path, trainer: pl.Trainer) -> dict[str, P
 
 
 def _scaling_law(family: Family, module: FamilyModule, path: Path) -> None:
-    """Draw and say how error falls with cost, in FLOPs: denoising error above its floor, and differences of levels."""
+    """Draw and print how error falls with cost in FLOPs: denoising error above its floor, and level differences."""
     errors = torch.stack([torch.cat(module.image_errors[name]) for name in family.names]).double().numpy()
     for line in draw_scaling(family, scaling_fits(family, errors), errors.shape[1], path):
         print(line)
@@ -120,14 +120,14 @@ def _samplers_table(rows: list[Row]) -> Table:
     title = "samplers: mean squared error to the many-step reference ± standard error" + (f"; {fid}" if fid else "")
     table = Table("level", "sampler", "steps", "calls", "ms/image", "MSE", "FID" if fid else "", title=title)
     for row in rows:
-        error = "law only" if math.isnan(row.mse) else f"{row.mse:.2e} ± {row.mse_stderr:.1e}"
+        error = "not pathwise" if math.isnan(row.mse) else f"{row.mse:.2e} ± {row.mse_stderr:.1e}"
         milliseconds, score = f"{1e3 * row.seconds:.2f}", f"{row.scores[fid]:.3f}" if fid else ""
         table.add_row(row.level, row.sampler, str(row.steps), _calls(row), milliseconds, error, score)
     return table
 
 
 def _calls(row: Row) -> str:
-    """Calls of each level for an image, and in how many rounds where they run side by side."""
+    """Calls of each level per image, and the number of rounds if calls run in parallel."""
     several = len(row.calls) > 1
     calls = " + ".join(f"{count:g} {name}" for name, count in row.calls.items() if several and count)
     rounds = f" in {row.rounds:.3g} rounds" if row.rounds < 0.99 * row.evaluations else ""

@@ -35,7 +35,7 @@ __all__ = ["error_against_time", "scaling"]
 
 
 def error_against_time(job: Sample) -> None:
-    """`eval=benchmark` and `eval=rivals`: run what is not there yet, then figures, tables, and where they are."""
+    """`eval=benchmark` and `eval=rivals`: run what is missing, then write figures and tables."""
     options = job.eval
     assert isinstance(options, Benchmark)
     family, out = _family(job), out_folder(job)
@@ -47,13 +47,13 @@ def error_against_time(job: Sample) -> None:
     measure = measure_of(job.metric, job.data, prepared(job.data)) if job.metric.features is not None else None
     indices = parse_indices(job.seeds, "seeds")
     if measure is not None or options.shown:
-        decoder_for(job, family)  # which pictures need
+        decoder_for(job, family)  # which images need
     if measure is not None:
         measure.check(len(indices))
     entries = _possible(entries, family)
     with folder_lock(out), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        warnings.simplefilter("ignore", DeprecationWarning)  # of libraries, for their authors
+        warnings.simplefilter("ignore", DeprecationWarning)  # from libraries
         comparison = Comparison(
             family,
             indices,
@@ -68,7 +68,7 @@ def error_against_time(job: Sample) -> None:
         report = measured_rivals if options.targets else _measured
         said = report(job, comparison, entries)
     if out.parent == Path(job.root) and (out.parent / "report.html").exists():
-        write_report(out.parent)  # which shows it too
+        write_report(out.parent)  # it shows the results too
     for message in dict.fromkeys(str(warning.message) for warning in caught):
         print(f"warning: {message}")
     said()
@@ -79,17 +79,17 @@ def error_against_time(job: Sample) -> None:
         ("PSNR and SSIM against time", "similarity_vs_time*.png"),
         ("ratios", "summary.json"),
     ):
-        for path in sorted(out.glob(name)):  # a figure for each reference
+        for path in sorted(out.glob(name)):  # one figure per reference
             print(f"{what:38s}{path}", flush=True)
 
 
 def _measured(job: Sample, comparison: Comparison, entries: list[Entry]) -> Callable[[], None]:
-    """The figures of [J] and the ratios of costs; returns what prints these."""
+    """The figures of [J] and the cost ratios; returns the function that prints the ratios."""
     options, out = job.eval, comparison.folder
     assert isinstance(options, Benchmark)
     runs = [run for entry in entries for run in comparison.runs(entry)]
     if not runs:
-        raise ValueError("eval.samplers: nothing is left to run; list at least one sampler")
+        raise ValueError("eval.samplers: there is nothing to run; list at least one sampler")
     with WorkProgress(comparison.cost(runs)) as advance:
         comparison.measure(runs, advance)
     found = ratios(comparison, runs, options.draws)
@@ -100,7 +100,7 @@ def _measured(job: Sample, comparison: Comparison, entries: list[Entry]) -> Call
 
 
 def _possible(entries: list[Entry], family: Family) -> list[Entry]:
-    """The entries that this family can run; says which are left out, and why."""
+    """The entries that this family can run; prints which are left out, and why."""
     for entry in entries:
         if missing := entry.missing(family):
             print(f"left out: {entry.label}: this family has no {missing}; {_REMEDY[missing]}", flush=True)
@@ -108,14 +108,14 @@ def _possible(entries: list[Entry], family: Family) -> list[Entry]:
 
 
 def scaling(job: Sample) -> None:
-    """`eval=scaling`: gamma of the family from held-out denoising errors and from the differences of its levels."""
+    """`eval=scaling`: gamma of the family from held-out denoising errors and from level differences."""
     options = job.eval
     assert isinstance(options, Scaling)
     family, out = _family(job), out_folder(job)
     shards = prepared(job.data)
     if job.data.name != family.data or tuple(shards.shape) != tuple(family.shape):
         raise ValueError(
-            f"data={job.data.name} has images {tuple(shards.shape)}, the family is of {family.data} "
+            f"data={job.data.name} has images {tuple(shards.shape)}, but the family was trained on {family.data} "
             f"{tuple(family.shape)}: name the data set that it was trained on"
         )
     index = torch.as_tensor(list(shards.split(job.data.held_out)[1]))
@@ -131,7 +131,7 @@ def scaling(job: Sample) -> None:
         print(f"left out: level differences: this family has no calibration; {_REMEDY['calibration']}")
     floor = fits[ERRORS]
     low, high = floor.floor_interval
-    print(f"floor {floor.floor:.4f} ({low:.4f} to {high:.4f}); read from a plot as [J] does, gamma is half of ours")
+    print(f"floor {floor.floor:.4f} ({low:.4f} to {high:.4f}); read from a plot as in [J], gamma is half of ours")
     numbers = {"data": family.data, "images": len(index), "unit": unit, "fits": plain_fits(fits, family.names)}
     write_json(out / "scaling_law.json", numbers)
     for what, name in (("scaling law", "scaling_law.png"), ("numbers", "scaling_law.json")):
@@ -139,7 +139,7 @@ def scaling(job: Sample) -> None:
 
 
 def _refuse_unused(job: Sample) -> None:
-    """Raise ValueError for an option that was given and would do nothing, with the one that does."""
+    """Raise ValueError for a given option without effect, naming the one to use."""
     name, usual = job.eval.name, read(plain(compose("sample", [])))
     assert isinstance(usual, Sample)
     for row in rows("sample"):
@@ -148,7 +148,7 @@ def _refuse_unused(job: Sample) -> None:
         value = written(value_of(job, row.name))
         own = {"sampler.solver": "solver", "sampler.name": "solver"}.get(row.name, row.name)
         instead = (
-            f", or say eval.{own}=" if hasattr(job.eval, own) else ", or see eval.samplers" * (name == "benchmark")
+            f", or use eval.{own}=" if hasattr(job.eval, own) else ", or see eval.samplers" * (name == "benchmark")
         )
         typed = {"sampler.name": "sampler", "metric.features": "metric"}.get(row.name, row.name)
         raise ValueError(f"eval={name} does not use {typed}={value}: leave it out{instead}")
@@ -163,7 +163,7 @@ _REMEDY = {
 def _family(job: Sample) -> Family:
     verb = f"eval={job.eval.name}"
     if job.model is not None:
-        raise ValueError(f"{verb} is about a family, and model={job.model.name} is one level: leave it out")
+        raise ValueError(f"{verb} needs a family, but model={job.model.name} is a single level: leave it out")
     for name, value in (("level", job.level), ("folder", job.folder), ("plan", job.plan)):
         if value is not None:
             raise ValueError(f"{verb} runs all levels of a family: leave out {name}={value}")
@@ -178,7 +178,7 @@ def _table(found: list[Advantage], comparison: Comparison) -> None:
     from rich.table import Table
 
     top = comparison.family.level().name
-    over = f"{comparison.setup.count} images and the mean's coins"
+    over = f"{comparison.setup.count} images and the coins"
     title = f"EM's cost over ML-EM's at equal error, 95 percent intervals over {over}"
     table = Table(title=title)
     for column in ("sampler", "coins", "MSE", f"time, level {top}", "time, any level", f"FLOPs, {top}", "FLOPs, any"):
@@ -197,4 +197,4 @@ def _table(found: list[Advantage], comparison: Comparison) -> None:
     if table.row_count:
         Console(width=None if os.isatty(1) else 140).print(table)
     for name, errors in unreached.items():
-        print(f"no ratio, one side was not measured down there: {name}: MSE {', '.join(errors)}")
+        print(f"no ratio, one side was not measured down to that MSE: {name}: {', '.join(errors)}")

@@ -1,4 +1,4 @@
-"""What the classes of the schema are made of: fields that are options, and fields that are groups of them."""
+"""The fields of schema classes: options, and groups of options."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ def option(
     """A field that is an option.
 
     Args:
-        kind: what its value must be.
-        words: what it means.
-        default: none where the choices in `configs/` give it.
-        unused: the choices of `eval` that do nothing with it, and refuse it.
-        name: where the option is not named as the field is.
+        kind: of its value.
+        words: the help text.
+        default: missing if the choices in `configs/` give it.
+        unused: the choices of `eval` that do not use it and reject it.
+        name: of the option, if different from the field's.
     """
     metadata = {"kind": kind, "help": words, "unused": unused, "name": name}
     if isinstance(default, (list, dict)):
@@ -30,6 +30,6 @@ def option(
 
 
 def group(*classes: type, words: str = "", default: Any = MISSING) -> Any:
-    """A field that is a group of options, of one of these classes."""
+    """A field that is a group of options of one of these classes."""
     metadata = {"classes": classes, "help": words}
     return field(metadata=metadata) if default is MISSING else field(default=default, metadata=metadata)

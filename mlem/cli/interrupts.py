@@ -1,4 +1,4 @@
-"""What a command says when a signal ends it: what it leaves, and how to go on."""
+"""The message of a command ended by a signal: what is kept, and how to continue."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["kept", "signal_of"]
 
 
 def signal_of(error: BaseException) -> str | None:
-    """How a signal ended the work, in a word; None where it did not.
+    """How a signal ended the work, in a word; None if none did.
 
     Lightning turns Ctrl-C into `sys.exit(1)`; a training that has saved exits with 128 and the signal's number.
     """
@@ -24,15 +24,15 @@ def signal_of(error: BaseException) -> str | None:
 
 
 def kept(job: Train | Sample | None) -> str:
-    """What is left of a job that was cut short, from the files alone; None: none had begun."""
+    """What an interrupted job leaves, from the files alone; None: no job had started."""
     if job is None:
-        return "nothing was begun"
+        return "nothing was started"
     if isinstance(job, Sample):
         return _of_samples(job)
     saved = _newest_checkpoint(_runs(job))
     if saved is None:
-        return "no checkpoint was due yet; what was prepared is kept, the same command goes on"
-    return f"saved {saved}; the same command goes on from there"
+        return "there is no checkpoint yet; prepared data are kept, the same command continues"
+    return f"saved {saved}; the same command continues from there"
 
 
 def _of_samples(job: Sample) -> str:
@@ -40,7 +40,7 @@ def _of_samples(job: Sample) -> str:
         return f"finished images are kept in {out_folder(job)}; the same command makes the others"
     if job.eval.name == "benchmark":
         return f"finished rows are kept in {out_folder(job)}; the same command measures the others"
-    return "nothing was written; the same command begins anew"
+    return "nothing was written; the same command starts again"
 
 
 def _runs(job: Train) -> list[Path]:
@@ -50,7 +50,7 @@ def _runs(job: Train) -> list[Path]:
 
 
 def _newest_checkpoint(folders: list[Path]) -> Path | None:
-    """The last one that is whole, of the last run that has any."""
+    """The newest complete checkpoint of the last run that has any."""
     for folder in reversed(folders):
         if sums := sorted(folder.glob("checkpoints/step-*.ckpt.sha256")):
             return sums[-1].with_suffix("")

@@ -1,6 +1,6 @@
-"""`train.py` and `sample.py`: compose the config, turn every mistake into one line, run the job.
+"""`train.py` and `sample.py`: compose the config, report mistakes in one line, run the job.
 
-Heavy imports wait until the options are known to be good.
+Heavy imports wait until the options are known to be valid.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def sample() -> None:
 
 
 def run(name: str, work: Callable[[Any], object]) -> None:
-    """Do the work of every job that the command line asks for. A mistake is one line and exit status 2."""
+    """Run every job of the command line. A mistake gives one line and exit status 2."""
     arguments = sys.argv[1:]
     if any(argument in ("-h", "--help") for argument in arguments):
         print(usage(name))
@@ -60,7 +60,7 @@ def run(name: str, work: Callable[[Any], object]) -> None:
     job = None
     try:
         points = sweep(arguments)
-        # before torch is imported, and all of them before the first is run
+        # before torch is imported, and all jobs before the first is run
         jobs = [job_of(name, overrides) for overrides in points]
         refuse_one_folder(points, jobs)
         for job in jobs:
@@ -76,7 +76,7 @@ def run(name: str, work: Callable[[Any], object]) -> None:
     except Exception as error:
         if not several():
             raise
-        # said before this rank leaves the others, which may end it, or be ended, before Python says it
+        # printed before this rank leaves the others: the launcher may kill it before Python prints the error
         sys.excepthook(type(error), error, error.__traceback__)
         raise SystemExit(1) from None
     finally:
@@ -84,8 +84,8 @@ def run(name: str, work: Callable[[Any], object]) -> None:
 
 
 def _end(name: str, how: str, error: BaseException, job: Train | Sample | None) -> NoReturn:
-    """Exit as a signal has it; the first rank says what is kept."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process ends: pressed again, it would only add a traceback
+    """Exit with the status of the signal; the first rank prints what is kept."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process is ending: a second Ctrl-C would only add a traceback
     if first_process():
         print(f"{called(name)}: {how}; {in_words_of_the_user(kept(job))}", file=sys.stderr, flush=True)
     code = error.code if isinstance(error, SystemExit) else None
@@ -93,7 +93,7 @@ def _end(name: str, how: str, error: BaseException, job: Train | Sample | None) 
 
 
 def job_of(name: str, overrides: list[str]) -> Train | Sample:
-    """The job that these overrides ask of a command, checked as far as it can be without torch."""
+    """The job described by these overrides, checked as far as possible without torch."""
     config = compose(name, overrides)
     options = plain(config)
     check(options)
@@ -101,7 +101,7 @@ def job_of(name: str, overrides: list[str]) -> Train | Sample:
 
 
 def refuse_one_folder(points: list[list[str]], jobs: list[Train | Sample]) -> None:
-    """Raise ValueError where two jobs of a sweep would write into one folder: what one left is lost or in the way."""
+    """Raise ValueError if two jobs of a sweep would write to one folder."""
     owners: dict[Path, int] = {}
     for number, job in enumerate(jobs):
         for folder in folders(job):
@@ -113,6 +113,6 @@ def refuse_one_folder(points: list[list[str]], jobs: list[Train | Sample]) -> No
             key = changed[0][0].lstrip("+").split("=")[0]
             option, value = "out" if isinstance(job, Sample) else "root", f"{key}.name" if key in groups() else key
             raise ValueError(
-                f"-m: {one} and {other} both write into {folder}: give each a folder of its own, as with "
+                f"-m: {one} and {other} both write to {folder}: give each its own folder, as with "
                 f"'{option}=runs/${{{value}}}'"
             )

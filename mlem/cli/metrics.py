@@ -1,4 +1,4 @@
-"""Metrics of images on disk, on any number of ranks: what `metric=`, `eval=ref` and `eval=folder` mean."""
+"""Metrics of images on disk, on any number of ranks: the options `metric=`, `eval=ref` and `eval=folder`."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from mlem.outputs import png_tree, read_pixels
 __all__ = ["check_measure", "measure_folder", "measure_of", "measure_reference", "new_fid", "prepared", "report"]
 
 BATCH = 256
-"""Real images in a batch."""
+"""Real images per batch."""
 
 
 def measure_reference(job: Sample) -> None:
-    """`eval=ref`: compute the reference statistics and cache them; nothing where they are there."""
+    """`eval=ref`: compute the reference statistics and cache them, unless they exist."""
     measure = _asked(job)
     fabric = new_fabric(job.trainer)
     fabric.launch()
@@ -34,9 +34,9 @@ def measure_reference(job: Sample) -> None:
     if fabric.is_global_zero:
         assert measure.cache is not None
         if not reference_path(measure.cache, measure.fid, measure.key).is_file():
-            raise ValueError(f"nothing could be written into metric.cache={measure.cache}; name another folder")
+            raise ValueError(f"nothing could be written to metric.cache={measure.cache}; name another folder")
         what = f"{measure.fid.protocol}, {measure.key['count']} images of {measure.key['data']}"
-        state = "are there already" if measure.cached else "computed"
+        state = "exist" if measure.cached else "computed"
         print(f"reference statistics {state} ({what}): {reference_path(measure.cache, measure.fid, measure.key)}")
 
 
@@ -60,12 +60,12 @@ def _asked(job: Sample) -> Measure:
 
 
 def prepared(data: Data) -> Shards:
-    """The data set, prepared where it is not there."""
+    """The data set, prepared if missing."""
     return ensure(data.source, data.folder, progress=first_process(), **data.options)
 
 
 def new_fid(metric: Metric, shape: tuple[int, int, int]) -> FID | None:
-    """The features that `metric` names; None for none. Raises ValueError where they cannot be had."""
+    """The features named by `metric`; None for none. Raises ValueError if they are not available."""
     if metric.features is None:
         return None
     keep = Measure.keeps(metric.kid, metric.precision_recall, metric.blocks)
@@ -73,7 +73,7 @@ def new_fid(metric: Metric, shape: tuple[int, int, int]) -> FID | None:
 
 
 def measure_of(metric: Metric, data: Data, shards: Shards) -> Measure | None:
-    """What `metric` asks for, against the images of `data`; None for nothing. Raises ValueError as `new_fid` does."""
+    """The scores requested by `metric`, against the images of `data`; None for none. Raises like `new_fid`."""
     decoder = shards.decoder
     fid = new_fid(metric, shards.shape if decoder is None else decoder.picture_shape(shards.shape))
     if fid is None:
@@ -87,7 +87,7 @@ def measure_of(metric: Metric, data: Data, shards: Shards) -> Measure | None:
 
 
 def check_measure(metric: Metric, shape: tuple[int, int, int], reals: int, count: int) -> None:
-    """Raise ValueError where `count` images, or `reals` real ones, are too few for `metric`; as `new_fid` too."""
+    """Raise ValueError if `count` images, or `reals` real ones, are too few for `metric`, and like `new_fid`."""
     fid = new_fid(metric, shape)
     if fid is not None:
         key = {"count": min(reals, metric.reference or reals)}
@@ -96,9 +96,9 @@ def check_measure(metric: Metric, shape: tuple[int, int, int], reals: int, count
 
 
 class _RealImages:
-    """Batches (indices, images) of the first real images, the share of this rank, read anew at every iteration.
+    """Batches (indices, images) of the first real images, this rank's share, read afresh at every iteration.
 
-    Of latents, what the decoder makes of them, where the features are.
+    Latents are decoded, on the device of the features.
     """
 
     def __init__(self, shards: Shards, limit: int | None, fid: FID) -> None:
@@ -116,7 +116,7 @@ class _RealImages:
 
 
 def report(measure: Measure, paths: Sequence[Path], fabric: Any, batch_size: int, out: Path | None) -> None:
-    """Score the images in `paths`; rank 0 prints the scores, and writes them to `metrics.json` in `out`."""
+    """Score the images in `paths`; rank 0 prints the scores and writes them to `metrics.json` in `out`."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         scores = _scores(measure, paths, fabric, batch_size)

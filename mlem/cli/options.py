@@ -1,4 +1,4 @@
-"""What follows from the schema: names and defaults of options, their checks, and typed values."""
+"""Derived from the schema: names and defaults of options, their checks, and typed values."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ __all__ = ["COMMANDS", "OPEN", "Row", "check", "defaults", "plan_defaults", "rea
 
 COMMANDS: dict[str, type[Train] | type[Sample]] = {"train": Train, "sample": Sample}
 OPEN = ("schedule", "data.options", "sampler.options")
-"""Groups to which options may be added (+): what reads them refuses those that it does not know."""
+"""Groups to which options may be added (+): their readers reject unknown ones."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One option of a command. default: MISSING where the choices of its group give it."""
+    """One option of a command. default: MISSING if the choices of its group give it."""
 
     name: str
     kind: Kind
@@ -31,7 +31,7 @@ class Row:
 
 
 def rows(command: str) -> list[Row]:
-    """All options of a command, those of every choice of its groups included, in the order of the schema."""
+    """All options of a command, including those of every choice of its groups, in schema order."""
     return list(_rows(COMMANDS[command], ""))
 
 
@@ -70,12 +70,12 @@ def _plan_rows() -> Iterator[Row]:
     for one in _plan_fields():
         about = one.metadata
         words = f"{about['help']}: {', '.join(about['choices']) or about['value']}"
-        # a choice in configs/sampler may set it; what its value must be, PlanSpec says
+        # a choice in configs/sampler may set it; PlanSpec checks its value
         yield Row(one.name, ANY, words, f"${{oc.select:sampler.{one.name},{written(one.default)}}}", PLAN_ONLY)
 
 
 def defaults(command: str) -> dict[str, Any]:
-    """The options that are not of a group of choices, as a config: nested, with their defaults."""
+    """The options outside groups of choices, as a config: nested, with their defaults."""
     nested: dict[str, Any] = {}
     own = _own_groups(command)
     for row in rows(command):
@@ -97,7 +97,7 @@ def _own_groups(command: str) -> set[str]:
 def check(plain: dict[str, Any]) -> None:
     """Check a composed config, resolved to plain data, before anything heavy is imported.
 
-    Raises ValueError with the option, its value and what is allowed, for the first option that is out of range.
+    Raises ValueError for the first option out of range, with its value and what is allowed.
     """
     known = rows("sample" if "eval" in plain else "train")
     _refuse_values_for_groups(plain, known)
@@ -117,7 +117,7 @@ def _refuse_values_for_groups(plain: dict[str, Any], known: list[Row]) -> None:
     for name in sorted(groups):
         for value in _given(plain, name):
             if not isinstance(value, dict) and not (name == "model" and value is None):
-                raise ValueError(f"{name} holds options: give {name}.OPTION=VALUE, got {value!r}")
+                raise ValueError(f"{name} holds options: write {name}.OPTION=VALUE, got {value!r}")
 
 
 def _given(plain: Any, name: str) -> list[Any]:
@@ -129,17 +129,15 @@ def _given(plain: Any, name: str) -> list[Any]:
 
 
 def _refuse_half_a_choice(group: str, plain: dict[str, Any], command: str) -> None:
-    """`eval.name` alone brings none of the options of the other choices, nor does `model.name`."""
+    """Reject `eval.name` or `model.name` alone, which do not bring the options of that choice."""
     kind, name = _class_of(_field(COMMANDS[command], group), plain), plain["name"]
     missing = [one.name for one in fields(kind) if _default(one) is MISSING and _key(one) not in plain]
     if missing:
-        raise ValueError(
-            f"{group}.name={name} has options of its own, which {group}={name} brings: give that in its place"
-        )
+        raise ValueError(f"{group}.name={name} has options of its own, which {group}={name} brings: use that instead")
 
 
 def _check_together(plain: dict[str, Any]) -> None:
-    """What must hold between options."""
+    """Check conditions between options."""
     trainer = plain["trainer"]
     nodes = trainer["num_nodes"]
     if nodes > 1 and not plain.get("dry_run") and not {"RANK", "SLURM_PROCID"} & os.environ.keys():
@@ -172,7 +170,7 @@ def _key(one: Field[Any]) -> str:
 
 
 def _class_of(one: Field[Any], plain: dict[str, Any]) -> type:
-    """The class of this group that these values belong to."""
+    """The class of the group to which these values belong."""
     classes: tuple[type, ...] = one.metadata["classes"]
     named = [kind for kind in classes if plain.get("name") in getattr(kind, "names", ())]
     free = [kind for kind in classes if not hasattr(kind, "names")]
@@ -181,7 +179,7 @@ def _class_of(one: Field[Any], plain: dict[str, Any]) -> type:
 
 
 def read(plain: dict[str, Any], told: dict[str, Any] | None = None) -> Train | Sample:
-    """The typed options of a checked config: a `Sample` where it has `eval`, else a `Train` that holds `told`."""
+    """The typed options of a checked config: a `Sample` if it has `eval`, else a `Train` that holds `told`."""
     if "eval" in plain:
         values, names = _values(Sample, plain), plan_defaults()
         own = {name: plain["sampler"][name] for name in names if name in plain["sampler"]}

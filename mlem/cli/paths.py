@@ -1,4 +1,4 @@
-"""Where runs lie: the folders that a job writes, the family that it reads, and what makes one that is not there."""
+"""Paths of runs: the folders a job writes, the family it reads, and the command that makes a missing one."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ __all__ = ["family_folder", "folders", "out_folder", "run_folder", "same_job", "
 
 _DEFAULT = {"samples": "samples/{sampler}_{steps}", "benchmark": "error_vs_time", "scaling": "scaling_law"}
 _OF_RIVALS = "fastest"
-"""Where each `eval` writes below root; the others write where out= says, or nowhere."""
+"""Where each `eval` writes below root; the others write to out=, or nowhere."""
 _SHARED = ("seeds", "format", "metric", "debug")
-"""What jobs of `eval=samples` may differ in that write into one folder."""
+"""Options in which jobs of `eval=samples` that write to one folder may differ."""
 
 
 def run_folder(job: Train | Sample, size: str) -> Path:
@@ -56,9 +56,9 @@ def same_job(one: Train | Sample, other: Train | Sample) -> bool:
 
 
 def family_folder(family: str | None, root: str, data: Data) -> Path:
-    """The folder that `family=` names (also "pretrained:NAME"), or of the newest family of this data set beside root.
+    """The folder named by `family=` (or "pretrained:NAME"), or the newest family of this data set beside root.
 
-    Raises: FileNotFoundError that says how to make one.
+    Raises: FileNotFoundError with the command that makes one.
     """
     if family is not None:
         return folder_of(family)

@@ -1,4 +1,4 @@
-"""What the options of plans ask for: a specification, a stored plan, or one level by itself."""
+"""From plan options to a specification, a stored plan, or a single level."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ __all__ = ["plan_of"]
 
 
 def plan_of(job: Sample, model: Family | Level) -> Plan | PlanSpec | None:
-    """What `plan=`, `budget=` and their like ask for; None for one level. Raises ValueError for what does not fit."""
+    """The plan given by `plan=`, `budget=` etc.; None for a single level. Raises ValueError for conflicts."""
     options, own = dict(job.shared), job.sampler.shared
     other_target = any(value is not None for value in (options["mse"], options["delta"], job.plan))
     if other_target and options["budget"] == own.get("budget"):
-        options["budget"] = None  # the sampler's own budget gives way
+        options["budget"] = None  # replaces the sampler's own budget
     targets = [key for key in TARGETS if options[key] is not None] + ["plan"] * (job.plan is not None)
     usual = plan_defaults() | own
     shaping = [key for key, value in options.items() if key not in TARGETS and value not in (None, usual[key])]
@@ -29,11 +29,11 @@ def plan_of(job: Sample, model: Family | Level) -> Plan | PlanSpec | None:
         return None
     first = (targets or ["probabilities"])[0]
     if not isinstance(model, Family):
-        raise ValueError(f"{first}= shares work among levels, and model= is one; leave it out")
+        raise ValueError(f"{first}= shares work among levels, but model= is a single level; leave it out")
     if job.level is not None:
-        raise ValueError(f"level={job.level} runs one level, {first}= several; give one")
+        raise ValueError(f"level={job.level} runs one level, {first}= several; use one of them")
     if job.plan is None:
         return PlanSpec.from_options(options | {"batch_size": job.batch_size, "seed": job.seed})
     if others := [key for key in targets if key != "plan"] + shaping:
-        raise ValueError(f"plan={job.plan} is made already: leave out {others[0]}=")
+        raise ValueError(f"plan={job.plan} is already made: leave out {others[0]}=")
     return Plan.load(job.plan) if job.plan.endswith(".json") else model.fitted.plan_for(model, job.plan)

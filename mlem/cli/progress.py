@@ -1,4 +1,4 @@
-"""Progress: a bar in a terminal, for sampling also a line now and then in a log file."""
+"""Progress: a bar in a terminal; for sampling, also an occasional line in a log file."""
 
 from __future__ import annotations
 
@@ -22,10 +22,9 @@ EVERY = 30.0
 
 
 class SamplingProgress:
-    """Images done, images/s and time left over all ranks; called by rank 0 with the number that it made.
+    """Images done, images/s and time left over all ranks; called by rank 0 with the number it made.
 
-    Ranks have equal shares of what was missing and go at the same pace, so rank 0 speaks for all. done: images that
-    were there before.
+    Ranks have equal shares and run at the same pace, so rank 0 reports for all. done: images that existed before.
     """
 
     def __init__(self, total: int, done: int, world_size: int, shown: bool) -> None:
@@ -57,7 +56,7 @@ class SamplingProgress:
 
 
 class WorkProgress:
-    """A bar of the work done, in evaluations of the largest level. total: 0 for no bar."""
+    """A progress bar in evaluations of the largest level. total: 0 for no bar."""
 
     def __init__(self, total: float) -> None:
         columns = (TextColumn("samplers"), BarColumn(), TaskProgressColumn())

@@ -1,4 +1,4 @@
-"""The processes of a run: bringing them together, gathering what they found, and ending them together."""
+"""The processes of a run: starting, gathering results, and ending together."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ __all__ = [
 
 
 def on_devices(trainer: Trainer, make: Callable[..., Any]) -> Any:
-    """`make(accelerator=..., devices=..., ...)`: a Trainer or Fabric. Raises ValueError where it cannot be had."""
+    """`make(accelerator=..., devices=..., ...)`: a Trainer or Fabric. Raises ValueError if that is not available."""
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
     given = trainer.place()
@@ -38,14 +38,14 @@ def on_devices(trainer: Trainer, make: Callable[..., Any]) -> Any:
 
 
 def new_fabric(trainer: Trainer) -> Any:
-    """Lightning's Fabric on these devices, not launched yet. Raises ValueError where they are not there."""
+    """Lightning's Fabric on these devices, not yet launched. Raises ValueError if they do not exist."""
     from lightning.fabric import Fabric
 
     return on_devices(trainer, Fabric)
 
 
 def world_size_of(trainer: Trainer, batch_size: int, accumulate: int) -> int:
-    """How many ranks there will be. Raises ValueError when the batch cannot be shared by them."""
+    """The number of ranks. Raises ValueError if the batch cannot be split evenly."""
     from lightning.pytorch import Trainer as LightningTrainer
 
     quiet = partial(LightningTrainer, logger=False, enable_checkpointing=False)
@@ -59,7 +59,7 @@ def world_size_of(trainer: Trainer, batch_size: int, accumulate: int) -> int:
 
 
 def all_gather(mine: Any) -> list[Any]:
-    """What each rank passes, in order of ranks, on every rank."""
+    """The arguments of all ranks, in order, on every rank."""
     from torch import distributed
 
     if not distributed.is_initialized():
@@ -70,7 +70,7 @@ def all_gather(mine: Any) -> list[Any]:
 
 
 def fail_together(failure: Exception | None) -> None:
-    """Where any rank failed, end all: rank 0 raises its own failure or the first one, the others leave quietly."""
+    """If any rank failed, end all: rank 0 raises its own or the first failure, the others exit silently."""
     from torch import distributed
 
     failures = [message for message in all_gather(None if failure is None else str(failure)) if message is not None]
@@ -81,7 +81,7 @@ def fail_together(failure: Exception | None) -> None:
 
 
 def end_with_parent() -> None:
-    """End this process when the one that started it dies: ranks that sample would notice only at the end."""
+    """End this process when its parent dies, which a sampling rank would otherwise notice only at the end."""
     parent = os.getppid()
 
     def watch() -> None:
@@ -93,13 +93,13 @@ def end_with_parent() -> None:
 
 
 def several() -> bool:
-    """Whether this process is one of a process group of torch's."""
+    """Whether this process belongs to a torch process group."""
     distributed: Any = sys.modules.get("torch.distributed")
     return distributed is not None and distributed.is_available() and distributed.is_initialized()
 
 
 def leave() -> None:
-    """Close torch's process group while Python still runs: its threads may abort a process that just ends.
+    """Close torch's process group while Python is running: its threads may abort an exiting process.
 
     See https://github.com/pytorch/pytorch/issues/190489.
     """

@@ -1,4 +1,4 @@
-"""What a run folder holds already: whether the options agree with it, and where to go on."""
+"""Resuming a run folder: whether the options agree with it, and where to continue."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from mlem.training.checkpoint_files import check, saved, steps_of
 __all__ = ["WORDS", "changes", "check_resume", "level_settings", "note_settings", "resume_point"]
 
 WORDS = ("auto", "force")
-"""What `resume` may be, when it is not a path."""
+"""Values of `resume` other than paths."""
 
 
 def check_resume(resume: str, folders: Sequence[Path]) -> None:
-    """Raise ValueError when `resume` is neither a word nor a checkpoint of one of these run folders."""
+    """Raise ValueError if `resume` is neither a keyword nor a checkpoint of one of these run folders."""
     if resume in WORDS:
         return
     path = Path(resume)
@@ -29,7 +29,7 @@ def check_resume(resume: str, folders: Sequence[Path]) -> None:
         raise ValueError(f"resume must be auto, force or the path of a checkpoint, got {resume!r}: no such file")
     if not any(_is_of(path, folder) for folder in folders):
         places = ", ".join(str(folder / "checkpoints") for folder in folders)
-        raise ValueError(f"resume={path} is no checkpoint of this run: give one in {places}, or resume=auto")
+        raise ValueError(f"resume={path} is not a checkpoint of this run: name one in {places}, or use resume=auto")
 
 
 def _is_of(path: Path, folder: Path) -> bool:
@@ -37,19 +37,19 @@ def _is_of(path: Path, folder: Path) -> bool:
 
 
 def changes(resume: str, folder: Path, settings: dict[str, Any]) -> list[str]:
-    """How the settings differ from those of the run in `folder`. Raises ValueError if they do, unless resume=force."""
+    """Differences from the settings of the run in `folder`. Raises ValueError if any, unless resume=force."""
     path = folder / "settings.json"
     found = _differences(read_object(path), settings) if path.exists() else []
     if found and resume != "force":
         raise ValueError(
             f"{folder} holds a run with other settings ({'; '.join(found)}); change them back, choose another "
-            "root=, or continue all the same with resume=force"
+            "root=, or continue anyway with resume=force"
         )
     return found
 
 
 def level_settings(job: Train, level: Level, world_size: int) -> dict[str, Any]:
-    """What decides the weights of a level that comes out: a resumed run must agree on all of it."""
+    """Everything that determines a level's weights: a resumed run must agree on all of it."""
     plain = job.told
     training = {key: value for key, value in plain["training"].items() if key not in ("workers", "checkpoint_every")}
     model = {key: value for key, value in plain["model"].items() if key not in ("name", "levels", "size")}
@@ -69,11 +69,11 @@ _LATER = {
     **{"architecture": "unet", "attention": False, "conditional": False},
     **{"beta2": 0.99, "final_rate": 0.1, "flip": False, "label_dropout": 0.1},
 }
-"""Options that older runs do not have, and what these did."""
+"""Options that older runs lack, and their implicit values."""
 
 
 def _without_later(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings as an older run wrote them, which must agree."""
+    """The settings as an older run would have written them."""
     return {key: value for key, value in settings.items() if key not in _LATER or value != _LATER[key]}
 
 
@@ -85,7 +85,7 @@ def _differences(old: Any, new: Any, name: str = "") -> list[str]:
 
 
 def _same(old: Any, new: Any) -> bool:
-    """Whether two settings are equal; numbers that were computed, up to rounding."""
+    """Whether two settings are equal; computed numbers up to rounding."""
     if isinstance(old, list) and isinstance(new, list):
         return len(old) == len(new) and all(map(_same, old, new))
     if isinstance(old, float) and isinstance(new, float):
@@ -96,15 +96,15 @@ def _same(old: Any, new: Any) -> bool:
 def resume_point(
     resume: str, folder: Path, weights: Mapping[str, Tensor], asked: tuple[str, int], changed: list[str]
 ) -> tuple[Path | None, int]:
-    """The checkpoint to go on from, which has these weights, and its step; (None, 0) at the beginning.
+    """The checkpoint to continue from, which has these weights, and its step; (None, 0) at the start.
 
     Args:
         resume: auto, force, or the path of a checkpoint.
         folder: of the run.
-        weights: those that the checkpoint must have, by name and shape.
-        asked: the option of the number of steps, and its value.
+        weights: required of the checkpoint, by name and shape.
+        asked: the option for the number of steps, and its value.
         changed: see `changes`.
-    Raises: ValueError when the checkpoint is damaged, naming the one before it, or when nothing is left to train.
+    Raises: ValueError if the checkpoint is damaged, naming the previous one, or if nothing is left to train.
     """
     path = _checkpoint(resume, folder)
     step = 0 if path is None else steps_of(path, weights)
@@ -112,14 +112,14 @@ def resume_point(
     if step > steps or (changed and step == steps):
         what = f"with other settings ({'; '.join(changed)}) " if changed else ""
         raise ValueError(
-            f"{path} has {step} steps already: {option}={steps} leaves nothing to train {what}on; ask for more steps, "
+            f"{path} already has {step} steps: {option}={steps} leaves nothing to train {what}on; ask for more steps, "
             "or choose another root="
         )
     return path, step
 
 
 def _checkpoint(resume: str, folder: Path) -> Path | None:
-    """That of `resume`, where it is of this folder (and not of another level), else the newest."""
+    """The checkpoint `resume` if it belongs to this folder (not to another level), else the newest."""
     if resume not in WORDS and _is_of(Path(resume), folder):
         return check(Path(resume))
     complete = saved(folder / "checkpoints")
@@ -127,6 +127,6 @@ def _checkpoint(resume: str, folder: Path) -> Path | None:
 
 
 def note_settings(folder: Path, settings: dict[str, Any]) -> None:
-    """Keep the settings of the run that begins or goes on, once its checkpoint is accepted."""
+    """Save the settings of a starting or continuing run, once its checkpoint is accepted."""
     if first_process():
         write_json(folder / "settings.json", settings)

@@ -1,4 +1,4 @@
-"""`sample.py eval=rivals`: seconds of what is recommended, and of everything that one would do instead."""
+"""`sample.py eval=rivals`: time of the recommended settings and of every alternative."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ __all__ = ["measured_rivals"]
 
 
 def measured_rivals(job: Sample, comparison: Comparison, entries: Sequence[Entry]) -> Callable[[], None]:
-    """Measure what is recommended and the others, and write `fastest.json` and its figure; returns what prints them."""
+    """Measure recommended settings and rivals, write `fastest.json` and its figure; returns a function that prints."""
     options = job.eval
     assert isinstance(options, Benchmark)
     advice = _advice(job, comparison, options)
     own = [recommended(choice, target) for target, choice in advice.items()]
     runs = _dealt([_possible(comparison, entry) for entry in [*entries, *own]])
     if not runs:
-        raise ValueError("eval.samplers: nothing is left to run; list at least one sampler")
+        raise ValueError("eval.samplers: there is nothing to run; list at least one sampler")
     with WorkProgress(comparison.cost(runs)) as advance:
         comparison.measure(runs, advance)
     source = job.family or str(family_folder(None, job.root, job.data))
@@ -45,19 +45,19 @@ def measured_rivals(job: Sample, comparison: Comparison, entries: Sequence[Entry
 
 
 def _advice(job: Sample, comparison: Comparison, options: Benchmark) -> dict[float, Recommendation]:
-    """What is recommended for each target that can be reached, by target."""
+    """The recommendation for each target that can be reached."""
     family, found = comparison.family, dict[float, Recommendation]()
     torch.nn.ModuleList(level.network for level in family.levels).to(comparison.setup.device)
     for target in options.targets:
         try:
             found[target] = family.recommend(mse=target, kind=options.kind, batch_size=job.batch_size)
         except ValueError as error:
-            print(f"left out: what is recommended for {target:g}: {error}", flush=True)
+            print(f"left out: the recommendation for {target:g}: {error}", flush=True)
     return found
 
 
 def _possible(comparison: Comparison, entry: Entry) -> list[Run]:
-    """The runs of an entry; none, and why, where the family cannot follow it."""
+    """The runs of an entry; none, printing why, if the family cannot run it."""
     try:
         return comparison.runs(entry)
     except ValueError as error:
@@ -66,15 +66,15 @@ def _possible(comparison: Comparison, entry: Entry) -> list[Run]:
 
 
 def _dealt(runs: Sequence[Sequence[Run]]) -> list[Run]:
-    """One run of each entry in turn: what else goes on on the machine hits all rivals alike."""
+    """One run of each entry in turn, so that other load on the machine affects all rivals alike."""
     return [run for ones in itertools.zip_longest(*runs) for run in ones if run is not None]
 
 
 def _print(found: Fastest, advice: dict[float, Recommendation]) -> None:
-    """The recommendation, and a table: milliseconds an image of the fastest row that reaches each error."""
+    """Print the recommendations, and a table: ms/image of the fastest run that reaches each error."""
     if found.recommendation is not None:
         print_choice(advice[found.recommendation.target])
-    table = Table(title="ms/image of the fastest row whose error is at most ..", caption=found.about["caption"])
+    table = Table(title="ms/image of the fastest run with an error of at most ..", caption=found.about["caption"])
     table.add_column("rival")
     for target in found.targets:
         table.add_column(f"{target:.0e}", justify="right")

@@ -38,7 +38,7 @@ __all__ = ["find_model", "sample"]
 
 
 def sample(job: Sample) -> None:
-    """What `eval` says: make the samples that are not there yet and measure them, measure others, or an experiment."""
+    """Run what `eval` says: make missing samples and score them, score others, or run an experiment."""
     for name in ("lightning.fabric", "lightning.pytorch"):
         logging.getLogger(name).setLevel(logging.WARNING)
     verbs = {"samples": _sample, "folder": measure_folder, "ref": measure_reference}
@@ -48,7 +48,7 @@ def sample(job: Sample) -> None:
 
 def _sample(job: Sample) -> None:
     if job.folder is not None:
-        raise ValueError(f"folder={job.folder} is what eval=folder scores: add eval=folder, or leave it out")
+        raise ValueError(f"folder={job.folder} is only used by eval=folder: add eval=folder, or leave it out")
     indices = parse_indices(job.seeds, "seeds")
     folder, model = find_model(job)
     model = guided(model, job.guidance)
@@ -61,13 +61,13 @@ def _sample(job: Sample) -> None:
     job, choice = chosen(job, model, fabric.device)
     sampler, model = _sampler(job, model, fabric.device, choice)
     out = out_folder(job)
-    # all that may be refused is refused before there are other ranks, which would wait for this one
+    # all checks come before other ranks exist, which would wait for this one
     if first_process():
         claim(out, _settings(job, model, folder, sampler) | _decoded(decoder))
     with folder_lock(out) if first_process() else nullcontext():
         hashes = _make(job, sampler, model, decoder, fabric, indices, out)
         if measure is not None:
-            # from the files, so that samples of earlier runs count too, and the numbers are those of eval=folder
+            # from the files, to include samples of earlier runs and agree with eval=folder
             report(measure, [sample_path(out, index) for index in indices], fabric, job.batch_size, out)
         if fabric.is_global_zero and job.format != "png":
             print(f"packed: {pack(out, indices, hashes, job.format)}")
@@ -76,7 +76,7 @@ def _sample(job: Sample) -> None:
 def _sampler(
     job: Sample, model: Family | Level, device: torch.device, choice: Recommendation | None
 ) -> tuple[Sampler, Family | Level]:
-    """The sampler, and what it runs: the family where its levels share the work, else one of them."""
+    """The sampler, and its model: the family if its levels share the work, else one of them."""
     plan = plan_of(job, model) if choice is None else choice.plan
     if isinstance(model, Family) and plan is None:
         model = model.level(job.level)
@@ -109,7 +109,7 @@ def _make(
     indices: Sequence[int],
     out: Path,
 ) -> dict[int, str]:
-    """Make the samples that are missing; on rank 0, index -> SHA-256 of all images in `out`."""
+    """Make missing samples; on rank 0, return index -> SHA-256 of all images in `out`."""
     over_ranks = job.sampler.over == "ranks"
     found = None
     if first_process():
@@ -119,11 +119,11 @@ def _make(
     if not fabric.is_global_zero:
         end_with_parent()
     if found is not None and (there := len(found.sound.keys() & set(indices))):
-        print(f"{there} of {len(indices)} images are there already, in {out}", flush=True)
+        print(f"{there} of {len(indices)} images already exist in {out}", flush=True)
     if found is not None and found.broken:
-        print(f"{out}: {found.named()}; those of seeds= are made anew", flush=True)
+        print(f"{out}: {found.named()}; those in seeds= are made again", flush=True)
     missing = fabric.broadcast(None if found is None else sorted(set(indices) - found.sound.keys()))
-    # spread over ranks, all of them work on every batch; else each has its own
+    # with spread, all ranks work on every batch; otherwise each has its own
     rank, world_size = (0, 1) if over_ranks else (fabric.global_rank, fabric.world_size)
     with SamplingProgress(len(indices), len(indices) - len(missing), world_size, fabric.is_global_zero) as advance:
         ledger, failure, made = write_samples(
@@ -139,7 +139,7 @@ def _make(
             **({} if decoder is None else {"pictures": decoder.decode}),
         )
     if over_ranks and not fabric.is_global_zero:
-        ledger.images, ledger.wall_seconds = 0, 0.0  # the same images: only the calls are this rank's own
+        ledger.images, ledger.wall_seconds = 0, 0.0  # the same images on all ranks: only the calls are this rank's
     gathered, hashes = Ledger(), {} if found is None else found.noted | found.sound
     for one, images in all_gather((ledger.to_dict(), made)):
         gathered.add(Ledger.from_dict(one))
@@ -152,7 +152,7 @@ def _make(
 
 
 def _solver(job: Sample, model: Family | Level, device: torch.device) -> Solver:
-    """The solver that `sampler` describes. lipschitz=estimate is measured here, on the largest level."""
+    """The solver described by `sampler`. lipschitz=estimate is measured here, on the largest level."""
     options = dict(job.sampler.options)
     if options.get("lipschitz") == "estimate":
         level = model.level() if isinstance(model, Family) else model
@@ -177,22 +177,22 @@ def _check_shape(model: Family | Level, measure: Measure, data: str, decoder: De
     shape = shape if decoder is None else decoder.picture_shape(shape)
     if tuple(shape) != measure.fid.image_shape:
         raise ValueError(
-            f"data={data} has images {measure.fid.image_shape}, the model makes {tuple(shape)}: name the data set that "
-            "it was trained on, or metric=none"
+            f"data={data} has images {measure.fid.image_shape}, but the model makes {tuple(shape)}: name its own data "
+            "set, or metric=none"
         )
 
 
 def find_model(job: Sample) -> tuple[Path, Family | Level]:
-    """The folder and the family or level that `family=`, `model=` or `data=` names. Raises FileNotFoundError."""
+    """The folder and the family or level named by `family=`, `model=` or `data=`. Raises FileNotFoundError."""
     model = job.model
     if model is None:
         folder = family_folder(job.family, job.root, job.data)
         return folder, Family.load(folder)
     for name, value in (("family", job.family), ("level", job.level)):
         if value is not None:
-            raise ValueError(f"model={model.name} is one level by itself: leave out {name}={value}")
+            raise ValueError(f"model={model.name} is a single level: leave out {name}={value}")
     if not isinstance(model, Network):
-        raise ValueError(f"model={model.name} is no level by itself: leave it out, and family= or data= name a family")
+        raise ValueError(f"model={model.name} is not a level: leave it out, and name a family by family= or data=")
     folder = run_folder(job, model.size) / "level"
     if not folder.is_dir():
         remedy = training_command(f"{model.architecture}_{model.size}", job.root, job.data)
@@ -201,7 +201,7 @@ def find_model(job: Sample) -> tuple[Path, Family | Level]:
 
 
 def _settings(job: Sample, model: Family | Level, folder: Path, sampler: Sampler) -> dict[str, Any]:
-    """What decides the bytes of an image."""
+    """Everything that determines the bytes of an image."""
     if isinstance(model, Family):
         assert sampler.plan is not None
         own = {"plan": sampler.plan.fingerprint()[:16], "weights": model.weights_hash}
@@ -224,40 +224,38 @@ def _settings(job: Sample, model: Family | Level, folder: Path, sampler: Sampler
 
 def _report(total: dict[str, Any], now: Ledger, model: Family | Level, sampler: Sampler, out: Path) -> None:
     if not now.images:
-        print(f"nothing to do: every sample is in {out}")
+        print(f"nothing to do: all samples are in {out}")
         return
     milliseconds = 1e3 * now.wall_seconds / now.images
     levels = "+".join(now.levels)
     print(
         f"{now.images} images computed, level {levels}, {now.evaluations:g} network calls each, "
-        f"{milliseconds:.2f} ms/image ({100 * now.network_seconds / now.wall_seconds:.1f} percent of it in the network)"
+        f"{milliseconds:.2f} ms/image ({100 * now.network_seconds / now.wall_seconds:.1f} percent in the network)"
     )
     if isinstance(model, Family):
         _report_plan(now, model, sampler)
-    print(f"pictures: {out}, side by side: {out / 'grid.png'}")
+    print(f"images: {out}, side by side: {out / 'grid.png'}")
     print(f"cost of the {total['images']} images computed so far: {out / 'ledger.json'}")
 
 
 def _report_plan(now: Ledger, family: Family, sampler: Sampler) -> None:
-    """Calls of each level, and what the largest level alone could do for that cost."""
+    """Print calls of each level, and the error of the largest level alone at equal cost."""
     plan, top = sampler.plan, family.level()
     assert plan is not None
     for name, cost in now.levels.items():
         print(
-            f"  level {name}: {cost.calls / now.images:g} calls an image "
+            f"  level {name}: {cost.calls / now.images:g} calls per image "
             f"(expected {cost.expected_calls / now.images:.4g}), {1e3 * cost.seconds / now.images:.2f} ms/image in it"
         )
     flops = sum(cost.flops for cost in now.levels.values()) / now.images / top.flops
-    print(
-        f"  in all {flops:.4g} evaluations of level {top.name} by FLOPs, where it alone would make {plan.evaluations}"
-    )
+    print(f"  total {flops:.4g} evaluations of level {top.name} by FLOPs; it alone would make {plan.evaluations}")
     if (seconds := plan.about.get("predicted_seconds")) is not None:
         taken = now.wall_seconds / now.images
-        print(f"  {1e3 * seconds:.2f} ms/image were predicted, in batches as calibrated, and {1e3 * taken:.2f} taken")
+        print(f"  {1e3 * seconds:.2f} ms/image predicted, in batches as calibrated; {1e3 * taken:.2f} measured")
     predicted = plan.about.get("predicted_mse")
     calibration = family.fitted.calibration
     known = calibration is not None and calibration.about.get("weights") == family.weights_hash
-    # a plan by hand says nothing of itself; the family of a memorised one may be calibrated no more
+    # a handmade plan has no prediction; the family of a memorised one may have lost its calibration
     if predicted is not None and known:
         predictor = Predictor(family.fitted.calibration_for(family), family.schedule, sampler.solver, sampler.grid)
         alone = predictor.discretisation_at(max(1, round(flops)))

@@ -1,7 +1,7 @@
-"""Every option of the two commands, once: its name, default, what its value must be, and what it means.
+"""Every option of the two commands: its name, default, allowed values and meaning.
 
-A class is a group of options; its fields are the options. Defaults, checks, `--help` and the typed values that the
-commands work with all follow from here. Fields without a default get their values from the choices in `configs/`.
+A class is a group of options; its fields are the options. Defaults, checks, `--help` and typed values all derive from
+this file. Fields without a default get their values from the choices in `configs/`.
 The options of plans are the fields of `PlanSpec`. Nothing here imports torch or Hydra.
 """
 
@@ -52,7 +52,7 @@ __all__ = [
 GRIDS = "uniform, log_snr, karras, flow, ou_uniform, ou_halving, trailing, leading; null: the solver's own choice"
 PREDICTIONS = ("v", "eps", "x0", "edm", "flow")
 PLAN_ONLY = ("benchmark", "scaling")
-"""The `eval`s that make no samples, and refuse the options of samples."""
+"""Choices of `eval` that make no samples and reject the options of samples."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,18 +63,18 @@ class Data:
     source: str = option(TEXT)
     folder: str = option(TEXT)
     held_out: int = option(whole(0), "images kept for validation")
-    options: dict[str, Any] = option(OPTIONS, "of the source, such as data.options.size=64")
+    options: dict[str, Any] = option(OPTIONS, "options of the source, such as data.options.size=64")
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Architecture:
-    """What levels are."""
+    """The networks of levels."""
 
     name: str = option(TEXT)
     prediction: str = option(one_of(*PREDICTIONS), f"what networks predict: {', '.join(PREDICTIONS)}")
-    dropout: float = option(FRACTION, "share of activations dropped in training")
+    dropout: float = option(FRACTION, "dropout probability in training")
     architecture: str = option(one_of("unet", "dit"), "unet or dit", "unet")
-    conditional: bool = option(BOOL, "tell networks the class of each image, or that there is none", False)
+    conditional: bool = option(BOOL, "class-conditional networks: pass them the class of each image", False)
     attention: bool = option(BOOL, "UNets as in Ho et al. (2020), with attention; for images of 32x32 or more", False)
 
 
@@ -82,7 +82,7 @@ class _Architecture:
 class Network(_Architecture):
     """One level."""
 
-    several: ClassVar = False  # whether a family comes of it
+    several: ClassVar = False  # whether the result is a family
     size: str = option(TEXT)
 
     @property
@@ -111,53 +111,53 @@ class Learning:
     names: ClassVar = ("coefficients",)
 
     name: str = option(TEXT)
-    solver: str = option(TEXT, "that the coefficients are learned for")
-    steps: int = option(whole(1, MOST_STEPS), "of the solver")
+    solver: str = option(TEXT, "solver for which the coefficients are learned")
+    steps: int = option(whole(1, MOST_STEPS), "steps of the solver")
     grid: str | None = option(text(null=True), GRIDS)
     coins: str = option(
-        one_of("bernoulli", "systematic"), "kind of coins to learn with; gradients of systematic ones are noisy"
+        one_of("bernoulli", "systematic"), "coins used for learning; gradients with systematic coins are noisy"
     )
-    budget: float = option(SHARE, "where learning begins: share of the largest level's cost (FLOPs), in (0, 1]")
+    budget: float = option(SHARE, "starting point: share of the largest level's cost (FLOPs), in (0, 1]")
     knots: int = option(
-        whole(0, 20), "of each law, piecewise linear in log-SNR; 0: alpha_k u(t) + beta_k, as published"
+        whole(0, 20), "knots of each law, piecewise linear in log-SNR; 0: alpha_k u(t) + beta_k, as published"
     )
     weight: float | None = option(
         number(above=0).or_null(),
-        "mean squared error that one plain sample's cost is worth; null: the one that about keeps the budget",
+        "weight of the cost: MSE traded for the cost of one plain sample; null: keeps about the budget",
         name="lambda",
     )
-    updates: int = option(whole(1), "optimizer steps; dry_run=true says how long they take")
-    batch_size: int = option(whole(1), "images in a step, all ranks together")
-    draws: int = option(whole(2), "draws of the coins in a step; with tangents=reverse each image has its own")
-    images: int = option(whole(1), "images to learn from, in turn")
-    learning_rate: float = option(number(above=0), "of Adam, falling linearly to 0")
+    updates: int = option(whole(1), "optimizer steps; dry_run=true estimates their time")
+    batch_size: int = option(whole(1), "images per step, over all ranks")
+    draws: int = option(whole(2), "draws of the coins per step; with tangents=reverse, per image")
+    images: int = option(whole(1), "images to learn from, used in turn")
+    learning_rate: float = option(number(above=0), "learning rate of Adam, decaying linearly to 0")
     tangents: str = option(
         one_of("reverse", "exact", "random"),
-        "reverse: to first order, in minutes; exact, random: unbiased, along all coefficients or one for each draw",
+        "reverse: first order, minutes; exact, random: unbiased, along all coefficients or one per draw",
     )
-    held_out: int = option(whole(2), "images that judge the outcome")
+    held_out: int = option(whole(2), "images for the final evaluation")
     checkpoint_every: int = option(whole(1), "optimizer steps between checkpoints, and between lines of progress")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """The noise schedule; which options there are depends on its kind."""
+    """The noise schedule; its options depend on its kind."""
 
     kind: str = option(TEXT)
-    offset: float | None = option(NUMBER, "of the cosine schedule", None)
-    log_snr_min: float | None = option(NUMBER, "of the cosine schedule", None)
-    beta_start: float | None = option(NUMBER, "of the linear schedule", None)
-    beta_end: float | None = option(NUMBER, "of the linear schedule", None)
-    num_timesteps: int | None = option(whole(2), "of the linear schedule", None)
-    sigma_min: float | None = option(NUMBER, "of schedule=edm: noise-to-signal ratio of the first timestep", None)
-    sigma_max: float | None = option(NUMBER, "of schedule=edm: noise-to-signal ratio of the last", None)
-    shift: float | None = option(NUMBER, "of schedule=flow: above 1, more time at high noise", None)
-    file: str | None = option(TEXT, "of schedule=diffusers: path of a scheduler_config.json", None)
+    offset: float | None = option(NUMBER, "cosine schedule: offset", None)
+    log_snr_min: float | None = option(NUMBER, "cosine schedule: log-SNR at t = 1", None)
+    beta_start: float | None = option(NUMBER, "linear schedule: first beta", None)
+    beta_end: float | None = option(NUMBER, "linear schedule: last beta", None)
+    num_timesteps: int | None = option(whole(2), "linear schedule: number of timesteps", None)
+    sigma_min: float | None = option(NUMBER, "edm schedule: noise-to-signal ratio of the first timestep", None)
+    sigma_max: float | None = option(NUMBER, "edm schedule: noise-to-signal ratio of the last", None)
+    shift: float | None = option(NUMBER, "flow schedule: above 1, more time at high noise", None)
+    file: str | None = option(TEXT, "diffusers schedule: path of a scheduler_config.json", None)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trainer:
-    """The devices, and how networks run on them."""
+    """Devices and precision."""
 
     accelerator: str = option(TEXT, "auto, cpu, gpu or another of Lightning's")
     devices: int | str | list[int] = option(DEVICES, "how many, which ones, or auto")
@@ -167,15 +167,17 @@ class Trainer:
     compile: bool = option(BOOL, "compile the networks")
 
     def place(self) -> dict[str, Any]:
-        """What Lightning's Trainer and Fabric want to know of the machines."""
+        """Arguments of Lightning's Trainer and Fabric about the machines."""
         return {name: getattr(self, name) for name in ("accelerator", "devices", "strategy", "num_nodes")}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Logger:
-    """Where numbers go, besides metrics.jsonl."""
+    """Where metrics go, besides metrics.jsonl."""
 
-    mode: str = option(one_of("auto", "online", "offline", "disabled"), "of W&B; auto: online with a key, else offline")
+    mode: str = option(
+        one_of("auto", "online", "offline", "disabled"), "mode of W&B; auto: online with a key, else offline"
+    )
     project: str = option(TEXT, "of W&B")
 
 
@@ -186,11 +188,11 @@ class Metric:
     features: str | None = option(
         text(null=True), "random256, inception or dinov2; null: no metrics", unused=("scaling",)
     )
-    kid: bool = option(BOOL, "KID of the same features too")
-    precision_recall: bool = option(BOOL, "precision and recall of the same features too")
-    blocks: int = option(whole(1), "above 1: also mean and spread over as many disjoint blocks of the samples")
+    kid: bool = option(BOOL, "also KID, from the same features")
+    precision_recall: bool = option(BOOL, "also precision and recall, from the same features")
+    blocks: int = option(whole(1), "above 1: also mean and spread over this many disjoint blocks of samples")
     reference: int | None = option(
-        whole(2).or_null(), "how many real images to compare with, the first ones; null: all"
+        whole(2).or_null(), "number of real images to compare with, from the first; null: all"
     )
     cache: str = option(TEXT, "folder of the reference statistics")
     weights: str | None = option(
@@ -204,25 +206,29 @@ class Metric:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplerChoice:
-    """The solver. shared: the options of plans that the choice sets, any of which it may."""
+    """The solver. shared: options of plans set by the choice."""
 
     name: str = option(TEXT, unused=PLAN_ONLY)
     solver: str = option(TEXT, unused=PLAN_ONLY)
     steps: int = option(whole(1, MOST_STEPS), "short: steps=")
     grid: str | None = option(text(null=True), "short: grid=")
     over: str = option(
-        one_of("samples", "ranks"), "what ranks divide: samples, or the rows of every call (ranks)", "samples"
+        one_of("samples", "ranks"), "what is split over ranks: samples, or the rows of every call (ranks)", "samples"
     )
-    options: dict[str, Any] = option(OPTIONS, "of the solver, such as sampler.options.clock=ou", {}, unused=PLAN_ONLY)
+    options: dict[str, Any] = option(
+        OPTIONS, "options of the solver, such as sampler.options.clock=ou", {}, unused=PLAN_ONLY
+    )
     shared: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Guidance:
-    """Guidance of class-conditional levels, or of any by a weaker one."""
+    """Guidance of class-conditional levels, or of any level by a weaker one."""
 
     scale: float | None = option(NUMBER.or_null(), "s in uncond + s (cond - uncond); null: no guidance", None)
-    weak: str | None = option(text(null=True), "autoguidance by the cheapest level: its name; null: by no class", None)
+    weak: str | None = option(
+        text(null=True), "autoguidance: name of the cheapest level; null: guide by no class", None
+    )
     interval: list[float] | None = option(
         TWO_NUMBERS.or_null(),
         "noise-to-signal ratios between which it acts, as [0.2,5]; null: everywhere",
@@ -232,22 +238,24 @@ class Guidance:
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """How a level is trained."""
+    """Training of a level."""
 
     steps: int = option(whole(1), "optimizer steps", 1000)
-    batch_size: int = option(whole(1), "images in a step, all ranks together", 128)
-    accumulate: int = option(whole(1), "batches of a step: each holds batch_size / accumulate images", 1)
-    learning_rate: float = option(number(above=0), "of Adam, after the warm-up", 2.0e-3)
-    warmup_steps: int = option(whole(0), "in which the learning rate rises", 50)
+    batch_size: int = option(whole(1), "images per step, over all ranks", 128)
+    accumulate: int = option(whole(1), "batches per step, each of batch_size / accumulate images", 1)
+    learning_rate: float = option(number(above=0), "learning rate of Adam, after the warm-up", 2.0e-3)
+    warmup_steps: int = option(whole(0), "steps in which the learning rate rises", 50)
     weight_decay: float = option(number(least=0), "of AdamW", 0.01)
     gradient_clip: float = option(number(least=0), "largest norm of the gradient; 0: off", 1.0)
     average_decay: float = option(FRACTION, "decay of the averaged weights", 0.995)
-    beta2: float = option(FRACTION, "of Adam: decay of the averaged squared gradients", 0.99)
-    final_rate: float = option(SHARE, "share of the learning rate left at the end; 1: it stays constant", 0.1)
-    label_dropout: float = option(FRACTION, "with model.conditional: share of images whose class is withheld", 0.1)
+    beta2: float = option(FRACTION, "Adam's decay of averaged squared gradients", 0.99)
+    final_rate: float = option(SHARE, "share of the learning rate left at the end; 1: constant", 0.1)
+    label_dropout: float = option(FRACTION, "with model.conditional: share of images with the class withheld", 0.1)
     flip: bool = option(BOOL, "mirror every image with probability 1/2, left to right", False)
-    epoch_steps: int = option(whole(1), "optimizer steps from one validation to the next", 200)
-    checkpoint_every: int = option(whole(1), "optimizer steps between checkpoints; one before each validation too", 200)
+    epoch_steps: int = option(whole(1), "optimizer steps between validations", 200)
+    checkpoint_every: int = option(
+        whole(1), "optimizer steps between checkpoints; also one before each validation", 200
+    )
     workers: int = option(whole(0), "processes that read data ahead", 0)
 
 
@@ -260,12 +268,12 @@ _USUAL_SAMPLERS = [
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What is measured in training and after it."""
+    """What is measured during and after training."""
 
     every_n_epochs: int = option(whole(0), "during training; 0: only at the end", 5)
-    indices: str = option(INDICES, "of the samples", "0-63")
-    batch_size: int = option(whole(1), "images in a batch", 64)
-    reference_steps: int = option(whole(1, MOST_STEPS), "of the many-step reference", 200)
+    indices: str = option(INDICES, "indices of the samples", "0-63")
+    batch_size: int = option(whole(1), "images per batch", 64)
+    reference_steps: int = option(whole(1, MOST_STEPS), "steps of the reference", 200)
     samplers: list[Any] = option(
         LIST, "solver and step counts; optionally grid, options; plan, running, forecast or reuse", _USUAL_SAMPLERS
     )
@@ -276,22 +284,20 @@ _IMAGES = Kind("a whole number >= 2, or 0 for none", lambda value: whole(0).hold
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """The calibration of a family after training: what its levels cost and how far apart they are."""
+    """The calibration of a family after training: costs of its levels and differences between them."""
 
     images: int = option(_IMAGES, "trajectories; 0: no calibration", 16)
     times: int = option(whole(3), "noise levels along them", 24)
-    batch_sizes: list[int] = option(list_of_whole(1), "at which levels are timed", [64])
-    reference_steps: int = option(
-        whole(1, MOST_STEPS), "of the run that discretisation errors are measured against", 500
-    )
+    batch_sizes: list[int] = option(list_of_whole(1), "batch sizes at which levels are timed", [64])
+    reference_steps: int = option(whole(1, MOST_STEPS), "steps of the reference for discretisation errors", 500)
 
 
-_RESUME = "auto, force (although settings differ), or the path of a checkpoint"
+_RESUME = "auto, force (even if settings differ), or the path of a checkpoint"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Train:
-    """A run of `train.py`. told: all of it as plain data, for files; values from the environment are left as names."""
+    """A run of `train.py`. told: the config as plain data, for files, with environment variables left as names."""
 
     data: Data = group(Data)
     model: Network | Networks | Learning = group(Network, Networks, Learning)
@@ -299,7 +305,7 @@ class Train:
     trainer: Trainer = group(Trainer)
     logger: Logger = group(Logger)
     metric: Metric = group(Metric)
-    seed: int = option(whole(0, SEED), "of all noise and of the first weights", 0)
+    seed: int = option(whole(0, SEED), "seed of all noise and of the initial weights", 0)
     root: str = option(TEXT, "where runs are written: <root>/<model>, <root>/family", "runs/${data.name}")
     family: str | None = option(
         text(null=True), "of model=coefficients: folder of a family; null: the newest of this data set", None
@@ -307,23 +313,23 @@ class Train:
     training: Training = group(Training)
     evaluation: Evaluation = group(Evaluation)
     calibration: Calibration = group(
-        Calibration, words="of a family, after training: what its levels cost and how far apart they are"
+        Calibration, words="calibration of a family after training: costs of levels and their differences"
     )
     callbacks: list[Any] = option(
         LIST, "further Lightning callbacks, as [{_target_: lightning.pytorch.callbacks.LearningRateMonitor}]", []
     )
     allow: list[str] = option(
-        LIST, "modules beside lightning, torch, torchmetrics, diffusers and mlem that a _target_ may come from", []
+        LIST, "further modules, besides lightning, torch, torchmetrics, diffusers and mlem, for a _target_", []
     )
     resume: str = option(TEXT, _RESUME, "auto")
-    dry_run: bool = option(BOOL, "print the config, parameters, FLOPs and the estimated time, and stop", False)
+    dry_run: bool = option(BOOL, "only print the config, parameters, FLOPs and the estimated time", False)
     debug: bool = option(BOOL, "show tracebacks", False)
     told: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """A run of `sample.py`. shared: the options of plans, which say how levels share the work."""
+    """A run of `sample.py`. shared: the options of plans."""
 
     data: Data = group(Data)
     model: Network | Networks | Learning | None = group(Network, Networks, Learning, default=None)
@@ -344,28 +350,28 @@ class Sample:
     )
     conditions: str | None = option(
         text(null=True),
-        "safetensors file of what levels are told: NAME or LEVEL/NAME, a row for each sample, in turn",
+        "safetensors file of conditions: NAME or LEVEL/NAME, rows used by samples in turn",
         None,
         PLAN_ONLY,
     )
     shared: dict[str, Any] = field(default_factory=dict, metadata={"plans": True})
     seconds: float | None = option(
-        number(above=0).or_null(), "target of sampler=auto: wall seconds per image; or give mse=", None, PLAN_ONLY
+        number(above=0).or_null(), "target of sampler=auto: wall-clock seconds per image; or use mse=", None, PLAN_ONLY
     )
     plan: str | None = option(text(null=True), "best (memorised with the family), or a plan's JSON file", None)
-    steps: int = option(whole(1, MOST_STEPS), "of the solver", "${sampler.steps}", PLAN_ONLY)
+    steps: int = option(whole(1, MOST_STEPS), "steps of the solver", "${sampler.steps}", PLAN_ONLY)
     grid: str | None = option(text(null=True), GRIDS, "${sampler.grid}", PLAN_ONLY)
     seeds: str = option(INDICES, "indices of the samples: ranges and commas", "0-63", ("scaling",))
-    seed: int = option(whole(0, SEED), "of all noise: index and seed fix an image", 0)
-    batch_size: int = option(whole(1), "images in a batch", 64, ("scaling",))
+    seed: int = option(whole(0, SEED), "seed of all noise: index and seed fix an image", 0)
+    batch_size: int = option(whole(1), "images per batch", 64, ("scaling",))
     out: str | None = option(
-        text(null=True), "null: <root>/samples/<sampler>_<steps>; of eval=folder: where metrics.json goes", None
+        text(null=True), "null: <root>/samples/<sampler>_<steps>; with eval=folder: where metrics.json goes", None
     )
     format: str = option(
         one_of("png", "shards", "npz"),
-        "also shards (WebDataset) or npz (ADM's layout): the PNGs packed, in the order of seeds=",
+        "also pack the PNGs: shards (WebDataset) or npz (ADM's layout), in the order of seeds=",
         "png",
         PLAN_ONLY,
     )
-    folder: str | None = option(text(null=True), "of eval=folder: the images", None)
+    folder: str | None = option(text(null=True), "with eval=folder: the images", None)
     debug: bool = option(BOOL, "show tracebacks", False)

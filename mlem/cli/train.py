@@ -1,4 +1,4 @@
-"""The work of `train.py`: train a level, or every level of a family, and evaluate what came out."""
+"""The work of `train.py`: train a level, or every level of a family, and evaluate the result."""
 
 from __future__ import annotations
 
@@ -55,13 +55,13 @@ LIGHTNING_PRECISION = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixe
 
 
 def train(job: Train) -> None:
-    """Train what the options, already checked, describe."""
+    """Train what the checked options describe."""
     _quiet()
     if isinstance(job.model, Learning):
         learn_coefficients(job, job.model)
         return
     levels = [new_level(job, size) for size in job.model.sizes]
-    # an odd list of levels is refused before anything is trained
+    # a bad list of levels is rejected before anything is trained
     family = Family(levels, decoder=data_decoder(job.data))
     check_resume(job.resume, [run_folder(job, level.name) for level in levels])
     _check_job(job, family)
@@ -75,14 +75,14 @@ def train(job: Train) -> None:
     family = Family(trained, decoder=shards.decoder)
     if job.model.several:
         _save_together(job, family)
-        family = Family.load(Path(job.root) / "family")  # every rank knows what the first one fitted
+        family = Family.load(Path(job.root) / "family")  # every rank gets what the first one fitted
     evaluate_family(job, family, shards)
 
 
 def _save_together(job: Train, family: Family) -> None:
-    """The first rank writes the family; the others wait for it, and end if it fails."""
+    """The first rank writes the family; the others wait for it, and exit if it fails."""
     if _world_size(job) > 1 and not torch.distributed.is_initialized():
-        new_fabric(job.trainer).launch()  # all levels had been trained before: nothing has brought the ranks together
+        new_fabric(job.trainer).launch()  # all levels were already trained: ranks are not connected yet
     failure = None
     try:
         if first_process():
@@ -93,7 +93,7 @@ def _save_together(job: Train, family: Family) -> None:
 
 
 def _save_family(job: Train, family: Family) -> None:
-    """Write the family; calibrate it where that was not done for these weights, by the process that came first."""
+    """Write the family; the first process calibrates it unless that was done for these weights."""
     folder = Path(job.root) / "family"
     known = folder / "calibration.json"
     if known.exists():
@@ -118,7 +118,7 @@ def _world_size(job: Train) -> int:
 
 
 def _say_other_options(options: Calibration, found: dict[str, Any], folder: Path) -> None:
-    """Where `calibration` asks for other options than the one that is kept had: which, and how to have it anew."""
+    """If `calibration` differs from the options of the stored one: print which, and how to recalibrate."""
     now: dict[str, Any] = {"images": options.images, "times": options.times, "reference_steps": options.reference_steps}
     now["batch_sizes"] = sorted(set(options.batch_sizes))
     there = {name: found["about"].get(name) for name in ("images", "reference_steps")}
@@ -130,31 +130,31 @@ def _say_other_options(options: Calibration, found: dict[str, Any], folder: Path
             for name, value in now.items()
         )
         print(
-            f"{folder / 'calibration.json'} is kept ({'; '.join(changed)}); to have it anew: {command('multilevel')} "
+            f"{folder / 'calibration.json'} is kept ({'; '.join(changed)}); to renew it: {command('multilevel')} "
             f"calibrate {folder} {flags}, then this again",
             flush=True,
         )
 
 
 def _quiet() -> None:
-    """Lightning's advice on what is decided here on purpose."""
+    """Silence Lightning's advice on deliberate choices."""
     for text in (".*does not have many workers.*", ".*GPU available but not used.*", ".*isinstance.treespec.*"):
         warnings.filterwarnings("ignore", text)
     warnings.filterwarnings("ignore", ".*sync_dist.*")
-    warnings.filterwarnings("ignore", ".*your dataloader is not resumable.*")  # it begins at the trainer's step
-    warnings.filterwarnings("ignore", category=FewImagesWarning)  # the count stands in the name of the metric
+    warnings.filterwarnings("ignore", ".*your dataloader is not resumable.*")  # it starts at the trainer's step
+    warnings.filterwarnings("ignore", category=FewImagesWarning)  # the metric's name has the count
     os.environ.setdefault("WANDB_SILENT", "true")
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 
 
 def _check_job(job: Train, family: Family) -> None:
-    """Raise for what can only be known with torch, before anything is written. family: not trained yet."""
+    """Checks that need torch, before anything is written. family: not yet trained."""
     _world_size(job)
     build_callbacks(job.callbacks, job.allow)
     indices = parse_indices(job.evaluation.indices, "evaluation.indices")
     if len(indices) < 2:
         raise ValueError(
-            f"evaluation.indices must be 2 samples or more, such as 0-63, for a standard error, got "
+            f"evaluation.indices must be at least 2 samples, such as 0-63, for a standard error, got "
             f"{job.evaluation.indices}"
         )
     _check_samplers(job, family)
@@ -163,12 +163,12 @@ def _check_job(job: Train, family: Family) -> None:
         shape = family.decoder.picture_shape(shape)
         if job.training.flip:
             raise ValueError("training.flip=true: latents of mirrored pictures are not mirrored latents; leave it out")
-    new_fid(job.metric, shape)  # before the data: what is not there is the nearer fault
+    new_fid(job.metric, shape)  # before the data: a missing file is the more likely fault
     count = count_of(data.source, data.folder, **data.options)
     check_measure(job.metric, shape, count, len(indices))
     if count < 3:
         raise ValueError(
-            f"data={data.name} has {count} image{'s' * (count != 1)}: a training needs 3 or more, 2 of them held out"
+            f"data={data.name} has {count} image{'s' * (count != 1)}: training needs at least 3, 2 of them held out"
         )
     if not 2 <= data.held_out < count:
         raise ValueError(f"data.held_out must be in [2, {count - 1}], got {data.held_out}")
@@ -178,8 +178,8 @@ def _check_samplers(job: Train, family: Family) -> None:
     choices, several = sampler_entries(job.evaluation.samplers), len(family.levels) > 1
     if not several and all(choice.planned for choice in choices):
         raise ValueError(
-            f"evaluation.samplers lists plans alone, which need several levels, and there is {family.names[0]}: add an "
-            "entry without plan, or train model=family"
+            f"evaluation.samplers lists only plans, which need several levels, but {family.names[0]} is alone: add "
+            "an entry without plan, or train model=family"
         )
     for number, choice in enumerate(choices):
         if choice.spec is not None and several and not job.calibration.images:
@@ -201,20 +201,20 @@ def _check_samplers(job: Train, family: Family) -> None:
 
 
 def _check_learned(folder: Path, names: list[str]) -> None:
-    """Raise ValueError unless coefficients were learned already for the family that is about to be found trained."""
+    """Raise ValueError unless coefficients exist for this trained family."""
     if (folder / "family.json").is_file() and (known := Family.load(folder)).names == names:
         known.fitted.coefficients_for(known)
         return
     raise ValueError(
-        f"learned probabilities are of a trained family, and {folder} is none of {', '.join(names)}: leave the entry "
-        f"out, then run {command('train')} model=coefficients family={folder}, then this again"
+        f"learned probabilities need a trained family of {', '.join(names)}, but {folder} is none: leave out the "
+        f"entry, then run {command('train')} model=coefficients family={folder}, then this again"
     )
 
 
 def train_level(job: Train, level: Level, shards: Shards) -> None:
-    """Train one level in its run folder, resuming what is there; nothing to do when it is finished."""
+    """Train one level in its run folder, resuming an earlier run; does nothing if finished."""
     folder = run_folder(job, level.name)
-    # only rank 0 takes the lock: the others belong to it
+    # only rank 0 takes the lock, for all
     with folder_lock(folder) if first_process() else nullcontext():
         if first_process():
             clear_leftovers(folder)
@@ -236,7 +236,7 @@ def train_level(job: Train, level: Level, shards: Shards) -> None:
 
 
 def _trained(folder: Path, steps: int) -> bool:
-    """Whether the level is there with all its steps: resume=force may have asked for more."""
+    """Whether the level exists with all its steps: resume=force may have asked for more."""
     path = folder / "level" / "mlem.json"
     if not path.exists():
         return False
@@ -261,14 +261,14 @@ def _module(job: Train, level: Level, shards: Shards) -> DenoisingModule:
         decoder=shards.decoder,
     )
     if job.trainer.compile:
-        level.network.compile()  # in place: the names of the weights stay
+        level.network.compile()  # in place: weights keep their names
     return module
 
 
 def _prepare(
     job: Train, level: Level, shards: Shards, folder: Path, step: int
 ) -> tuple[pl.Trainer, pl.LightningDataModule]:
-    """The trainer that goes on from `step`, and its data."""
+    """The trainer that continues from `step`, and its data."""
     options = job.training
     trainer = pl.Trainer(
         **job.trainer.place(),
@@ -281,8 +281,8 @@ def _prepare(
         accumulate_grad_batches=options.accumulate,
         gradient_clip_val=options.gradient_clip or None,
         limit_train_batches=options.epoch_steps * options.accumulate,
-        reload_dataloaders_every_n_epochs=1,  # each epoch reads on from the trainer's step
-        use_distributed_sampler=False,  # ranks share out the batches already
+        reload_dataloaders_every_n_epochs=1,  # each epoch continues at the trainer's step
+        use_distributed_sampler=False,  # batches are already split over ranks
         log_every_n_steps=min(10, options.epoch_steps),
         num_sanity_val_steps=0,
         enable_checkpointing=True,
@@ -296,7 +296,7 @@ def _callbacks(job: Train, level: Level, shards: Shards, folder: Path, step: int
     options = job.training
     callbacks: list[pl.Callback] = []
     if job.evaluation.every_n_epochs:
-        # stands before the average, and so sees the averaged weights
+        # placed before the average, so it sees the averaged weights
         callbacks.append(evaluation(job, shards, folder / "evaluation"))
     pending = step > 0 and step % options.epoch_steps == 0 and not validated(folder / "metrics.jsonl", step)
     rate = f"training.learning_rate={options.learning_rate:g}"
@@ -307,7 +307,7 @@ def _callbacks(job: Train, level: Level, shards: Shards, folder: Path, step: int
 
 
 def _export(trainer: pl.Trainer, module: DenoisingModule, folder: Path) -> None:
-    """Write the averaged network as a level, with what was measured of it."""
+    """Write the averaged network as a level, with its measurements."""
     seconds = next(callback.seconds for callback in trainer.checkpoint_callbacks if isinstance(callback, Checkpoints))
     module.load_state_dict(averaged_state(average_of(trainer)))
     log_at_last_step(trainer)
@@ -322,7 +322,7 @@ def _export(trainer: pl.Trainer, module: DenoisingModule, folder: Path) -> None:
 
 
 def _dry_run(job: Train, levels: list[Level]) -> None:
-    """Print what would be done and how long it would take."""
+    """Print what would be done and its estimated time."""
     print(OmegaConf.to_yaml(OmegaConf.create(job.told)))
     options, ranks, device = job.training, _world_size(job), _device(job)
     for level in levels:
@@ -338,6 +338,6 @@ def _dry_run(job: Train, levels: list[Level]) -> None:
             seconds.append(time.perf_counter() - begin)
         minutes = min(seconds) * options.accumulate * options.steps / 60
         print(
-            f"{level.name}: {level.parameters:,} parameters, {level.flops / 1e6:.1f} MFLOPs for an image, about "
+            f"{level.name}: {level.parameters:,} parameters, {level.flops / 1e6:.1f} MFLOPs per image, about "
             f"{minutes:.1f} minutes for {options.steps} steps of {options.batch_size} images on {ranks} x {device.type}"
         )

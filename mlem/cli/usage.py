@@ -1,4 +1,4 @@
-"""What `--help` prints: the choices of every group, and every option with its default and meaning."""
+"""The text of `--help`: the choices of every group, and every option with its default and meaning."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mlem.invocation import in_words_of_the_user
 
 __all__ = ["usage"]
 
-_PLANS = "# Levels that share the work (multilevel): one of budget, mse and delta, or a plan; all null: one level."
+_PLANS = "# Multilevel sampling: one of budget, mse and delta, or a plan; all null: a single level."
 
 
 def usage(command: str) -> str:
@@ -26,7 +26,7 @@ def usage(command: str) -> str:
         lines += [
             f"  {choice:24s}{first_comment(CONFIGS / group / f'{choice}.yaml')}" for choice in choices(group, command)
         ]
-    lines += ["", "options (a dot joins the names of inner ones, as in training.steps=500):"]
+    lines += ["", "options (nested names are joined by dots, as in training.steps=500):"]
     own = defaults(command)
     known = {row.name: row for row in rows(command)}
     for name, value in own.items():
@@ -35,7 +35,7 @@ def usage(command: str) -> str:
     lines += ["", "options of the chosen groups:"]
     chosen = [row for row in known.values() if row.default is MISSING or row.name.partition(".")[0] not in own]
     lines += [_line(row.name, row.words) for row in chosen if row.words]
-    lines += ["", "-m, --multirun  a sweep, one job for each value between commas: -m seed=0,1 'root=runs/seed${seed}'"]
+    lines += ["", "-m, --multirun  a sweep, one job per comma-separated value: -m seed=0,1 'root=runs/seed${seed}'"]
     return in_words_of_the_user("\n".join(lines))
 
 
@@ -44,12 +44,12 @@ def _plan_heading(row: Row | None, before: list[str]) -> list[str]:
 
 
 def _shared(row: Row) -> bool:
-    """Whether it is an option of plans, whose default may come from the sampler."""
+    """Whether it is an option of plans, with a default that the sampler may set."""
     return isinstance(row.default, str) and row.default.startswith("${oc.select:sampler.")
 
 
 def _option(name: str, value: Any, prefix: str, known: dict[str, Row]) -> Iterator[str]:
-    """An option, or a group of options, as YAML has it."""
+    """An option, or a group of options, as YAML."""
     indent = "  " * prefix.count(".")
     if isinstance(value, dict) and f"{prefix}{name}" not in known:
         yield f"{indent}{name}:"

@@ -1,4 +1,4 @@
-"""What the value of an option may be: each kind in words and as a test."""
+"""Kinds of option values: each in words and as a test."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ __all__ = [
 
 
 COUNT = 10**9
-"""What counts may be at most; indices of samples stay below (`mlem.noise.USER_INDICES`)."""
+"""Upper bound of counts; sample indices stay below it (`mlem.noise.USER_INDICES`)."""
 SAMPLES = 10**7
-"""Indices that one command takes, at most."""
+"""Most indices per command."""
 SEED = 2**63 - 1
 """The largest seed: torch takes 64 bits, with a sign."""
 
@@ -53,12 +53,12 @@ class Kind:
     holds: Callable[[Any], bool]
 
     def check(self, name: str, value: Any) -> None:
-        """Raise ValueError with the option, what it must be and what it is."""
+        """Raise ValueError naming the option, what it must be and its value."""
         if not self.holds(value):
             raise ValueError(f"{name} must be {self.words.format(name=name)}, got {value!r}")
 
     def or_null(self) -> Kind:
-        """The same, or nothing."""
+        """The same kind, or null."""
         return Kind(f"{self.words}, or null", lambda value: value is None or self.holds(value))
 
 
@@ -76,7 +76,7 @@ def _is_finite(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class _Bounded(Kind):
-    """Whole numbers, one or a list; those above `most`, for which no memory would be enough, are told so."""
+    """Whole numbers, one or a list, with their own message above `most`."""
 
     most: int
 
@@ -103,7 +103,7 @@ def list_of_whole(least: int, most: int = COUNT) -> Kind:
 
 
 def number(*, above: float | None = None, least: float | None = None) -> Kind:
-    """A finite number above one bound, or no less than it."""
+    """A finite number above a bound, or at least it."""
     if above is not None:
         return Kind(f"a number > {above:g}", lambda value: _is_finite(value) and value > above)
     assert least is not None
@@ -116,7 +116,7 @@ def one_of(*choices: str) -> Kind:
 
 
 def text(*, null: bool = False) -> Kind:
-    """Text that is not empty; null=True: or nothing."""
+    """Non-empty text; null=True: or null."""
     return Kind("text", lambda value: (isinstance(value, str) and bool(value)) or (null and value is None))
 
 
@@ -159,18 +159,18 @@ INDICES = Kind(f"ranges such as 0-63 or 0-9,20, of at most {SAMPLES} indices bel
 
 
 def parse_indices(value: Any, name: str) -> Sequence[int]:
-    """`"0-63"` as a range, `"0-9,20"` as a list of whole numbers. Raises ValueError that names the option."""
+    """`"0-63"` as a range, `"0-9,20"` as a list of whole numbers. Raises ValueError naming the option."""
     if not INDICES.holds(value):
         raise ValueError(f"{name} must be {INDICES.words}, got {value}")
     ranges = _ranges(value)
     ordered = sorted(ranges, key=lambda one: one.start)
     if any(after.start < before.stop for before, after in itertools.pairwise(ordered)):
-        raise ValueError(f"{name} names an index twice: {value}")
+        raise ValueError(f"{name} contains an index twice: {value}")
     return ranges[0] if len(ranges) == 1 else [*itertools.chain(*ranges)]
 
 
 def _ranges(value: Any) -> list[range]:
-    """Raises ValueError for what is none, or beyond what may be asked for."""
+    """Raises ValueError for anything else, or values out of bounds."""
     found: list[range] = []
     for part in str(value).replace(" ", "").split(","):
         match = re.fullmatch(r"(\d{1,18})(?:-(\d{1,18}))?", part)
@@ -183,5 +183,5 @@ def _ranges(value: Any) -> list[range]:
 
 
 def written(value: Any) -> str:
-    """A value as the command line has it."""
+    """A value as written on the command line."""
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

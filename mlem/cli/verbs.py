@@ -1,4 +1,4 @@
-"""What `eval=` makes of `sample.py`: each choice with the options of its own. Nothing here imports torch or Hydra."""
+"""The choices of `eval=` for `sample.py`, each with its options. Nothing here imports torch or Hydra."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ class Benchmark(Verb):
 
     names: ClassVar = ("benchmark",)
 
-    solver: str = option(TEXT, "of the list; ddim for the ODE")
-    steps: list[int] = option(LIST, "of every level by itself")
-    reference_steps: int = option(whole(1, MOST_STEPS), "of the largest level, from the same noise")
-    plan_steps: int = option(whole(1, MOST_STEPS), "of levels together")
-    budget: float = option(SHARE, "their share of the largest level's cost at every step (FLOPs) where delta is 0")
+    solver: str = option(TEXT, "solver of the samplers; ddim for the ODE")
+    steps: list[int] = option(LIST, "steps of single levels")
+    reference_steps: int = option(whole(1, MOST_STEPS), "steps of the reference: the largest level from the same noise")
+    plan_steps: int = option(whole(1, MOST_STEPS), "steps of plans")
+    budget: float = option(SHARE, "cost of plans at delta 0: share of the largest level at every step (FLOPs)")
     deltas: list[float] = option(LIST, "added to the logit of every p_k but the first")
     trials: int = option(whole(1), "draws of the coins at every delta")
     coins: str = option(one_of("systematic", "bernoulli", "nested", "poisson"), "how the coins are tossed")
     draws: int = option(whole(1), "bootstrap samples of the images")
-    shown: int = option(whole(0), "images of a row of samples; 0: none")
+    shown: int = option(whole(0), "images per strip of samples; 0: none")
     targets: list[float] = option(
-        ERRORS, "mean squared errors at which seconds are compared, beside what is recommended; []: the figures of [J]"
+        ERRORS, "mean squared errors at which times are compared, with recommendations; []: the figures of [J]"
     )
-    kind: str = option(one_of("ode", "sde"), "what is solved by what is recommended: ode or sde")
+    kind: str = option(one_of("ode", "sde"), "kind of the recommended solvers: ode or sde")
     samplers: list[Any] = option(
         LIST, "name or rival, solver, steps; grid, options; levels: each alone, reuse; or plan, running, forecast"
     )

@@ -1,9 +1,8 @@
-"""Data: preparing sets of images as verified WebDataset shards, and reading them for training.
+"""Data: preparing image data sets as verified WebDataset shards, and reading them for training.
 
     python -m mlem.data digits --out data/digits
 
-A data set is a file of `mlem.data.datasets`; adding the file is enough. The shards are written and read by
-`mlem.data.shards`.
+A data set is a file in `mlem.data.datasets`; adding the file is enough. `mlem.data.shards` writes and reads the shards.
 """
 
 from __future__ import annotations
@@ -67,7 +66,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> object:
-    # torch takes seconds to import, which the processes that prepare images need not wait for
+    # torch takes seconds to import, which processes that only prepare images should not wait for
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -1,4 +1,4 @@
-"""Official archives: where to get one, and whether what is there is the right one."""
+"""Official archives: where to get them, and checking that a file is the right one."""
 
 from __future__ import annotations
 
@@ -26,35 +26,35 @@ _TIMEOUT = 30  # seconds without a byte
 
 
 def located(source: str | os.PathLike[str], name: str) -> Path:
-    """The archive that `source` means: itself, or the file `name` in it when it is a folder."""
+    """The archive at `source`: itself, or the file `name` in it if it is a folder."""
     path = Path(source)
     return path / name if path.is_dir() else path
 
 
 def checked_md5(path: Path, expected: str, *, origin: str, any_checksum: bool) -> str:
-    """The MD5 of `path` in hex. ValueError when there is no such file, or it is another, unless `any_checksum`."""
+    """The MD5 of `path` in hex. ValueError if there is no such file, or its MD5 differs, unless `any_checksum`."""
     if not path.is_file():
         raise ValueError(f"{path} does not exist; get it from {origin}")
     found = _md5(path)
     if found != expected and not any_checksum:
         raise ValueError(
-            f"{path} has MD5 {found}, the official file has {expected}; get it again from {origin}, or admit "
+            f"{path} has MD5 {found}, the official file has {expected}; get it again from {origin}, or accept "
             "another archive of the same format with --any-checksum"
         )
     return found
 
 
 def download(url: str, path: Path, md5: str) -> None:
-    """Fetch `url` to `path`, unless it is there: beside it first, going on where an earlier attempt ended.
+    """Fetch `url` to `path`, unless it exists: first to a file beside it, resuming an earlier attempt.
 
-    Processes may call this together. ValueError, and nothing at `path`, when that fails or the MD5 is another.
+    Safe to call from several processes. ValueError, and nothing at `path`, if that fails or the MD5 differs.
     """
     part = path.with_name(f".{path.name}.part")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         part.touch()
     with open(part, "ab") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # freed however the process ends
+        fcntl.flock(file, fcntl.LOCK_EX)  # released however the process ends
         if path.exists():
             part.unlink(missing_ok=True)
             return
@@ -63,19 +63,19 @@ def download(url: str, path: Path, md5: str) -> None:
         os.fsync(file.fileno())
         if (found := _md5(part)) != md5:
             file.truncate(0)
-            raise ValueError(f"{url} gave a file of MD5 {found}, the official one has {md5}; run the command again")
+            raise ValueError(f"{url} returned a file with MD5 {found}, the official one has {md5}; run it again")
         os.replace(part, path)
 
 
 def _fetch(url: str, file: IO[bytes], path: Path) -> None:
-    """Append to `file`, from which `path` will be made, what it lacks of `url`."""
+    """Append the missing rest of `url` to `file`, which will become `path`."""
     begin = file.tell()
     request = urllib.request.Request(url, headers={"Range": f"bytes={begin}-"} if begin else {})
     with _named(url):
         try:
             response = urllib.request.urlopen(request, timeout=_TIMEOUT)
         except urllib.error.HTTPError as error:
-            if error.code == http.client.REQUESTED_RANGE_NOT_SATISFIABLE:  # all of it is there
+            if error.code == http.client.REQUESTED_RANGE_NOT_SATISFIABLE:  # it is already complete
                 return
             raise
     with response, _bar(Path(url).name) as report:
@@ -94,7 +94,7 @@ def _fetch(url: str, file: IO[bytes], path: Path) -> None:
                 file.flush()
             report(len(block))
         if length and file.tell() < begin + length:
-            raise ValueError(f"{url} broke off after {file.tell()} bytes; run the same command again to go on")
+            raise ValueError(f"{url} broke off after {file.tell()} bytes; run the same command again to continue")
 
 
 @contextmanager
@@ -104,8 +104,8 @@ def _named(url: str) -> Generator[None, None, None]:
     except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", None) or error
         raise ValueError(
-            f"cannot download {url} ({reason}); run the same command again to go on, or fetch the file by other means "
-            "and name it with --source"
+            f"cannot download {url} ({reason}); run the same command again to continue, or fetch the file by other "
+            "means and pass it with --source"
         ) from error
 
 

@@ -24,7 +24,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Prepare what the command line asks; return the exit code: 0, 2 for a wrong option or folder, 130 for Ctrl-C."""
+    """Run the command line; return the exit code: 0, 2 for a wrong option or folder, 130 for Ctrl-C."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         if arguments and not arguments[0].startswith("-") and arguments[0] not in DATASETS:
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {in_words_of_the_user(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        return interrupted("data", "finished shards are kept, the same command goes on from there")
+        return interrupted("data", "finished shards are kept, the same command continues from there")
     return 0
 
 
@@ -50,11 +50,11 @@ def _run(name: str, out: str, options: dict[str, Any]) -> None:
     print(f"{out}: {what}, {size / 1e6:.1f} MB, {seconds:.1f} s, {made / seconds:.0f} images/s")
     if manifest.left_out:
         named = "; ".join(list(manifest.left_out.values())[:3])
-        print(f"{len(manifest.left_out)} broken images are left out, named in {MANIFEST}: {named}", file=sys.stderr)
+        print(f"{len(manifest.left_out)} broken images are left out, listed in {MANIFEST}: {named}", file=sys.stderr)
 
 
 def _in_classes(names: Sequence[str]) -> str:
-    """Their number and names, some of them where they are many."""
+    """Their number and names, only some if there are many."""
     if not names:
         return ""
     shown = [*names[:10], "..", names[-1]] if len(names) > 12 else names
@@ -68,9 +68,9 @@ def _parser() -> _Parser:
         text = description_of(dataset)
         formatter = argparse.ArgumentDefaultsHelpFormatter
         command = commands.add_parser(name, help=text, description=text, formatter_class=formatter)
-        text = "folder to write; what an interrupted run finished there is kept"
+        text = "folder to write; finished work of an interrupted run is kept"
         command.add_argument("--out", required=True, default=argparse.SUPPRESS, metavar="FOLDER", help=text)
-        command.add_argument("--shard-size", type=int, default=SHARD_SIZE, metavar="N", help="images in a shard")
+        command.add_argument("--shard-size", type=int, default=SHARD_SIZE, metavar="N", help="images per shard")
         command.add_argument("--workers", type=int, default=1, metavar="N", help="processes that prepare images")
         for option in options_of(dataset).values():
             _add_option(command, option)

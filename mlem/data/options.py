@@ -29,9 +29,9 @@ class Option:
     Args:
         name: as in Python; with hyphens on the command line.
         kind: the type of a value other than null.
-        optional: whether null is admitted.
-        default: the value when it is left out; `dataclasses.MISSING` when it must be given.
-        help: what it means, in one line.
+        optional: whether null is allowed.
+        default: the default value, or `dataclasses.MISSING` if required.
+        help: one line.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Option:
 
     @property
     def flag(self) -> str:
-        """How the command line spells it."""
+        """Its spelling on the command line."""
         return f"--{self.name.replace('_', '-')}"
 
     def written(self, value: Any) -> str:
@@ -67,7 +67,7 @@ class Option:
 def options_of(dataset: type[DataSet]) -> dict[str, Option]:
     """The options of a data set by name, in the order of its fields.
 
-    Raises TypeError for a class that is no dataclass, or a field of another type than `DataSet` admits.
+    Raises TypeError for a class that is not a dataclass, or a field of a type that `DataSet` does not allow.
     """
     if not dataclasses.is_dataclass(dataset):
         raise TypeError(f"{dataset.__name__} must be a dataclass: put @dataclass(frozen=True) above it")
@@ -84,7 +84,7 @@ def options_of(dataset: type[DataSet]) -> dict[str, Option]:
 
 
 def check_options(name: str, dataset: type[DataSet], given: Mapping[str, Value]) -> None:
-    """Raise ValueError for an option that data set `name` lacks (the nearest is named), or a value of another type."""
+    """Raise ValueError for an unknown option of data set `name` (suggesting the nearest), or a wrong type."""
     options = options_of(dataset)
     for option, value in given.items():
         check_known(f"option of {name}", option, options)
@@ -105,7 +105,7 @@ def description_of(dataset: type[DataSet]) -> str:
 
 
 def _arguments(dataset: type[DataSet]) -> dict[str, str]:
-    """`name: text` of each entry under `Args:` in the class docstring; deeper lines go on with the entry before."""
+    """`name: text` of each entry under `Args:` in the class docstring; indented lines continue the entry above."""
     section = re.search(r"^Args:\n((?:[ \t]+.*\n?|\n)+)", inspect.getdoc(dataset) or "", re.MULTILINE)
     entries = re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", section[1] if section else "", re.MULTILINE)
     return {name: " ".join(text.split()) for name, text in entries}

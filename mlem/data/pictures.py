@@ -1,7 +1,7 @@
-"""Picture files: judged by their header, then made into 8-bit RGB of the size that is asked for.
+"""Image files: checked by their header, then converted to 8-bit RGB of the requested size.
 
-Lives here: opening PNG, JPEG and WebP without trusting them, the conversions, crops and scaling that every data set
-shares, and the one walk over a tree of picture files. Knows nothing of archives or shards.
+Here are safe opening of PNG, JPEG and WebP, the conversions, crops and scaling that all data sets share, and the walk
+over a tree of image files. Independent of archives and shards.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ __all__ = ["FILTERS", "SUFFIXES", "centre_square", "opened", "picture_files", "t
 SUFFIXES = ("png", "jpg", "jpeg", "webp")
 _MAX_PIXELS = 64 * 2**20
 _GREY_STEPS = {"L;2": 85, "L;4": 17}
-"""What a unit of 2-bit and of 4-bit grey becomes in 8 bits."""
+"""One unit of 2-bit and of 4-bit grey, in 8 bits."""
 FILTERS = {name.lower(): Image.Resampling[name] for name in ("BOX", "BILINEAR", "BICUBIC", "LANCZOS")}
 
 
 def picture_files(root: Path, suffixes: Sequence[str] = SUFFIXES) -> dict[bytes, int]:
-    """The picture files in `root` and all folders in it: path below `root` -> size, in the order of their paths.
+    """The image files in `root` and its subfolders: path below `root` -> size, sorted by path.
 
-    Hidden files and folders (the name begins with a dot), links and what is no plain file are left out.
+    Hidden files and folders (names with a leading dot), links and special files are left out.
     """
     found: dict[bytes, int] = {}
     endings = tuple(f".{suffix}".encode() for suffix in suffixes)
@@ -51,9 +51,9 @@ def picture_files(root: Path, suffixes: Sequence[str] = SUFFIXES) -> dict[bytes,
 
 @contextmanager
 def opened(file: BinaryIO) -> Generator[Image.Image, None, None]:
-    """The PNG, JPEG or WebP in `file`, with no pixel unpacked yet; ask for pixels inside the block.
+    """The PNG, JPEG or WebP in `file`, pixels not yet decoded; use it inside the block.
 
-    ValueError says what is wrong with the file, to be put after its name: too large, no such picture, broken.
+    ValueError says what is wrong with the file, to follow its name: too large, another format, broken.
     """
     try:
         with warnings.catch_warnings():
@@ -65,8 +65,8 @@ def opened(file: BinaryIO) -> Generator[Image.Image, None, None]:
                 yield image
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ValueError(f"has more than {_MAX_PIXELS} pixels ({error})") from error
-    except UnidentifiedImageError as error:  # whose text holds an address in memory
-        raise ValueError("cannot be decoded as PNG, JPEG or WebP (it is none)") from error
+    except UnidentifiedImageError as error:  # its text contains a memory address
+        raise ValueError("cannot be decoded as PNG, JPEG or WebP (it is none of them)") from error
     except (OSError, SyntaxError, EOFError, struct.error, zlib.error) as error:
         raise ValueError(f"cannot be decoded as PNG, JPEG or WebP ({error})") from error
 
@@ -74,9 +74,9 @@ def opened(file: BinaryIO) -> Generator[Image.Image, None, None]:
 def to_rgb(image: Image.Image) -> Image.Image:
     """8-bit RGB, upright.
 
-    Turned as EXIF says; the high byte of 16 bits; CMYK by Pillow's formula, without colour profiles; what is
-    transparent is laid over white, a transparent colour of 16 bits a channel by its high bytes; grey three times; the
-    first frame of several.
+    Rotated as EXIF says; the high byte of 16 bits; CMYK by Pillow's formula, without colour profiles; transparent
+    pixels are laid over white, a transparent colour of 16 bits per channel by its high bytes; grey is repeated three
+    times; the first frame of several.
     """
     _scale_transparent_colour(image)
     ImageOps.exif_transpose(image, in_place=True)
@@ -93,7 +93,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _scale_transparent_colour(image: Image.Image) -> None:
-    """Pillow brings pixels of 2, 4 and 16 bits to 8, but not the transparent colour that they are compared with."""
+    """Scale the transparent colour to 8 bits: Pillow converts pixels of 2, 4 and 16 bits, but not this."""
     raw = str(image.tile[0].args) if isinstance(image, ImageFile) and image.tile else ""
     transparent = image.info.get("transparency")
     if raw in _GREY_STEPS and isinstance(transparent, int):
@@ -103,6 +103,6 @@ def _scale_transparent_colour(image: Image.Image) -> None:
 
 
 def centre_square(image: Image.Image, side: int) -> Image.Image:
-    """The `side` x `side` pixels in the middle; one more is cut on the right and below where the rest is odd."""
+    """The central `side` x `side` pixels; if the rest is odd, one more is cut on the right and at the bottom."""
     left, top = (image.width - side) // 2, (image.height - side) // 2
     return image.crop((left, top, left + side, top + side))

@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 __all__ = ["SHARD_SIZE", "classes_of", "count_of", "decoder_of", "ensure", "make_source", "prepare", "size_of"]
 
 SHARD_SIZE = 1000
-"""Images in a shard, unless told otherwise."""
+"""Default number of images per shard."""
 
 
 def make_source(name: str, **options: Value) -> Source | Stored:
     """Build the source of data set `name`, not opened.
 
     Raises:
-        ValueError: gives the nearest match of a wrong name or option, or names an option of another type or range.
+        ValueError: a wrong name or option (suggests the nearest match), or a value of wrong type or out of range.
     """
     check_known("data set", name, DATASETS)
     check_options(name, DATASETS[name], options)
@@ -46,15 +46,15 @@ def prepare(
 ) -> int:
     """Prepare data set `name` in folder `out`; return how many images had to be made.
 
-    Resumable, one call at a time, refused where the folder holds other data: see `write_shards`.
+    Resumable, one call at a time, rejected if the folder holds other data: see `write_shards`.
 
     Args:
         name: of the data set.
         out: folder to write.
-        shard_size: images in a shard.
+        shard_size: images per shard.
         workers: processes that prepare images.
         progress: whether to show a bar.
-        wait: whether to wait for another call on the same folder, instead of being refused.
+        wait: whether to wait for another call on the same folder instead of failing.
         options: of the data set.
     """
     out = plain_folder(out)
@@ -78,11 +78,11 @@ def prepare(
 
 
 def ensure(name: str, folder: str | os.PathLike[str], *, progress: bool = True, **options: Value) -> Shards:
-    """Open data set `name` in `folder`, preparing it first if it is not there; processes may call this together.
+    """Open data set `name` in `folder`, preparing it first if missing; safe to call from several processes.
 
     Raises:
-        ValueError: names both sides when the folder holds other data than `options` describe (defaults included);
-            files that were the source are compared if they are still there, and need not be.
+        ValueError: the folder holds other data than `options` describe, defaults included (names both sides); source
+            files are compared only if they still exist.
     """
     made = make_source(name, **options)
     folder = plain_folder(folder)
@@ -101,7 +101,7 @@ def ensure(name: str, folder: str | os.PathLike[str], *, progress: bool = True, 
 
 
 def count_of(name: str, folder: str | os.PathLike[str], **options: Value) -> int:
-    """How many images data set `name` has: those in `folder` where it is prepared, else those of its source."""
+    """Number of images of data set `name`: in `folder` if prepared, else in its source."""
     made = make_source(name, **options)
     folder = plain_folder(folder)
     if isinstance(made, Stored) and (folder / MANIFEST).is_file():
@@ -110,7 +110,7 @@ def count_of(name: str, folder: str | os.PathLike[str], **options: Value) -> int
 
 
 def size_of(name: str, folder: str | os.PathLike[str], **options: Value) -> tuple[int, int, int]:
-    """(C, H, W) of the images of data set `name`: those of its source, or in `folder` where only they say it."""
+    """(C, H, W) of the images of data set `name`: from its source, or from `folder` if only the files know."""
     made = make_source(name, **options)
     folder = plain_folder(folder)
     if made.shape is None and (folder / MANIFEST).is_file():
@@ -119,7 +119,7 @@ def size_of(name: str, folder: str | os.PathLike[str], **options: Value) -> tupl
 
 
 def decoder_of(name: str, folder: str | os.PathLike[str], **options: Value) -> Decoder | None:
-    """The decoder of data set `name`, where it is of latents: the one in `folder`, else that of its options."""
+    """The decoder of data set `name`, if it holds latents: the one in `folder`, else that of its options."""
     made = make_source(name, **options)
     folder = plain_folder(folder)
     if (folder / MANIFEST).is_file():
@@ -129,10 +129,10 @@ def decoder_of(name: str, folder: str | os.PathLike[str], **options: Value) -> D
 
 
 def classes_of(name: str, folder: str | os.PathLike[str], **options: Value) -> tuple[str, ...]:
-    """Names of the classes of data set `name`: those in `folder` where it is prepared, else those of its source.
+    """Names of the classes of data set `name`: in `folder` if prepared, else in its source.
 
     Raises:
-        ValueError: its images have no labels; it says why.
+        ValueError: its images have no labels; the message says why.
     """
     made = make_source(name, **options)
     folder = plain_folder(folder)
@@ -150,12 +150,12 @@ def classes_of(name: str, folder: str | os.PathLike[str], **options: Value) -> t
 
 
 def _opened(made: Source | Stored, name: str, folder: Path, given: dict[str, Value]) -> Source:
-    """Open a source. ValueError gives the command to prepare it when the user did not say where it is."""
+    """Open a source. ValueError gives the command to prepare it if the user did not say where it is."""
     if isinstance(made, Stored) and made.path is None:
         options = options_of(DATASETS[name])
         words = [options[key].written(value) for key, value in given.items() if value != options[key].default]
         raise ValueError(
-            f"{folder} holds no data, and where {name} comes from is not said; prepare it: "
+            f"{folder} holds no data, and no source of {name} is given; prepare it: "
             + " ".join([f"python -m mlem.data {name} --source {made.usual} --out {folder}", *words])
         )
     return made.open()

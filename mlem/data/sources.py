@@ -1,4 +1,4 @@
-"""What a data set is: a dataclass of options that builds a source of images, before they are shards."""
+"""Data sets: dataclasses of options that build a source of images, before these become shards."""
 
 from __future__ import annotations
 
@@ -19,33 +19,33 @@ __all__ = ["DataSet", "Images", "Labels", "Partial", "Source", "Stored", "checke
 class DataSet(ABC):
     """A data set: subclass it as a frozen dataclass in a file of `mlem.data.datasets`, which gives it its name.
 
-    The fields are its options: `int`, `float`, `str`, `bool`, or one of them and `None`. What an option means is read
-    from `Args:` of the class docstring, the one-line description from its first line. `__post_init__` raises
-    ValueError, naming the option, for a value out of range.
+    The fields are its options: `int`, `float`, `str`, `bool`, or one of them and `None`. The class docstring supplies
+    the help: options from `Args:`, the one-line description from its first line. `__post_init__` raises ValueError,
+    naming the option, for a value out of range.
 
     Attributes:
-        licence: of the images, where their source says it; a name of the hub of Hugging Face, or words.
+        licence: of the images, if their source states one; a name from the Hugging Face hub, or words.
     """
 
     licence: ClassVar[str] = ""
 
     @abstractmethod
     def build(self) -> Source | Stored:
-        """The source of the images; a `Stored` one where files must be opened first. Reads no large file."""
+        """The source of the images; a `Stored` if files must be opened first. Reads no large file."""
 
     @classmethod
     def example(cls, folder: Path) -> dict[str, Any]:
-        """Options of a small instance for the conformance tests; the files that it needs are written to `folder`."""
+        """Options of a small instance for the conformance tests; writes the files it needs to `folder`."""
         return {}
 
 
 @dataclass(frozen=True)
 class Partial:
-    """What `images(start, stop)` gives when some cannot be read.
+    """What `images(start, stop)` returns if some cannot be read.
 
     Args:
         pixels: of the others, in order.
-        left_out: index -> why not.
+        left_out: index -> reason.
     """
 
     pixels: np.ndarray
@@ -60,15 +60,15 @@ class Labels:
     """The classes of images.
 
     Args:
-        names: of the classes, one or more; label n is of the class names[n].
-        values: `values(start, stop)` gives the labels of these images, whole numbers (stop - start,).
+        names: of the classes, one or more; label n means names[n].
+        values: `values(start, stop)` returns the labels of these images, whole numbers (stop - start,).
     """
 
     names: tuple[str, ...]
     values: Callable[[int, int], np.ndarray]
 
     def checked(self, start: int, stop: int) -> np.ndarray:
-        """What `values(start, stop)` gives. Raises ValueError for another kind or number, or a label of no class."""
+        """The labels `values(start, stop)`. Raises ValueError for a wrong type or number, or a label of no class."""
         found = self.values(start, stop)
         if found.shape != (stop - start,) or found.dtype.kind not in "iu":
             raise ValueError(
@@ -81,17 +81,17 @@ class Labels:
 
 @dataclass(frozen=True)
 class Source:
-    """Images to be prepared.
+    """Images to prepare.
 
     Args:
-        images: `images(start, stop)` gives (stop - start, H, W, C) uint8, C = 1 or 3; with a decoder, mean and
-            deviation of latents, (stop - start, 2, C, H, W) float16; pickled where several processes work.
+        images: `images(start, stop)` returns (stop - start, H, W, C) uint8, C = 1 or 3; with a decoder, mean and
+            standard deviation of latents, (stop - start, 2, C, H, W) float16; pickled for several processes.
         count: number of images.
-        info: what decides the pixels, seed included: two sources with the same `info` and `count` must give the same
-            images, however the range is cut.
+        info: everything that determines the pixels, seed included: two sources with the same `info` and `count` must
+            give the same images, however the range is cut.
         tolerance: how many images may be left out as unreadable, in a `Partial`.
-        labels: the classes of the images, if they have any; decided by `info` like the pixels.
-        decoder: of latents; None: they are pictures. `info` has its fingerprint as "decoder".
+        labels: the classes of the images, if any; determined by `info` like the pixels.
+        decoder: of latents; None: for images. `info` has its fingerprint as "decoder".
     """
 
     images: Images
@@ -103,7 +103,7 @@ class Source:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Names of the classes; none where images have no labels."""
+        """Names of the classes; empty if images have no labels."""
         return () if self.labels is None else self.labels.names
 
     @property
@@ -121,12 +121,12 @@ class Stored:
     """Images in files that must be opened first.
 
     Args:
-        shape: (C, H, W); None where only the files say it.
-        info: what the options say of the pixels; the opened source adds what identifies the files.
-        path: the archive or folder; None when the user did not say where.
+        shape: (C, H, W); None if only the files know.
+        info: what the options determine about the pixels; the opened source adds the identity of the files.
+        path: the archive or folder; None if the user did not say.
         usual: what to call it then.
         read: opens a path.
-        decoder: of latents, where the options say it.
+        decoder: of latents, if the options give it.
     """
 
     shape: tuple[int, int, int] | None
@@ -137,7 +137,7 @@ class Stored:
     decoder: Decoder | None = None
 
     def open(self) -> Source:
-        """The images at `path`, which must be known. ValueError when they are not what they should be."""
+        """The images at `path`, which must be known. ValueError if they are not as expected."""
         if self.path is None:
             raise ValueError(f"source must be given: the path of {self.usual}")
         return self.read(self.path)
@@ -149,7 +149,7 @@ def shape_of(images: Images) -> tuple[int, int, int]:
 
 
 def _shape(batch: np.ndarray) -> tuple[int, int, int]:
-    """(C, H, W) of pictures (n, H, W, C), or of latents (n, 2, C, H, W)."""
+    """(C, H, W) of images (n, H, W, C), or of latents (n, 2, C, H, W)."""
     if batch.ndim == 5:
         return batch.shape[2], batch.shape[3], batch.shape[4]
     return batch.shape[3], batch.shape[1], batch.shape[2]
@@ -158,13 +158,12 @@ def _shape(batch: np.ndarray) -> tuple[int, int, int]:
 def checked(
     images: Images, start: int, stop: int, shape: tuple[int, int, int] | None = None
 ) -> tuple[np.ndarray, dict[int, str]]:
-    """What `images(start, stop)` gives, checked.
+    """The result of `images(start, stop)`, checked.
 
-    Returns: (n, H, W, C) uint8, or (n, 2, C, H, W) float16, and index -> why it is left out, for the others of the
-    range.
+    Returns: (n, H, W, C) uint8, or (n, 2, C, H, W) float16, and index -> reason for the images left out.
 
     Raises:
-        ValueError: it is of another kind, or not of `shape` (C, H, W).
+        ValueError: wrong type, or not of `shape` (C, H, W).
     """
     given = images(start, stop)
     batch, left_out = (given.pixels, given.left_out) if isinstance(given, Partial) else (given, {})
@@ -173,7 +172,7 @@ def checked(
     latents = batch.dtype == np.float16 and batch.ndim == 5 and batch.shape[1] == 2
     if len(batch) != count or not (pictures or latents):
         raise ValueError(
-            f"images({start}, {stop}) must give uint8 ({count}, H, W, 1 or 3), got {batch.dtype} {batch.shape}"
+            f"images({start}, {stop}) must return uint8 ({count}, H, W, 1 or 3), got {batch.dtype} {batch.shape}"
         )
     if latents and not np.isfinite(batch).all():
         raise ValueError(f"images({start}, {stop}) has latents that are not finite, or beyond the range of float16")

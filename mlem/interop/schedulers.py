@@ -1,4 +1,4 @@
-"""Solvers of mlem as schedulers of diffusers.
+"""mlem's solvers as diffusers schedulers.
 
 pipe.scheduler = RandomizedMidpointScheduler.from_config(pipe.scheduler.config)
 """
@@ -25,28 +25,28 @@ __all__ = ["RandomizedMidpointScheduler"]
 class RandomizedMidpointScheduler(SchedulerMixin, ConfigMixin):
     """Randomized midpoints (Gupta, Cai and Chen, arXiv:2406.00924), Algorithm 1 in kappa = sigma / alpha.
 
-    A step from kappa to kappa' asks the network twice: at kappa, and at a midpoint that is uniform between kappa and
-    kappa'; the sample then moves by the whole step along the second answer. On average over midpoints that is the
-    integral of the probability flow. Midpoints are drawn when timesteps are set, one for each step, which all samples
-    of a call share; they fall between the timesteps of training, and networks are told fractions of them.
+    A step from kappa to kappa' evaluates the network twice: at kappa, and at a midpoint uniform between kappa and
+    kappa'; the sample then moves by the whole step along the second output. Averaged over midpoints, that is the
+    integral of the probability flow. Midpoints are drawn when timesteps are set, one per step, shared by all samples
+    of a call; they fall between training timesteps, so networks get fractional timesteps.
 
     Args:
-        num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas, rescale_betas_zero_snr: the noise, as
-            other schedulers have it.
-        prediction_type: "epsilon", "v_prediction" or "sample"; of flows "flow_prediction".
-        shift: of a rectified flow, as FlowMatchEulerDiscreteScheduler has it; None: it is none.
-        use_flow_sigmas, flow_shift: the same, as DPMSolverMultistepScheduler has it.
+        num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas, rescale_betas_zero_snr: the noise
+            schedule, as in other schedulers.
+        prediction_type: "epsilon", "v_prediction" or "sample"; for flows "flow_prediction".
+        shift: of a rectified flow, as in FlowMatchEulerDiscreteScheduler; None: not a flow.
+        use_flow_sigmas, flow_shift: the same, as in DPMSolverMultistepScheduler.
         use_dynamic_shifting: must be False.
         grid: of the steps, a key of `mlem.grids.GRIDS`.
-        seed: of the midpoints: the same one gives the same midpoints in every call.
+        seed: of the midpoints: the same seed gives the same midpoints in every call.
 
     Attributes:
-        timesteps: what the network is told, two for each step; one where a step begins with pure noise.
-        sigmas: kappa at each, of flows kappa / (1 + kappa); then the last.
+        timesteps: the network's inputs, two per step; one for a step from pure noise.
+        sigmas: kappa at each, for flows kappa / (1 + kappa); then the last.
         prediction: what the network predicts. flows: whether it was trained on a rectified flow.
 
     Raises:
-        ValueError: a config that depends on the picture, or that says no noise.
+        ValueError: a config that depends on the image size, or lacks a noise schedule.
     """
 
     _compatibles: ClassVar[list[str]] = [one.name for one in KarrasDiffusionSchedulers]
@@ -76,7 +76,7 @@ class RandomizedMidpointScheduler(SchedulerMixin, ConfigMixin):
         self.flows = isinstance(self.prediction, Flow)
         if self.flows:
             if use_dynamic_shifting:
-                raise ValueError("use_dynamic_shifting depends on the picture; set it to False and give shift=")
+                raise ValueError("use_dynamic_shifting depends on the image size; set it to False and pass shift=")
             self._schedule = NoiseSchedule.flow(flow_shift if shift is None else shift)
         else:
             names = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")
@@ -92,29 +92,29 @@ class RandomizedMidpointScheduler(SchedulerMixin, ConfigMixin):
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """The scheduler with the noise of another one's config, what that took by default included.
+        """The scheduler with the noise schedule of another one's config, including its defaults.
 
         Raises:
-            ValueError: the noise of that class is none of betas or of a rectified flow.
+            ValueError: that class uses neither betas nor a rectified flow.
         """
         given = {name: value for name, value in dict(config).items() if name != "_use_default_values"}
-        for name in ("sigma_data", "shift_terminal"):  # of EDM, and of flows that end at noise of their own
+        for name in ("sigma_data", "shift_terminal"):  # of EDM, and of flows with another end of the noise
             if given.get(name):
-                raise ValueError(f"{cls.__name__} has betas or a rectified flow, and the config's {name} is of neither")
+                raise ValueError(f"{cls.__name__} has betas or a rectified flow, but the config's {name} fits neither")
         return super().from_config(given, return_unused_kwargs, **kwargs)
 
     @property
     def begin_index(self) -> int | None:
-        """The number of the first timestep that is used, where a pipeline said it."""
+        """The number of the first timestep used, if a pipeline set it."""
         return self._begin_index
 
     @property
     def step_index(self) -> int | None:
-        """The number of the timestep that comes next."""
+        """The number of the next timestep."""
         return self._step_index
 
     def set_begin_index(self, begin_index: int = 0) -> None:
-        """Begin with this timestep, as pipelines do that begin with a picture."""
+        """Begin with this timestep, as image-to-image pipelines do."""
         self._begin_index = begin_index
 
     def set_timesteps(
@@ -128,7 +128,7 @@ class RandomizedMidpointScheduler(SchedulerMixin, ConfigMixin):
         Args:
             num_inference_steps: steps, of two evaluations each.
             device: of `timesteps`.
-            generator: draws the midpoints in the place of `seed`.
+            generator: draws the midpoints instead of `seed`.
         """
         schedule = self._schedule
         points = GridPoint.of(schedule, TimeGrid.make(self.config["grid"], schedule, num_inference_steps))
@@ -158,7 +158,7 @@ class RandomizedMidpointScheduler(SchedulerMixin, ConfigMixin):
         return n * place.kappa / (1 + place.kappa) if self.flows else n * place.t - 1
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
-        """The sample itself."""
+        """Return the sample unchanged."""
         return sample
 
     def index_for_timestep(self, timestep: float | Tensor) -> int:
@@ -175,20 +175,20 @@ class RandomizedMidpointScheduler(SchedulerMixin, ConfigMixin):
         generator: torch.Generator | None = None,
         return_dict: bool = True,
     ) -> SchedulerOutput | tuple[Tensor]:
-        """Where the network is asked next, given its answer at this timestep.
+        """The next input of the network, given its output at this timestep.
 
         Args:
-            model_output: the answer, (B, ...).
-            timestep: an entry of `timesteps`; they must come in their order.
-            sample: (B, ...), what the network was asked at.
-            eta, use_clipped_model_output: as DDIM has them, for pipelines that give them: 0, and not set.
-            generator: not used, and taken because pipelines give one: midpoints are drawn by `set_timesteps`.
+            model_output: the output, (B, ...).
+            timestep: an entry of `timesteps`; they must come in order.
+            sample: (B, ...), the network's input.
+            eta, use_clipped_model_output: DDIM's arguments, for pipelines that pass them: must be 0 and unset.
+            generator: unused; accepted because pipelines pass one: `set_timesteps` draws the midpoints.
             return_dict: whether to return an object with `.prev_sample`, else a tuple.
         """
         if eta or use_clipped_model_output:
-            raise ValueError(f"eta={eta} and use_clipped_model_output are of DDIM; leave them out")
+            raise ValueError(f"eta={eta} and use_clipped_model_output belong to DDIM; leave them out")
         if self.num_inference_steps is None:
-            raise ValueError("set_timesteps(steps) comes before step()")
+            raise ValueError("call set_timesteps(steps) before step()")
         if self._step_index is None:
             self._step_index = self.index_for_timestep(timestep) if self._begin_index is None else self._begin_index
         index = self._step_index
@@ -198,7 +198,7 @@ class RandomizedMidpointScheduler(SchedulerMixin, ConfigMixin):
         level = NoiseLevel(torch.empty(0), here.alpha, here.sigma)
         eps = self.prediction.eps(output, here.alpha * y, level)
         begun = self._before if middle else None
-        if begun is not None:  # the whole step, along what was found half-way
+        if begun is not None:  # the whole step, along the output at the midpoint
             there = self._places[index + 1]
             y = begun + (there.kappa - self._places[index - 1].kappa) * eps
             self._before = None
@@ -210,11 +210,11 @@ class RandomizedMidpointScheduler(SchedulerMixin, ConfigMixin):
         return SchedulerOutput(prev_sample=found) if return_dict else (found,)
 
     def _scale(self, place: GridPoint) -> float:
-        """The sample there, for a unit of y = x / alpha."""
+        """The sample at a point, per unit of y = x / alpha."""
         return 1 / (1 + place.kappa) if self.flows else place.alpha
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """Samples as they are at these timesteps (B,), with this noise (B, ...)."""
+        """Samples with this noise (B, ...) added, at these timesteps (B,)."""
         times = torch.as_tensor(timesteps, device=original_samples.device).double().view(-1)
         n = self.config["num_train_timesteps"]
         if self.flows:

@@ -1,7 +1,7 @@
-"""How good the samples are: FID, KID, precision and recall; pathwise error, PSNR and SSIM to a reference.
+"""Quality of samples: FID, KID, precision and recall; pathwise error, PSNR and SSIM to a reference.
 
-Names are loaded when first used: the torchmetrics import takes seconds, so neither `import mlem.metrics` nor the
-command line pays for it.
+Names are imported on first use: torchmetrics takes seconds to import, which `import mlem.metrics` and the command line
+avoid.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Features kept by the index of their image, on the rank that has seen it, and gathered in one order."""
+"""Features kept by image index on the rank that saw the image, and gathered in order."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["FeatureBank", "distributed"]
 
 
 class FeatureBank:
-    """Features of images, float64, by index. The order of updates and the number of ranks leave no trace."""
+    """Features of images, float64, by index. The order of updates and the number of ranks do not matter."""
 
     def __init__(self, num_features: int) -> None:
         self._empty = torch.empty(0, num_features, dtype=torch.float64)
@@ -22,7 +22,7 @@ class FeatureBank:
         self._features, self._indices = [self._empty], [torch.empty(0, dtype=torch.int64, device=self._empty.device)]
 
     def to(self, device: str | torch.device) -> FeatureBank:
-        """Move what is kept."""
+        """Move the features to a device."""
         self._empty = self._empty.to(device)
         self._features = [features.to(device) for features in self._features]
         self._indices = [indices.to(device) for indices in self._indices]
@@ -36,7 +36,7 @@ class FeatureBank:
     def gather(self) -> Tensor:
         """The features of all ranks in the order of their indices, (N, d); every rank must call it.
 
-        Raises ValueError for an index that came twice.
+        Raises ValueError for a repeated index.
         """
         features, indices = torch.cat(self._features), torch.cat(self._indices)
         if distributed():
@@ -45,7 +45,7 @@ class FeatureBank:
             features, indices = torch.cat(gather_all_tensors(features)), torch.cat(gather_all_tensors(indices))
         indices, order = indices.sort()
         if len(twice := indices[1:][indices.diff() == 0]):
-            raise ValueError(f"image {int(twice[0])} came twice; give each index to one rank, once")
+            raise ValueError(f"image {int(twice[0])} was added twice; add each index once, on one rank")
         return features[order]
 
 

@@ -21,10 +21,10 @@ def denoising_errors(
     """Mean squared error of the noise estimate of each image, (B,), at each of NOISE_LEVELS.
 
     Args:
-        denoiser: whose estimate it is.
+        denoiser: makes the estimate.
         schedule: of the noise.
         images: (B, C, H, W), in [-1, 1].
-        index: (B,); it keys the noise, so that every network sees the same.
+        index: (B,); keys the noise, so that every network sees the same.
         seed: of the noise.
     """
     stream, errors = NoiseStream(seed, "validation"), {}

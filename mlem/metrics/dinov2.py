@@ -1,8 +1,8 @@
-"""DINOv2 features, of which Stein et al. (arXiv:2306.04675) take the Frechet distance: finding and reading the network.
+"""DINOv2 features for the Frechet distance of Stein et al. (arXiv:2306.04675): finding and reading the network.
 
-The network is transformers' Dinov2Model. What goes into it is made as their code makes it: 224 x 224 pixels by Pillow's
-bicubic filter in 8 bits, normalised by the mean and deviation of ImageNet. What comes out is the class token after the
-last normalisation. Nothing is downloaded and no pickle is read.
+The network is transformers' Dinov2Model. Images are prepared as in their code: resized to 224 x 224 pixels by Pillow's
+bicubic filter in 8 bits, normalised by the mean and standard deviation of ImageNet. The output is the class token after
+the last normalisation. Nothing is downloaded and no pickle is read.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ __all__ = ["DINOv2", "dinov2"]
 _SIDE = 224
 _MEAN, _DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _SIZES = {384: "s", 768: "b", 1024: "l", 1536: "g"}
-"""Width -> the letter of the published size."""
+"""Width -> letter of the published size."""
 _WEIGHTS = "model.safetensors"
 _BATCH = 32  # images at a time: 256 of 224 x 224 would take gigabytes in the large sizes
-_FOLDER = "the folder of a Dinov2Model that transformers wrote"
+_FOLDER = "the folder of a Dinov2Model saved by transformers"
 _REMEDY = "copy the folder again"
 
 
@@ -69,9 +69,9 @@ class DINOv2(nn.Module):
 
 
 def _resampled(positions: Tensor, side: int) -> Tensor:
-    """Position embeddings (1, 1 + n^2, d) for side^2 patches, as the original network makes them from its own n^2.
+    """Position embeddings (1, 1 + n^2, d) for side^2 patches, resampled as in the original network.
 
-    transformers resamples by side / n; the original by (side + 0.1) / n, which the published numbers are of.
+    transformers resamples by side / n; the original, and the published numbers, by (side + 0.1) / n.
     """
     own = math.isqrt(positions.shape[1] - 1)
     if own == side:
@@ -85,14 +85,14 @@ def dinov2(weights: str | Path | None, sha256: str | None = None) -> DINOv2:
     """The network in a folder.
 
     Args:
-        weights: the folder, of config.json and model.safetensors.
-        sha256: the first 8 or more hexadecimal digits that the SHA-256 of model.safetensors must have; None: any.
+        weights: the folder, with config.json and model.safetensors.
+        sha256: the first 8 or more hexadecimal digits of the expected SHA-256 of model.safetensors; None: any.
 
     Returns:
-        The network. Its protocol is such as `dinov2-l-1a2b3c4d`: the size, and 8 digits of that SHA-256.
+        The network. Its protocol is, for example, `dinov2-l-1a2b3c4d`: the size, and 8 digits of that SHA-256.
 
     Raises:
-        ValueError: for whatever is missing or does not fit, with the remedy.
+        ValueError: names what is missing or does not fit, and the remedy.
     """
     if find_spec("transformers") is None:
         raise ValueError("metric=fd_dinov2 needs transformers: pip install mlem-diffusion[pipelines]")
@@ -113,7 +113,7 @@ def dinov2(weights: str | Path | None, sha256: str | None = None) -> DINOv2:
 
 
 def _check_config(folder: Path) -> None:
-    """Raise ValueError for a folder of anything but a Dinov2Model for 224 x 224 RGB pixels."""
+    """Raise ValueError unless the folder holds a Dinov2Model for 224 x 224 RGB pixels."""
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"metric.weights={folder} has no config.json: name {_FOLDER}")
@@ -123,14 +123,14 @@ def _check_config(folder: Path) -> None:
     patch, channels = config.get("patch_size", 14), config.get("num_channels", 3)
     if not (isinstance(patch, int) and patch > 0 and _SIDE % patch == 0 and channels == 3):
         raise ValueError(
-            f"metric.weights={folder} has patch_size {patch} and num_channels {channels}: it must take RGB pictures of "
-            f"{_SIDE}x{_SIDE} pixels in whole patches, as all that were published do"
+            f"metric.weights={folder} has patch_size {patch} and num_channels {channels}: it must take RGB images of "
+            f"{_SIDE}x{_SIDE} pixels in whole patches, like all published ones"
         )
 
 
 @cache
 def _hash(path: Path, size: int, time: int) -> str:
-    """SHA-256 of a file of a gigabyte, once; size and time: of this very version of it."""
+    """SHA-256 of a large file, computed once per version, identified by size and time."""
     return sha256_of(path)
 
 
@@ -154,7 +154,7 @@ def _read(folder: Path) -> Any:
 
 @contextmanager
 def _quiet() -> Generator[None, None, None]:
-    """Without the progress bars and the reports of transformers: what is wrong is said in one line."""
+    """Silence the progress bars and reports of transformers: errors are one line."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

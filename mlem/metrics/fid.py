@@ -1,8 +1,8 @@
-"""Frechet distance between images and reference images, named after its protocol and its count.
+"""Frechet distance between images and reference images, named by protocol and number of images.
 
-Lives here: the distance, and the metric `FID` on torchmetrics' sums, which can keep the features for `scores.py`. The
-features are `random_features.py`, `inception.py` or `dinov2.py`. Images become uint8 by `mlem.images.quantise` before
-anything else, so a PNG and the tensor it was written from give the same value.
+Here are the distance and the metric `FID` on torchmetrics' sums, which can keep the features for `scores.py`. Features
+come from `random_features.py`, `inception.py` or `dinov2.py`. Images are first made uint8 by `mlem.images.quantise`, so
+a PNG and the tensor it was written from give the same value.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ class FewImagesWarning(UserWarning):
 
 @dataclass(frozen=True)
 class Score:
-    """One metric.
+    """The value of one metric.
 
     Attributes:
         name: kind, protocol and count, as in `fid_random256@2000`.
         value: the mean over `parts`, if any.
-        count: generated images, over all ranks.
-        real_count: reference images, over all ranks.
+        count: number of generated images, over all ranks.
+        real_count: number of reference images, over all ranks.
         spread: standard deviation over `parts`; None without parts.
         parts: such as "5 blocks" or "100 subsets".
     """
@@ -55,16 +55,16 @@ def frechet_distance(mean_1: Tensor, cov_1: Tensor, mean_2: Tensor, cov_2: Tenso
 
         |mean_1 - mean_2|^2 + tr cov_1 + tr cov_2 - 2 tr (cov_1^(1/2) cov_2 cov_1^(1/2))^(1/2)
 
-    mean: (d,), cov: (d, d) symmetric positive semi-definite, singular ones too. Round-off can leave equal arguments
-    slightly below zero. The last trace is computed as the sum of the singular values of root_1^T root_2, where
-    cov = root root^T: eigenvalues of the product would lose half the digits when the square root is taken of zeros.
+    mean: (d,), cov: (d, d) symmetric positive semi-definite, possibly singular. Round-off can make the result for equal
+    arguments slightly negative. The last trace is computed as the sum of the singular values of root_1^T root_2, where
+    cov = root root^T: square roots of vanishing eigenvalues of the product would lose half the digits.
     """
     cross = torch.linalg.svdvals(_root(cov_1).T @ _root(cov_2)).sum()
     return (mean_1 - mean_2).square().sum() + cov_1.trace() + cov_2.trace() - 2 * cross
 
 
 def _root(cov: Tensor) -> Tensor:
-    """A factor (d, rank) with cov = root root^T; eigenvalues that are round-off are left out."""
+    """A factor (d, rank) with cov = root root^T; eigenvalues at round-off level are dropped."""
     values, vectors = torch.linalg.eigh(cov)
     kept = values > len(values) * torch.finfo(values.dtype).eps * values[-1]
     return vectors[:, kept] * values[kept].sqrt()
@@ -78,15 +78,15 @@ class FID:
     Args:
         features: "random256" (`RandomFeatures`), "inception" (needs the extra `fid` and a weights file), "dinov2"
             (needs transformers and a folder), or a module from uint8 (N, C, H, W) to (N, num_features) with the
-            attributes `num_features` and `protocol`, its name. For the two in the middle grey images are repeated to
-            three channels.
+            attributes `num_features` and `protocol`, its name. For "inception" and "dinov2" grey images are repeated
+            to three channels.
         image_shape: (C, H, W).
         weights: see `inception` and `dinov2`.
         sha256: likewise.
-        keep: keep the features of every image too, in float64; updates then need the indices.
+        keep: also keep the features of every image, in float64; updates then need the indices.
 
     Raises:
-        ValueError: where the network cannot run.
+        ValueError: the network cannot run.
     """
 
     def __init__(
@@ -125,17 +125,17 @@ class FID:
 
     @property
     def name(self) -> str:
-        """The name without the count: `fid_random256`; of DINOv2, as in its paper, `fd_dinov2-l-1a2b3c4d`."""
+        """The name without the count: `fid_random256`; for DINOv2, as in its paper, `fd_dinov2-l-1a2b3c4d`."""
         return f"{self._kind}_{self.protocol}"
 
     def to(self, device: str | torch.device) -> FID:
-        """Move network, sums and features; images are moved there by the updates."""
+        """Move network, sums and features; updates move the images."""
         for part in (self.network, self.metric, self.bank, self.real_bank):
             part.to(device)
         return self
 
     def fresh(self) -> FID:
-        """A copy without generated images; network and kept reference are shared with it."""
+        """A copy without generated images that shares the network and the reference."""
         shared = {id(part): part for part in (self.network, self.real_bank)}
         one = copy.deepcopy(self, shared)  # type: ignore[arg-type]
         one.reset()
@@ -156,7 +156,7 @@ class FID:
             given = "none" if indices is None else len(indices)
             raise ValueError(f"{self.name} keeps features by index: {len(images)} images need as many, got {given}")
         pixels = images if images.dtype == torch.uint8 else quantise(images)
-        if len(pixels) == 0:  # the share of a rank may be empty
+        if len(pixels) == 0:  # a rank's share may be empty
             return
         device = self.metric.device
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
@@ -166,20 +166,20 @@ class FID:
             (self.real_bank if real else self.bank).add(indices, features)
 
     def compute(self, expected: int | None = None) -> Score:
-        """The distance over the images of all ranks; every rank must call it, and gets the same result.
+        """The distance over the images of all ranks; every rank must call it and gets the same result.
 
-        expected: how many generated images were asked for. Raises ValueError for fewer than that, and for fewer
-        than 2 images on either side; warns once (FewImagesWarning) below the number of feature dimensions.
+        expected: the number of generated images requested. Raises ValueError for fewer, and for fewer than 2 images on
+        either side; warns once (FewImagesWarning) below the number of feature dimensions.
         """
         with self.metric.sync_context():
             fake = (self.metric.fake_features_sum, self.metric.fake_features_cov_sum)
             count = int(self.metric.fake_features_num_samples)
         if expected is not None and count < expected:
-            raise ValueError(f"{self.name}: {expected} generated images were asked for, only {count} came")
+            raise ValueError(f"{self.name}: expected {expected} generated images, got only {count}")
         return self._score(*fake, count)
 
     def score(self, features: Tensor) -> Score:
-        """The distance of these features, (n, d) float64, to the reference, as `compute` for the images they are of."""
+        """The distance of these features, (n, d) float64, to the reference, like `compute` for their images."""
         return self._score(features.sum(0), features.T @ features, len(features))
 
     def _score(self, total: Tensor, products: Tensor, count: int) -> Score:
@@ -195,7 +195,7 @@ class FID:
             text = (
                 f"{self.name}@{count}: {count} generated and {real_count} real images for {self.num_features} features"
             )
-            warnings.warn(f"{text}; compare it only with values of the same counts", FewImagesWarning, stacklevel=3)
+            warnings.warn(f"{text}; compare it only with values of equal counts", FewImagesWarning, stacklevel=3)
         value = frechet_distance(*_moments(*real, real_count), *_moments(total, products, count))
         return Score(f"{self.name}@{count}", float(value), count, real_count)
 
@@ -209,7 +209,7 @@ class FID:
 
 
 class _Given(nn.Module):
-    """Torchmetrics takes a network; ours has run already, so that others can use its features too."""
+    """Torchmetrics expects a network; ours has already run, so that other metrics share its features."""
 
     def __init__(self, num_features: int):
         super().__init__()

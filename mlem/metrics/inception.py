@@ -1,7 +1,7 @@
 """The Inception network of the published FID: finding its weights file, checking it, building the network.
 
-The network is torch-fidelity's, through torchmetrics, with the resize of TensorFlow 1 that the original FID used.
-Nothing is downloaded, and nothing of the file is unpickled but tensors.
+The network is torch-fidelity's, through torchmetrics, with the TensorFlow 1 resize of the original FID. Nothing is
+downloaded, and only tensors are unpickled from the file.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["ORIGINAL", "inception"]
 
 ORIGINAL = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 """SHA-256 of the file with the original weights."""
-# The same file under the names that pytorch-fid and torch-fidelity keep it.
+# The same file under its names in pytorch-fid and torch-fidelity.
 _FILES = ("pt_inception-2015-12-05-6726825d.pth", "weights-inception-2015-12-05-6726825d.pth")
 
 
@@ -28,15 +28,15 @@ def inception(weights: str | Path | None = None, sha256: str | None = None) -> t
     """The network, from uint8 (N, 3, H, W) to float32 (N, 2048), and its protocol.
 
     Args:
-        weights: the file; None looks in the torch hub cache.
-        sha256: the first 8 or more hexadecimal digits of the SHA-256 of weights that are not the original ones; None
-            expects those.
+        weights: the file; None: look in the torch hub cache.
+        sha256: the first 8 or more hexadecimal digits of the SHA-256 of other weights; None: expect the original
+            ones.
 
     Returns:
-        The network and its protocol: `inception`, or `inception-` with 8 digits of the SHA-256 of other weights.
+        The network and its protocol: `inception`, or for other weights `inception-` and 8 digits of their SHA-256.
 
     Raises:
-        ValueError: for whatever is missing.
+        ValueError: names what is missing.
     """
     path = _weights_file(weights)
     found = sha256_of(path)
@@ -62,22 +62,22 @@ def _weights_file(weights: str | Path | None) -> Path:
 
 
 def _network(path: Path) -> nn.Module:
-    try:  # torch-fidelity would unpickle anything: see first that there are tensors and nothing else
+    try:  # torch-fidelity would unpickle anything: check first that there are only tensors
         torch.load(path, map_location="meta", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, IndexError, KeyError) as error:  # of a reader led astray
-        raise ValueError(f"{path} is damaged, or holds more than tensors: refused; fetch it again") from error
+    except (pickle.UnpicklingError, RuntimeError, EOFError, IndexError, KeyError) as error:  # from reading garbage
+        raise ValueError(f"{path} is damaged or holds more than tensors; fetch it again") from error
     try:
         import torch_fidelity  # noqa: F401  # pyright: ignore[reportMissingImports, reportUnusedImport]
         from torchmetrics.image.fid import NoTrainInceptionV3
     except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision made for another torch
         raise ValueError(
             f"fid_inception needs torch-fidelity, which cannot be imported ({error}); install the torchvision that "
-            "belongs to this torch"
+            "matches this torch"
         ) from error
     try:
         network = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(path), antialias=False)
     except RuntimeError as error:
         why = " ".join(str(error).split())[:200]
-        raise ValueError(f"{path} does not fit Inception ({why}); give weights in the layout of {_FILES[1]}") from error
+        raise ValueError(f"{path} does not fit Inception ({why}); use weights in the layout of {_FILES[1]}") from error
     network.num_features = 2048  # type: ignore[assignment]
     return network

@@ -16,8 +16,8 @@ def kernel_distance(generated: Tensor, real: Tensor) -> tuple[float, float]:
     """Mean and standard deviation over subsets of the unbiased squared MMD with kernel (x.y / d + 1)^3.
 
     generated, real: (n, d) and (m, d), at least 2 rows each. Every subset holds min(1000, n, m) rows of each side,
-    without replacement; there are 100 of them, the same at every call with the same n and m. No bias, so that the
-    value is about zero, and as often below as above, for samples of one distribution.
+    without replacement; there are 100 subsets, the same for the same n and m. Being unbiased, the value scatters around
+    zero for samples of one distribution.
     """
     from torchmetrics.image.kid import poly_mmd
 

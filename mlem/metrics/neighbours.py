@@ -8,20 +8,20 @@ from torch import Tensor
 __all__ = ["NEIGHBOURS", "precision_recall"]
 
 NEIGHBOURS = 3
-_ROWS = 1000  # of a matrix of distances that are in memory at once
+_ROWS = 1000  # rows of the distance matrix in memory at once
 
 
 def precision_recall(generated: Tensor, real: Tensor) -> tuple[float, float]:
-    """Share of generated features on the manifold of the real ones, and of real ones on that of the generated.
+    """Share of generated features on the manifold of the real ones, and vice versa.
 
-    generated, real: (n, d) and (m, d), at least 4 rows each. The manifold of a set is the union of the balls around
-    its members that reach to their third nearest other member (equation 1, k = 3). Both shares depend on n and m.
+    generated, real: (n, d) and (m, d), at least 4 rows each. The manifold of a set is the union of balls around its
+    members that reach to the third nearest other member (equation 1, k = 3). Both shares depend on n and m.
     """
     return _share_inside(generated, real), _share_inside(real, generated)
 
 
 def _share_inside(points: Tensor, members: Tensor) -> float:
-    # each member is its own nearest: the third other one is the fourth
+    # each member is its own nearest: the third other one is number four
     radii = torch.cat(
         [torch.cdist(rows, members).kthvalue(NEIGHBOURS + 1, dim=1).values for rows in members.split(_ROWS)]
     )

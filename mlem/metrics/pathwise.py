@@ -1,7 +1,7 @@
 """Pathwise error: how far samples are from reference samples driven by the same noise (same seed and index).
 
-The mean squared difference per value, with its standard error over samples; `ImageMean` does the same for any
-measure of a sample beside its reference.
+The mean squared difference per value, with its standard error over samples; `ImageMean` does this for any measure of a
+sample and its reference.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ __all__ = ["ImageMean", "PathwiseError", "mean_error", "pathwise_error"]
 def pathwise_error(x: Tensor, reference: Tensor) -> tuple[float, float]:
     """Mean squared difference to the reference, and its standard error over samples.
 
-    x, reference: (N, ...), N >= 2, row i of both from the same noise. Per sample the squared difference is averaged
-    over its values, in float64; returned are the mean of these over samples and their standard deviation / sqrt(N).
-    Raises ValueError for shapes that differ, fewer than 2 samples, and values that are not finite.
+    x, reference: (N, ...), N >= 2, row i of both from the same noise. The squared difference is averaged over the
+    values of each sample, in float64; returns the mean over samples and the standard deviation / sqrt(N). Raises
+    ValueError for different shapes, fewer than 2 samples, and values that are not finite.
     """
     return mean_error(_errors(x, reference))
 
 
 def mean_error(errors: Tensor) -> tuple[float, float]:
-    """Mean and its standard error of the errors of samples, or other values, (N,). Raises ValueError for N < 2."""
+    """Mean and standard error of the samples' errors, or other values, (N,). Raises ValueError for N < 2."""
     if len(errors) < 2:
         raise ValueError(f"a standard error needs at least 2 samples, got {len(errors)}")
     return float(errors.mean()), float(errors.std() / math.sqrt(len(errors)))
 
 
 class ImageMean(Metric):
-    """A measure of samples beside their references, in pieces: update on shards and ranks, compute once on their sums.
+    """A measure of samples and their references, in pieces: update on shards and ranks, then compute once.
 
     compute returns (mean, standard_error) as floats and raises ValueError for fewer than 2 samples.
 
@@ -42,7 +42,7 @@ class ImageMean(Metric):
         measure: of x and reference, (N, ...) both: (N,), float64.
 
     Attributes:
-        values: of the samples that this rank has seen, in order: a tensor (N,) for each update.
+        values: of the samples seen by this rank, in order: one tensor (N,) per update.
     """
 
     is_differentiable = False
@@ -74,14 +74,14 @@ class ImageMean(Metric):
         self.values = []
 
     def compute(self) -> tuple[float, float]:
-        """(mean, standard_error) over everything seen on all ranks; of an infinite mean the error is NaN."""
+        """(mean, standard_error) over everything seen on all ranks; the error of an infinite mean is NaN."""
         count = int(self.count)
         if count < 2:
             raise ValueError(f"a standard error needs at least 2 samples, got {count}")
         mean = float(self.total) / count
         if not math.isfinite(mean):
             return mean, math.nan
-        # round-off can take the difference below zero when all values are equal
+        # round-off can make the difference negative when all values are equal
         variance = max(0.0, (float(self.total_squares) - count * mean**2) / (count - 1))
         return mean, math.sqrt(variance / count)
 

@@ -1,7 +1,7 @@
 """Image features that need no download: a fixed random convolutional network.
 
-Distances between such features compare samplers on one data set; they say nothing about semantics and must not
-be set beside Inception numbers, which is why the protocol, `random256`, is part of the metric's name.
+Distances between such features compare samplers on one data set; they say nothing about semantics and must not be
+compared with Inception numbers, so the protocol, `random256`, is part of the metric's name.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _SMALLEST = 8
 class RandomFeatures(nn.Module):
     """256 features of uint8 images: three strided 3x3 convolutions with He-scaled Gaussian weights.
 
-    channels: of the images, 1 (grey) and 3 (colour) among others; size: their smaller side in pixels, at least 8.
+    channels: of the images, such as 1 (grey) or 3 (colour); size: their smaller side in pixels, at least 8.
     The second layer is pooled on a 2x2 grid (48 x 4 features: layout), the third as a whole (64 features).
     float64 throughout, so batch size, autocast, TF32 and device change features by round-off (1e-12) only.
     The weights define the protocol: they come from a generator of their own and never change.

@@ -1,4 +1,4 @@
-"""The reference side of the metrics, computed once: sums and features of the real images, cached on disk."""
+"""The reference side of the metrics: sums and features of the real images, computed once and cached on disk."""
 
 from __future__ import annotations
 
@@ -30,28 +30,28 @@ def reference_path(folder: str | Path, fid: FID, key: Mapping[str, Any]) -> Path
 def reference_statistics(
     images: Iterable[tuple[Sequence[int], Tensor]], fid: FID, folder: str | Path | None, key: Mapping[str, Any]
 ) -> bool:
-    """Fill `fid` with the reference: from the cache where its key agrees, else from `images`, which are then cached.
+    """Fill `fid` with the reference: from the cache if its key agrees, else from `images`, then cached.
 
     Args:
-        images: batches (indices, images) as for `update_real`, not read when the cache serves; under DDP each rank
+        images: batches (indices, images) as for `update_real`, not read if the cache is used; under DDP each rank
             passes its own share.
         fid: without real images.
         folder: of the cache; None for no cache.
         key: identifies the reference by JSON values: data set, manifest hash, and `count`, which is checked against
-            the images read. Protocol, which distinguishes Inception weights, and image shape are added.
+            the images read. Protocol (which distinguishes Inception weights) and image shape are added.
 
     Returns:
-        Whether the cache served.
+        Whether the cache was used.
 
     Raises:
-        ValueError: if `fid` already holds real images, and for a wrong count.
+        ValueError: `fid` already holds real images, or the count is wrong.
     """
     if fid.metric.real_features_num_samples > 0:
         raise ValueError("reference_statistics needs an FID without real images: call fid.reset(real=True) first")
     path = None if folder is None else reference_path(folder, fid, key)
     served = _read(path, fid, key) if path is not None and _rank() == 0 else None
     if _of_rank_0(served is not None):
-        _fill(fid, served or {})  # the ranks are summed: all but rank 0 stay at zero
+        _fill(fid, served or {})  # ranks are summed: all but rank 0 stay at zero
         return True
     for indices, batch in images:
         fid.update_real(batch, indices)
@@ -59,7 +59,7 @@ def reference_statistics(
         tensors = {name: getattr(fid.metric, name).cpu() for name in _SUMS}
     count = int(tensors["real_features_num_samples"])
     if count != key["count"]:
-        raise ValueError(f"the reference should hold {key['count']} images, {count} were read on all ranks together")
+        raise ValueError(f"the reference should hold {key['count']} images, but {count} were read over all ranks")
     if fid.keep:
         tensors["features"] = _smallest(fid.real_bank.gather().cpu())
     if path is not None and _rank() == 0:
@@ -68,12 +68,12 @@ def reference_statistics(
 
 
 def _keep(path: Path, tensors: Mapping[str, Tensor], key: str) -> None:
-    """Write the cache; where that cannot be done, say so: the scores do not need it."""
+    """Write the cache; warn if that fails: the scores do not need it."""
     try:
         write_tensors(path, tensors, {"key": key})
     except OSError as error:
         warnings.warn(
-            f"the reference statistics are not kept ({error}), and computed anew each time; metric.cache=FOLDER keeps "
+            f"the reference statistics are not cached ({error}) and recomputed each time; metric.cache=FOLDER keeps "
             "them elsewhere",
             stacklevel=3,
         )
@@ -84,12 +84,12 @@ def _full_key(fid: FID, key: Mapping[str, Any]) -> str:
 
 
 def _smallest(features: Tensor) -> Tensor:
-    """In float32 where nothing is lost: Inception's are."""
+    """The features in float32 if that loses nothing, as for Inception."""
     return features.float() if torch.equal(features.float().double(), features) else features
 
 
 def _read(path: Path, fid: FID, key: Mapping[str, Any]) -> dict[str, Tensor] | None:
-    """What is cached, or None where no sound file has this very key, and the features where they are kept."""
+    """The cached tensors, or None without an intact file with this key, and with features if needed."""
     if not path.is_file():
         return None
     wanted = (*_SUMS, "features") if fid.keep else _SUMS
@@ -115,7 +115,7 @@ def _rank() -> int:
 
 
 def _of_rank_0(answer: bool) -> bool:
-    """The answer of rank 0, on every rank: ranks that disagreed would wait for each other for ever."""
+    """The answer of rank 0, on every rank: ranks that disagree would deadlock."""
     if not distributed():
         return answer
     answers = [answer]

@@ -21,19 +21,19 @@ __all__ = ["Measure"]
 
 @dataclass
 class Measure:
-    """What to compute of images, and against which reference.
+    """Which scores of images to compute, and against which reference.
 
     Attributes:
-        fid: the features; it keeps them if anything but FID is asked for (`Measure.keeps`).
+        fid: the features; it keeps them if any score besides FID is requested (`Measure.keeps`).
         reals: the reference, as for `reference_statistics`, read at the first `start`.
         key: of the reference, as for `reference_statistics`.
         cache: of the reference, as for `reference_statistics`.
-        kid: also KID, from the same features.
-        precision_recall: also precision and recall, from the same features.
-        blocks: if above 1, also compute every score in as many disjoint blocks of count // blocks consecutive images
-            in the order of their indices (a remainder is left out), as mean and standard deviation over them, named
-            by the count of a block.
-        cached: whether the cache served the reference; None before `start`.
+        kid: also compute KID, from the same features.
+        precision_recall: also compute precision and recall, from the same features.
+        blocks: if above 1, also compute every score in this many disjoint blocks of count // blocks consecutive images
+            in index order (dropping a remainder), as mean and standard deviation over blocks, named by the count of a
+            block.
+        cached: whether the reference came from the cache; None before `start`.
     """
 
     fid: FID
@@ -51,7 +51,7 @@ class Measure:
         return kid or precision_recall or blocks > 1
 
     def check(self, count: int) -> None:
-        """Raise ValueError when `count` images, or the reference, are too few for what is asked."""
+        """Raise ValueError if `count` images, or the reference, are too few for the requested scores."""
         least = NEIGHBOURS + 1 if self.precision_recall else 2
         what = "metric.precision_recall=true" if self.precision_recall else self.fid.name
         if count < least:
@@ -59,22 +59,22 @@ class Measure:
         if count // self.blocks < least:
             raise ValueError(
                 f"metric.blocks must be in [1, {count // least}] for {count} images, got {self.blocks}: {what} needs "
-                f"at least {least} in a block"
+                f"at least {least} per block"
             )
         if self.key["count"] < least:
             raise ValueError(f"{what} needs at least {least} reference images, got {self.key['count']}")
 
     def start(self, device: str | torch.device) -> FID:
-        """An FID that holds the reference and no images yet; the reference is read once, on every rank together."""
+        """An FID with the reference and no images yet; every rank must call it. The reference is read once."""
         self.fid.to(device)
         if self.cached is None:
             self.cached = reference_statistics(self.reals, self.fid, self.cache, self.key)
         return self.fid.fresh()
 
     def scores(self, fid: FID, expected: int | None = None) -> list[Score]:
-        """Everything that is asked of the images that `fid`, from `start`, was updated with, on all ranks.
+        """The requested scores of the images with which `fid`, from `start`, was updated on all ranks.
 
-        expected: how many images there must be. Raises ValueError for fewer.
+        expected: the required number of images. Raises ValueError for fewer.
         """
         whole = fid.compute(expected)
         self.check(whole.count)

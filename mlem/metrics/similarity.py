@@ -1,6 +1,6 @@
-"""How alike pictures and reference pictures are: PSNR and SSIM of each image, by torchmetrics' functions.
+"""Similarity of images to reference images: PSNR and SSIM per image, by torchmetrics' functions.
 
-Pictures are clamped to [-1, 1], a range of 2, as they are when they become files; not rounded.
+Images are clamped to [-1, 1], a range of 2, as when written to files, but not rounded.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ _CHUNK = 8  # images at a time: float64 convolutions of small tensors are severa
 def psnr(pictures: Tensor, reference: Tensor) -> Tensor:
     """Peak signal-to-noise ratio of each image in dB, 10 log10(4 / mean squared difference): (N,), float64.
 
-    pictures, reference: (N, C, H, W), nominally in [-1, 1]. Infinite for equal pictures. Raises ValueError for shapes
-    that differ or are no pictures.
+    pictures, reference: (N, C, H, W), nominally in [-1, 1]. Infinite for equal images. Raises ValueError for shapes
+    that differ or are not those of images.
     """
     from torchmetrics.functional.image import peak_signal_noise_ratio
 
@@ -32,8 +32,8 @@ def psnr(pictures: Tensor, reference: Tensor) -> Tensor:
 def ssim(pictures: Tensor, reference: Tensor) -> Tensor:
     """Structural similarity of each image (Wang et al., 2004), at most 1: (N,), float64.
 
-    The window is their Gaussian, 11 x 11 pixels of standard deviation 1.5. In pictures with a side below 11 it is the
-    largest odd one that fits, its deviation smaller in proportion: 7 x 7 and 0.9 for 8 x 8. Edges are reflected, and
+    The window is their Gaussian, 11 x 11 pixels with standard deviation 1.5. For images with a side below 11 it is the
+    largest odd size that fits, with the standard deviation scaled: 7 x 7 and 0.9 for 8 x 8. Edges are reflected, and
     the mean is over all pixels and channels.
 
     Args:
@@ -41,15 +41,15 @@ def ssim(pictures: Tensor, reference: Tensor) -> Tensor:
         reference: the same shape.
 
     Raises:
-        ValueError: for shapes that differ or are no pictures, and for a side below 3.
+        ValueError: shapes differ or are not those of images, or a side is below 3.
     """
     from torchmetrics.functional.image import structural_similarity_index_measure
 
     x, y = _float64(pictures, reference)
     side = min(x.shape[2:])
     if side < SMALLEST:
-        raise ValueError(f"ssim needs pictures of at least {SMALLEST}x{SMALLEST}, got {tuple(x.shape[2:])}")
-    sigma = 0.3 * min(_RADIUS, (side - 1) // 2)  # torchmetrics makes the window of it, to 3.5 deviations
+        raise ValueError(f"ssim needs images of at least {SMALLEST}x{SMALLEST}, got {tuple(x.shape[2:])}")
+    sigma = 0.3 * min(_RADIUS, (side - 1) // 2)  # torchmetrics makes the window from it, to 3.5 deviations
     found = torch.empty(len(x), dtype=torch.float64, device=x.device)
     for start in range(0, len(x), _CHUNK):
         # channels as images: the same mean

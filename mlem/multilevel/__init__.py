@@ -1,1 +1,1 @@
-"""Multilevel sampling: a noise estimate that is a sum over the levels of a family, most of them seldom evaluated."""
+"""Multilevel sampling: the noise estimate is a sum over levels of a family, most of them rarely evaluated."""

@@ -1,10 +1,10 @@
-"""Calibration: what each level costs, how far the levels are apart, and what that does to a sample.
+"""Calibration: the cost of each level, the differences between levels, and their effect on a sample.
 
 Along trajectories of the largest level (DDIM for the ODE, DDPM for the SDE) every level is evaluated at a few times.
 The correction `g^k = f^k - f^(k-1)` is added to the state there, and a smaller level runs on to the end: the change
-`u_k(t)` of the sample, for a unit of `-ln kappa`, is how that correction counts. To first order a plan errs linearly
-in these vectors, so that their inner products predict the mean squared error of every plan without another evaluation
-(`mlem.multilevel.predict`). What that leaves out is measured by `mlem.multilevel.pilot`.
+`u_k(t)` of the sample, per unit of `-ln kappa`, is the weight of that correction. To first order the error of a plan is
+linear in these vectors, so their inner products predict the mean squared error of every plan without new evaluations
+(`mlem.multilevel.predict`). `mlem.multilevel.pilot` measures what that neglects.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ def calibrate(
     """Measure a family.
 
     Args:
-        images: trajectories, with indices of their own, so that no sample shares their noise.
+        images: number of trajectories, with reserved indices, so that no sample shares their noise.
         times: T, the noise levels at which levels are compared.
         batch_sizes: at which levels are timed.
         device: where the family's networks are moved, and stay.
         conditions: of the trajectories; by default classes take turns.
-        progress: told what is being measured.
+        progress: called with a description of each measurement.
 
     Raises: ValueError for a family of one level, and for fewer than 2 images or 3 times.
     """
@@ -60,7 +60,7 @@ def calibrate(
     if not batch_sizes or min(batch_sizes) < 1:
         raise ValueError(f"batch sizes of a calibration must be one or more numbers >= 1, got {list(batch_sizes)}")
     if len(family.levels) < 2:
-        raise ValueError("calibration compares levels, and this family has one; train another: model.levels=[xs,s]")
+        raise ValueError("calibration compares levels, but this family has one; train another: model.levels=[xs,s]")
     networks = torch.nn.ModuleList(level.network for level in family.levels).to(device)
     index = reserved_indices("calibration", images, device)
     seconds: dict[int, tuple[float, ...]] = {}
@@ -72,7 +72,7 @@ def calibrate(
             seconds[size], outside[size] = time_levels(family, size, index.device, conditions)
             shallow[size] = time_shallow(family, size, index.device, conditions)
         denoisers = family.denoisers_for(index, conditions)
-        # perturbations are carried by the largest level that is ten times cheaper than the top, or the cheapest
+        # perturbations are propagated by the largest level ten times cheaper than the top, or the cheapest
         cheap = [level.name for level in family.levels if 10 * level.flops <= family.level().flops]
         carrier = denoisers[family.names.index(cheap[-1] if cheap else family.names[0])]
         measured = measure(
@@ -95,11 +95,11 @@ def measure(
     seed: int = 0,
     progress: Callable[[str], None] = lambda text: None,
 ) -> tuple[Tensor, Tensor, Tensor, dict[str, LinearResponse]]:
-    """What levels differ by, and what that does to samples.
+    """Differences between levels, and their effect on samples.
 
     Args:
         index: (B,), of the trajectories.
-        carrier: what runs perturbed trajectories to their end; by default the largest level.
+        carrier: runs perturbed trajectories to the end; by default the largest level.
 
     Returns: log_snr, differences, image_differences and responses, as in `Calibration`.
     """
@@ -111,7 +111,7 @@ def measure(
     grid = TimeGrid.make("log_snr", schedule, 2 * times)
     points = GridPoint.of(schedule, grid)
     for kind, solver in (("ode", "ddim"), ("sde", "ddpm")):
-        progress(f"how corrections reach a sample, {kind}")
+        progress(f"effect of corrections on a sample, {kind}")
         outputs, changes = _perturbed(denoisers, carrier, points, index, shape, make_solver(solver), seed)
         differences.append((outputs[:, :, None] - outputs[:, None]).square().flatten(3).mean(3))
         by_image.append(outputs.diff(dim=1).square().flatten(3).mean((0, 3)))
@@ -132,16 +132,16 @@ class _Repeated:
         return value.repeat(self.copies, *[1] * (value.dim() - 1))
 
     def between(self, t: float, kappa: Tensor) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError("solvers of a calibration read the path at the ends of their steps")
+        raise NotImplementedError("solvers of a calibration read the path only at the ends of steps")
 
 
 class _Probes:
     """The trajectory of the largest level, B rows, followed by perturbed copies that the carrier runs to the end.
 
-    At every other point of the grid a copy of the state, and one for each correction with that added, join the batch.
+    At every other point of the grid a copy of the state joins the batch, and one more per correction, with it added.
 
-    outputs: of the levels at each of these points, (K, B, ...). scales: from a change of the sample to one for a unit
-    of `-ln kappa`.
+    outputs: of the levels at each of these points, (K, B, ...). scales: from a change of the sample to one per unit of
+    `-ln kappa`.
     """
 
     def __init__(
@@ -158,12 +158,12 @@ class _Probes:
         return torch.cat([self._levels[-1](y[: self._rows], place), self._copied(y[self._rows :], place)])
 
     def revise(self, y: Tensor, here: GridPoint) -> Tensor:
-        """y with more copies, where this point has some."""
+        """y with further copies, if they start at this point."""
         i, self._step = self._step, self._step + 1
         if i % 2 == 0:
             own = y[: self._rows]
             self.outputs.append(torch.stack([level(own, here) for level in self._levels]))
-            # as much as a correction does from this time to the next
+            # the effect of a correction from this time to the next
             width = here.kappa - self._points[min(i + 2, self._points.steps)].kappa
             self.scales.append(-here.kappa / width)
             y = torch.cat([y, own, *(own - width * g for g in self.outputs[-1].diff(dim=0))])
@@ -198,7 +198,7 @@ def _response(outputs: Tensor, changes: Tensor, grid: TimeGrid, schedule: NoiseS
     alpha = schedule.alpha(torch.tensor(grid.times[:-1:2], dtype=torch.float64, device=outputs.device))
     corrections = outputs.diff(dim=1).flatten(2) / alpha[:, None, None]
     u = changes.flatten(2)
-    # of a level that says what the one below says: no correction, gain 1
+    # a level equal to the one below: no correction, gain 1
     least = torch.finfo(u.dtype).tiny
     gain = (u.square().mean(2).clamp(min=least) / corrections.square().mean(2).clamp(min=least)).sqrt()
     q = (u / gain[..., None]).transpose(0, 1)  # (C, T, B pixels)
@@ -206,5 +206,5 @@ def _response(outputs: Tensor, changes: Tensor, grid: TimeGrid, schedule: NoiseS
     # structure function: a smooth path gives 4, a Brownian one 2
     one, two = q.diff(dim=1).square().mean((1, 2)), (q[:, 2:] - q[:, :-2]).square().mean((1, 2))
     roughness = (4 * one / two.clamp(min=least) - 1).clamp(0, 1)
-    # in the order of memory in which it is read from a file: sums over it round alike
+    # in the memory order of files, so that sums round the same way
     return LinearResponse(inner.contiguous().cpu(), gain.T.contiguous().cpu(), roughness.cpu())

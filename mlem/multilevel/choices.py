@@ -1,6 +1,6 @@
-"""What may be chosen for a plan, by name; free of torch, since the command line reads it before torch is loaded.
+"""Named choices for plans; free of torch, since the command line reads them before torch is loaded.
 
-What the coins and estimators do stands in `coins.py` and `estimators.py`, whose registries have exactly these names.
+`coins.py` and `estimators.py` implement them; their registries have exactly these names.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ __all__ = ["COINS", "ESTIMATORS", "PROBABILITIES", "UNITS", "Traits", "check_cho
 
 @dataclass(frozen=True)
 class Traits:
-    """What can be known of an estimator before it runs.
+    """Properties of an estimator, known before it runs.
 
     Args:
         holds: whether corrections are held between the evaluations at which they are measured.
-        moves_state: whether the state is moved between evaluations, for which the solver must evaluate once a step.
-        searched: whether a calibration finds what runs at which evaluation, where no coins are asked for.
-        specified: whether a specification may ask for it; plans of others are made by hand.
-        orders: of extrapolation that a plan may have.
+        moves_state: whether the state is moved between evaluations, which needs a solver with one evaluation per step.
+        searched: whether the evaluations are searched for with a calibration, unless coins are requested.
+        specified: whether a specification may name it; plans of others are made by hand.
+        orders: allowed orders of extrapolation.
     """
 
     holds: bool
@@ -41,7 +41,7 @@ ESTIMATORS = {
 COINS = ("systematic", "bernoulli", "nested", "poisson")
 """The kinds of coins, the recommended one first."""
 PROBABILITIES = ("calibrated", "learned", "theory")
-"""The laws of probabilities; numbers may stand in their place."""
+"""The laws of probabilities; numbers may be given instead."""
 UNITS = ("seconds", "flops")
 """The units of cost."""
 

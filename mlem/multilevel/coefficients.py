@@ -1,8 +1,8 @@
 """Learnable probabilities, `p_k(t) = sigmoid(alpha_k u(t) + beta_k)`; alpha_k and beta_k as in [J], arXiv:2603.24594.
 
-The feature is ours: u(t) is the log signal-to-noise ratio less its mean, over its standard deviation, both of a uniform
-law in log-SNR between t = 1/N and t = 1: so coefficients mean the same on every grid. With knots c_1 .. c_n, even in u
-over that range, `alpha_k u` becomes piecewise linear, `alpha_k0 u + sum_j alpha_kj max(0, u - c_j)`.
+The feature is ours: u(t) is the log signal-to-noise ratio, standardised by the mean and standard deviation of a uniform
+distribution in log-SNR between t = 1/N and t = 1, so coefficients mean the same on every grid. With knots c_1 .. c_n,
+even in u over that range, `alpha_k u` becomes piecewise linear, `alpha_k0 u + sum_j alpha_kj max(0, u - c_j)`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from mlem.schedule import NoiseSchedule
 __all__ = ["CERTAIN", "COMMAND", "Coefficients", "features"]
 
 COMMAND = "python train.py model=coefficients"
-"""What to run where there are no coefficients that fit."""
+"""The command to run if no coefficients fit."""
 CERTAIN = 40.0
 """A beta so large that p = 1 in float64."""
 
@@ -46,8 +46,7 @@ class Coefficients:
         alpha: (K,), or (K, 1 + knots); finite.
         beta: (K,), finite.
         levels: their names; empty means all of a family's.
-        about: for which solver, steps and grid they were fitted, from which log-SNR to which, and what it brought;
-            plain data.
+        about: solver, steps, grid and log-SNR range of the fit, and its outcome; plain data.
 
     Raises:
         ValueError: alpha and beta differ in shape or are not finite.
@@ -79,7 +78,7 @@ class Coefficients:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Tells these apart from others: 16 hexadecimal digits."""
+        """Identifies the coefficients: 16 hexadecimal digits."""
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
 
     def to_dict(self) -> dict[str, Any]:
@@ -89,7 +88,7 @@ class Coefficients:
 
     @staticmethod
     def from_dict(plain: dict[str, Any], where: str = "the coefficients") -> Coefficients:
-        """The coefficients that `to_dict` described. Raises ValueError, which names `where`, for other data."""
+        """The coefficients described by `to_dict`. Raises ValueError naming `where` for other data."""
         with damaged(where, f"fit them again: {COMMAND}"):
             levels, about = tuple(map(str, plain["levels"])), dict(plain["about"])
             return Coefficients(plain["alpha"], plain["beta"], levels, about)
@@ -98,10 +97,10 @@ class Coefficients:
     def fit(
         probabilities: Tensor, schedule: NoiseSchedule, times: Sequence[float], knots: int = 0
     ) -> tuple[Tensor, Tensor]:
-        """alpha and beta nearest (least squares in the logit) to a table of probabilities (R, K)."""
+        """alpha and beta closest (least squares in the logit) to a table of probabilities (R, K)."""
         design = torch.nn.functional.pad(features(schedule, times, knots), (0, 1), value=1.0)
         logits = torch.logit(probabilities.double().clamp(1e-6, 1 - 1e-3))
-        # by singular values: of fewer rows than features the least solution, which rounding cannot change
+        # by SVD: with fewer rows than features the minimum-norm solution, which rounding cannot change
         solution = cast(Tensor, torch.linalg.lstsq(design, logits, rcond=1e-7, driver="gelsd").solution)
         certain = (probabilities >= 1).all(0)
         alpha = torch.where(certain, 0.0, solution[:-1]).T

@@ -1,16 +1,16 @@
-"""Coins: how often each correction counts at each evaluation, and with that the weights of an unbiased sum.
+"""Coins: how often each correction counts at each evaluation, which gives the weights of an unbiased sum.
 
-A table of probabilities p, one row for each evaluation of the denoiser and one column for each level, becomes a table
-of counts with these means. Kinds:
+A table of probabilities p, one row per evaluation of the denoiser and one column per level, becomes a table of counts
+with these means. Kinds:
 
-- systematic: one uniform U_k for each level; coin k falls at row i when `P_k(i) + U_k` passes a whole number, `P_k`
-  the running sum of p_k. Evenly spaced, so that the errors of neighbouring rows cancel.
-- bernoulli: every coin by itself, as in [J] (arXiv:2603.24594).
-- nested: one uniform for each row, shared by all levels; with falling p_k a coin of level k implies all below.
+- systematic: one uniform U_k per level; coin k falls at row i when `P_k(i) + U_k` passes a whole number, `P_k` the
+  running sum of p_k. Evenly spaced, so that the errors of neighbouring rows cancel.
+- bernoulli: independent coins, as in [J] (arXiv:2603.24594).
+- nested: one uniform per row, shared by all levels; with falling p_k a coin of level k implies all below.
 - poisson: the jumps of a Poisson process whose intensity over row i is p_k(i), the limit of bernoulli coins for small
   steps; a row may hold several. The jumps are drawn in the clock P_k: grids that refine one another share them.
 
-Where p = 1 every kind is certain to fall, once. Each kind is a class; names are looked up in `COINS`, and only there.
+With p = 1 every kind falls exactly once. Each kind is a class; names are looked up only in `COINS`.
 """
 
 from __future__ import annotations
@@ -29,24 +29,24 @@ __all__ = ["COINS", "Bernoulli", "Coins", "Nested", "Poisson", "Systematic", "ch
 
 
 class Coins(ABC):
-    """A kind of coins: how they are tossed, and the laws of their counts in one row.
+    """A kind of coins: how they are tossed, and the distribution of their counts in one row.
 
     Tables are (R, K): R evaluations, K levels. p, q: probabilities of two levels at the same rows, of one shape.
     """
 
     name: ClassVar[str]
     independent: ClassVar[bool] = True
-    """Whether rows are tossed independently, so that the variances of rows add up."""
+    """Whether rows are independent, so that their variances add up."""
     pilot: ClassVar[str] = "bernoulli"
-    """The kind whose pilot plans correct what is predicted of this kind."""
+    """The kind whose pilots correct predictions for this kind."""
 
     def toss(self, probabilities: Tensor, seed: int, indices: Tensor | None = None) -> Tensor:
         """How often each coin fell.
 
         Args:
             probabilities: (R, K), in (0, 1].
-            seed: keys the coins, together with the sample index where indices are given.
-            indices: (B,) int64, of samples that toss coins of their own.
+            seed: keys the coins, together with the sample indices, if given.
+            indices: (B,) int64, of samples with their own coins.
 
         Returns: (R, K) int64, or (B, R, K) with indices.
 
@@ -61,22 +61,22 @@ class Coins(ABC):
 
     @abstractmethod
     def uniforms(self, p: Tensor) -> int:
-        """The number of uniform numbers that `counts` takes for one table p (R, K)."""
+        """Number of uniform numbers that `counts` needs for one table p (R, K)."""
 
     @abstractmethod
     def counts(self, p: Tensor, uniforms: Tensor) -> Tensor:
-        """The counts that uniform numbers mean: p (R, K), uniforms (B, `self.uniforms(p)`) -> (B, R, K) int64."""
+        """Counts from uniform numbers: p (R, K), uniforms (B, `self.uniforms(p)`) -> (B, R, K) int64."""
 
     def runs(self, p: Tensor, q: Tensor) -> Tensor:
         """Probability that a level runs: its own coin p falls, or q of the level above, and weights do not cancel."""
         return self._either(p, q) - self._cancel(p, q)
 
     def variance(self, p: Tensor) -> Tensor:
-        """Variance of count / p; 0 where p = 1."""
+        """Variance of count / p; 0 for p = 1."""
         return 1 / p - 1
 
     def covariance(self, p: Tensor, q: Tensor) -> Tensor:
-        """Covariance of count / p of one level and count / q of another; 0 where levels toss independently."""
+        """Covariance of count / p of one level and count / q of another; 0 for independent levels."""
         return torch.zeros_like(p)
 
     def _either(self, p: Tensor, q: Tensor) -> Tensor:
@@ -89,7 +89,7 @@ class Coins(ABC):
 
 
 class Systematic(Coins):
-    """Evenly spaced: one uniform number for each level."""
+    """Evenly spaced: one uniform number per level."""
 
     name = "systematic"
     independent = False
@@ -117,7 +117,7 @@ class Bernoulli(Coins):
 
 
 class Nested(Coins):
-    """One uniform number for each row, shared by all levels."""
+    """One uniform number per row, shared by all levels."""
 
     name = "nested"
 
@@ -144,7 +144,7 @@ class Poisson(Coins):
 
     def uniforms(self, p: Tensor) -> int:
         expected = p.sum(0).max().item()
-        # arrivals enough but for one table in 10^9
+        # enough arrivals for all but one table in 10^9
         return p.shape[1] * math.ceil(expected + 6 * math.sqrt(expected) + 24)
 
     def counts(self, p: Tensor, uniforms: Tensor) -> Tensor:
@@ -158,12 +158,12 @@ class Poisson(Coins):
         return torch.where(p < 1, 1 / p, 0.0)
 
     def _either(self, p: Tensor, q: Tensor) -> Tensor:
-        # certain coins fall once for sure; the others are Poisson counts
+        # certain coins fall exactly once; the others are Poisson counts
         none = torch.where(p < 1, torch.exp(-p), 0) * torch.where(q < 1, torch.exp(-q), 0)
         return 1 - none
 
     def _cancel(self, p: Tensor, q: Tensor) -> Tensor:
-        # counts m and n with m / p = n / q, even where p and q differ; summed until they no longer matter
+        # counts m and n with m / p = n / q, even for different p and q; summed until negligible
         fallen = torch.arange(1.0, 30.0, dtype=p.dtype)[:, None, None]
         other = (fallen * q / p).round()
         cancel = (other > 0) & (fallen / p == other / q)
@@ -176,13 +176,13 @@ COINS: dict[str, Coins] = {coins.name: coins for coins in (Systematic(), Bernoul
 
 
 def coins_called(name: str) -> Coins:
-    """The coins of this name. Raises ValueError with the names there are."""
+    """The coins of this name. Raises ValueError listing the names."""
     choices.check_choice("coins", name, choices.COINS)
     return COINS[name]
 
 
 def check_probabilities(probabilities: Tensor) -> Tensor:
-    """`probabilities` (R, K) in float64 on the CPU. Raises ValueError outside (0, 1] and for other shapes."""
+    """`probabilities` (R, K) in float64 on the CPU. Raises ValueError for values outside (0, 1] or other shapes."""
     p = torch.as_tensor(probabilities, dtype=torch.float64, device="cpu")
     if p.dim() != 2 or p.numel() == 0:
         raise ValueError(f"probabilities must be a table (evaluations, levels), got shape {tuple(p.shape)}")
@@ -197,16 +197,16 @@ def check_probabilities(probabilities: Tensor) -> Tensor:
 
 
 def _running(p: Tensor) -> tuple[Tensor, Tensor]:
-    """Where p is certain, and the running sums of what is not: (R, K) each.
+    """Where p = 1, and the running sums of all other p: (R, K) each.
 
-    A certain coin shifts the running sum by one, which changes nothing: left out, so that no rounding can lose it.
+    A certain coin shifts the running sum by one, which changes nothing: leaving it out avoids rounding errors.
     """
     certain = p >= 1
     return certain, torch.where(certain, 0.0, p).cumsum(0)
 
 
 def _passed_each_row(passed: Tensor, certain: Tensor) -> Tensor:
-    """Counts of the rows, from what was passed by the end of each (B, R, K); certain coins fall once."""
+    """Counts per row, from the whole numbers passed by the end of each (B, R, K); certain coins fall once."""
     return passed.diff(dim=1, prepend=torch.zeros_like(passed[:, :1])).long() + certain
 
 

@@ -1,4 +1,4 @@
-"""The command `mlem.multilevel`: calibrate a family, show what is known of it, memorise a plan."""
+"""The command `mlem.multilevel`: calibrate a family, show its calibration, memorise a plan."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 __all__ = ["calibrate_folder", "main"]
 
 MOST_IMAGES = 512
-"""Of pilots, however unsure their errors are."""
+"""Most images of pilots, however large their standard errors."""
 
 
 def calibrate_folder(
@@ -49,16 +49,16 @@ def calibrate_folder(
     conditions: ConditionSource | None = None,
     until: float | None = None,
 ) -> Calibration:
-    """Calibrate the family in `folder`, run pilots, keep the result there, print the report.
+    """Calibrate the family in `folder`, run pilots, save the result there, print the report.
 
     Args:
-        images: trajectories, of the calibration and of the pilots.
+        images: number of trajectories, of the calibration and of the pilots.
         times, batch_sizes: see `calibrate`.
         reference_steps: see `pilot`.
         conditions: of the trajectories; by default classes take turns.
-        until: pilots are run on more images until no standard error of a solver's error is a larger share of it.
+        until: run pilots on more images until every solver's error has a relative standard error of at most this.
     """
-    check_whole("reference_steps", reference_steps, most=MOST_STEPS)  # of the pilots, which come after all the rest
+    check_whole("reference_steps", reference_steps, most=MOST_STEPS)  # for the pilots, which come last
     check_writable(folder)
     console = _console()
     with console.status("calibrating") as status:
@@ -98,14 +98,14 @@ def calibrate_folder(
 
 
 def _console() -> Console:
-    """As wide as the terminal; off it, wide enough for a report of three levels."""
+    """A console as wide as the terminal; without one, wide enough for a report of three levels."""
     from rich.console import Console
 
     return Console(width=None if os.isatty(1) else 140)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit code: 0, or 2 after one line for bad input."""
+    """Run the command line; return the exit code: 0, or 2 with one line for bad input."""
     options = _parser().parse_args(arguments)
     try:
         family = _guided(Family.load(options.family), options)
@@ -115,15 +115,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{called('multilevel')}: {in_words_of_the_user(' '.join(str(error).split()))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        return interrupted("multilevel", f"{options.family} is as it was; the same command begins anew")
+        return interrupted("multilevel", f"{options.family} is unchanged; the same command starts again")
     return 0
 
 
-_ABOUT = "Calibrate a family, show what is known of it, memorise a plan."
+_ABOUT = "Calibrate a family, show its calibration, memorise a plan."
 
 
 class _Defaults(argparse.ArgumentDefaultsHelpFormatter):
-    """Help that shows the defaults that there are."""
+    """Help that shows existing defaults."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         return action.help if action.default is None else super()._get_help_string(action)
@@ -137,42 +137,40 @@ def _parser() -> argparse.ArgumentParser:
     def verb(name: str, words: str) -> argparse.ArgumentParser:
         one = verbs.add_parser(name, help=words, description=words, formatter_class=show)
         one.add_argument("family", type=Path, help="folder of a family, such as runs/demo/family")
-        one.add_argument(
-            "--guidance", type=float, default=None, help="scale of guidance, as guidance.scale of sample.py"
-        )
+        one.add_argument("--guidance", type=float, default=None, help="guidance scale, as guidance.scale of sample.py")
         one.add_argument("--weak", default=None, help="autoguidance by this level, the cheapest")
         one.add_argument("--conditions", default=None, help="safetensors file, as conditions of sample.py")
         one.add_argument(
-            "--interval", type=float, nargs=2, default=None, help="noise-to-signal ratios that it acts between"
+            "--interval", type=float, nargs=2, default=None, help="noise-to-signal ratios between which guidance acts"
         )
         return one
 
-    one = verb("calibrate", "measure what the levels cost and how far apart they are: FAMILY/calibration.json")
+    one = verb("calibrate", "measure costs of the levels and their differences: FAMILY/calibration.json")
     one.add_argument("--images", type=int, default=16, help="trajectories")
-    one.add_argument("--times", type=int, default=24, help="noise levels along them")
-    one.add_argument("--batch-sizes", type=int, nargs="+", default=[64], help="at which levels are timed")
+    one.add_argument("--times", type=int, default=24, help="noise levels along each trajectory")
+    one.add_argument("--batch-sizes", type=int, nargs="+", default=[64], help="batch sizes at which levels are timed")
     one.add_argument(
-        "--reference-steps", type=int, default=500, help="of the run that discretisation is measured against"
+        "--reference-steps", type=int, default=500, help="steps of the reference for discretisation errors"
     )
     one.add_argument(
-        "--until", type=_share, default=None, help="standard error to reach, such as 20%%, on ever more images"
+        "--until", type=_share, default=None, help="relative standard error to reach with more images, such as 20%%"
     )
-    one.add_argument("--seed", type=int, default=0, help="of all noise")
+    one.add_argument("--seed", type=int, default=0, help="seed of all noise")
     one.add_argument("--device", default="cpu", help="such as cuda")
-    verb("report", "show what calibration found")
-    one = verb("memorise", "draw plans, keep the best on a training set of indices: FAMILY/plans/NAME.json")
+    verb("report", "show the calibration")
+    one = verb("memorise", "draw plans and keep the best on a training set of indices: FAMILY/plans/NAME.json")
     one.add_argument("--name", default="best", help="sample.py finds it as plan=NAME")
-    one.add_argument("--solver", default="ddpm", help="that the plan is for")
-    one.add_argument("--steps", type=int, default=64, help="of the solver")
-    one.add_argument("--grid", default="log_snr", help="time grid, as sampler=mlem has it")
+    one.add_argument("--solver", default="ddpm", help="solver of the plan")
+    one.add_argument("--steps", type=int, default=64, help="steps of the solver")
+    one.add_argument("--grid", default="log_snr", help="time grid, as in sampler=mlem")
     one.add_argument("--budget", type=float, default=0.35, help="share of the cost of the largest level at every step")
     one.add_argument("--estimator", default="jump", help="hindsight, held or jump")
     one.add_argument("--coins", default="systematic", help="systematic, bernoulli, nested or poisson")
     one.add_argument("--levels", nargs="+", default=None, help="cheapest first; none: the best subset")
     one.add_argument("--cost", default="flops", help="what budget counts: seconds or flops")
-    one.add_argument("--draws", type=int, default=15, help="of the coins")
-    one.add_argument("--images", type=int, default=16, help="to choose by, and as many others to judge by")
-    one.add_argument("--reference-steps", type=int, default=1000, help="of the run that errors are measured against")
+    one.add_argument("--draws", type=int, default=15, help="draws of the coins")
+    one.add_argument("--images", type=int, default=16, help="images to choose by, and as many others for evaluation")
+    one.add_argument("--reference-steps", type=int, default=1000, help="steps of the reference for errors")
     one.add_argument("--device", default="cpu", help="such as cuda")
     return parser
 
@@ -189,7 +187,7 @@ def _share(text: str) -> float:
 
 
 def _guided(family: Family, options: argparse.Namespace) -> Family:
-    """The family under the guidance that is asked for, whose fits are kept by themselves."""
+    """The family under the requested guidance, with its own fitted results."""
     if options.guidance is None:
         for name in ("weak", "interval"):
             if (value := getattr(options, name)) is not None:
@@ -200,12 +198,12 @@ def _guided(family: Family, options: argparse.Namespace) -> Family:
 
 
 def _check_device(name: str) -> None:
-    """Raise ValueError for a device that is not here."""
+    """Raise ValueError for a device that is not available."""
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"--device {name} cannot be used ({reason}); take cpu, or another device") from error
+        raise ValueError(f"--device {name} cannot be used ({reason}); use cpu or another device") from error
 
 
 def _calibrate(family: Family, options: argparse.Namespace) -> None:
@@ -219,7 +217,7 @@ def _conditions(options: argparse.Namespace) -> ConditionSource | None:
 
 
 def _folder(family: Family, options: argparse.Namespace) -> Path:
-    """Where what is fitted is kept."""
+    """The folder of fitted results."""
     return options.family if family.folder is None else family.folder
 
 
@@ -245,7 +243,7 @@ def _memorise(family: Family, options: argparse.Namespace) -> None:
     found = plan.about
     print(
         f"best of {found['draws']} draws: mean squared error {found['chosen_mse']:.3g} on the {found['images']} images "
-        f"it was chosen by; on {found['images']} others {found['judged_mse']:.3g}, where all draws have "
+        f"it was chosen by; {found['judged_mse']:.3g} on {found['images']} others, where all draws have "
         f"{found['others_mse']:.3g} ± {found['others_spread']:.2g}"
     )
-    print(f"kept as {folder}/plans/{options.name}.json: {command('sample')} plan={options.name} ...")
+    print(f"saved as {folder}/plans/{options.name}.json: {command('sample')} plan={options.name} ...")

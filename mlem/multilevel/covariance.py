@@ -1,12 +1,12 @@
-"""How corrections at any two evaluations go together, by a calibration: a matrix that is never written out.
+"""The covariance of corrections at any two evaluations, from a calibration: a matrix that is never formed.
 
 Between two calibrated times, the knots, a correction q is a straight line plus a Brownian bridge. So with `m(i)` the
-weights of the knots at row i, `c(i)` the cell between knots that row i is in and `s(i)` in [0, 1] the place in it,
+weights of the knots at row i, `c(i)` the cell between knots that contains row i and `s(i)` in [0, 1] the place in it,
 
     E[q_k(i) q_l(j)] = m(i)' inner_kl m(j) + change_kl[c(i)] (min(s(i), s(j)) - s(i) s(j)) [c(i) = c(j)].
 
-A quadratic form costs R operations, not R^2: the bridges have independent increments. R rows, C corrections, T knots;
-arrays are numpy's, in float64, as the search asks for thousands of small ones.
+A quadratic form costs R operations, not R^2, as bridges have independent increments. R rows, C corrections, T knots;
+arrays are NumPy's, in float64, as the search needs thousands of small ones.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class CorrectionCovariance:
     Args:
         times: (R,), `-ln kappa` of the evaluations, in any order.
         knots: (T,), rising, of the calibration.
-        found: the calibration's.
+        found: of the calibration.
     """
 
     def __init__(self, times: Array, knots: Array, found: LinearResponse) -> None:
@@ -40,7 +40,7 @@ class CorrectionCovariance:
         rough = found.roughness.numpy()
         change = np.diff(np.diff(self._inner, axis=1), axis=3).diagonal(axis1=1, axis2=3)  # (C, C, T-1)
         self._change = change * np.sqrt(rough[:, None] * rough)[..., None]
-        # rows in order of time; of each the first row of its cell, and the way from the row before in the cell
+        # rows in order of time; for each, the first row of its cell, and the distance from the row before in the cell
         self._order = np.argsort(self._cell + self._share, kind="stable")
         self._starts = np.searchsorted(self._cell[self._order], np.arange(count))  # (T,), the last is R
         shares = self._share[self._order]
@@ -56,7 +56,7 @@ class CorrectionCovariance:
         straight = deviations @ self._weights
         flat = straight.reshape(*straight.shape[:-2], -1)
         total = ((flat @ self._inner.reshape(flat.shape[-1], -1)) * flat).sum(-1)
-        after = self._after(deviations)  # the increments of the bridges count as often as what comes after them says
+        after = self._after(deviations)  # an increment of a bridge counts for all that comes after it
         whole = deviations * self._share
         cells = self._cell[self._order]
         for k in range(self._corrections):
@@ -100,7 +100,7 @@ class CorrectionCovariance:
         return straight + self._changes * (self._share - self._share**2)
 
     def _after(self, deviations: Array) -> Array:
-        """In order of time, the sum of what lies in the same cell from each row on: (.., R) -> (.., R)."""
+        """In order of time, the sum over the same cell from each row on: (.., R) -> (.., R)."""
         passed = _sums(deviations[..., self._order])
         return passed[..., self._ends] - passed[..., :-1]
 
@@ -110,7 +110,7 @@ class CorrectionCovariance:
 
 
 def _sums(values: Array) -> Array:
-    """Of nothing, of the first, of the first two, ..: (.., R) -> (.., R + 1)."""
+    """Cumulative sums, starting from 0: (.., R) -> (.., R + 1)."""
     sums = np.zeros((*values.shape[:-1], values.shape[-1] + 1))
     np.cumsum(values, axis=-1, out=sums[..., 1:])
     return sums
@@ -125,7 +125,7 @@ def knot_weights(times: Array, knots: Array) -> Array:
 
 
 def _places(times: Array, knots: Array) -> tuple[NDArray[np.intp], Array]:
-    """The cell that each time is in, and the place in it, in [0, 1]: (R,) each."""
+    """The cell of each time, and the place in it, in [0, 1]: (R,) each."""
     inside = np.clip(times, knots[0], knots[-1])
     cell = np.clip(np.searchsorted(knots, inside, side="right") - 1, 0, len(knots) - 2)
     return cell, (inside - knots[cell]) / (knots[cell + 1] - knots[cell])

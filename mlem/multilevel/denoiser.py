@@ -1,4 +1,4 @@
-"""Multilevel sampling as a denoiser: a sum over the levels of a family, most of them seldom evaluated."""
+"""Multilevel sampling as a denoiser: a sum over levels of a family, most of them rarely evaluated."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ __all__ = ["MultilevelDenoiser", "MultilevelTrajectory"]
 class MultilevelDenoiser:
     """The levels of a family under a plan.
 
-    `begin` starts a trajectory, which makes the evaluations of the plan in their order. For callers that can only call,
-    the denoiser is itself a denoiser: each call is the next evaluation of the trajectory that `start` began, or, after
-    its last evaluation, of a new one. Such a caller must evaluate all samples of a batch in one call, as often as the
-    plan has evaluations, and break no trajectory off without `start`.
+    `begin` starts a trajectory, which makes the evaluations of the plan in order. The object is also a plain denoiser:
+    each call is the next evaluation of the trajectory begun by `start`, or, after its last evaluation, of a new one.
+    Such a caller must evaluate the whole batch in one call, as often as the plan has evaluations, and must call `start`
+    after aborting a trajectory.
 
     Args:
         model: a Family, or denoisers, cheapest first (then with `schedule`).
-        plan: for as many evaluations as a trajectory makes.
+        plan: with one row per evaluation of a trajectory.
         schedule: of bare denoisers.
 
     Raises:
-        ValueError: the plan has other levels than the model, or bare denoisers come without a schedule.
+        ValueError: the plan's levels are not those of the model, or bare denoisers come without a schedule.
     """
 
     any_dtype = True
@@ -56,19 +56,19 @@ class MultilevelDenoiser:
             denoisers = list(model)
             self.names = list(plan.levels) or [str(number) for number in range(1, len(denoisers) + 1)]
         if schedule is None:
-            raise ValueError("bare denoisers say nothing of their schedule; pass schedule=")
+            raise ValueError("bare denoisers do not know their schedule; pass schedule=")
         columns = plan.probabilities.shape[1]
         if columns != len(denoisers):
             raise ValueError(
-                f"the plan is for {columns} levels, the family has {len(denoisers)} ({', '.join(self.names)}); "
-                "draw it for these levels, or name its own with levels="
+                f"the plan is for {columns} levels, but the family has {len(denoisers)} ({', '.join(self.names)}); "
+                "draw it for these levels, or name the plan's with levels="
             )
         self.plan, self.schedule = plan, schedule
         self._denoisers = denoisers
         self._trajectory: MultilevelTrajectory | None = None
 
     def metered(self, meter: Callable[[str, Any], Any]) -> MultilevelDenoiser:
-        """A copy with `meter(name, network)` before every network (or denoiser that is none)."""
+        """A copy with every network (or bare denoiser) wrapped by `meter(name, network)`."""
         denoisers: list[Denoiser] = []
         for name, denoiser in zip(self.names, self._denoisers, strict=True):
             inside = isinstance(denoiser, NetworkDenoiser)
@@ -86,8 +86,8 @@ class MultilevelDenoiser:
         """Begin a trajectory.
 
         Args:
-            indices: (B,), of the samples; needed where every sample has coins or conditions of its own.
-            quadrature: the weights of `mlem.solvers.quadrature_weights`; needed where the state is moved.
+            indices: (B,), of the samples; required if samples have their own coins or conditions.
+            quadrature: the weights of `mlem.solvers.quadrature_weights`; required if the state is moved.
             conditions: of the samples, for the levels of a family.
 
         Raises:
@@ -103,14 +103,14 @@ class MultilevelDenoiser:
         return MultilevelTrajectory(plan, self.schedule, evaluator)
 
     def _told(self, indices: Tensor | None, conditions: ConditionSource | None) -> list[Denoiser]:
-        """The levels, told their conditions. Raises ValueError where these are not known."""
+        """The levels with their conditions. Raises ValueError if these are unknown."""
         if not self._levels:
             if conditions is not None:
-                raise ValueError("conditions= are told to the levels of a family, and these are bare denoisers")
+                raise ValueError("conditions= needs the levels of a family, but these are bare denoisers")
             return self._denoisers
         if indices is None:
             if any(level.conditions for level in self._levels):
-                raise ValueError("these levels are told conditions: call start(indices) before the first step")
+                raise ValueError("these levels take conditions: call start(indices) before the first step")
             return self._denoisers
         told = conditions_of(self._levels, conditions, indices)
         pairs = zip(self._denoisers, told, strict=True)
@@ -126,7 +126,7 @@ class MultilevelDenoiser:
         self._trajectory = self.begin(indices, quadrature, conditions)
 
     def revise(self, y: Tensor, here: GridPoint) -> Tensor:
-        """`MultilevelTrajectory.revise` of the trajectory that `start` began."""
+        """`MultilevelTrajectory.revise` of the trajectory begun by `start`."""
         if self._trajectory is None:
             self.start()
         assert self._trajectory is not None
@@ -154,26 +154,26 @@ class MultilevelTrajectory:
         """The next noise estimate: x (B, ...), t (B,) -> like x.
 
         Args:
-            point: the point of the grid where that is, if it is one: numbers then take the place of tensors (B,).
+            point: the grid point, if it is one: plain numbers then replace tensors (B,).
 
         Raises:
-            ValueError: the last one has been made.
+            ValueError: all evaluations have been made.
         """
         if self.row == self._evaluations:
-            raise ValueError(f"this trajectory has had its {self.row} evaluations; begin another")
+            raise ValueError(f"this trajectory has made all {self.row} evaluations; begin another")
         row, self.row = self.row, self.row + 1
         return self._evaluator.evaluate(row, x, t, point)
 
     def denoiser_at(self, place: EvaluationPoint) -> Denoiser:
-        """The denoiser that makes the next evaluation, where a solver asks for it at `place`."""
+        """The denoiser that makes the solver's next evaluation, at `place`."""
         return partial(self.evaluate, point=place if isinstance(place, GridPoint) else None)
 
     def estimate(self, y: Tensor, place: EvaluationPoint) -> Tensor:
-        """The next noise estimate as a solver asks for it, at y (B, ...) in float64: like y."""
+        """The next noise estimate for a solver, at y (B, ...) in float64: like y."""
         return self.denoiser_at(place)(*model_input(self._schedule, y, place)).double()
 
     def revise(self, y: Tensor, point: GridPoint) -> Tensor:
-        """y (B, ...) moved to where it should be before the step from `point`; y itself where nothing was revised."""
+        """y (B, ...) moved as the plan requires before the step from `point`; y itself if nothing moves."""
         if not self._revised or not self._revised[self.row]:
             return y
         move = self._evaluator.revise(self.row, *model_input(self._schedule, y, point), point)

@@ -1,25 +1,25 @@
-"""Estimators: what stands in for the levels that are not evaluated. Each kind is a class; names are in `ESTIMATORS`.
+"""Estimators: stand-ins for levels that are not evaluated. Each kind is a class; names are in `ESTIMATORS`.
 
 `f^1 .. f^K` are the levels of a plan, cheapest first, `g^k = f^k - f^(k-1)` their corrections (`g^1 = f^1`). A table
 of counts says which corrections are evaluated at which row.
 
 - jump: `F = sum_k (count_k / p_k) g^k`, unbiased ([J], arXiv:2603.24594);
 - held: a correction that is evaluated is measured; between two measurements it is extrapolated from the last one
-  (order 0) or the last two (order 1, linearly in `-ln kappa`): see `holding.py`. Biased, but smooth: multistep solvers
-  work on it. One that is not measured at the first row is nothing there;
-- hindsight: held, and when a correction is measured again, the state is moved by what interpolation between
-  measurements says that extrapolation got wrong (ours; the corrector of a multistep method, for the correction alone);
-- switch: at each row one level runs, and no correction above it counts (T-Stitch, arXiv:2402.14167; a searched sequence
-  is OMS-DPM's, arXiv:2306.08860). What the larger levels would have said is lost;
-- forecast: one level alone, whose own outputs are extrapolated where it does not run (TaylorSeer, arXiv:2503.06923, at
-  the level of the output).
+  (order 0) or the last two (order 1, linearly in `-ln kappa`): see `holding.py`. Biased but smooth, so multistep
+  solvers work. If not measured at the first row, it is 0 there;
+- hindsight: held, and when a correction is measured again, the state is moved by the extrapolation error, as given by
+  interpolation between measurements (ours; like the corrector of a multistep method, for the correction alone);
+- switch: one level runs at each row, and no correction above it counts (T-Stitch, arXiv:2402.14167; a searched sequence
+  is OMS-DPM's, arXiv:2306.08860). The larger levels' corrections are lost;
+- forecast: a single level whose outputs are extrapolated where it does not run (TaylorSeer, arXiv:2503.06923, applied
+  to the output).
 
 Weights are collected before anything is evaluated: `F = sum_k w_k f^k` with `w_k = W_k - W_(k+1)`, W_k being that of
 `g^k`; and a level of weight zero is not run, unless a held correction has to be measured.
 
-Lives here: which levels run, what is predicted of the error, and which evaluator makes a trajectory. The evaluators
-themselves stand in `evaluators.py`. Tables are (R, K): R evaluations, K levels. Those of which levels run may be many
-at once, (.., R, K), and are numpy's, as a search asks for thousands of small ones.
+Here is which levels run, the predicted error, and the choice of evaluator for a trajectory. The evaluators themselves
+are in `evaluators.py`. Tables are (R, K): R evaluations, K levels. Tables of levels that run may be stacked,
+(.., R, K), and are NumPy's, as a search needs thousands of small ones.
 """
 
 from __future__ import annotations
@@ -56,14 +56,14 @@ Table = NDArray[np.bool_]
 
 
 class Estimator(ABC):
-    """How an evaluation is done, what it costs, and how far it is from the largest level."""
+    """How an evaluation is made, its cost, and its error relative to the largest level."""
 
     name: ClassVar[str]
     extrapolates: ClassVar[str] = "a held correction"
 
     @property
     def orders(self) -> tuple[int, ...]:
-        """Of extrapolation that a plan may have."""
+        """Allowed orders of extrapolation."""
         return choices.ESTIMATORS[self.name].orders
 
     @property
@@ -78,15 +78,15 @@ class Estimator(ABC):
 
     @property
     def searched(self) -> bool:
-        """Whether no coins are tossed: a plan's rows are chosen."""
+        """Whether a plan's rows are chosen, without coins."""
         return choices.ESTIMATORS[self.name].searched
 
     @abstractmethod
     def check(self, probabilities: Tensor, counts: Tensor | None) -> None:
-        """Raise ValueError for tables that this estimator cannot follow; counts: None where samples have their own."""
+        """Raise ValueError for tables that this estimator cannot use; counts: None if samples have their own."""
 
     def tossed(self, counts: Tensor) -> Tensor:
-        """The counts that hold, from those that coins gave."""
+        """The counts used, from those of the coins."""
         return counts
 
     @abstractmethod
@@ -102,7 +102,7 @@ class Estimator(ABC):
         return np.zeros_like(measured)
 
     def evaluated(self, measured: Table, weighed: Table, order: int) -> Table:
-        """The levels that run at each evaluation; weighed: those whose collected weight is not zero."""
+        """The levels that run at each evaluation; weighed: levels with a nonzero collected weight."""
         return weighed
 
     def runs(self, measured: Table, weighed: Table, order: int) -> NDArray[np.int64]:
@@ -111,11 +111,11 @@ class Estimator(ABC):
 
     @abstractmethod
     def deviations(self, weights: Array, scale: Array, times: Array, holding: Holding) -> Array:
-        """What N plans put in the place of a correction, less the correction, as coefficients of the correction.
+        """Stand-in minus correction, for N plans, as coefficients of the correction.
 
         Args:
             weights: (N, R), its `correction_weights`.
-            scale: (R,), or (N, R), what a unit of error at each row counts.
+            scale: (R,), or (N, R), weight of an error at each row.
             times: (R,), `-ln kappa` of each row.
             holding: the rules for stand-ins.
 
@@ -124,13 +124,13 @@ class Estimator(ABC):
 
     @abstractmethod
     def evaluator(self, levels: Levels, schedule: NoiseSchedule, program: Program, quadrature: Quadrature) -> Evaluator:
-        """What makes the evaluations of one trajectory.
+        """The evaluator of one trajectory.
 
         Args:
             levels: denoisers, cheapest first.
-            schedule: that of the denoisers.
-            program: the plan, of coins that all samples share.
-            quadrature: what each evaluation adds to the end of a trajectory, where the state is moved.
+            schedule: of the denoisers.
+            program: the plan, with coins shared by all samples.
+            quadrature: weight of each evaluation in the end of a trajectory, if the state is moved.
 
         Raises:
             ValueError: quadrature is missing.
@@ -138,7 +138,7 @@ class Estimator(ABC):
 
 
 class Jump(Estimator):
-    """A correction counts `count / p` times where its coin fell, and nothing elsewhere: unbiased at every row."""
+    """A correction counts `count / p` times where its coin fell, and 0 elsewhere: unbiased at every row."""
 
     name = "jump"
 
@@ -156,7 +156,7 @@ class Jump(Estimator):
 
 
 class Switch(Jump):
-    """One level at each evaluation; what larger ones would have said is lost."""
+    """One level at each evaluation; corrections of larger levels are lost."""
 
     name = "switch"
 
@@ -164,7 +164,7 @@ class Switch(Jump):
         table = probabilities if counts is None else counts
         fits = table.dim() == 2 and table.numel() > 0 and bool(((table == 0) | (table == 1)).all())
         if counts is None or not fits or bool((table[:, 1:] > table[:, :-1]).any() or (table[:, 0] != 1).any()):
-            raise ValueError("a plan that switches runs one level at each evaluation: make it by Plan.switching")
+            raise ValueError("a switching plan runs one level at each evaluation: make it with Plan.switching")
 
     def correction_weights(self, counts: Tensor, probabilities: Tensor) -> Tensor:
         return counts.double()
@@ -177,18 +177,18 @@ class Held(Estimator):
 
     def check(self, probabilities: Tensor, counts: Tensor | None) -> None:
         p = probabilities
-        if p.dim() != 2 or p.numel() == 0 or not bool(((p >= 0) & (p <= 1)).all()):  # 0 where rows are chosen
+        if p.dim() != 2 or p.numel() == 0 or not bool(((p >= 0) & (p <= 1)).all()):  # 0 if rows are chosen
             raise ValueError(
                 f"probabilities must be a table (evaluations, levels) of numbers in [0, 1], got shape {tuple(p.shape)}"
             )
         if counts is None:
-            raise ValueError("held corrections need one plan for all samples; leave per_sample out, or estimator=jump")
+            raise ValueError("held corrections need one plan for all samples; leave out per_sample, or estimator=jump")
         if counts.shape == p.shape and not bool(counts[:, 0].all() and counts.any(0).all()):
             raise ValueError("held corrections must be measured at some row, and the cheapest level at every row")
 
     def tossed(self, counts: Tensor) -> Tensor:
         counts = counts.clone()
-        counts[:, 0] = counts[0] = 1  # the cheapest level always runs, and the first row has nothing to hold
+        counts[:, 0] = counts[0] = 1  # the cheapest level always runs, and at the first row nothing is held yet
         return counts
 
     def correction_weights(self, counts: Tensor, probabilities: Tensor) -> Tensor:
@@ -215,7 +215,7 @@ class Held(Estimator):
 
 
 class Hindsight(Held):
-    """`Held`; a new measurement also moves the state by what interpolation says that extrapolation got wrong."""
+    """`Held`; a new measurement also moves the state by the extrapolation error, found by interpolation."""
 
     name = "hindsight"
 
@@ -229,7 +229,9 @@ class Hindsight(Held):
 
     def evaluator(self, levels: Levels, schedule: NoiseSchedule, program: Program, quadrature: Quadrature) -> Evaluator:
         if quadrature is None:
-            raise ValueError("hindsight moves the state between calls, which only sample() can do; use estimator=held")
+            raise ValueError(
+                "hindsight moves the state between calls, which only sample() supports; use estimator=held"
+            )
         return HindsightEvaluator(levels, schedule, program, quadrature)
 
 
@@ -241,13 +243,13 @@ class Forecast(Estimator):
     def check(self, probabilities: Tensor, counts: Tensor | None) -> None:
         fits = counts is not None and counts.dim() == 2 and counts.shape[1] == 1 and len(counts) > 0
         if counts is None or not fits or bool(((counts != 0) & (counts != 1)).any()) or counts[0] != 1:
-            raise ValueError("a forecast is of one level, which runs at the first evaluation: make it by Plan.forecast")
+            raise ValueError("a forecast has one level, which runs at the first evaluation; use Plan.forecast")
 
     def correction_weights(self, counts: Tensor, probabilities: Tensor) -> Tensor:
         return counts.double()
 
     def deviations(self, weights: Array, scale: Array, times: Array, holding: Holding) -> Array:
-        raise ValueError("no error of a forecast is predicted: sample with it, and measure")
+        raise ValueError("the error of a forecast cannot be predicted: sample with it and measure")
 
     def evaluator(self, levels: Levels, schedule: NoiseSchedule, program: Program, quadrature: Quadrature) -> Evaluator:
         return ForecastEvaluator(levels, schedule, program)
@@ -258,13 +260,13 @@ ESTIMATORS: dict[str, Estimator] = {one.name: one for one in (Jump(), Held(), Hi
 
 
 def estimator_called(name: str) -> Estimator:
-    """The estimator of this name. Raises ValueError with the names there are."""
+    """The estimator of this name. Raises ValueError listing the names."""
     choices.check_choice("estimator", name, tuple(choices.ESTIMATORS))
     return ESTIMATORS[name]
 
 
 def _next(measured: Table) -> NDArray[np.intp]:
-    """For each row the number of the next row, after it, at which a level is measured, R where there is none."""
+    """For each row, the next row after it at which a level is measured; R if there is none."""
     rows = measured.shape[-2]
     number = np.full(measured.shape, rows)
     later = np.where(measured, np.arange(rows)[:, None], rows)[..., :0:-1, :]
@@ -281,12 +283,12 @@ def _revised(measured: Table) -> Table:
 
 
 def _level_above(table: Table) -> Table:
-    """For each level what holds of the level above it."""
+    """For each level, the entry of the level above it."""
     above = np.zeros_like(table)
     above[..., :-1] = table[..., 1:]
     return above
 
 
 def collect(weights: Tensor) -> Tensor:
-    """Weights of the levels, from those of the corrections: (.., K) -> (.., K), `w_k = W_k - W_(k+1)`."""
+    """Weights of levels from weights of corrections: (.., K) -> (.., K), `w_k = W_k - W_(k+1)`."""
     return weights - torch.cat([weights[..., 1:], torch.zeros_like(weights[..., :1])], -1)

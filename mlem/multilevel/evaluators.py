@@ -1,4 +1,4 @@
-"""Evaluators: the evaluations of one trajectory under a plan, by each estimator. `estimators.py` chooses among them."""
+"""Evaluators: the evaluations of one trajectory under a plan, per estimator. `estimators.py` chooses among them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ __all__ = [
 
 
 class Program(NamedTuple):
-    """A plan as plain lists with a row for each evaluation, so that no step waits for a device; see `Plan`."""
+    """A plan as plain lists with one row per evaluation, so that no step waits for a device; see `Plan`."""
 
     evaluated: list[list[bool]]
     weights: list[list[float]]
@@ -40,11 +40,11 @@ class Program(NamedTuple):
 
 
 class Moment(NamedTuple):
-    """Where an evaluation is: numbers, or (B, 1, ...) where they differ from sample to sample.
+    """The noise level of an evaluation: numbers, or (B, 1, ...) if they differ between samples.
 
     Args:
         alpha, kappa: of the schedule there.
-        unit: what a difference of the levels' outputs is divided by to be one of v: alpha where they are eps.
+        unit: divisor that turns a difference of the levels' outputs into one of v: alpha if they are eps.
     """
 
     alpha: float | Tensor
@@ -53,7 +53,7 @@ class Moment(NamedTuple):
 
     @staticmethod
     def of(schedule: NoiseSchedule, x: Tensor, t: Tensor, point: Place) -> Moment:
-        """That of an evaluation at x (B, ...) and t (B,), which is at a point of the grid if one is given."""
+        """The moment of an evaluation at x (B, ...) and t (B,), at a grid point if one is given."""
         if isinstance(point, Moment):
             return point
         if point is not None:
@@ -68,18 +68,18 @@ class Moment(NamedTuple):
 
 
 Place: TypeAlias = "GridPoint | Moment | None"
-"""A point of the grid, what is known of one, or neither."""
+"""A grid point, its moment, or neither."""
 
 
 class Evaluator(ABC):
-    """Makes the evaluations of one trajectory, in order of their rows, and keeps what they leave behind."""
+    """Makes the evaluations of one trajectory, row by row, and keeps the state between them."""
 
     @abstractmethod
     def evaluate(self, row: int, x: Tensor, t: Tensor, point: Place) -> Tensor:
-        """The noise estimate at x (B, ...) and t (B,), which is at a point of the grid if one is given: like x."""
+        """The noise estimate at x (B, ...) and t (B,), at a grid point if one is given: like x."""
 
     def revise(self, row: int, x: Tensor, t: Tensor, point: Place) -> Tensor | None:
-        """What to move the state y = x / alpha by before the evaluation of this row, if anything."""
+        """The move of the state y = x / alpha before the evaluation of this row, if any."""
         return None
 
 
@@ -102,10 +102,10 @@ class _Share(NamedTuple):
 
 
 class OwnCoinsEvaluator(Evaluator):
-    """The jump estimate where every sample has its own coins: each level on its share of the batch."""
+    """The jump estimate with coins per sample: each level runs on its share of the batch."""
 
     def __init__(self, levels: Sequence[Denoiser], weights: Tensor, device: torch.device) -> None:
-        """weights: (B, R, K) on the CPU; device: that of the samples."""
+        """weights: (B, R, K) on the CPU; device: of the samples."""
         self._levels = levels
         self._shares = [[_share(level, device) for level in row.unbind(1)] for row in weights.unbind(1)]
 
@@ -119,7 +119,7 @@ class OwnCoinsEvaluator(Evaluator):
 
 
 def _share(weights: Tensor, device: torch.device) -> _Share | None:
-    """The samples whose weight (B,) is not zero."""
+    """The samples with nonzero weight (B,)."""
     positions = weights.nonzero().flatten()
     if not len(positions):
         return None
@@ -144,13 +144,13 @@ class HeldEvaluator(Evaluator):
         return self._corrected(estimate, row, moment, fresh=False)
 
     def _begin(self, x: Tensor, moment: Moment) -> None:
-        """What is not measured at the first row is nothing there."""
+        """Corrections that are not measured at the first row start as 0."""
         for level, due in enumerate(self._program.measured[0]):
             if level and not due:
                 self._measured[level].append(Measurement(moment.time, torch.zeros_like(x)))
 
     def _measure(self, row: int, outputs: Sequence[Tensor | None], moment: Moment) -> Tensor | None:
-        """Keep the corrections that are measured at this row. Returns what to move the state by, if anything."""
+        """Keep the corrections measured at this row. Returns the move of the state, if any."""
         move: Tensor | None = None
         for level, due in enumerate(self._program.measured[row]):
             if level == 0 or not due or not self._keeps(row, level):
@@ -164,15 +164,15 @@ class HeldEvaluator(Evaluator):
         return move
 
     def _keeps(self, row: int, level: int) -> bool:
-        """Whether what is measured here is used again."""
+        """Whether this measurement is used again."""
         return self._program.stored[row][level]
 
     def _look_back(self, level: int, now: Moment) -> Tensor | None:
-        """What to move the state by, if anything, now that a correction was measured again."""
+        """The move of the state, if any, after a correction was measured again."""
         return None
 
     def _corrected(self, estimate: Tensor, row: int, moment: Moment, fresh: bool) -> Tensor:
-        """`estimate` and the corrections at this row; without `fresh`, those that are not measured at it."""
+        """`estimate` plus the corrections at this row; without `fresh`, only those not measured at it."""
         total: Tensor | None = None
         for level, due in enumerate(self._program.measured[row]):
             if level == 0 or (due and not fresh):
@@ -185,11 +185,11 @@ class HeldEvaluator(Evaluator):
         return estimate if total is None else estimate + total
 
     def _stands_in(self, level: int, row: int, moment: Moment, value: Tensor) -> None:
-        """Told of each stand-in."""
+        """Called with each stand-in."""
 
 
 class ForecastEvaluator(Evaluator):
-    """One level, and where it does not run the polynomial through its last outputs."""
+    """One level; where it does not run, the polynomial through its last outputs."""
 
     def __init__(self, levels: Sequence[Denoiser], schedule: NoiseSchedule, program: Program) -> None:
         self._levels, self._schedule, self._program = levels, schedule, program
@@ -200,12 +200,12 @@ class ForecastEvaluator(Evaluator):
         (output,) = _outputs(self._levels, self._program.evaluated[row], x, t, point)
         if output is None:
             return self._forecast(time, x)
-        self._known = [one for one in self._known if not _same(one.time, time)]  # Heun asks twice at one time
+        self._known = [one for one in self._known if not _same(one.time, time)]  # Heun evaluates twice at one time
         self._known = [*self._known, Measurement(time, output)][-(self._program.holding.order + 1) :]
         return output
 
     def _forecast(self, time: float | Tensor, like: Tensor) -> Tensor:
-        """Lagrange's polynomial at this time: like the outputs."""
+        """The Lagrange polynomial at this time: like the outputs."""
         total = torch.zeros_like(like)
         for one in self._known:
             weight: float | Tensor = 1.0
@@ -217,12 +217,12 @@ class ForecastEvaluator(Evaluator):
 
 
 def _same(one: float | Tensor, other: float | Tensor) -> bool:
-    """Whether two times are one, or one of any sample's."""
+    """Whether two times are equal, for any sample."""
     return bool(torch.as_tensor(one == other).any())
 
 
 class _StandIn(NamedTuple):
-    """What stood in for a correction, where and when."""
+    """A stand-in that was used, with its row and time."""
 
     row: int
     moment: Moment
@@ -230,7 +230,7 @@ class _StandIn(NamedTuple):
 
 
 class HindsightEvaluator(HeldEvaluator):
-    """Held corrections that are put right when they are measured again."""
+    """Held corrections whose past errors are corrected when they are measured again."""
 
     def __init__(
         self, levels: Sequence[Denoiser], schedule: NoiseSchedule, program: Program, quadrature: Sequence[float]
@@ -252,7 +252,7 @@ class HindsightEvaluator(HeldEvaluator):
         return self._corrected(estimate, row, moment, fresh=True)
 
     def _keeps(self, row: int, level: int) -> bool:
-        # what is measured at a revision is added to the cheapest level in the evaluation that follows
+        # a measurement at a revision is added to the cheapest level in the evaluation that follows
         return super()._keeps(row, level) or any(self._program.revising[row])
 
     def _look_back(self, level: int, now: Moment) -> Tensor | None:
@@ -260,7 +260,7 @@ class HindsightEvaluator(HeldEvaluator):
         move: Tensor | None = None
         for row, then, value in self._stand_ins[level]:
             error = self._program.holding.interpolated(self._measured[level], then.time).sub_(value)
-            # what entered there has shrunk since, about as it would with frozen data
+            # errors made there have shrunk since, about as with frozen data
             error.mul_(then.alpha).mul_(now.kappa / then.kappa).mul_(self._quadrature[row])
             move = _sum(move, error)
         self._stand_ins[level] = []
@@ -271,20 +271,20 @@ class HindsightEvaluator(HeldEvaluator):
 
 
 def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:
-    """The sum of what there is."""
+    """The sum of the values that are not None."""
     return other if one is None else one if other is None else one + other
 
 
 def _outputs(
     levels: Sequence[Denoiser], runs: Sequence[bool], x: Tensor, t: Tensor, point: Place
 ) -> list[Tensor | None]:
-    """The noise estimates of the levels that run; None of the others."""
+    """The noise estimates of the levels that run; None for the others."""
     at = point if isinstance(point, GridPoint) else None
     return [denoiser_at(level, at)(x, t) if run else None for level, run in zip(levels, runs, strict=True)]
 
 
 def _weighted(outputs: Sequence[Tensor | None], weights: Sequence[float], x: Tensor) -> Tensor:
-    """`sum_k w_k f^k`; one level of weight 1 is given back as it is."""
+    """`sum_k w_k f^k`; a single level of weight 1 is returned unchanged."""
     total: Tensor | None = None
     for output, weight in zip(outputs, weights, strict=True):
         if output is not None and weight:

@@ -1,10 +1,10 @@
-"""What was fitted to a family, and is kept beside its levels: a calibration, learned coefficients, memorised plans.
+"""What was fitted to a family and is saved beside its levels: calibration, learned coefficients, memorised plans.
 
-    family/calibration.json         what was measured of the levels
+    family/calibration.json         measurements of the levels
     family/coefficients.json        learned coefficients
     family/plans/best.json          memorised plans
 
-A file that is damaged is no error until it is asked for: the family can still be sampled without it.
+A damaged file is an error only when it is needed: the family can be sampled without it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _MEMORISE = "python -m mlem.multilevel memorise FAMILY"
 
 
 class _Family(Protocol):
-    """What is known of the family that asks."""
+    """The family, as far as it matters here."""
 
     @property
     def data(self) -> str: ...
@@ -46,13 +46,13 @@ class _Family(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Fitted:
-    """What was fitted to a family; `calibration_for` and its like refuse what was fitted to other weights.
+    """What was fitted to a family; `calibration_for` and the like reject what was fitted to other weights.
 
     Args:
-        calibration: None where there is none.
-        coefficients: None where there are none.
+        calibration: if there is one.
+        coefficients: if there are any.
         plans: by name.
-        damaged: "calibration", "coefficients" or "plans/NAME" -> what is wrong with the file, in one line.
+        damaged: "calibration", "coefficients" or "plans/NAME" -> the fault of the file, in one line.
     """
 
     calibration: Calibration | None = None
@@ -67,34 +67,34 @@ class Fitted:
         )
 
     def calibration_for(self, family: _Family) -> Calibration:
-        """The calibration. Raises ValueError with the remedy when there is none, or one of other weights."""
+        """The calibration. Raises ValueError with the remedy if there is none, or it is for other weights."""
         found = self.calibration
         if found is None:
             self._refuse_damaged(_CALIBRATION)
             _refuse_one_level(family)
             raise ValueError(f"this family of {family.data} is not calibrated: {calibrations.COMMAND}")
         if found.about.get("weights") != family.weights_hash:
-            raise ValueError(f"the calibration is of other weights or guidance: {calibrations.COMMAND}")
+            raise ValueError(f"the calibration is for other weights or guidance: {calibrations.COMMAND}")
         if found.about.get("schedule") not in (None, family.schedule.fingerprint):
-            raise ValueError(f"the calibration is of another noise schedule: {calibrations.COMMAND}")
+            raise ValueError(f"the calibration is for another noise schedule: {calibrations.COMMAND}")
         return found
 
     def coefficients_for(self, family: _Family) -> Coefficients:
-        """The coefficients. Raises ValueError with the remedy when there are none, or some of other weights."""
+        """The coefficients. Raises ValueError with the remedy if there are none, or they are for other weights."""
         found = self.coefficients
         if found is None:
             self._refuse_damaged(_COEFFICIENTS)
             _refuse_one_level(family)
             raise ValueError(
                 f"this family of {family.data} has no learned coefficients: {learned.COMMAND}, "
-                "or take probabilities=calibrated"
+                "or use probabilities=calibrated"
             )
         if found.about.get("weights") not in (None, family.weights_hash):
-            raise ValueError(f"the coefficients are of other weights or guidance; fit them again: {learned.COMMAND}")
+            raise ValueError(f"the coefficients are for other weights or guidance; fit them again: {learned.COMMAND}")
         return found
 
     def plan_for(self, family: _Family, name: str) -> Plan:
-        """The plan of this name. Raises ValueError with the names there are, or when it is of other weights."""
+        """The plan of this name. Raises ValueError listing the names, or if it was made for other weights."""
         plan = self.plans.get(name)
         if plan is None:
             self._refuse_damaged(f"{_PLANS}/{name}")
@@ -105,14 +105,14 @@ class Fitted:
         return plan
 
     def with_plan(self, name: str, plan: Plan) -> Fitted:
-        """This and a plan of this name."""
+        """A copy with a plan of this name."""
         return replace(self, plans={**self.plans, name: plan})
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write the files of what there is; files of what there is not stay as they are.
+        """Write what there is; other files stay as they are.
 
         Raises:
-            ValueError: the name of a plan cannot be a file's; nothing is written.
+            ValueError: a plan's name is not a file name; nothing is written.
         """
         for name in self.plans:
             check_name("name of a plan", name)
@@ -126,7 +126,7 @@ class Fitted:
 
     @staticmethod
     def load(folder: str | os.PathLike[str]) -> Fitted:
-        """Read what there is. What is wrong with a file is kept, and said when that is asked for."""
+        """Read what there is. A fault in a file is recorded, and raised when the file is needed."""
         folder, damaged = Path(folder), dict[str, str]()
 
         def read(name: str, parse: Callable[[dict[str, Any], str], _T]) -> _T | None:
@@ -151,9 +151,9 @@ class Fitted:
 
 
 def _refuse_one_level(family: _Family) -> None:
-    """Raise ValueError where nothing can be fitted: there is nothing that one level would share."""
+    """Raise ValueError for a family of one level, to which nothing can be fitted."""
     if len(family.names) == 1:
         raise ValueError(
-            f"this family of {family.data} has one level, {family.names[0]}, and plans share work between several: "
-            "leave the plan out, or train more: model=family model.levels=[xs,s]"
+            f"this family of {family.data} has one level, {family.names[0]}, but plans share work between several: "
+            "leave out the plan, or train more: model=family model.levels=[xs,s]"
         )

@@ -1,9 +1,8 @@
-"""Holding: what stands in for a correction between the evaluations at which it is measured.
+"""Holding: stand-ins for a correction between the evaluations at which it is measured.
 
-Time is `-ln kappa`. A stand-in is a linear combination of up to three measurements; `Holding` gives their weights: as
-plain numbers or, where times differ from sample to sample, as tensors when a sample is made, and as arrays, for many
-plans at once, when an error is predicted. A correction that is not measured at the first row is taken for nothing
-there: of noise all levels say much the same.
+Time is `-ln kappa`. A stand-in is a linear combination of up to three measurements; `Holding` gives their weights: in
+sampling as plain numbers, or as tensors if times differ between samples; in predicting errors as arrays, for many plans
+at once. A correction that is not measured at the first row is taken as 0 there: on noise all levels nearly agree.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ Numbers: TypeAlias = Any
 
 
 class Measurement(NamedTuple):
-    """A correction as it was measured, `(f^k - f^(k-1)) / alpha`, the difference of v predictions, and its time."""
+    """A measured correction, `(f^k - f^(k-1)) / alpha`, the difference of v predictions, and its time."""
 
     time: float | Tensor
     value: Tensor
@@ -36,16 +35,16 @@ class Holding:
 
     Args:
         order: of extrapolation: 0 holds the last measurement, 1 draws a straight line through the last two.
-            Interpolation takes one measurement more: the next.
+            Interpolation uses one more measurement: the next.
         correlation_length: in `-ln kappa`. A held measurement fades as `exp(-distance / length)`, the best linear
-            guess of a process with this correlation; None: it does not fade.
+            predictor of a process with this correlation; None: it does not fade.
     """
 
     order: int
     correlation_length: float | None
 
     def extrapolated(self, points: Sequence[Measurement], time: float | Tensor) -> Tensor:
-        """What the last `order + 1` measurements, or the one there is, say of a later `time`."""
+        """Extrapolation to a later `time` from the last `order + 1` measurements, or from the only one."""
         last = points[-1]
         if len(points) == 1:
             return last.value if self.correlation_length is None else last.value * self._fading(time - last.time)
@@ -53,7 +52,7 @@ class Holding:
         return _combined(last, before, _line(time - last.time, before.time - last.time))
 
     def interpolated(self, points: Sequence[Measurement], time: float | Tensor) -> Tensor:
-        """What the last `order + 2` measurements, or those there are, say of a `time` between the last two."""
+        """Interpolation at a `time` between the last two measurements, from up to `order + 2` of them."""
         before, after = points[-2:]
         oldest = points[-3] if len(points) > 2 else before
         passed, span, older = time - before.time, after.time - before.time, before.time - oldest.time
@@ -69,19 +68,19 @@ class Holding:
         *,
         hindsight: bool,
     ) -> NDArray[np.float64]:
-        """Stand-ins less corrections, as coefficients of the corrections, for N plans at once.
+        """Stand-in minus correction, as coefficients of the corrections, for N plans at once.
 
         Args:
             measured: (N, R), the evaluations at which the correction is measured.
-            scale: (R,), or (N, R), what a unit of error at each evaluation counts.
+            scale: (R,), or (N, R), weight of an error at each evaluation.
             times: (R,), `-ln kappa` of each evaluation.
-            hindsight: whether interpolation replaces extrapolation where there is a later measurement.
+            hindsight: whether interpolation replaces extrapolation if there is a later measurement.
 
         Returns: (N, R); the error of a plan is the sum over rows of these times the corrections.
         """
         plans, rows = measured.shape
         number, plan = np.arange(rows), np.arange(plans)[:, None]
-        known = measured | (number == 0)  # at the first row at least that it is nothing
+        known = measured | (number == 0)  # at the first row it is known to be 0
         last = np.maximum.accumulate(np.where(known, number, 0), axis=1)
         before = np.zeros_like(last)
         before[:, 1:] = last[:, :-1]
@@ -93,7 +92,7 @@ class Holding:
         second = np.where(between, later, before if self.order else last)
         since = times[last]
         passed, older = times - since, since - times[before]
-        # where a correction is measured nothing has passed, and the measurement weighs 1
+        # where a correction is measured no time has passed, and the measurement has weight 1
         span = np.where(between & known, 1.0, times[second] - since)
         inside = self._interpolation(passed, np.where(between, span, 1.0), older)
         outside = self._extrapolation(passed, span, second == last)
@@ -108,20 +107,20 @@ class Holding:
     def _extrapolation(
         self, passed: NDArray[np.float64], span: NDArray[np.float64], alone: NDArray[np.bool_]
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Weights of the last measurement and the one before it, at a distance of `span`, or of the last alone."""
+        """Weights of the last measurement and of the one `span` before it, or of the last alone."""
         faded = np.broadcast_to(self._fading(passed), passed.shape)
         return _chosen(alone, (faded, np.zeros_like(passed)), _line(passed, span))
 
     def _fading(self, passed: Numbers) -> Numbers:
-        """Weight of one measurement, `passed` later."""
+        """Weight of a measurement after a time `passed`."""
         length = self.correlation_length
         return 1.0 if length is None else _library(passed).exp(-passed / length)
 
     def _interpolation(self, passed: Numbers, span: Numbers, older: Numbers) -> tuple[Numbers, Numbers, Numbers]:
-        """Weights of a measurement, `passed` after it, of another `span` later, and of one that is `older` than it.
+        """Weights, `passed` after a measurement, of that one, of the next, `span` later, and of one `older` before it.
 
-        Of order 1 a parabola through all three, a straight line where older = 0; of order 0 a straight line. With a
-        correlation length, the mean of an Ornstein-Uhlenbeck process that is known at both ends:
+        Order 1: a parabola through all three, a straight line if older = 0; order 0: a straight line. With a
+        correlation length, the mean of an Ornstein-Uhlenbeck process known at both ends:
         `(sinh((span - passed) / length) a + sinh(passed / length) b) / sinh(span / length)`.
         """
         length = self.correlation_length
@@ -142,7 +141,7 @@ class Holding:
 
 
 def _line(passed: Numbers, span: Numbers) -> tuple[Numbers, Numbers]:
-    """Weights of the straight line through a value, where nothing has passed, and one at a distance of `span`."""
+    """Weights of the straight line through the values at times 0 and `span`, at `passed`."""
     # two evaluations at one time (Heun) give no slope
     share = passed * (span != 0) / (span + (span == 0))
     return 1 - share, share
@@ -158,5 +157,5 @@ def _chosen(which: NDArray[np.bool_], yes: tuple[Any, Any], no: tuple[Any, Any])
 
 
 def _library(numbers: object) -> Any:
-    """Whose functions these numbers take."""
+    """The library of these numbers."""
     return torch if isinstance(numbers, Tensor) else np

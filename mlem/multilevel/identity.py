@@ -1,6 +1,6 @@
-"""What a plan was made for, so that it is not used for anything else unremarked: solver, grid, schedule and weights.
+"""What a plan was made for, to notice other uses: solver, grid, schedule and weights.
 
-It stands in the `about` of a plan. A plan that says nothing, such as one made by hand, fits wherever it has the rows.
+Stored in the `about` of a plan. A plan without identity, such as a handmade one, fits any run with as many rows.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ _WORDS = {
     "schedule": "another noise schedule",
     "weights": "other weights or guidance",
 }
-"""Part of the identity -> how an error says it."""
+"""Part of the identity -> its wording in an error."""
 
 
 def identity(family: Family, solver: Solver, points: GridPoints) -> dict[str, Any]:
-    """What a plan for these is made for; plain data."""
+    """The identity of plans for these; plain data."""
     own: dict[str, Any] = {"solver": solver.name, "steps": points.steps, "grid": points.grid.name}
     own |= {"settings": _hashed(_plain(vars(solver))), "times": _hashed([f"{t:.9f}" for t in points.grid.times])}
     return own | {"schedule": points.schedule.fingerprint, "weights": family.weights_hash}
@@ -82,9 +82,9 @@ def plan_for_use(
 
 
 def found_plan(spec: PlanSpec, family: Family, solver: Solver, points: GridPoints) -> Plan:
-    """The plan that a specification asks for, with the identity in its `about`, found only where it is not kept.
+    """The plan for a specification, with the identity in its `about`, from the cache if possible.
 
-    Raises: ValueError as `make_plan` does.
+    Raises: ValueError like `make_plan`.
     """
     own, fitted = identity(family, solver, points), family.fitted
     parts = {"calibration": fitted.calibration, "coefficients": fitted.coefficients}
@@ -114,24 +114,24 @@ def _refuse_other_use(plan: Plan, own: Mapping[str, Any]) -> None:
     for part, words in _WORDS.items():
         if part in plan.about and plan.about[part] != own[part]:
             raise ValueError(
-                f"the plan was made for {words.format(plan.about[part])}, and is used with {_described(own)}; "
-                "sample with what it was made for, or draw it again: family.plan(...) fits any"
+                f"the plan was made for {words.format(plan.about[part])}, but is used with {_described(own)}; "
+                "use it as intended, or draw it again: family.plan(...) fits any"
             )
 
 
 def _warn_of_other_coefficients(family: Family, own: Mapping[str, Any]) -> None:
-    """They mean the same on every grid, and are best on their own."""
+    """Warn: coefficients work on every grid, but are best on their own."""
     about = family.fitted.coefficients_for(family).about
     if any(part in about and about[part] != own[part] for part in ("solver", "grid")):
         was = f"{about.get('solver')} on the {about.get('grid')} grid"
         warnings.warn(
-            f"the coefficients were learned for {was}, and are used with {_described(own)}; for these: {COMMAND}",
+            f"the coefficients were learned for {was}, but are used with {_described(own)}; for these: {COMMAND}",
             stacklevel=6,
         )
 
 
 def _warn_of_missing_level(plan: Plan, spec: PlanSpec, family: Family) -> None:
-    """The user asked for so little that the largest level is never run."""
+    """Warn if the budget is so small that the largest level never runs."""
     error = plan.about["predicted_mse_of_plan"]
     warnings.warn(
         f"budget={spec.budget} is less than any plan with level {family.names[-1]} costs; with {'+'.join(plan.levels)} "
@@ -145,7 +145,7 @@ def _described(own: Mapping[str, Any]) -> str:
 
 
 def _plain(value: Any, depth: int = 4) -> Any:
-    """Options of a solver as JSON; of objects their class and, to that depth, what they hold."""
+    """Options of a solver as JSON; objects become their class and, down to a depth, their fields."""
     if value is None or isinstance(value, str | int | float):
         return value
     if isinstance(value, Tensor):

@@ -1,8 +1,8 @@
-"""Plans that were found, kept: in memory, and beside the family where that was read from a folder.
+"""A cache of found plans: in memory, and beside the family if it was read from a folder.
 
-    family/found/0123456789abcdef.json      one for what was asked, of which solver, on which grid, by what calibration
+    family/found/0123456789abcdef.json      one per specification, solver, grid and calibration
 
-They are a cache: whatever is wrong with the folder, plans are found anew.
+Whatever is wrong with the folder, plans are simply found again.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from mlem.multilevel.plan import Plan
 __all__ = ["KeptPlans"]
 
 VERSION = 2
-"""To be raised when other plans are found for what is asked."""
+"""Version: raise it when the search finds other plans for the same request."""
 
 MOST = 64
-"""How many plans are kept, in memory and in the folder."""
+"""Number of plans kept, in memory and in the folder."""
 
 
 class KeptPlans:
-    """The plans last asked for.
+    """The most recently used plans.
 
     Args:
-        folder: of the family; None: plans are kept in memory only.
+        folder: of the family; None: keep plans in memory only.
     """
 
     def __init__(self, folder: str | os.PathLike[str] | None = None) -> None:
@@ -39,12 +39,12 @@ class KeptPlans:
         self._plans: OrderedDict[str, Plan] = OrderedDict()
 
     def plan(self, asked: Mapping[str, Any], find: Callable[[], Plan], *, on_disk: bool) -> Plan:
-        """The plan for what is asked, found only where it is not kept.
+        """The plan for a request, from the cache if possible.
 
         Args:
-            asked: all that the plan follows from, as plain data.
-            find: finds the plan. What it raises is raised again, and is not kept.
-            on_disk: whether finding it takes so long that it is kept in the folder too.
+            asked: everything that determines the plan, as plain data.
+            find: finds the plan; its errors propagate and are not cached.
+            on_disk: whether finding takes so long that the plan is also kept in the folder.
         """
         key = hashlib.sha256(json.dumps({**asked, "version": VERSION}, sort_keys=True).encode()).hexdigest()[:32]
         plan = self._plans.pop(key, None) or (self._read(key) if on_disk else None)
@@ -52,7 +52,7 @@ class KeptPlans:
             plan = find()
             if on_disk:
                 self._write(key, plan)
-        self._plans[key] = plan  # the last one asked for comes last
+        self._plans[key] = plan  # most recent last
         if len(self._plans) > MOST:
             self._plans.popitem(last=False)
         return plan
@@ -72,5 +72,5 @@ class KeptPlans:
             kept = sorted(self._folder.glob("*.json"), key=lambda path: path.stat().st_mtime)
             for path in kept[:-MOST]:
                 path.unlink(missing_ok=True)
-        except OSError:  # a folder that cannot be written costs the time to find the plan again, and no more
+        except OSError:  # a read-only folder only costs the time to find the plan again
             return

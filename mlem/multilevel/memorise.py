@@ -1,4 +1,4 @@
-"""Memorised plans: coins do not depend on the state, so the best of many draws can be kept ([J], Fig. 1)."""
+"""Memorised plans: coins do not depend on the state, so the best of many draws can be reused ([J], Fig. 1)."""
 
 from __future__ import annotations
 
@@ -42,17 +42,17 @@ def memorise(
 
     Args:
         spec: of all plans; its seed is that of the first draw.
-        solver, steps, grid: how they are sampled.
-        images: samples to choose by, and as many others to judge by.
-        reference_steps: steps of the run of the largest level that errors are measured against.
+        solver, steps, grid: of sampling.
+        images: samples to choose by, and as many others for evaluation.
+        reference_steps: steps of the reference.
         device: where the family's networks are moved, and stay.
         conditions: of the samples; by default classes take turns.
 
-    Returns: the plan. Its `about` has the error that it was chosen by (chosen_mse), its error on the other samples
-        (judged_mse), and theirs of all draws, mean and standard deviation (others_mse, others_spread).
+    Returns: the plan. Its `about` has the error by which it was chosen (chosen_mse), its error on the other samples
+        (judged_mse), and the mean and standard deviation of the latter over all draws (others_mse, others_spread).
 
-    Raises: ValueError for fewer than two draws, for no images or steps of the reference, for a specification that
-        tosses no coins, and for one that the solver cannot follow.
+    Raises: ValueError for fewer than two draws, no images or reference steps, a specification without coins, or one
+        that the solver cannot follow.
     """
     if draws < 2:
         raise ValueError(f"draws must be >= 2, got {draws}; the best is chosen among them")
@@ -60,7 +60,7 @@ def memorise(
         raise ValueError(f"images must be >= 1, got {images}; the best is chosen by its error on them")
     check_whole("reference_steps", reference_steps, most=MOST_STEPS)
     if spec.searched:
-        raise ValueError("this spec tosses no coins, so that all its draws are equal; add coins=systematic")
+        raise ValueError("this spec tosses no coins, so all its draws are equal; add coins=systematic")
     method = make_solver(solver)
     times = method.grid(family.schedule, steps, grid)
     plans = [make_plan(replace(spec, seed=spec.seed + n), family, method, times) for n in range(draws)]

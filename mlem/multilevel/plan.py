@@ -1,7 +1,7 @@
-"""A plan: which levels run at each evaluation of the denoiser, and with what weight. Chance turned into data.
+"""A plan: which levels run at each evaluation of the denoiser, and with what weight. Randomness turned into data.
 
 A table of counts says which corrections are evaluated at which row, an evaluation of the denoiser; an estimator (see
-`estimators.py`) turns it into a noise estimate. How plans are found stands in `planner.py`.
+`estimators.py`) turns it into a noise estimate. `planner.py` finds plans.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ class Plan:
 
     Args:
         probabilities: (R, K), the means of the counts; R evaluations, K levels.
-        counts: (R, K) int64, or None where every sample tosses its own coins.
+        counts: (R, K) int64, or None if every sample tosses its own coins.
         coins: the kind of coins, or "given".
         estimator: "jump", "held", "hindsight", "switch" or "forecast".
         order: of extrapolation of held corrections, 0 or 1; of a forecast, up to 2.
         seed: of the coins.
         levels: names of the levels; empty means all of a family's.
         correlation_length: of held corrections, in `-ln kappa`, > 0; None: they do not fade.
-        about: what it was made for and what was predicted; plain data.
+        about: what it was made for, and predictions; plain data.
 
     Raises:
         ValueError: tables do not fit one another or the estimator.
@@ -85,7 +85,7 @@ class Plan:
     def _check_counts(self, counts: Tensor) -> None:
         if counts.shape != self.probabilities.shape:
             raise ValueError(
-                f"counts and probabilities must be of one shape, got {tuple(counts.shape)} and "
+                f"counts and probabilities must have one shape, got {tuple(counts.shape)} and "
                 f"{tuple(self.probabilities.shape)}; draw the plan again"
             )
         if counts.dtype != torch.int64 or bool((counts < 0).any()):
@@ -106,11 +106,11 @@ class Plan:
         """Toss the coins.
 
         Args:
-            probabilities: (R, K) in (0, 1], a row for each evaluation, a column for each level.
+            probabilities: (R, K) in (0, 1], one row per evaluation, one column per level.
             coins: "systematic", "bernoulli", "nested" or "poisson".
             seed: of the coins.
             estimator, order, levels, about: see `Plan`.
-            per_sample: every sample gets coins of its own, keyed by its index, when it is sampled.
+            per_sample: every sample gets its own coins, keyed by its index, when sampled.
 
         Raises:
             ValueError: a probability is out of range, or the coins or the estimator are unknown.
@@ -150,10 +150,10 @@ class Plan:
     def forecast(
         running: Sequence[bool], level: str, *, order: int = 1, about: Mapping[str, Any] | None = None
     ) -> Plan:
-        """One level, whose outputs are extrapolated where it does not run.
+        """One level whose outputs are extrapolated where it does not run.
 
         Args:
-            running: whether it runs, at each of the R evaluations; at the first one it must.
+            running: whether it runs, at each of the R evaluations; it must at the first.
             level: its name.
             order: of the polynomial in `-ln kappa`, 0 to 2.
         """
@@ -161,7 +161,7 @@ class Plan:
         return Plan(counts.double(), counts, "given", "forecast", order, levels=(level,), about=dict(about or {}))
 
     def begun(self) -> Plan:
-        """The same, with all that is held measured at the first row."""
+        """The same plan with all held corrections measured at the first row."""
         if not self.holds or self.counts is None or bool(self.counts[0].all()):
             return self
         counts = self.counts.clone()
@@ -169,19 +169,19 @@ class Plan:
         return replace(self, counts=counts, probabilities=torch.where(counts > 0, 1.0, self.probabilities))
 
     def redrawn(self, delta: float = 0.0, seed: int = 0) -> Plan:
-        """The coins tossed again, with delta added to the logits of all p_k but the first ([J], Fig. 1).
+        """The plan with coins tossed again and delta added to the logits of all p_k but the first ([J], Fig. 1).
 
-        What is certain stays certain. Raises ValueError for held corrections, whose rows are chosen, not tossed.
+        Certain coins stay certain. Raises ValueError for held corrections, whose rows are chosen, not tossed.
         """
         if self._estimator.searched:
-            raise ValueError(f"{self.estimator} tosses no coins again; use estimator=jump")
+            raise ValueError(f"{self.estimator} has no coins to toss again; use estimator=jump")
         p = torch.sigmoid(torch.logit(self.probabilities) + delta).clamp(min=1e-9)
         p[:, 0] = self.probabilities[:, 0]
         return Plan.draw(p, self.coins, seed, order=self.order, levels=self.levels, per_sample=self.per_sample)
 
     @property
     def evaluations(self) -> int:
-        """R: how often the denoiser is called for a sample."""
+        """R: evaluations of the denoiser per sample."""
         return len(self.probabilities)
 
     @property
@@ -211,7 +211,7 @@ class Plan:
     @property
     def _shared_counts(self) -> Tensor:
         if self.counts is None:
-            raise ValueError("every sample has its own coins: ask sample_weights(indices)")
+            raise ValueError("every sample has its own coins: call sample_weights(indices)")
         return self.counts
 
     @property
@@ -229,11 +229,11 @@ class Plan:
 
     @cached_property
     def weights(self) -> Tensor:
-        """The collected weights w_k: (R, K) float64. For held corrections, those of what is measured at that row."""
+        """The collected weights w_k: (R, K) float64. For held corrections, of what is measured at that row."""
         return collect(self.correction_weights)
 
     def sample_weights(self, indices: Tensor) -> Tensor:
-        """The collected weights of these samples (B,), where each has its own coins: (B, R, K)."""
+        """The collected weights of these samples (B,), each with its own coins: (B, R, K)."""
         return collect(coins_called(self.coins).toss(self.probabilities, self.seed, indices) / self.probabilities)
 
     @cached_property
@@ -269,12 +269,12 @@ class Plan:
 
     @cached_property
     def calls(self) -> Tensor:
-        """Evaluations of each level for one sample: (K,) float64; the expected ones, where samples toss their own."""
+        """Evaluations of each level per sample: (K,) float64; expected ones if samples toss their own coins."""
         return self.expected_calls if self.counts is None else self.runs.sum(0).double()
 
     @cached_property
     def expected_calls(self) -> Tensor:
-        """What `calls` is on average over the coins: (K,) float64. Where rows are chosen: `calls`."""
+        """Mean of `calls` over the coins: (K,) float64; equal to `calls` if rows are chosen."""
         if self._estimator.searched:
             return self.calls
         p = self.probabilities
@@ -282,7 +282,7 @@ class Plan:
         return coins_called(self.coins).runs(p, above).sum(0)
 
     def cost(self, costs: Tensor) -> float:
-        """Cost for one sample, when one evaluation of each level costs `costs` (K,)."""
+        """Cost per sample, if one evaluation of each level costs `costs` (K,)."""
         return (self.calls * costs).sum().item()
 
     def expected_cost(self, costs: Tensor) -> float:
@@ -290,10 +290,10 @@ class Plan:
         return (self.expected_calls * costs).sum().item()
 
     def fingerprint(self, seed: int | None = None) -> str:
-        """Tells plans apart, whatever `about` says: 64 hexadecimal digits, the same in every version.
+        """Identifies the plan, apart from `about`: 64 hexadecimal digits, the same in every version.
 
         Args:
-            seed: in the place of the plan's own.
+            seed: replaces the plan's own.
         """
         table = self.to_dict() | {"about": {}, "seed": self.seed if seed is None else seed}
         table["memory"] = table.pop("correlation_length")  # its name when fingerprints were first written to disk
@@ -308,9 +308,9 @@ class Plan:
 
     @staticmethod
     def from_dict(plain: Mapping[str, Any], where: str = "the plan") -> Plan:
-        """The plan that `to_dict` described. Raises ValueError, which names `where`, for other data."""
+        """The plan described by `to_dict`. Raises ValueError naming `where` for other data."""
         check_format(plain, FORMAT, where, _REMEDY)
-        if "memory" in plain:  # what correlation_length was called
+        if "memory" in plain:  # former name of correlation_length
             plain = {"correlation_length": plain["memory"]} | dict(plain)
         with damaged(where, _REMEDY):
             counts = None if plain["counts"] is None else torch.tensor(plain["counts"])
@@ -327,5 +327,5 @@ class Plan:
     def load(path: str | os.PathLike[str]) -> Plan:
         """Read a plan. Raises FileNotFoundError or ValueError with the remedy."""
         if not os.path.isfile(path):
-            raise FileNotFoundError(f"{path} is no plan; make one with: python -m mlem.multilevel memorise FAMILY")
+            raise FileNotFoundError(f"{path} is not a plan; make one with: python -m mlem.multilevel memorise FAMILY")
         return Plan.from_dict(read_object(path), os.fspath(path))

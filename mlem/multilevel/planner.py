@@ -1,7 +1,7 @@
 """From a specification to a plan, for one family, solver and time grid.
 
-Lives here: which levels may take part, the probabilities of each law, and the budget that reaches an error. How good
-a plan is predicted to be stands in `predict.py`; how the evaluations that measure are searched for, in `search.py`.
+Here are the choice of levels, the probabilities of each law, and the budget that reaches an error. `predict.py`
+predicts the error of a plan; `search.py` searches for the evaluations that measure.
 """
 
 from __future__ import annotations
@@ -31,18 +31,17 @@ __all__ = ["check_estimator", "check_spec", "make_plan", "refuse_levels"]
 
 
 def make_plan(spec: PlanSpec, family: Family, solver: Solver, grid: TimeGrid) -> Plan:
-    """The plan that `spec` asks for, with what is predicted of it in `about`.
+    """The plan for `spec`, with predictions in `about`.
 
     Raises:
-        ValueError: the family was not fitted for it, no plan costs so little or errs so little, or the solver could
-            not follow it.
+        ValueError: the family lacks a fit, no plan has so small a cost or error, or the solver cannot follow it.
     """
     check_estimator(solver, GridPoint.of(family.schedule, grid), spec.estimator)
     return _Planner(spec, family, solver, grid).plan()
 
 
 def check_spec(spec: PlanSpec, family: Family, solver: Solver, grid: TimeGrid) -> None:
-    """Raise ValueError for what does not fit these levels, whatever a calibration will find of them."""
+    """Raise ValueError for a specification that cannot fit these levels, whatever their calibration."""
     levels = tuple(spec.levels or family.names)
     refuse_levels(levels, family)
     if not isinstance(spec.probabilities, str):
@@ -55,33 +54,33 @@ def check_spec(spec: PlanSpec, family: Family, solver: Solver, grid: TimeGrid) -
     if spec.budget < least:
         raise ValueError(
             f"budget={spec.budget} is too small for {grid.steps} steps of {', '.join(levels)}: no plan costs less "
-            f"than {math.ceil(1000 * least) / 1000:g} of the largest level by FLOPs; raise it, or take more steps"
+            f"than {math.ceil(1000 * least) / 1000:g} of the largest level by FLOPs; raise it, or use more steps"
         )
 
 
 def check_estimator(solver: Solver, points: GridPoints, estimator: str) -> None:
-    """Raise ValueError where this solver cannot follow a plan, or not one of this estimator."""
+    """Raise ValueError if this solver cannot follow a plan, or not with this estimator."""
     if not solver.sequential:
-        raise ValueError(f"{solver.name} evaluates many times at once, a plan once a row; leave plan= out")
+        raise ValueError(f"{solver.name} evaluates many times at once, but a plan once per row; leave out plan=")
     if not ESTIMATORS[estimator].moves_state:
         return
     if not solver.revisable or solver.evaluations(points) != points.steps:
         raise ValueError(
-            f"{estimator} needs a solver of mlem's that evaluates once a step, not {solver.name}; use estimator=held"
+            f"{estimator} needs an mlem solver with one evaluation per step, not {solver.name}; use estimator=held"
         )
 
 
 def refuse_levels(levels: Sequence[str], family: Family) -> None:
-    """Raise ValueError unless these are levels of the family, the cheapest first."""
+    """Raise ValueError unless these are levels of the family, cheapest first."""
     places = [family.names.index(family.level(name).name) for name in levels]
     if places != sorted(set(places)):
         raise ValueError(
-            f"levels must be different and the cheapest first, as in {', '.join(family.names)}; got {', '.join(levels)}"
+            f"levels must be distinct and cheapest first, as in {', '.join(family.names)}; got {', '.join(levels)}"
         )
 
 
 def _refuse_count(probabilities: Sequence[float], levels: Sequence[str]) -> None:
-    """Raise ValueError unless there is a number for each level."""
+    """Raise ValueError unless there is one number per level."""
     if len(probabilities) != len(levels):
         raise ValueError(
             f"probabilities= must be {len(levels)} numbers, for {', '.join(levels)}, got {len(probabilities)}"
@@ -89,24 +88,24 @@ def _refuse_count(probabilities: Sequence[float], levels: Sequence[str]) -> None
 
 
 def _subsets(spec: PlanSpec, levels: tuple[str, ...]) -> list[tuple[str, ...]]:
-    """The subsets of these levels that a plan may take, with the largest of them."""
+    """The subsets of these levels that a plan may use, all with the largest."""
     if spec.levels is not None or not isinstance(spec.probabilities, str):
         return [levels]
     return [(*part, levels[-1]) for part in _parts(levels[:-1])]
 
 
 def _without_largest(spec: PlanSpec, levels: tuple[str, ...]) -> list[tuple[str, ...]]:
-    """The subsets that a plan may take where none with the largest level costs so little."""
+    """The subsets that a plan may use if none with the largest level fits the budget."""
     return _parts(levels[:-1])[1:] if spec.chooses_levels else []
 
 
 def _parts(levels: tuple[str, ...]) -> list[tuple[str, ...]]:
-    """All subsets, the smallest first; the empty one is the first of all."""
+    """All subsets, smallest first, starting with the empty one."""
     return [part for size in range(len(levels) + 1) for part in itertools.combinations(levels, size)]
 
 
 def _least_share(spec: PlanSpec, levels: tuple[str, ...], family: Family, rows: int) -> float:
-    """The share of the largest level's cost, by FLOPs, that no plan on these levels undercuts."""
+    """The smallest cost of a plan on these levels, as a share of the largest level's, by FLOPs."""
     costs = torch.tensor([family.level(name).flops / family.level().flops for name in levels], dtype=torch.float64)
     if not spec.searched:  # the first level runs at every row, the others perhaps never
         first = 1.0 if isinstance(spec.probabilities, str) else spec.probabilities[0]
@@ -117,7 +116,7 @@ def _least_share(spec: PlanSpec, levels: tuple[str, ...], family: Family, rows: 
 
 
 class _Planner:
-    """A specification with all that it needs."""
+    """A specification together with its family, solver and grid."""
 
     def __init__(self, spec: PlanSpec, family: Family, solver: Solver, grid: TimeGrid) -> None:
         self._spec, self._family, self._solver, self._grid = spec, family, solver, grid
@@ -134,17 +133,17 @@ class _Planner:
             self._outside = grid.steps * calibration.outside_cost(self._kind, spec.cost, spec.batch_size)
         else:
             flops = torch.tensor([level.flops for level in family.levels], dtype=torch.float64)
-            self._costs, self._unit = flops / flops[-1], "flops"  # seconds are known of calibrated families only
+            self._costs, self._unit = flops / flops[-1], "flops"  # seconds are known only for calibrated families
             _, self._points = quadrature_weights(solver, family.schedule, GridPoint.of(family.schedule, grid))
             self._outside = 0.0
         self._rows = len(self._points)
 
     def plan(self) -> Plan:
-        """The plan, with what is predicted of it in `about`."""
+        """The plan, with predictions in `about`."""
         if self._spec.mse is not None:
             plan = self._for_error(self._spec.mse)
         elif self._spec.budget is not None:
-            # a share of what the largest level takes at every step, of which some is spent outside the networks
+            # a share of the largest level's time at every step, some of it outside the networks
             plan = self._for_budget(self._spec.budget * (self._rows + self._outside) - self._outside)
         else:
             plan = self._draw(self._levels()[-1], 1.0)
@@ -170,7 +169,7 @@ class _Planner:
         return self._costs[[self._family.names.index(name) for name in levels]]
 
     def _levels(self) -> list[tuple[str, ...]]:
-        """The subsets of levels to choose from: the given one alone, or all with the largest level."""
+        """The subsets of levels to choose from: only the given one, or all with the largest level."""
         spec, names = self._spec, tuple(self._family.names)
         if spec.levels is not None:
             return [tuple(spec.levels)]
@@ -187,15 +186,15 @@ class _Planner:
             plan = self._best(_without_largest(self._spec, tuple(self._family.names)), budget)
         if plan is None:
             share = self._spec.budget or 1.0
-            outside = f", and {self._outside:.3g} pass outside the networks" if budget < 0 else ""
+            outside = f", but {self._outside:.3g} are spent outside the networks" if budget < 0 else ""
             raise ValueError(
                 f"budget={self._spec.budget} of {self._rows} evaluations is {share * self._rows:.3g} evaluations of "
-                f"the largest level{outside}: no plan costs so little; raise it, or take fewer steps"
+                f"the largest level{outside}: no plan is that cheap; raise it, or use fewer steps"
             )
         return plan
 
     def _best(self, subsets: list[tuple[str, ...]], budget: float) -> Plan | None:
-        """The best of these sets of levels, or None where no plan costs so little."""
+        """The best plan on these sets of levels, or None if no plan is that cheap."""
         predictor, spec = self._predictor, self._spec
         if spec.searched:
             assert predictor is not None
@@ -208,9 +207,10 @@ class _Planner:
         return min(plans, key=predictor.choice)
 
     def _spending(self, levels: tuple[str, ...], budget: float) -> Plan | None:
-        """The plan of coins on these levels that spends `budget`; None where none costs so little.
+        """The plan with coins on these levels that spends `budget`; None if none is that cheap.
 
-        Coins can be as rare as one likes: where levels may be left out, a plan runs its largest once a sample (mean).
+        Coins can be arbitrarily rare: if levels may be left out, a plan runs its largest at least once per sample on
+        average.
         """
         costs = self._costs_of(levels)
 
@@ -266,7 +266,7 @@ class _Planner:
         learned = self._family.fitted.coefficients_for(self._family)
         own = learned.levels or tuple(self._family.names)
         if levels != own:
-            raise ValueError(f"learned coefficients are of {', '.join(own)}, got levels={', '.join(levels)}")
+            raise ValueError(f"learned coefficients are for {', '.join(own)}, got levels={', '.join(levels)}")
         return learned.probabilities(self._family.schedule, [point.t for point in self._points], delta)
 
     def _for_error(self, mse: float) -> Plan:
@@ -278,14 +278,14 @@ class _Planner:
             found = "was not measured" if discretisation is None else f"is {discretisation:.2g}"
             raise ValueError(
                 f"mse={mse:g}: the error of {self._solver.name} in {self._grid.steps} steps on the {self._grid.name} "
-                f"grid alone {found}; take more steps, or another solver"
+                f"grid alone {found}; use more steps, or another solver"
             )
         best = self._for_budget(float(self._rows))
         if (error := predictor.total(best)) > mse:  # levels= without the largest
             names = ", ".join(self._levels()[-1])
             raise ValueError(
-                f"mse={mse:g}: the levels {names} come to {error:.2g} at every step; add a larger level to levels=, or "
-                "leave it out"
+                f"mse={mse:g}: the levels {names} reach {error:.2g} at best; add a larger level to "
+                "levels=, or leave it out"
             )
         low, high = self._costs[0].item(), float(self._rows)
         for _ in range(12):
@@ -296,6 +296,6 @@ class _Planner:
             if plan is None or predictor.total(plan) > mse:
                 low = middle
             else:
-                # it may cost less than it was allowed to
+                # it may cost less than its budget
                 best, high = plan, min(middle, plan.cost(self._costs_of(plan.levels)))
         return best

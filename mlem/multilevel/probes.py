@@ -1,4 +1,4 @@
-"""Samples under a plan for those that measure plans, pilots and memorising: without a ledger or autocast."""
+"""Samples under a plan, for pilots and memorising: without ledger or autocast."""
 
 from __future__ import annotations
 

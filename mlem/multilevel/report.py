@@ -1,4 +1,4 @@
-"""The calibration report: per level its cost, its distance to the level below, and what rates follow."""
+"""The calibration report: cost of each level, its difference to the level below, and fitted rates."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from mlem.multilevel.scaling import fit_differences
 __all__ = ["missing", "report"]
 
 WIDE = 0.25
-"""A share above which standard errors are called so."""
+"""Relative standard error above which the report suggests more images."""
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 
 def report(found: Calibration, console: Console) -> None:
-    """Print what was measured, in the manner of a multilevel Monte Carlo report."""
+    """Print the measurements like a multilevel Monte Carlo report."""
     from rich.table import Table
 
     levels = Table(title=f"levels ({found.about.get('images')} trajectories, {found.about.get('device')})")
     batches = sorted(found.seconds)
     columns = ["level", "MFLOPs", *(f"ms/image, batch {size}" for size in batches)]
-    columns += ["E|f^k - f^(k-1)|²", "E|f^K - f^k|²", "reaches ODE samples by", "SDE samples by"]
+    columns += ["E|f^k - f^(k-1)|²", "E|f^K - f^k|²", "ODE error alone", "SDE error alone"]
     for column in columns:
         levels.add_column(column, justify="left" if column == "level" else "right")
     for k, name in enumerate(found.names):
@@ -39,15 +39,15 @@ def report(found: Calibration, console: Console) -> None:
     for size, outside in sorted(found.outside.items()):
         each = ", ".join(f"{1e3 * seconds:.3f} ms/image ({kind.upper()})" for kind, seconds in outside.items())
         console.print(f"Outside the networks a step takes {each} in batches of {size}.")
-    console.print("The last two: mean squared error of a sample when this level runs alone, by linear response.")
+    console.print("Last two columns: mean squared error of a sample if this level runs alone, by linear response.")
     _discretisation(found, console)
     if len(found.names) > 2:
         fit = fit_differences(found.image_differences.numpy(), found.flops)
-        console.print(f"scaling law from differences of levels, cost in FLOPs: {fit.verdict}")
+        console.print(f"scaling law from level differences, cost in FLOPs: {fit.verdict}")
 
 
 def missing(found: Calibration, kind: str, level: int) -> float:
-    """Mean squared error of a sample when `level` (its number, from 0) stands for the largest all the way."""
+    """Mean squared error of a sample if `level` (its number, from 0) replaces the largest throughout."""
     response = found.responses[kind]
     kappa_log = -found.log_snr / 2
     width = torch.gradient(-kappa_log)[0]
@@ -81,4 +81,4 @@ def _discretisation(found: Calibration, console: Console) -> None:
     if (unsure := found.uncertainty) is not None:
         images = found.about.get("pilot_images")
         remedy = "; on more images: calibrate --until 20%" if unsure > WIDE else ""
-        console.print(f"Standard errors of these over {images} images: at most {100 * unsure:.0f} percent{remedy}")
+        console.print(f"Standard errors over {images} images: at most {100 * unsure:.0f} percent{remedy}")

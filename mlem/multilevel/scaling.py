@@ -1,4 +1,4 @@
-"""The scaling law of a family: how fast the error of its levels falls with their cost ([J, Fig. 2], arXiv:2603.24594).
+"""The scaling law of a family: how fast the error of levels falls with their cost ([J, Fig. 2], arXiv:2603.24594).
 
 **Which gamma.** [J, Thm 1] supposes `|f^k - f| <= 2^-k` at a cost of `2^(gamma k)`: the root-mean-square error falls
 as cost^(-1/gamma), the mean squared error as cost^(-2/gamma). What is measured, the mean squared error of the noise
@@ -14,10 +14,10 @@ number means the same family. Compare like with like.
 
 **The level differences** `E|f^k - f^(k-1)|^2 ~ cost_k^(-2/gamma)` need no floor. Their slope also says directly what
 multilevel needs: the coin of level k adds V_k / p_k to the variance and costs p_k c_k; V_k c_k rises with k, so that
-the expensive levels carry the cost, just when gamma > 2.
+expensive levels dominate the cost, exactly when gamma > 2.
 
-The intervals say what other images of the same kind would change. They say nothing of other training runs, nor of
-how far a family of a few levels is from a power law.
+The intervals cover other images of the same kind. They do not cover other training runs, nor the deviation of a family
+of a few levels from a power law.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class ScalingFit:
     """A fitted law `value = floor + e^log_scale cost^slope`, mean squared values.
 
     Args:
-        costs, values: (K,), what was fitted, in the units given.
+        costs, values: (K,), the fitted data, in the units given.
         floor: 0 for level differences.
         log_scale, slope: of the straight line in the logarithms, the floor subtracted.
         replicates: (R, 3), the floor, log_scale and slope of each bootstrap sample.
@@ -57,12 +57,12 @@ class ScalingFit:
 
     @property
     def gamma(self) -> float:
-        """The theorem's gamma, -2 / slope; inf when the values do not fall with cost."""
+        """The theorem's gamma, -2 / slope; inf if the values do not fall with cost."""
         return _gamma(self.slope)
 
     @property
     def gamma_interval(self) -> tuple[float, float]:
-        """The 95 percent interval of gamma; its upper end is inf when some samples do not fall with cost."""
+        """The 95 percent interval of gamma; its upper end is inf if some samples do not fall with cost."""
         low, high = _interval(self.replicates[:, 2])
         return _gamma(low), _gamma(high)
 
@@ -78,19 +78,19 @@ class ScalingFit:
 
     @property
     def verdict(self) -> str:
-        """One line: gamma, its interval, and what [J, Thm 1] says of it."""
+        """One line: gamma, its interval, and what [J, Thm 1] implies."""
         low, high = self.gamma_interval
         if math.isinf(self.gamma):
-            return "the error does not fall with cost: no gamma, and nothing to gain from the larger levels"
+            return "the error does not fall with cost: no gamma, and no gain from larger levels"
         found = f"gamma = {self.gamma:.2f} ({low:.2f} to {high:.2f})"
         if high <= 2:
-            return f"{found} <= 2: [J, Thm 1] promises no gain from multilevel sampling, it needs gamma > 2"
+            return f"{found} <= 2: [J, Thm 1] promises a gain from multilevel sampling only for gamma > 2"
         if low <= 2:
-            return f"{found}: not decided whether [J, Thm 1] applies, the interval contains gamma = 2"
+            return f"{found}: undecided whether [J, Thm 1] applies, as the interval contains gamma = 2"
         return f"{found} > 2: multilevel pays by theory ([J, Thm 1])"
 
     def curve(self) -> dict[str, Any]:
-        """What `mlem.plots.scaling_law` draws: plain numbers and arrays, the floor subtracted."""
+        """The input of `mlem.plots.scaling_law`: plain numbers and arrays, the floor subtracted."""
         cost = cast(_Array, np.geomspace(self.costs.min(), self.costs.max(), 50))
         _, log_scale, slope = self.replicates.T[:, :, None]
         low, high = np.quantile(log_scale + slope * np.log(cost), _tails(), axis=0)
@@ -111,7 +111,7 @@ def fit_errors(errors: ArrayLike, costs: ArrayLike, replicates: int = 1000, seed
 
     Args:
         errors: (K, N), mean squared denoising error of each level on each image, > 0; all levels on the same images
-            and the same noise, since images are resampled for all levels together.
+            and noise, since images are resampled for all levels together.
         costs: (K,), > 0, all different, in any unit.
         replicates: number of bootstrap samples, >= 100.
         seed: of the bootstrap.
@@ -133,8 +133,8 @@ def fit_differences(differences: ArrayLike, costs: ArrayLike, replicates: int = 
 
     Args:
         differences: (K-1, N), mean squared difference of levels k and k-1 on each image, > 0, resampled by image.
-        costs: (K,), of all levels, > 0, all different; that of the upper level of each pair is used (which of the two
-            makes no difference to gamma when the costs are in constant ratio).
+        costs: (K,), of all levels, > 0, all different; the upper level's cost of each pair is used (for costs in
+            constant ratio, gamma does not depend on this choice).
         replicates: number of bootstrap samples, >= 100.
         seed: of the bootstrap.
 
@@ -154,7 +154,7 @@ def _check(table: ArrayLike, costs: ArrayLike, name: str) -> tuple[_Array, _Arra
     values, cost = np.asarray(table, dtype=float), np.asarray(costs, dtype=float)
     if values.ndim != 2 or values.shape[1] < 2 or cost.shape != values.shape[:1]:
         shapes = f"{name} {values.shape}, costs {cost.shape}"
-        raise ValueError(f"{name} must be (levels, images) with >= 2 images and a cost for each row, got {shapes}")
+        raise ValueError(f"{name} must be (levels, images) with >= 2 images and one cost per row, got {shapes}")
     for what, array in ((name, values), ("costs", cost)):
         bad = ~(np.isfinite(array) & (array > 0))
         if bad.any():
@@ -189,8 +189,8 @@ def _lines(y: _Array, x: _Array) -> tuple[_Array, _Array, _Array]:
 def _fit_with_floor(means: _Array, log_cost: _Array) -> _Array:
     """Floor, log scale and slope for each row of means (R, K): (R, 3).
 
-    At a given floor the rest is a straight line, so one number is searched: the excess of the lowest mean over the
-    floor, as a fraction of that mean, in (1e-9, 1], on a grid of its logarithm that closes in.
+    Given the floor, the rest is a straight line, so only one number is searched: the excess of the lowest mean over the
+    floor, as a fraction of that mean, in (1e-9, 1], on a shrinking grid of its logarithm.
     """
     lowest = means.min(1, keepdims=True)
     rows, centre = np.arange(len(means)), np.zeros(len(means))

@@ -1,7 +1,7 @@
 """The search for the evaluations at which held corrections are measured, by predicted error.
 
-`search` is all that the planner calls: another search replaces this file. Tables say what is measured when: (R, K) bool
-of R evaluations and K levels, the first column all true. Arrays are numpy's: thousands of small ones.
+The planner only calls `search`, so another search can replace this file. Tables say what is measured when: (R, K) bool
+for R evaluations and K levels, the first column all true. Arrays are NumPy's: thousands of small ones.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ from mlem.waiting import Waiting
 __all__ = ["search"]
 
 POWERS = (0.0, 1 / 3, 2 / 3, 1.0)
-"""Powers of the density of measurements: 0 is even; 2/3 is best for corrections as rough as a Brownian path."""
+"""Powers for the density of measurements: 0 is even; 2/3 is best for corrections as rough as a Brownian path."""
 MULTIPLES = (1, 2, 4)
-"""How many times as often as the level above a level may be measured."""
+"""How many times as often as the level above it a level may be measured."""
 STARTS = (0.0, 0.15, 0.35)
-"""Shares of the rows before the first measurement: where noise dominates, all levels say much the same."""
+"""Shares of rows before the first measurement: where noise dominates, all levels nearly agree."""
 CORRELATION_LENGTHS = (None, 4.0, 2.0, 1.0)
 PROMISING = 24
-"""How many of them are tried with all correlation lengths."""
+"""Number of candidates tried with all correlation lengths."""
 REFINED = 2
-"""How many of the candidates on each set of levels are refined,"""
+"""Number of candidates refined on each set of levels."""
 HOPELESS = 10.0
-"""unless their error is so many times that of the best of all: refining gains less."""
+"""Candidates whose error exceeds the best by this factor are not refined: refining gains less."""
 SHIFTS = (-4, -2, -1, 1, 2, 4)
-"""How far a measurement is moved."""
+"""Distance by which a measurement is moved, in rows."""
 PASSES = 4
 NEGLIGIBLE = 1e-10
-"""No error below this share of what the cheapest level alone errs by is worth refining."""
+"""Errors below this share of the cheapest level's error are not refined."""
 
 Array = NDArray[np.float64]
 Table = NDArray[np.bool_]
@@ -52,17 +52,17 @@ Table = NDArray[np.bool_]
 def search(
     predictor: Predictor, subsets: Sequence[Sequence[str]], costs: Tensor, order: int, estimator: str, budget: float
 ) -> Plan | None:
-    """The plan of least predicted error that was found.
+    """The plan with the least predicted error found.
 
     Args:
-        predictor: what predicts the error.
-        subsets: the sets of levels that a plan may take, each as names, cheapest first.
+        predictor: predicts the error.
+        subsets: the sets of levels that a plan may use, each as names, cheapest first.
         costs: (K,), of one evaluation of each level of the family, the largest being 1.
         order: of extrapolation.
         estimator: one that holds corrections.
-        budget: the cost that the plan may have, in evaluations of the largest level.
+        budget: largest cost of the plan, in evaluations of the largest level.
 
-    Returns: None where no plan costs so little.
+    Returns: None if no plan is that cheap.
     """
     found: list[tuple[_Candidate, _Search]] = []
     refined: list[tuple[_Candidate, _Search]] = []
@@ -90,7 +90,7 @@ def search(
 
 
 class _Candidate(NamedTuple):
-    """A table, the correlation length of what is held, and the predicted error."""
+    """A table, the correlation length of held corrections, and the predicted error."""
 
     measured: Table
     length: float | None
@@ -98,10 +98,10 @@ class _Candidate(NamedTuple):
 
 
 class _Search:
-    """The best rows to measure the corrections of `levels` at, by predicted error.
+    """The best rows at which to measure the corrections of `levels`, by predicted error.
 
-    Candidates are spread over the rows with a density that is a power of what a correction is worth there, every level
-    a whole number of times as often as the one above, at rows shared with it; the best are then refined row by row.
+    Candidates spread measurements over rows with a density that is a power of a correction's weight there, every level
+    a whole number of times as often as the one above, sharing its rows; the best are then refined row by row.
     """
 
     def __init__(
@@ -134,7 +134,7 @@ class _Search:
     def refined(self, found: _Candidate, negligible: float) -> _Candidate:
         """The candidate with each row's measurements moved to a neighbouring row, as long as that helps.
 
-        A row that is moved away from its neighbour may cost more: what comes after it is held, or revised.
+        Moving a row away from its neighbour may cost more: what follows is held, or revised.
         """
         holding = Holding(self._order, found.length)
         table = found.measured[None]
@@ -150,7 +150,7 @@ class _Search:
         return _Candidate(state.measured, found.length, self._energies(state.measured[None], found.length)[0])
 
     def _tables(self) -> Table:
-        """The tables with as many measurements as the budget allows, one for each way to spread them: (N, R, K)."""
+        """Tables with as many measurements as the budget allows, one per way to spread them: (N, R, K)."""
         if not self._groups:
             alone = np.ones((1, self._rows, 1), dtype=bool)
             return alone[self._fitting(alone)]
@@ -165,7 +165,7 @@ class _Search:
         return self._spread(low, kinds)[low > 0]
 
     def _spread(self, counts: NDArray[Any], kinds: Sequence[tuple[float, tuple[int, ...], int]]) -> Table:
-        """Tables with so many measurements of the largest level, spread in these ways: (N, R, K)."""
+        """Tables with these numbers of measurements of the largest level, spread in these ways: (N, R, K)."""
         tables = np.zeros((len(kinds), self._rows, len(self.levels)), dtype=bool)
         tables[:, :, 0] = True
         for table, count, (power, multiples, start) in zip(tables, counts, kinds, strict=True):
@@ -178,18 +178,18 @@ class _Search:
         return tables
 
     def _fitting(self, tables: Table) -> NDArray[np.bool_]:
-        """Which of these tables (N, R, K) cost no more than the budget: (N,)."""
+        """Which of these tables (N, R, K) fit the budget: (N,)."""
         return self._cost(tables) <= self._budget
 
     def _cost(self, tables: Table) -> Array:
-        """What these tables (N, R, K) cost: (N,)."""
+        """Costs of these tables (N, R, K): (N,)."""
         weighed = tables.copy()
         weighed[..., :-1] ^= tables[..., 1:]
         runs = self._estimator.runs(tables, weighed, self._order)
         return (runs.sum(1) * self._costs).sum(1)
 
     def _cost_after(self, state: _Moving, row: int, place: int) -> float:
-        """What the table costs when the measurements of a row are moved; rows far from both cost what they did."""
+        """Cost of the table after moving the measurements of a row; rows far from both keep their cost."""
         near = slice(*state.reach(range(len(self.levels)), min(row, place), max(row, place), 3))
         window = state.measured[near]
         before, after = self._cost(np.stack([window, _moved(window, row - near.start, place - near.start)])).tolist()
@@ -200,7 +200,7 @@ class _Search:
         return self._covariance.energy(self._deviations(tables, Holding(self._order, length))).tolist()
 
     def _deviations(self, tables: Table, holding: Holding) -> Array:
-        """What tables (N, R, K) put in the place of corrections, less these: (N, C, R)."""
+        """Stand-in minus correction for tables (N, R, K): (N, C, R)."""
         deviations = np.zeros((len(tables), *self._scale.shape))
         for number, corrections in enumerate(self._groups, 1):
             for one in corrections:
@@ -210,7 +210,7 @@ class _Search:
         return deviations
 
     def _move(self, state: _Moving, row: int, holding: Holding) -> None:
-        """Make the best move of this row's measurements, where one helps and fits the budget."""
+        """Make the best move of this row's measurements, if one helps and fits the budget."""
         near = [row + shift for shift in SHIFTS if 0 <= row + shift < self._rows]
         places = [place for place in near if not state.taken[place]]
         if not places:
@@ -226,9 +226,9 @@ class _Search:
                 return
 
     def _change(self, state: _Moving, row: int, places: Sequence[int], holding: Holding) -> _Change:
-        """What moving the measurements of a row to these places does to the deviations.
+        """Change of the deviations from moving the measurements of a row to these places.
 
-        Nothing changes beyond the second measurement on either side, and nothing is computed there.
+        Nothing changes, or is computed, beyond the second measurement on either side.
         """
         levels = [level for level in range(1, len(self.levels)) if state.measured[row, level]]
         first, end = state.reach(levels, min(row, *places), max(row, *places), 2)
@@ -246,7 +246,7 @@ class _Search:
 
 
 class _Change(NamedTuple):
-    """What N moves change in the deviations: of these corrections, at these rows, `by` (N, corrections, rows)."""
+    """Changes of the deviations by N moves: of these corrections, at these rows, `by` (N, corrections, rows)."""
 
     corrections: NDArray[np.intp]
     rows: NDArray[np.intp]
@@ -254,7 +254,7 @@ class _Change(NamedTuple):
 
 
 class _Moving:
-    """A table whose measurements are moved, one row's after another's, and what that does to its error.
+    """A table whose measurements are moved row by row, with its error.
 
     measured: the table. taken: (R,), the rows at which a correction is measured. energy, cost: its error and its cost.
     """
@@ -270,7 +270,7 @@ class _Moving:
         self._slope = 2 * self._covariance.times(self._deviations)
 
     def reach(self, levels: Sequence[int], low: int, high: int, count: int) -> tuple[int, int]:
-        """From so many measurements of any of these levels before a row to the end of as many after another."""
+        """The rows from `count` measurements of these levels before `low` to `count` after `high`."""
         first, end = low, high + 1
         for places in (self._places[level] for level in levels):
             before, after = np.searchsorted(places, [low, high + 1]).tolist()
@@ -279,21 +279,21 @@ class _Moving:
         return int(first), int(end)
 
     def gains(self, change: _Change) -> Array:
-        """By how much each move changes the error: (N,)."""
+        """Change of the error by each move: (N,)."""
         block = self._covariance.block(change.corrections, change.rows)
         flat = change.by.reshape(len(change.by), -1)
         slope = self._slope[change.corrections[:, None], change.rows].ravel()
         return flat @ slope + ((flat @ block.reshape(len(slope), -1)) * flat).sum(1)
 
     def accept(self, measured: Table, change: _Change, number: int, gain: float, cost: float) -> None:
-        """Make that move, which gives this table at this cost."""
+        """Make this move, with the resulting table and cost."""
         self.energy, self.cost = self.energy + gain, cost
         self._deviations[change.corrections[:, None], change.rows] += change.by[number]
         self._set(measured)
 
 
 def _moved(measured: Table, row: int, place: int) -> Table:
-    """The table with what is measured at this row measured at that place instead, and the other way round."""
+    """The table with the measurements of a row and a place exchanged."""
     moved = measured.copy()
     moved[place], moved[row] = measured[row], measured[place]
     return moved

@@ -1,8 +1,8 @@
-"""The search for plans that switch: which one level runs at each evaluation, by predicted error.
+"""The search for switching plans: which single level runs at each evaluation, by predicted error.
 
-It begins at the best plan with two switches, one level between two times and another one before and after (with the
-small one first that is T-Stitch), and at the largest level everywhere, thinned out until it is cheap enough; then it
-changes what runs at two rows at a time, as long as that helps (a sequence of models, OMS-DPM).
+It starts from the best plan with two switches, one level between two times and another before and after (T-Stitch if
+the small one comes first), and from the largest level everywhere, thinned out until it is cheap enough; then it changes
+two rows at a time, as long as that helps (a sequence of models, OMS-DPM).
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ PASSES = 4
 """Over all rows, at most."""
 
 FINE = 32
-"""Rows at most that are tried as ends of windows, and to change with a row."""
+"""Most rows tried as ends of windows, and to change together with a row."""
 
 Array = NDArray[np.float64]
 Rows = NDArray[np.int64]
 
 
 def switches(predictor: Predictor, subsets: Sequence[Sequence[str]], costs: Tensor, budget: float) -> Plan | None:
-    """The plan of least predicted error that was found.
+    """The plan with the least predicted error found.
 
     Args:
-        subsets: the sets of levels that a plan may take, cheapest first; what runs nowhere is left out of the plan.
+        subsets: the sets of levels that a plan may use, cheapest first; levels that never run are left out.
         costs: (K,), of one evaluation of each level of the family, the largest being 1.
-        budget: the cost that the plan may have, in evaluations of the largest level.
+        budget: largest cost of the plan, in evaluations of the largest level.
 
-    Returns: None where no plan costs so little.
+    Returns: None if no plan is that cheap.
     """
     names = predictor.calibration.names
     allowed = sorted({names.index(name) for levels in subsets for name in levels})
@@ -49,7 +49,7 @@ def switches(predictor: Predictor, subsets: Sequence[Sequence[str]], costs: Tens
 
 
 class _Switching:
-    """Numbers of levels for each row, (R,), and what is predicted of them.
+    """Level numbers per row, (R,), and their predicted error.
 
     The predicted error is a quadratic form in "this level runs at this row": Q of (R, K) by (R, K), flattened.
     """
@@ -79,13 +79,13 @@ class _Switching:
         return float(self._form[places[:, None], places].sum())
 
     def best(self) -> Rows | None:
-        """The numbers of the levels; None where no plan costs so little."""
+        """The level numbers; None if no plan is that cheap."""
         starts = [start for start in (self._window(), self._thinned()) if start is not None]
         found = [self._refined(start) for start in starts]
         return self._allowed[min(found, key=self.error)] if found else None
 
     def _window(self) -> Rows | None:
-        """The best plan with a level between two times and another one before and after."""
+        """The best plan with one level between two times and another before and after."""
         number, best, least = np.arange(self._rows), None, float("inf")
         ends = [*range(0, self._rows, 1 + self._rows // FINE), self._rows]
         for (first, end), inside, outside in itertools.product(
@@ -100,7 +100,7 @@ class _Switching:
         return best
 
     def _thinned(self) -> Rows | None:
-        """From the largest level everywhere down, by the change that loses least for what it saves."""
+        """Starting from the largest level everywhere, repeat the change with the least loss per saving."""
         running = np.full(self._rows, len(self._allowed) - 1)
         while (left := self._costs[running].sum() - self._budget) > 0:
             saved = self._costs[running][:, None] - self._costs
@@ -113,7 +113,7 @@ class _Switching:
         return running
 
     def _singly(self, running: Rows) -> Array:
-        """What running another level at one row changes in the error: (R K,)."""
+        """Change of the error from running another level at one row: (R K,)."""
         places = self._chosen(running)
         now = np.repeat(places, len(self._allowed))
         slope = self._form[:, places].sum(1)
@@ -122,7 +122,7 @@ class _Switching:
         return 2 * (slope - slope[now]) + diagonal + diagonal[now] - 2 * self._form[every, now]
 
     def _refined(self, running: Rows) -> Rows:
-        """Changed as long as that helps: what runs at two rows, or at one."""
+        """Change the levels of two rows, or one, as long as that helps."""
         running, stride = running.copy(), 1 + self._rows // FINE
         idle = 0
         for number in range(PASSES * self._rows):
@@ -135,7 +135,7 @@ class _Switching:
         return running
 
     def _changed(self, running: Rows, rows: Rows) -> bool:
-        """Make the best change at one of these rows and at any other, or at one of them alone, where one helps."""
+        """Make the best change at one of these rows and any other, or at one of them alone, if it helps."""
         levels = len(self._allowed)
         every = np.arange(self._rows * levels)
         some = (rows[:, None] * levels + np.arange(levels)).ravel()
@@ -145,7 +145,7 @@ class _Switching:
         gain = single[some][:, None] + single + 2 * cross
         spent = (self._costs - self._costs[running][:, None]).ravel()
         cost = spent[some][:, None] + spent
-        # twice the same change is one, and two at one row are none
+        # the same change twice counts once, and two at one row not at all
         same_row = (some // levels)[:, None] == every // levels
         gain = np.where(same_row, single, gain)
         cost = np.where(same_row, spent, cost)

@@ -1,9 +1,9 @@
 """The levels and probabilities of [J, Theorem 1] (A. Jacot, arXiv:2603.24594): from constants, not from measurements.
 
 The setting: a drift f with Lipschitz constant L in x, run by Euler-Maruyama over a time T in steps of size eta;
-approximations `|f^k - f| <= 2^-k`; one evaluation of f^k costs at most `c^gamma 2^(gamma k)`. Only the lengths T, eta
-and 1/L must be in one unit of time, and eps, 2^-k T in one unit of space. For levels that were trained and measured,
-probabilities follow from the measurements; here is what the theorem says where its hypotheses hold.
+approximations `|f^k - f| <= 2^-k`; one evaluation of f^k costs at most `c^gamma 2^(gamma k)`. T, eta and 1/L must have
+one unit of time, and eps and 2^-k T one unit of space. For trained and measured levels, probabilities follow from the
+measurements; this is the theorem's choice if its hypotheses hold.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Theory:
         c: scale of the cost, > 0.
         L: Lipschitz constant of f, > 0.
         T: length of the run, > 0.
-        eps: root-mean-square error wanted at the end, > 0.
+        eps: target root-mean-square error at the end, > 0.
 
     Raises:
         ValueError: a number is out of range, or e^(2 L T) / eps^2 overflows.
@@ -57,7 +57,7 @@ class Theory:
       `S ~ 2^((gamma/2 - 1) kmax) ~ eps^(1 - gamma/2)`, so `C ~ eta eps^(-1 - gamma/2)` as in [J]. Levels with p_k = 1
       have no variance: where there are some, it is below eps^2.
 
-    Altogether the error is at most 1.5 eps, beside the order eta of Euler-Maruyama with f itself (additive noise).
+    In total the error is at most 1.5 eps, besides the order eta of Euler-Maruyama with f itself (additive noise).
     The bound holds for bernoulli and poisson coins (independent, variance of B/p at most 1/p). Systematic coins have
     the same means; their error and cost are measured in `benchmarks/theory.py`.
 
@@ -83,7 +83,7 @@ class Theory:
                 raise ValueError(f"{name} must be a finite number > 0, got {value}")
         self._refuse_overflow()
         if self.gamma <= 2:
-            reason = "[J, Thm 1] promises no speed-up, and levels that always run carry the cost"
+            reason = "[J, Thm 1] promises no speed-up, and levels that always run dominate the cost"
             warnings.warn(f"gamma = {self.gamma:g} <= 2: {reason}", stacklevel=3)
 
     def _refuse_overflow(self) -> None:
@@ -93,31 +93,31 @@ class Theory:
             finite = False
         if not finite:
             raise ValueError(
-                f"e^(2 L T) / eps^2 is too large a number for L T = {self.L * self.T:g}, eps = {self.eps:g} and "
-                f"gamma = {self.gamma:g}; take a shorter T, a smaller L or a larger eps"
+                f"e^(2 L T) / eps^2 overflows for L T = {self.L * self.T:g}, eps = {self.eps:g} and "
+                f"gamma = {self.gamma:g}; use a shorter T, a smaller L or a larger eps"
             )
 
     @property
     def levels(self) -> range:
-        """kmin .. kmax, the numbers k of the levels that run; kmin alone when it is accurate enough."""
+        """kmin .. kmax, the numbers k of the levels that run; only kmin if it is accurate enough."""
         kmin = -math.floor(math.log2(self.c))
         kmax = -math.floor(math.log2(self.eps / (2 * self.bias_growth)))
         return range(kmin, max(kmin, kmax) + 1)
 
     @property
     def bias_growth(self) -> float:
-        """G_1, in units of time: an error of the drift in every step, times this, bounds the error at the end."""
+        """G_1, in units of time: the drift error per step, times this, bounds the error at the end."""
         return math.expm1(self.L * self.T) / self.L
 
     @property
     def variance_growth(self) -> float:
-        """G_2, in units of time: eta times the drift's variance in every step, times this, bounds that of the end."""
+        """G_2, in units of time: eta times the drift's variance per step, times this, bounds that at the end."""
         return math.expm1(2 * self.L * self.T) / (2 * self.L)
 
     def rates(self, k: int | Sequence[int] | Tensor) -> Tensor:
         """lambda_k = C/eta 2^-(1 + gamma/2) k, how often level k > kmin is refreshed per unit of time as eta -> 0.
 
-        The shape of `k`, float64. The base level kmin is no part of this: it runs in every step.
+        Shaped like `k`, float64. The base level kmin is not included: it runs in every step.
         """
         total = sum(2.0 ** ((self.gamma / 2 - 1) * level) for level in self.levels[1:])
         scale = 9 * self.variance_growth * total / self.eps**2

@@ -1,4 +1,4 @@
-"""Networks: how they are built by name and size, which classes a file may name, and what they cost."""
+"""Networks: building them by name and size, the classes that a file may name, and their cost."""
 
 from mlem.networks.calling import argument_names, by_position
 from mlem.networks.cost import evaluating, flops, parameters, seconds_per_image, to_channels_last

@@ -1,4 +1,4 @@
-"""How networks of diffusers are called: which of their arguments are x and the time, and where conditions go."""
+"""How diffusers networks are called: which arguments are x and the time, and where conditions go."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ _CALLS = {
     "SanaTransformer2DModel": _Call(),
     "WanTransformer3DModel": _Call(),
 }
-"""Class -> how it is called; others are called as network(x, time, **conditions)."""
+"""Class -> how it is called; all others as network(x, time, **conditions)."""
 
 
 class _ByName(nn.Module):
-    """A network that is told its arguments by name."""
+    """A network called with keyword arguments."""
 
     def __init__(self, network: nn.Module, call: _Call) -> None:
         super().__init__()
         self.network, self._call = network, call
         config: Any = getattr(network, "config", {})
-        self._time_scale: float = config.get("timestep_scale", 1.0)  # of Sana, whose pipeline applies it
+        self._time_scale: float = config.get("timestep_scale", 1.0)  # for Sana, whose pipeline applies it
 
     def forward(self, x: Tensor, time: Tensor, **conditions: Tensor) -> Any:
         arguments: dict[str, Any] = {self._call.x: x, self._call.time: time * self._time_scale}
@@ -53,7 +53,7 @@ class _ByName(nn.Module):
 
 
 def argument_names(network: Any) -> tuple[str, str]:
-    """The arguments of a network of diffusers that are x and the time."""
+    """Names of the arguments of a diffusers network that are x and the time."""
     call = _CALLS.get(type(network).__name__, _Call("sample"))
     return call.x, call.time
 
@@ -65,5 +65,5 @@ def by_position(network: Any) -> Any:
 
 
 def unwrapped(network: nn.Module) -> nn.Module:
-    """The network that `by_position` was given."""
+    """The network that was passed to `by_position`."""
     return network.network if isinstance(network, _ByName) else network

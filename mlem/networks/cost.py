@@ -1,4 +1,4 @@
-"""What a network costs: parameters, FLOPs, seconds; and the mode in which it is evaluated."""
+"""Cost of a network: parameters, FLOPs, seconds; and its evaluation mode."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["evaluating", "flops", "parameters", "seconds_per_image", "to_channel
 
 @contextmanager
 def evaluating(module: nn.Module | None) -> Generator[None, None, None]:
-    """Eval mode within the block; afterwards every submodule is back in the mode that it was in."""
+    """Eval mode within the block; afterwards every submodule returns to its previous mode."""
     training = [] if module is None else [part for part in module.modules() if part.training]
     for part in training:
         part.training = False
@@ -37,20 +37,20 @@ def parameters(network: nn.Module) -> int:
 def flops(
     network: nn.Module, shape: Sequence[int], conditions: Mapping[str, int | tuple[int | None, ...]] | None = None
 ) -> int:
-    """Floating-point operations (2 for each multiply-add) to evaluate one sample, as torch counts them; 0 if it cannot.
+    """Floating-point operations (2 per multiply-add) to evaluate one sample, counted by torch; 0 if it cannot.
 
     Args:
-        network: on any device, the meta device among them.
+        network: on any device, including meta.
         shape: of one sample, (C, H, W) for images.
-        conditions: what it is told beside x and t, as `Level` has it.
+        conditions: what it takes besides x and t, as in `Level`.
     """
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
     device, dtype = _placed(network)
     x = torch.zeros(1, *shape, device=device, dtype=dtype)
-    # the plain kernel of attention: torch does not count those of every device; eval mode: dropout would draw from the
-    # global random numbers
+    # plain attention kernel: torch does not count the others on every device; eval mode: dropout would draw from the
+    # global random state
     counting = FlopCounterMode(display=False)
     with counting as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad(), evaluating(network):
         by_position(network)(x, torch.zeros(1, device=device), **blank(dict(conditions or {}), 1, device, dtype))
@@ -64,14 +64,14 @@ def seconds_per_image(
     repeats: int = 5,
     conditions: Mapping[str, int | tuple[int | None, ...]] | None = None,
 ) -> float:
-    """Median time to evaluate a batch, over its size, on the network's device; the first call does not count.
+    """Median seconds per image to evaluate a batch on the network's device, without the first call.
 
     Args:
-        network: in the mode in which it is to be timed.
+        network: in the mode to be timed.
         shape: of one sample, (C, H, W) for images.
-        batch_size: samples in a call.
-        repeats: number of calls that count.
-        conditions: what it is told beside x and t, as `Level` has it.
+        batch_size: samples per call.
+        repeats: number of timed calls.
+        conditions: what it takes besides x and t, as in `Level`.
     """
     device, dtype = _placed(network)
     x = torch.zeros(batch_size, *shape, device=device, dtype=dtype)
@@ -91,13 +91,13 @@ def seconds_per_image(
 
 
 def to_channels_last(network: nn.Module) -> None:
-    """Keep the weights of a network of images in channels_last, in place, unless it has volumes' 5-D weights."""
-    # not tensor by tensor with contiguous(): that leaves a weight of one channel as it is, which gives other last bits
+    """Convert an image network's weights to channels_last, in place, unless it has 5-D weights of volumes."""
+    # not tensor by tensor with contiguous(): that skips weights of one channel, which changes the last bits
     if all(weight.dim() != 5 for weight in (*network.parameters(), *network.buffers())):
         network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
 
 def _placed(network: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Where a network's first parameter is, and its dtype; the CPU and the default dtype for one without."""
+    """Device and dtype of a network's first parameter; the CPU and the default dtype if it has none."""
     first = next(network.parameters(), None)
     return (torch.device("cpu"), torch.get_default_dtype()) if first is None else (first.device, first.dtype)

@@ -1,9 +1,9 @@
-"""DeepCache (Ma et al., arXiv:2312.00858): the deep features of a UNet are kept for N - 1 of N evaluations.
+"""DeepCache (Ma et al., arXiv:2312.00858): the deep features of a UNet are reused in N - 1 of N evaluations.
 
-On its way up a UNet joins, path by path, what comes from below with what skips it. Path 0, the shallowest, begins at
-the first convolution; the next ones begin at the ResNet blocks and downsamplers of the way down, in their order. The
-feature that comes up from below at path `branch` is kept when the whole network runs. In between, only what paths 0 to
-`branch` begin and end at is run, on the kept feature.
+On its way up a UNet joins, path by path, features from below with skip connections. Path 0, the shallowest, begins at
+the first convolution; the next ones begin at the ResNet blocks and downsamplers of the way down, in order. The feature
+that arrives from below at path `branch` is kept when the whole network runs. In between, only the blocks at the ends
+of paths 0 to `branch` run, on the kept feature.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Reuse:
 
     Args:
         every: N: the whole network runs at evaluations 0, N, 2 N, .. of a trajectory; 1: at all of them.
-        branch: the skip path, from 0, below which features are kept. The paper takes 2 for DDPM, 0 for Stable
+        branch: the skip path, from 0, below which features are reused. The paper uses 2 for DDPM, 0 for Stable
             Diffusion.
 
     Raises:
@@ -58,21 +58,21 @@ class Reuse:
 class DeepCache(nn.Module):
     """A UNet that runs as a whole at every Nth call, and in between on the deep feature that it kept.
 
-    It is no function of (x, t): its calls are those of one trajectory, in order and of the same samples. `start` begins
-    another trajectory; so does a call with another number of rows.
+    It is not a function of (x, t): its calls must be those of one trajectory, in order and of the same samples. `start`
+    begins another trajectory; so does a call with another number of rows.
 
     Args:
-        network: a UNet2DModel or UNet2DConditionModel of diffusers, or one on patches; it stays as it is.
+        network: a UNet2DModel or UNet2DConditionModel of diffusers, or one on patches; it is not changed.
         reuse: when the whole network runs, and what is kept.
         shape: of one sample, for which FLOPs are counted.
-        conditions: what the network is told beside x and t, as `Level` has it.
+        conditions: what the network takes besides x and t, as in `Level`.
 
     Attributes:
-        shallow_share: FLOPs of a call on kept features, as a share of those of the whole network.
-        share: `shallow_share` if the last call was such a one, or 1.
+        shallow_share: FLOPs of a call on the kept feature, as a share of those of the whole network.
+        share: `shallow_share` if the last call was on the kept feature, else 1.
 
     Raises:
-        ValueError: the network is no such UNet, or has no such branch.
+        ValueError: the network is not such a UNet, or has no such branch.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class DeepCache(nn.Module):
     ) -> None:
         super().__init__()
         self.network, self.reuse = unwrapped(network), reuse
-        # no submodules: all their parameters are those of the network
+        # not submodules: all their parameters belong to the network
         self._cut = _cut(self.network, reuse.branch)
         self._calls = by_position(self.network), by_position(self._cut.shallow)
         self.shallow_share = self.share = 1.0
@@ -125,13 +125,13 @@ class DeepCache(nn.Module):
 
 
 def deep_cache_in(network: object) -> DeepCache | None:
-    """The DeepCache in a network, which may be guided; None where there is none."""
+    """The DeepCache in a network, which may be guided, or None."""
     parts = network.modules() if isinstance(network, nn.Module) else ()
     return next((part for part in parts if isinstance(part, DeepCache)), None)
 
 
 class _Recall(nn.Module):
-    """Stands for the middle of a shallow network: gives the kept feature, whatever comes down."""
+    """Replaces the middle of a shallow network: returns the kept feature, whatever the input."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -145,9 +145,9 @@ class _Cut(NamedTuple):
     """A UNet cut at a skip path.
 
     Args:
-        shallow: what is above, a network of the same modules.
-        below: the part whose output comes up from below.
-        recall: where the shallow network takes that output from.
+        shallow: the part above, a network of the same modules.
+        below: the part below, whose output is kept.
+        recall: supplies the kept output to the shallow network.
     """
 
     shallow: nn.Module
@@ -156,10 +156,10 @@ class _Cut(NamedTuple):
 
 
 def _cut(network: Any, branch: int) -> _Cut:
-    """Cut a UNet of diffusers at a skip path. Raises ValueError where it cannot be cut."""
+    """Cut a diffusers UNet at a skip path. Raises ValueError if it cannot be cut."""
     kind = type(network).__name__
     if kind not in _UNETS or not type(network).__module__.startswith(("diffusers.", "mlem.")):
-        raise ValueError(f"features are reused in a {' or a '.join(_UNETS)}, and this is a {kind}; leave reuse out")
+        raise ValueError(f"features are reused in a {' or a '.join(_UNETS)}, but this is a {kind}; leave out reuse")
     if kind == "PatchUNet2DModel":
         inner = _cut(network.unet, branch)
         return inner._replace(shallow=_with(network, unet=inner.shallow))
@@ -167,17 +167,17 @@ def _cut(network: Any, branch: int) -> _Cut:
     for block, known in [*((one, _DOWN) for one in network.down_blocks), *((one, _UP) for one in ups)]:
         if type(block).__name__ not in known:
             raise ValueError(
-                f"features are reused in a UNet of {', '.join(known)}, and this one has a {type(block).__name__}; "
-                "leave reuse out"
+                f"features are reused in a UNet of {', '.join(known)}, but this one has a {type(block).__name__}; "
+                "leave out reuse"
             )
     deepest = sum(len(block.resnets) for block in ups) - 1
-    if branch >= deepest:  # there, nothing but the middle block would be left out
+    if branch >= deepest:  # there, only the middle block would be skipped
         raise ValueError(f"branch of reuse must be in [0, {deepest - 1}] for this UNet, got {branch}")
     below, kept = ups[-1], branch + 1
     shallow_ups: list[nn.Module] = []
     while kept:
         block = ups.pop()
-        own = len(block.resnets) - kept  # of its ResNet blocks that stay below
+        own = len(block.resnets) - kept  # its ResNet blocks that stay below
         below = _inner(block, own - 1) if own > 0 else ups[-1]
         shallow_ups.insert(0, _part(block, slice(max(own, 0), None)))
         kept -= min(kept, len(block.resnets))
@@ -188,7 +188,7 @@ def _cut(network: Any, branch: int) -> _Cut:
 
 
 def _downs(blocks: Sequence[Any], paths: int) -> list[nn.Module]:
-    """The first blocks of the way down, as far as so many paths begin in them."""
+    """The first blocks of the way down, in which this many paths begin."""
     found: list[nn.Module] = []
     for block in blocks:
         if not paths:
@@ -200,12 +200,12 @@ def _downs(blocks: Sequence[Any], paths: int) -> list[nn.Module]:
 
 
 def _part(block: Any, rows: slice) -> nn.Module:
-    """A block with some of its ResNet blocks and what belongs to them."""
+    """A block with some of its ResNet blocks and the parts that belong to them."""
     return _with(block, **{name: getattr(block, name)[rows] for name in _lists(block)})
 
 
 def _inner(block: Any, number: int) -> nn.Module:
-    """What gives the output of one of the ResNet blocks of a block: itself, or the attention after it."""
+    """The module whose output is that of one ResNet block of a block: itself, or the attention after it."""
     return getattr(block, _lists(block)[-1])[number]
 
 
@@ -214,7 +214,7 @@ def _lists(block: Any) -> list[str]:
 
 
 def _with(module: nn.Module, **parts: nn.Module | None) -> nn.Module:
-    """A copy of a module that shares all its parts but these."""
+    """A copy of a module that shares all parts except these."""
     other = copy.copy(module)
     vars(other)["_modules"] = vars(module)["_modules"] | parts
     return other

@@ -1,7 +1,7 @@
 """The transformers: sizes s to l of DiT (Peebles and Xie, arXiv:2212.09748), small enough for images of 8 to 64 pixels.
 
-A network is a diffusers `DiTTransformer2DModel` and nothing else, so that its folder on disk is one that diffusers
-reads. It is always told `class_labels`; where there are no classes, one that all images have.
+A network is a plain diffusers `DiTTransformer2DModel`, so diffusers can read its folder. It always takes
+`class_labels`; without classes, all images share one.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ def dit(size: str, shape: Sequence[int], dropout: float = 0.0, classes: int = 0)
     Args:
         size: a key of DIT_SIZES.
         shape: (C, H, W) of a square image of an even number of pixels.
-        dropout: share of the values that are set to 0 in training, in [0, 1).
-        classes: it is told `class_labels`, (B,) int64 in [0, classes], of which the last means "no class"; 0: there is
-            one class, 0.
+        dropout: probability of dropout in training, in [0, 1).
+        classes: the network takes `class_labels`, (B,) int64 in [0, classes], where the last means "no class"; 0: a
+            single class, 0.
 
     Raises:
-        ValueError: the size is not known, the image has no such shape, or dropout is out of range.
+        ValueError: the size is unknown, the image shape does not fit, or dropout is out of range.
     """
     if size not in DIT_SIZES:
         raise ValueError(f"network size must be one of {', '.join(DIT_SIZES)}, got {size!r}")
@@ -61,12 +61,12 @@ def dit(size: str, shape: Sequence[int], dropout: float = 0.0, classes: int = 0)
 
 
 def _begin_with_zeros(network: DiTTransformer2DModel) -> None:
-    """adaLN-zero, as published: every block begins as the identity, and the network's output is 0."""
+    """adaLN-zero, as published: every block starts as the identity, and the network's output is 0."""
     last: list[Any] = [network.proj_out_1, network.proj_out_2]
     for block in network.transformer_blocks:
         norm: Any = block.norm1
         last.append(norm.linear)
-        norm.emb.class_embedder.dropout_prob = 0.0  # labels are dropped by what trains it, and not by global chance
+        norm.emb.class_embedder.dropout_prob = 0.0  # the training loop drops labels, not the global random state
         nn.init.normal_(norm.emb.class_embedder.embedding_table.weight, std=0.02)
     for layer in last:
         nn.init.zeros_(layer.weight)

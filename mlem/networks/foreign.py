@@ -1,4 +1,4 @@
-"""Networks that diffusers wrote: the folder of a model or of a pipeline, and what there is to know to sample it."""
+"""Networks saved by diffusers: reading the folder of a model or a pipeline for sampling."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _Conditions: TypeAlias = dict[str, "int | tuple[int | None, ...]"]
 
 
 class ForeignNetwork(NamedTuple):
-    """What a folder of diffusers says of a network.
+    """A network in a diffusers folder.
 
     Args:
         network: in eval mode.
-        shape: of one sample; None where the config does not say it.
-        conditions: what it is told beside x and t, as `Level` has it.
-        scheduler: the config of the scheduler beside it; None where there is none.
-        latents: how the pipeline's decoder scales and shifts latents; empty for pictures.
+        shape: of one sample; None if the config does not give it.
+        conditions: what it takes besides x and t, as in `Level`.
+        scheduler: the config of the scheduler beside it, or None.
+        latents: scale and shift of latents by the pipeline's decoder; empty for images.
     """
 
     network: nn.Module
@@ -37,45 +37,45 @@ class ForeignNetwork(NamedTuple):
 
 
 def read_foreign(folder: Path, dtype: torch.dtype | None) -> ForeignNetwork:
-    """Read a folder that diffusers wrote: of a model, or of a pipeline with `unet` or `transformer` in it.
+    """Read a folder saved by diffusers: a model, or a pipeline with `unet` or `transformer` in it.
 
-    Weights are safetensors; nothing is downloaded, and no class beside those of `CLASSES` is built.
+    Weights are safetensors; nothing is downloaded, and only classes in `CLASSES` are built.
 
     Raises:
         FileNotFoundError: there is no such folder, or a file is missing.
-        ValueError: the network is none that can be sampled here; it says which and why.
+        ValueError: mlem cannot sample the network; the message says why.
     """
     own, scheduler = _folders(folder)
     config = read_object(own / "config.json")
     kind = str(config.get("_class_name"))
     if kind not in CLASSES:
-        raise ValueError(f"{own} holds a {kind}; those that can be sampled are {', '.join(CLASSES)}")
+        raise ValueError(f"{own} holds a {kind}; mlem can sample {', '.join(CLASSES)}")
     _refuse(own, kind, config)
     about = _ABOUT[kind](config)
     cls = getattr(importlib.import_module(CLASSES[kind].module), kind)
     network: nn.Module = cls.from_pretrained(own, torch_dtype=dtype, use_safetensors=True, local_files_only=True)
     found = read_object(scheduler) if scheduler is not None else None
     if kind in FLOWS and found is not None and not _of_flows(found):
-        raise ValueError(f"{own} holds a {kind}, trained on a flow, and {scheduler} is of no flow; save them together")
+        raise ValueError(f"{own} holds a {kind}, trained on a flow, but {scheduler} is for no flow; save both together")
     return ForeignNetwork(network.eval(), _shape(config, kind), about, found, _latents(folder))
 
 
 def _folders(folder: Path) -> tuple[Path, Path | None]:
     """The folder of the network, and the file of the scheduler, if there is one."""
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is no folder; name that of a diffusers model or pipeline")
+        raise FileNotFoundError(f"{folder} is not a folder; name that of a diffusers model or pipeline")
     own = folder
     if (folder / "model_index.json").is_file():
         index = read_object(folder / "model_index.json")
         for name in ("transformer_2", "unet_2"):
             if index.get(name, [None])[0] is not None:
                 raise ValueError(
-                    f"{folder} has two networks, each for a part of the noise levels; name one's own folder"
+                    f"{folder} has two networks, each for part of the noise levels; name the folder of one"
                 )
         parts = [name for name in ("unet", "transformer") if index.get(name, [None])[0] is not None]
         if not parts:
             raise ValueError(f"{folder} is a pipeline of {index.get('_class_name')} without unet or transformer")
-        if (folder / parts[0]).is_dir():  # else it lies in the folder itself, as diffusers has it too
+        if (folder / parts[0]).is_dir():  # otherwise it is in the folder itself, another layout of diffusers
             own = folder / parts[0]
     if not (own / "config.json").is_file():
         raise FileNotFoundError(f"{own} has no config.json; name the folder of a diffusers model or pipeline")
@@ -88,23 +88,23 @@ def _of_flows(scheduler: Mapping[str, Any]) -> bool:
 
 
 def _refuse(folder: Path, kind: str, config: Mapping[str, Any]) -> None:
-    """Raise ValueError for networks that cannot be right here."""
+    """Raise ValueError for networks that mlem would sample wrongly."""
     time = config.get("time_embedding_type", "positional")
     if time != "positional":
-        raise ValueError(f"{folder}: a {time} embedding of time is not known here; only positional ones take any time")
+        raise ValueError(f"{folder}: a {time} time embedding is not supported; only positional ones take any time")
     classes = config.get("class_embed_type")
     if classes is not None:
-        raise ValueError(f"{folder}: class embeddings of type {classes} are not known here; labels are")
+        raise ValueError(f"{folder}: class embeddings of type {classes} are not supported; labels are")
     addition = config.get("addition_embed_type")
     if addition not in (None, "text_time"):
-        raise ValueError(f"{folder}: embeddings of type {addition} are not known here; text and text_time are")
+        raise ValueError(f"{folder}: embeddings of type {addition} are not supported; text and text_time are")
     if kind == "SanaTransformer2DModel" and config.get("guidance_embeds"):
         raise ValueError(
-            f"{folder}: it is told its guidance, as distilled networks are; take one that is not distilled"
+            f"{folder}: it takes the guidance scale as input, like distilled networks; use one that is not distilled"
         )
     channels, out = config.get("in_channels"), config.get("out_channels")
     if channels is not None and out not in (None, channels, 2 * channels):
-        raise ValueError(f"{folder}: it sees {channels} channels and answers {out}: something else goes in with x")
+        raise ValueError(f"{folder}: it takes {channels} channels and returns {out}: it needs more input than x")
 
 
 def _shape(config: Mapping[str, Any], kind: str) -> tuple[int, ...] | None:
@@ -116,7 +116,7 @@ def _shape(config: Mapping[str, Any], kind: str) -> tuple[int, ...] | None:
 
 
 def _labels(config: Mapping[str, Any]) -> _Conditions:
-    """The last of the embeddings is taken for that of no class."""
+    """The last embedding is taken to mean no class."""
     count = config.get("num_class_embeds")
     return {} if count is None else {"class_labels": count - 1}
 
@@ -148,7 +148,7 @@ _ABOUT: dict[str, Callable[[Mapping[str, Any]], _Conditions]] = {
     },
     "WanTransformer3DModel": lambda config: {"encoder_hidden_states": (None, config["text_dim"])},
 }
-"""Class -> what its networks are told, by their config."""
+"""Class -> function of a config that returns the conditions."""
 
 
 def _latents(folder: Path) -> dict[str, float]:

@@ -1,7 +1,7 @@
-"""A UNet on patches: what is left of an image after every patch of pixels became channels of one.
+"""A UNet on patches: every patch of pixels becomes the channels of one.
 
-Small networks at full resolution spend their time on the number of pixels, not on arithmetic. On patches of 2 x 2 with
-twice the channels the FLOPs are the same, and the seconds about half (`LOG.md`).
+The time of small networks at full resolution depends on the number of pixels, not on arithmetic. On patches of 2 x 2
+with twice the channels the FLOPs are the same and the time about half (`LOG.md`).
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ __all__ = ["PatchUNet2DModel"]
 
 
 class PatchUNet2DModel(ModelMixin, ConfigMixin):
-    """A `UNet2DModel` of convolutions alone that sees patches, and is called like one that sees pixels.
+    """A convolutional `UNet2DModel` that works on patches but is called like one that works on pixels.
 
-    `x (B, C, H, W)` is rearranged to `(B, C P^2, H/P, W/P)`, and what comes out is rearranged back.
+    `x (B, C, H, W)` is rearranged to `(B, C P^2, H/P, W/P)`, and the output is rearranged back.
 
     Args:
-        sample_size: pixels a side, or (height, width); multiples of patch_size.
+        sample_size: pixels per side, or (height, width); multiples of patch_size.
         in_channels, out_channels: C.
-        patch_size: P, pixels of a side of a patch.
+        patch_size: P, pixels per side of a patch.
         block_out_channels: channels of each stage; every stage but the first has half the resolution of the one before.
         layers_per_block: residual blocks of each stage.
-        dropout: share of the values that are set to 0 in training, in [0, 1).
+        dropout: probability of dropout in training, in [0, 1).
         norm_num_groups: groups of each group norm.
-        num_class_embeds: number of classes, "no class" among them; None: it is not told any.
+        num_class_embeds: number of classes, including "no class"; None: it takes no classes.
     """
 
     @register_to_config
@@ -71,7 +71,7 @@ class PatchUNet2DModel(ModelMixin, ConfigMixin):
         class_labels: Tensor | None = None,
         return_dict: bool = True,
     ) -> UNet2DOutput | tuple[Tensor]:
-        """As `UNet2DModel.forward`."""
+        """Like `UNet2DModel.forward`."""
         size = self._patch_size
         out: Any = self.unet(pixel_unshuffle(sample, size), timestep, class_labels, return_dict=False)
         x = pixel_shuffle(out[0], size)

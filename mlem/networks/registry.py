@@ -1,7 +1,7 @@
 """The networks that are built by name: architectures of a given size, and classes that a level's files may name.
 
-Nothing else is ever built from a name that a file gives. A new architecture is one entry of ARCHITECTURES, and one of
-CLASSES if its levels are to load by themselves.
+Nothing else is ever built from a name in a file. A new architecture is one entry of ARCHITECTURES, and one of CLASSES
+if its levels should load by themselves.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class LoadableClass(NamedTuple):
 
     Args:
         module: where it is imported from.
-        axes: the number of axes of one sample.
+        axes: number of axes of one sample.
     """
 
     module: str
@@ -45,7 +45,7 @@ CLASSES: dict[str, LoadableClass] = {
     "SanaTransformer2DModel": LoadableClass("diffusers.models.transformers.sana_transformer", 3),
     "WanTransformer3DModel": LoadableClass("diffusers.models.transformers.transformer_wan", 4),
 }
-"""The allow-list: name of a class -> where it is; all but one are of diffusers."""
+"""The allow-list: class name -> where it is; all but one belong to diffusers."""
 
 
 def build(name: str, size: str, shape: Sequence[int], **options: float | int | str | bool) -> nn.Module:
@@ -53,12 +53,12 @@ def build(name: str, size: str, shape: Sequence[int], **options: float | int | s
 
     Args:
         name: of the architecture, a key of ARCHITECTURES.
-        size: of the architecture's own sizes, such as "s".
+        size: one of the architecture's sizes, such as "s".
         shape: of one sample, (C, H, W) for images.
         options: of the architecture, such as dropout=0.1.
 
     Raises:
-        ValueError: names the nearest match of a wrong name or option, or an option out of range.
+        ValueError: a wrong name or option (suggests the nearest match), or an option out of range.
     """
     if name not in ARCHITECTURES:
         raise ValueError(f"network must be one of {', '.join(ARCHITECTURES)}, got {name!r}{_near(name, ARCHITECTURES)}")
@@ -70,15 +70,15 @@ def build(name: str, size: str, shape: Sequence[int], **options: float | int | s
 
 
 def told(name: str, classes: int) -> dict[str, int]:
-    """What a network that `build` gave is told beside x and t: name of its argument -> number of classes.
+    """Conditions of a network built by `build`: argument -> number of classes.
 
-    A transformer is always told a class: without any, the one that all images have.
+    A transformer always takes a class; without classes, all images share one.
     """
     return {"class_labels": max(1, classes)} if classes or name == "dit" else {}
 
 
 def config_of(network: nn.Module) -> dict[str, Any]:
-    """What config.json holds of a network: a diffusers model's own config; of another module, the name of its class."""
+    """The config.json of a network: a diffusers model's own config; for other modules, the class name."""
     kind = type(network)
     to_json: Callable[[], str] | None = getattr(network, "to_json_string", None)  # of diffusers' ConfigMixin
     config: dict[str, Any] = {} if to_json is None else json.loads(to_json())
@@ -88,7 +88,7 @@ def config_of(network: nn.Module) -> dict[str, Any]:
 
 
 def from_config(class_name: str, config: Mapping[str, Any]) -> nn.Module:
-    """Build a network of class `class_name`, a key of CLASSES, with fresh weights, from what `config_of` gave."""
+    """Build a network of class `class_name`, a key of CLASSES, with fresh weights, from the result of `config_of`."""
     return getattr(importlib.import_module(CLASSES[class_name].module), class_name).from_config(dict(config))
 
 

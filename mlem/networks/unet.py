@@ -1,7 +1,7 @@
-"""The UNets: sizes xs to xl, set by the channels at full resolution, of convolutions alone or with attention.
+"""The UNets: sizes xs to xl, set by the channels at full resolution, purely convolutional or with attention.
 
-A network is a diffusers `UNet2DModel`, so that its folder on disk is one that diffusers reads; the smallest sizes are
-one on patches, which takes half the time of one of as many FLOPs on pixels.
+A network is a diffusers `UNet2DModel`, so diffusers can read its folder; the smallest sizes work on patches, which
+takes half the time of a network with as many FLOPs on pixels.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ SIZES: dict[str, int] = {"xs": 8, "s": 16, "m": 32, "l": 64, "xl": 128}
 """Name of a size -> channels at full resolution. Twice the channels are about 4 times the FLOPs."""
 
 PATCHED = ("xs", "s")
-"""Sizes that see patches of 2 x 2 pixels with twice the channels, where the image has 16 pixels a side or more."""
+"""Sizes on patches of 2 x 2 pixels with twice the channels, for images with at least 16 pixels per side."""
 
 
 def unet(
@@ -28,24 +28,23 @@ def unet(
 ) -> UNet2DModel | PatchUNet2DModel:
     """Build a UNet with fresh weights.
 
-    Full resolution has SIZES[size] channels, and each halving twice as many; on patches, the network of the image half
-    as large with twice the channels. Of convolutions alone there are as many
-    halvings as the image allows, one or two (no lower than 4 pixels). With attention it is the network of Ho et al.
-    (arXiv:2006.11239) for CIFAR-10, which size xl is exactly: three halvings, two blocks at each resolution, and
-    attention in one head at the first resolution of 16x16 pixels or fewer.
+    Full resolution has SIZES[size] channels, doubled at each halving; on patches, it is the network for an image half
+    as large with twice the channels. Purely convolutional networks have one or two halvings, as the image allows (no
+    lower than 4 pixels). With attention it is the network of Ho et al. (arXiv:2006.11239) for CIFAR-10, exactly so at
+    size xl: three halvings, two blocks at each resolution, and attention with one head at the first resolution of 16x16
+    pixels or fewer.
 
-    Forward-mode differentiation passes through, as long as the weights and the images are not in channels_last
-    (torch's group norm cannot do both).
+    Forward-mode differentiation works unless weights or images are in channels_last (a limit of torch's group norm).
 
     Args:
         size: a key of SIZES.
         shape: (C, H, W) of an image; H and W even, at least 4; with attention multiples of 8, at least 32.
-        dropout: share of the values that are set to 0 in training, in [0, 1).
-        attention: the network of Ho et al. instead of convolutions alone.
-        classes: above 0: it is told `class_labels`, (B,) int64 in [0, classes], of which the last means "no class".
+        dropout: probability of dropout in training, in [0, 1).
+        attention: the network of Ho et al. instead of convolutions only.
+        classes: above 0: it takes `class_labels`, (B,) int64 in [0, classes], where the last means "no class".
 
     Raises:
-        ValueError: the size is not known, the image cannot be halved, or dropout is out of range.
+        ValueError: the size is unknown, the image cannot be halved, or dropout is out of range.
     """
     if size not in SIZES:
         raise ValueError(f"network size must be one of {', '.join(SIZES)}, got {size!r}")
@@ -66,7 +65,7 @@ def unet(
 
     design = _with_attention(SIZES[size], min(height, width)) if attention else _plain(SIZES[size], height, width)
     return UNet2DModel(
-        sample_size=height if height == width else (height, width),  # most pipelines know squares alone
+        sample_size=height if height == width else (height, width),  # most pipelines only know squares
         in_channels=channels,
         out_channels=channels,
         dropout=dropout,
@@ -76,7 +75,7 @@ def unet(
 
 
 def _on_patches(channels: int, shape: Sequence[int], dropout: float, classes: int) -> PatchUNet2DModel:
-    """The network of convolutions alone on patches of 2 x 2."""
+    """The convolutional network on patches of 2 x 2."""
     from mlem.networks.patch_unet import PatchUNet2DModel
 
     _, height, width = shape
@@ -91,7 +90,7 @@ def _on_patches(channels: int, shape: Sequence[int], dropout: float, classes: in
 
 
 def _plain(channels: int, height: int, width: int) -> dict[str, Any]:
-    """What diffusers is told of a network of convolutions alone."""
+    """The diffusers config of a convolutional network."""
     halvings = 2 if height % 4 == 0 and width % 4 == 0 and min(height, width) >= 16 else 1
     stages = halvings + 1
     return {
@@ -105,7 +104,7 @@ def _plain(channels: int, height: int, width: int) -> dict[str, Any]:
 
 
 def _with_attention(channels: int, side: int) -> dict[str, Any]:
-    """What diffusers is told of a network of Ho et al.; side: the smaller one of the image."""
+    """The diffusers config of the network of Ho et al.; side: the smaller side of the image."""
     at = next((i for i in range(4) if side // 2**i <= 16), 3)
     attends = [i == at for i in range(4)]
     return {
@@ -116,7 +115,7 @@ def _with_attention(channels: int, side: int) -> dict[str, Any]:
         "attention_head_dim": None,  # one head
         "norm_num_groups": max(4, channels // 4),
         "norm_eps": 1e-6,
-        # as TensorFlow has it, which the published weights need
+        # as in TensorFlow, which the published weights need
         "downsample_padding": 0,
         "flip_sin_to_cos": False,
         "freq_shift": 1,

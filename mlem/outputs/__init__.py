@@ -1,13 +1,13 @@
-"""Samples on disk: one PNG for each index, written atomically, shared out over ranks, made once.
+"""Samples on disk: one PNG per index, written atomically, split over ranks, made once.
 
-What lies there, and two commands:
+The files, and two commands:
 
-    folder/settings.json     how they were made; other settings are refused
+    folder/settings.json     how they were made; other settings are rejected
     folder/00000012.png      sample 12; from 1000 on, sample 12345 is 00012/00012345.png
     folder/images.sha256     SHA-256 of every image; manifest.json counts them and vouches for this list
-    folder/ledger.json       what the runs so far cost
-    folder/grid.png          the first of them side by side
-    folder/samples.npz, shards/   the samples packed, where `format=` asked for it
+    folder/ledger.json       total cost of the runs so far
+    folder/grid.png          the first samples side by side
+    folder/samples.npz, shards/   the samples packed, if `format=` says so
 
     python -m mlem.outputs verify FOLDER
     python -m mlem.outputs merge OUT PART PART ..

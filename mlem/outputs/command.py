@@ -1,4 +1,4 @@
-"""The command `mlem.outputs`: check a folder of samples to the byte, or join folders that several runs made."""
+"""The command `mlem.outputs`: check a folder of samples byte by byte, or join the folders of several runs."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from mlem.outputs import merge, sample_path, verify
 __all__ = ["main"]
 
 SHOWN = 20
-"""Faulty images that are named."""
+"""Number of faulty images that are listed."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit code: 0, 1 where images are not in order, 2 for wrong folders."""
+    """Run the command line; return the exit code: 0, 1 for faulty images, 2 for wrong folders."""
     options = _parser().parse_args(arguments)
     try:
         return _verify(options.folder) if options.verb == "verify" else _merge(options.out, options.parts)
@@ -25,16 +25,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{called('outputs')}: {in_words_of_the_user(' '.join(str(error).split()))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        return interrupted("outputs", "images that were copied are kept, the same command goes on from there")
+        return interrupted("outputs", "copied images are kept, the same command continues from there")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(command("outputs"), description="Check folders of samples, or join them.")
     verbs = parser.add_subparsers(dest="verb", required=True)
-    one = verbs.add_parser("verify", help="compare every image with the manifest; name what is missing or damaged")
+    one = verbs.add_parser("verify", help="compare every image with the manifest; list what is missing or damaged")
     one.add_argument("folder", type=Path, help="folder of samples, such as runs/digits/samples/ddpm_200")
     one = verbs.add_parser("merge", help="copy the samples of several folders, made with equal settings, into one")
-    one.add_argument("out", type=Path, help="folder to write; an interrupted merge goes on")
+    one.add_argument("out", type=Path, help="folder to write; an interrupted merge continues")
     one.add_argument("parts", type=Path, nargs="+", help="folders of samples")
     return parser
 
@@ -46,7 +46,7 @@ def _verify(folder: Path) -> int:
     if len(faults) > SHOWN:
         print(f".. and {len(faults) - SHOWN} more")
     if faults:
-        print(f"{folder}: {len(faults)} faults; run the sample command again, which makes these images anew")
+        print(f"{folder}: {len(faults)} faults; run the sample command again to remake these images")
         return 1
     print(f"{folder}: {count} images, as in the manifest")
     return 0

@@ -1,4 +1,4 @@
-"""A folder of samples: whose it is, making what is missing, and noting what was made and what that cost."""
+"""A folder of samples: checking its settings, making missing samples, recording results and costs."""
 
 from __future__ import annotations
 
@@ -23,23 +23,21 @@ GRID_IMAGES = 64
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], there: str = "there", now: str = "now") -> str:
-    """Both sides of each setting that differs: `steps: 3 there, 2 now`; nothing where they agree."""
+    """Both sides of each setting that differs: `steps: 3 there, 2 now`; empty if they agree."""
     keys = [*old, *(key for key in new if key not in old)]
     odd = [key for key in keys if old.get(key) != new.get(key)]
     return "; ".join(f"{key}: {old.get(key)} {there}, {new.get(key)} {now}" for key in odd)
 
 
 def claim(folder: Path, settings: dict[str, Any], what: str = "samples") -> None:
-    """Note `settings` in the folder. Raises ValueError when it holds samples made with other ones."""
+    """Write `settings` to the folder. Raises ValueError if it holds samples made with others."""
     path = folder / "settings.json"
     if path.exists():
         if odd := differences(read_object(path), settings):
             raise ValueError(f"{folder} holds {what} made with other settings ({odd}); choose another out=")
         return
     if any(folder.glob("*.png")):
-        raise ValueError(
-            f"{folder} holds images that are not known to be samples (no settings.json); choose another out="
-        )
+        raise ValueError(f"{folder} holds images that may not be samples (no settings.json); choose another out=")
     write_record(path, settings)
 
 
@@ -56,23 +54,23 @@ def write_samples(
     keeps: bool = True,
     pictures: Callable[[Tensor], Tensor] = lambda samples: samples,
 ) -> tuple[Ledger, NonFiniteError | None, dict[int, str]]:
-    """Make this rank's missing samples; return what they cost, the first failure, and index -> SHA-256 of the images.
+    """Make this rank's missing samples; return their cost, the first failure, and index -> SHA-256 of the images.
 
-    Batches are cut from `indices` alone, never from what is missing, so that an image is computed in the same
-    batch, and comes out in the same bytes, for any number of ranks and after any interruption. The batches that
-    miss an image are dealt to the ranks in turn. A batch is written while the next is computed: memory holds two.
+    Batches are cut from `indices`, whatever is missing, so that an image is always computed in the same batch and has
+    the same bytes, for any number of ranks and after any interruption. Batches with a missing image are assigned to
+    the ranks in turn. A batch is written while the next is computed: memory holds two.
 
     Args:
         sampler: makes them.
-        indices: of all samples that the folder is to hold.
+        indices: of all samples that the folder should hold.
         folder: to write.
-        batch_size: images in a batch.
-        missing: the indices to make, the same on every rank; None: those that are not in the folder, or broken there.
+        batch_size: images per batch.
+        missing: the indices to make, the same on every rank; None: those missing or broken in the folder.
         rank: of this process, in [0, world_size).
         world_size: number of ranks that share the work.
-        advance: told of the images done.
-        keeps: whether to write them; of several ranks that share every batch one does.
-        pictures: what samples (B, *shape) show, in [-1, 1].
+        advance: called with the number of images done.
+        keeps: whether to write them; only one of several ranks that share every batch does.
+        pictures: turns samples (B, *shape) into images in [-1, 1].
     """
     wanted = set(missing if missing is not None else set(indices) - survey(folder).sound.keys())
     ledger, failure, hashes = Ledger(), None, {}
@@ -99,15 +97,15 @@ def _write(folder: Path, images: Mapping[int, Tensor]) -> dict[int, str]:
 
 
 def finish(folder: Path, indices: Sequence[int], ledger: Ledger, hashes: Mapping[int, str]) -> dict[str, Any]:
-    """Write grid and manifest, and add this run to `ledger.json`; call it on rank 0, after all.
+    """Write grid and manifest, and add this run to `ledger.json`; call it last, on rank 0.
 
     Args:
         folder: of the samples.
-        indices: those that the grid shows first.
+        indices: in the order of the grid.
         ledger: of this run.
         hashes: index -> SHA-256 of every image that the folder should hold.
 
-    Returns: what `ledger.json` now holds.
+    Returns: the new contents of `ledger.json`.
     """
     write_grid(folder, indices)
     write_manifest(folder, hashes)
@@ -121,7 +119,7 @@ def finish(folder: Path, indices: Sequence[int], ledger: Ledger, hashes: Mapping
 
 
 def write_grid(folder: Path, indices: Sequence[int]) -> None:
-    """The first of the samples side by side."""
+    """Write the first samples side by side."""
     shown = [path for index in indices[:GRID_IMAGES] if (path := sample_path(folder, index)).exists()]
     if shown:
         with atomic_write(folder / "grid.png") as file:

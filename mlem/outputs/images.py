@@ -1,4 +1,4 @@
-"""One sample, one PNG: where it is kept, writing it atomically, reading it. Any PNG is read."""
+"""One PNG per sample: its path, atomic writing, and reading, of any PNG."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ from mlem.files import atomic_write
 __all__ = ["is_whole", "png_tree", "read_pixels", "read_png", "sample_indices", "sample_path", "write_png"]
 
 _FLAT = 1000
-"""Samples below this index lie in the folder itself, the others in one sub-folder for each thousand."""
+"""Samples below this index are in the folder itself, the others in one subfolder per thousand."""
 _CHANNELS = {"L": 1, "RGB": 3}
 _END = b"\0\0\0\0IEND\xaeB`\x82"
 
 
 def sample_path(folder: Path, index: int) -> Path:
-    """Where sample `index` is kept: `folder/00000012.png`, from 1000 on `folder/00012/00012345.png`."""
+    """The path of sample `index`: `folder/00000012.png`, from 1000 on `folder/00012/00012345.png`."""
     name = f"{index:08d}.png"
     return folder / name if index < _FLAT else folder / f"{index // _FLAT:05d}" / name
 
 
 def sample_indices(folder: Path) -> list[int]:
-    """The samples that are in `folder`, in order. Old versions kept all of them in `folder` itself: they are moved."""
+    """Indices of the samples in `folder`, sorted. Files of old versions, all in `folder` itself, are moved."""
     if not folder.is_dir():
         return []
     found = []
     for name in _names(folder, r"(\d{8,})\.png"):
         index = int(name.removesuffix(".png"))
-        if name != sample_path(folder, index).name:  # a zero too many: none of ours
+        if name != sample_path(folder, index).name:  # a zero too many: not ours
             continue
         found.append(index)
         if index >= _FLAT:
@@ -67,7 +67,7 @@ def write_png(path: Path, pixels: Tensor) -> str:
 
 
 def is_whole(path: Path) -> bool:
-    """Whether every chunk of a PNG is there and has its checksum; a decoder would not look at all of them."""
+    """Whether a PNG has every chunk with its checksum; a decoder would not check all of them."""
     try:
         with Image.open(path, formats=("PNG",)) as image:
             image.verify()
@@ -77,16 +77,16 @@ def is_whole(path: Path) -> bool:
 
 
 def read_pixels(path: Path, shape: tuple[int, int, int] | None = None) -> Tensor:
-    """(C, H, W) uint8 of a grey or RGB PNG, as it is; the high byte of 16-bit colour.
+    """(C, H, W) uint8 of a grey or RGB PNG, unconverted; the high byte of 16-bit colour.
 
-    Raises: ValueError naming a file of another kind or `shape`, one with transparency, and one turned by EXIF.
+    Raises: ValueError naming a file of another kind or `shape`, with transparency, or rotated by EXIF.
     """
     try:
         with Image.open(path, formats=("PNG",)) as image:
             found = (_CHANNELS.get(image.mode), image.height, image.width)
             odd = " with transparency" if image.mode in _CHANNELS and image.has_transparency_data else ""
             if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-                odd = " turned by EXIF"
+                odd = " rotated by EXIF"
             if found[0] is None or found != (shape or found) or odd:
                 wanted = "grey or RGB" if shape is None else _described(*shape)
                 raise ValueError(f"{path} is {image.mode} {image.width}x{image.height}{odd}, not {wanted}; convert it")
@@ -107,16 +107,16 @@ def read_png(path: Path) -> Tensor:
 
 
 def png_tree(folder: Path) -> list[Path]:
-    """Every PNG in `folder` and below, sorted by path; the grid among samples is left out.
+    """Every PNG in `folder` and below, sorted by path, except the grid of samples.
 
-    Hidden files and folders and links do not count, as in the data set `folder`. Raises FileNotFoundError where there
-    is none.
+    Hidden files and folders and links are skipped, as in the data set `folder`. Raises FileNotFoundError if there are
+    none.
     """
     names = picture_files(folder, ("png",)) if folder.is_dir() else {}
     found = sorted(folder / os.fsdecode(name) for name in names)
     found = [path for path in found if path.name != "grid.png" or not (path.parent / "settings.json").exists()]
     if not found:
         raise FileNotFoundError(
-            f"folder={folder} holds no PNG (links and hidden files do not count); name a folder of images"
+            f"folder={folder} holds no PNG (links and hidden files are skipped); name a folder of images"
         )
     return found

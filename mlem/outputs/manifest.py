@@ -1,6 +1,6 @@
-"""What a folder of samples must hold, to the byte, and what of it is there.
+"""What a folder of samples should hold, byte by byte, and what it does hold.
 
-folder/images.sha256     SHA-256 and path of every image, as `sha256sum` writes them
+folder/images.sha256     SHA-256 and path of every image, in the format of `sha256sum`
 folder/manifest.json     count, indices, settings, and the SHA-256 of that list; written last
 """
 
@@ -19,17 +19,17 @@ __all__ = ["Survey", "spans", "survey", "verify", "write_manifest"]
 
 _FORMAT = 1
 _MANIFEST, _LIST = "manifest.json", "images.sha256"
-_READERS = 8  # files read at once: on a network disk most of the time is waiting
+_READERS = 8  # files read in parallel: a network disk is mostly waiting
 
 
 @dataclass(frozen=True)
 class Survey:
-    """What is in a folder of samples.
+    """The contents of a folder of samples.
 
     Args:
         sound: index -> SHA-256 of the image.
-        broken: index -> what is wrong with it.
-        noted: index -> SHA-256 as the manifest has it; nothing where there is no manifest.
+        broken: index -> fault.
+        noted: index -> SHA-256 in the manifest; empty without a manifest.
     """
 
     sound: dict[int, str]
@@ -37,14 +37,14 @@ class Survey:
     noted: dict[int, str]
 
     def named(self) -> str:
-        """The first broken images, for one line."""
+        """The first broken images, in one line."""
         first = [f"sample {index} {why}" for index, why in list(self.broken.items())[:3]]
         more = f"; and {len(self.broken) - 3} more" if len(self.broken) > 3 else ""
         return "; ".join(first) + more
 
 
 def survey(folder: Path) -> Survey:
-    """Read every image: it must be what the manifest says, or a whole PNG where the manifest does not know it yet."""
+    """Check every image: it must match the manifest, or be a complete PNG if not listed yet."""
     noted = _noted(folder)
     there = sample_indices(folder)
 
@@ -53,7 +53,7 @@ def survey(folder: Path) -> Survey:
         digest = sha256(path)
         if index in noted:
             return digest, None if digest == noted[index] else f"differs from its SHA-256 in {_LIST}"
-        return digest, None if is_whole(path) else "is no whole PNG"
+        return digest, None if is_whole(path) else "is not a complete PNG"
 
     with ThreadPoolExecutor(_READERS) as pool:
         seen = dict(zip(there, pool.map(look, there), strict=True))
@@ -64,7 +64,7 @@ def survey(folder: Path) -> Survey:
 
 
 def write_manifest(folder: Path, hashes: Mapping[int, str]) -> None:
-    """Note that `folder` holds the images with these indices and SHA-256s."""
+    """Record that `folder` holds the images with these indices and SHA-256s."""
     lines = [f"{hashes[index]}  {sample_path(Path(), index).as_posix()}\n" for index in sorted(hashes)]
     write_text(folder / _LIST, "".join(lines))
     about = {"format": _FORMAT, "count": len(hashes), "indices": spans(hashes)}
@@ -75,7 +75,7 @@ def write_manifest(folder: Path, hashes: Mapping[int, str]) -> None:
 
 
 def _noted(folder: Path) -> dict[int, str]:
-    """The list, where the manifest vouches for it: a kill between the two leaves an older manifest."""
+    """The list, if the manifest confirms it: a kill between the two leaves an older manifest."""
     if not (folder / _MANIFEST).exists() or not (folder / _LIST).exists():
         return {}
     listed = (folder / _LIST).read_bytes()
@@ -86,17 +86,17 @@ def _noted(folder: Path) -> dict[int, str]:
 
 
 def verify(folder: Path) -> tuple[int, dict[int, str]]:
-    """How many images the manifest of `folder` names, and what is wrong: index -> fault, those not in it included.
+    """Number of images in the manifest of `folder`, and index -> fault, including images not listed.
 
-    Raises FileNotFoundError where there is no manifest and ValueError where it was damaged.
+    Raises FileNotFoundError if there is no manifest and ValueError if it is damaged.
     """
     if not (folder / _MANIFEST).is_file():
         raise FileNotFoundError(
-            f"{folder} has no {_MANIFEST}: run its sample command again, which ends with writing it"
+            f"{folder} has no {_MANIFEST}: run its sample command again, which writes it at the end"
         )
     found = survey(folder)
     if not found.noted:
-        raise ValueError(f"{folder}/{_LIST} is not what {_MANIFEST} says: run its sample command again")
+        raise ValueError(f"{folder}/{_LIST} does not match {_MANIFEST}: run its sample command again")
     extra = dict.fromkeys(found.sound.keys() - found.noted.keys(), f"is not in {_MANIFEST}")
     return len(found.noted), dict(sorted((found.broken | extra).items()))
 

@@ -1,4 +1,4 @@
-"""Joining folders of samples that several runs made, such as the jobs of a cluster."""
+"""Joining the sample folders of several runs, such as cluster jobs."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ __all__ = ["merge"]
 
 
 def merge(out: Path, parts: Sequence[Path]) -> int:
-    """Copy the samples of `parts` into `out`; return how many it then holds. Run again, it goes on where it was.
+    """Copy the samples of `parts` into `out`; return how many it then holds. Run again, it continues.
 
-    `out` may hold samples of earlier merges; its ledger is the sum of those of `parts`. Nothing is copied before all
-    is read and found in order.
+    `out` may hold samples of earlier merges; its ledger is the sum over `parts`. Everything is checked before anything
+    is copied.
 
     Raises:
         FileNotFoundError: a part holds no samples.
-        ValueError: settings differ or two folders hold other images under one index (both sides are named), a part
-            has broken images, or `out` was sampled into.
+        ValueError: settings differ, two folders hold different images under one index (names both), a part has broken
+            images, or `out` was sampled into.
     """
     ledger = out / "ledger.json"
     if ledger.exists() and "merged" not in read_object(ledger):
-        raise ValueError(f"{out} holds samples of its own; name it as a part, and merge into a new folder")
+        raise ValueError(f"{out} was sampled into; name it as a part, and merge into a new folder")
     settings, total = _common_settings(parts), _total(parts)
     sources: dict[int, tuple[Path, str]] = {}
     for part in parts:
@@ -56,7 +56,7 @@ def merge(out: Path, parts: Sequence[Path]) -> int:
 def _common_settings(parts: Sequence[Path]) -> dict[str, Any]:
     for part in parts:
         if not (part / "settings.json").is_file():
-            raise FileNotFoundError(f"{part} holds no samples (no settings.json); name folders that sample.py wrote")
+            raise FileNotFoundError(f"{part} holds no samples (no settings.json); name folders written by sample.py")
     first = read_object(parts[0] / "settings.json")
     for part in parts[1:]:
         if odd := differences(first, read_object(part / "settings.json"), f"in {parts[0]}", f"in {part}"):
@@ -65,16 +65,16 @@ def _common_settings(parts: Sequence[Path]) -> dict[str, Any]:
 
 
 def _total(parts: Sequence[Path]) -> Ledger:
-    """What the samples of `parts` cost."""
+    """The cost of the samples of `parts`."""
     total = Ledger()
     for path in (part / "ledger.json" for part in parts):
-        if path.exists():  # not where the first run was killed
+        if path.exists():  # not if the first run was killed
             total.add(Ledger.from_dict(read_object(path), str(path)))
     return total
 
 
 def _refuse_others(sources: Mapping[int, tuple[Path, str]], folder: Path, hashes: Mapping[int, str]) -> None:
-    """Raise ValueError when `folder` holds another image under an index that is in `sources`."""
+    """Raise ValueError if `folder` holds a different image under an index in `sources`."""
     odd = sorted(index for index in sources.keys() & hashes.keys() if sources[index][1] != hashes[index])
     if odd:
         other, digest = sources[odd[0]]

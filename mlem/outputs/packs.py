@@ -1,6 +1,6 @@
-"""Finished samples as one file or as shards, for programs that do not read folders. The PNGs stay what counts.
+"""Finished samples as one file or as shards, for programs that do not read folders. The PNGs remain the originals.
 
-folder/samples.npz       the layout of ADM's evaluator: `arr_0`, (N, H, W, 3) uint8, a grey image three times
+folder/samples.npz       the layout of ADM's evaluator: `arr_0`, (N, H, W, 3) uint8, grey repeated three times
 folder/shards/           WebDataset tar shards of PNGs and their manifest: a data set that `mlem.data` reads
 """
 
@@ -24,19 +24,19 @@ from mlem.outputs.manifest import spans
 __all__ = ["FORMATS", "pack"]
 
 FORMATS = ("png", "shards", "npz")
-"""What `format=` may be; PNGs are written in any case."""
+"""Values of `format=`; PNGs are always written."""
 
 
 def pack(folder: Path, indices: Sequence[int], hashes: Mapping[int, str], format: str) -> Path:
-    """Pack samples; nothing is done twice.
+    """Pack samples, unless that is already done.
 
     Args:
         folder: of the samples.
-        indices: of those to pack, in this order.
-        hashes: index -> SHA-256 of the images; what was packed from other images is replaced.
+        indices: to pack, in this order.
+        hashes: index -> SHA-256 of the images; a pack of other images is replaced.
         format: one of FORMATS.
 
-    Returns: where they are.
+    Returns: the path of the pack.
     """
     digest = hashlib.sha256("".join(hashes[index] for index in indices).encode()).hexdigest()
     if format == "npz":
@@ -49,7 +49,7 @@ def _npz(path: Path, folder: Path, indices: Sequence[int], digest: str) -> Path:
         return path
     shape = tuple(read_pixels(sample_path(folder, indices[0])).shape)
     header = {"descr": "|u1", "fortran_order": False, "shape": (len(indices), *shape[1:], 3)}
-    # written image by image, where np.savez would hold all of them; without a time, so that equal is equal to the byte
+    # image by image, as np.savez would hold all in memory; without a timestamp, so that equal packs have equal bytes
     with atomic_write(path) as file, ZipFile(file, "w") as archive:
         archive.comment = digest.encode()
         with archive.open(ZipInfo("arr_0.npy"), "w", force_zip64=True) as member:

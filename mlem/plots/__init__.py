@@ -1,6 +1,6 @@
-"""The figures of numbers alone: curves, error by noise level, probabilities, strips of calls, scaling laws.
+"""Figures from plain numbers: curves, error by noise level, probabilities, strips of calls, scaling laws.
 
-Numbers in, PNG out. Figures of samplers are in `mlem.comparison.figures`; how all of them look is in `style.py`.
+Numbers in, PNG out. `mlem.comparison.figures` has the figures of samplers; `style.py` the common style.
 """
 
 from mlem.plots.law import scaling_law

@@ -25,7 +25,7 @@ def scaling_law(
     curves: name, such as "error - floor" or "level difference" -> a mapping with cost and value (K,), the mean squared
     points; line_cost, line, low, high (M,), the fit and its band; gamma and interval (low, high), for the legend. unit:
     of cost. caption: data set, number of images, training steps. Raises ValueError for no curves, missing entries,
-    lengths that differ, and values that a logarithm cannot show.
+    different lengths, and values that are not positive.
     """
     import numpy as np
 
@@ -37,7 +37,7 @@ def scaling_law(
         for columns in (_SCALING_COLUMNS[:2], _SCALING_COLUMNS[2:6]):
             shapes = {arrays[column].shape for column in columns}
             if len(shapes) > 1 or not all(positive(value) for column in columns for value in arrays[column]):
-                raise ValueError(f"curve {name!r} needs {', '.join(columns)} of one length and above 0")
+                raise ValueError(f"curve {name!r} needs {', '.join(columns)} of equal length and above 0")
         low, high = curve["interval"]
         label = rf"{name}: $\gamma$ = {curve['gamma']:.2f} ({low:.2f} to {high:.2f})"
         axes.fill_between(arrays["line_cost"], arrays["low"], arrays["high"], color=colour, alpha=0.2, linewidth=0)

@@ -25,17 +25,17 @@ def curves(
     caption: str,
     logarithmic: bool = False,
 ) -> None:
-    """Lines against steps or time: name -> (x, y), each (N,), in the order in which they are joined.
+    """Lines against steps or time: name -> (x, y), each (N,), points in drawing order.
 
-    logarithmic: the y axis, on which values that are not above 0 leave gaps. Labels hold units. Raises ValueError for
-    no lines and lengths that differ.
+    logarithmic: the y axis; values that are not positive leave gaps. Labels include units. Raises ValueError for no
+    lines and different lengths.
     """
     if not lines:
         raise ValueError("curves has nothing to draw: no lines")
     figure, axes = figure_with_axes(xlabel, ylabel, caption)
     if logarithmic:
         axes.set_yscale("log", nonpositive="mask")
-    # seven colours, then the same seven in another style
+    # seven colours, then the same seven in another line style
     looks = [(colour, line) for _, line in STYLES for colour in COLOURS]
     for (name, (x, y)), (colour, line) in zip(lines.items(), cycle(looks), strict=False):
         if len(x) != len(y):
@@ -49,11 +49,11 @@ def curves(
 def error_by_noise_level(
     curves: Mapping[Any, tuple[ArrayLike, ArrayLike]], path: str | os.PathLike[str], caption: str
 ) -> None:
-    """Denoising error against the log signal-to-noise ratio, a line for each level, error axis logarithmic.
+    """Denoising error against the log signal-to-noise ratio, one line per level, error axis logarithmic.
 
     curves: level -> (log_snr, error), each (K,): log(alpha^2/sigma^2), natural, and the mean squared error of the noise
-    estimate. caption: data set, number of images, training steps. Raises ValueError for no curves, lengths that
-    differ, errors not above 0.
+    estimate. caption: data set, number of images, training steps. Raises ValueError for no curves, different
+    lengths, or errors that are not positive.
     """
     import numpy as np
 
@@ -81,7 +81,7 @@ def probabilities(
     """Probabilities p_k of running each level against the log signal-to-noise ratio, before (dashed) and after.
 
     log_snr: (R,), natural. curves: level -> (before, after), each (R,), in [0, 1]. caption: data set, solver, steps.
-    Raises ValueError for no curves, lengths that differ, values outside [0, 1].
+    Raises ValueError for no curves, different lengths, or values outside [0, 1].
     """
     import numpy as np
 

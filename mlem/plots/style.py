@@ -1,6 +1,6 @@
-"""How all figures look: colours, panels, captions, and saving whole or not at all.
+"""The style of all figures: colours, panels, captions, atomic saving.
 
-Drawn with Figure objects, never pyplot: no global state, no display.
+Uses Figure objects, never pyplot: no global state, no display.
 """
 
 from __future__ import annotations
@@ -48,19 +48,19 @@ STYLES = (
 
 
 def figure_with_axes(xlabel: str, ylabel: str, caption: str) -> tuple[Figure, Axes]:
-    """A figure of one panel; the caption stands above it."""
+    """A figure with one panel and the caption above it."""
     figure, (axes,) = panels(xlabel, [ylabel], caption)
     return figure, axes
 
 
 def panels(xlabel: str, ylabels: Sequence[str], caption: str) -> tuple[Figure, list[Axes]]:
-    """A panel for each ylabel, side by side; the caption stands above the first."""
+    """One panel per ylabel, side by side, with the caption above the first."""
     from matplotlib.figure import Figure
 
     width = 3.0 + 4.5 * len(ylabels)
     figure = Figure(figsize=(width, 4.5), dpi=150, layout="constrained")
     found = [figure.add_subplot(1, len(ylabels), i, xlabel=xlabel, ylabel=y) for i, y in enumerate(ylabels, 1)]
-    # wrapped here, since matplotlib would let it run on under the legend; at y=1, which it would find in vain
+    # wrapped here, as matplotlib would let it run under the legend; at y=1, to spare it the search
     found[0].set_title(fill(caption, 72), y=1.0, fontsize="small", loc="left", color="0.3")
     for axes in found:
         axes.grid(which="major", color="0.9")
@@ -70,14 +70,14 @@ def panels(xlabel: str, ylabels: Sequence[str], caption: str) -> tuple[Figure, l
 
 
 def legend_key(label: str, colour: str, marker: str, line: Any) -> Line2D:
-    """An entry of a legend that belongs to no line of the figure. line: a style of matplotlib's."""
+    """A legend entry without a line in the figure. line: a matplotlib line style."""
     from matplotlib.lines import Line2D
 
     return Line2D([], [], color=colour, marker=marker, linestyle=line, label=label)
 
 
 def in_digits(axis: Axis) -> None:
-    """Label a logarithmic axis with 10 and 100, not powers, and between them where there is room."""
+    """Label a logarithmic axis with 10 and 100, not powers, and in between if there is room."""
     from matplotlib.ticker import LogFormatter
 
     axis.set_major_formatter(LogFormatter())
@@ -85,37 +85,37 @@ def in_digits(axis: Axis) -> None:
 
 
 def plain(text: str) -> str:
-    """Text in which matplotlib sees no mathematics and nothing to hide."""
+    """Text escaped so that matplotlib sees no mathematics and hides no label."""
     return " " + text.replace("$", r"\$") if text.startswith("_") else text.replace("$", r"\$")
 
 
 def save(figure: Figure, path: str | os.PathLike[str]) -> None:
-    """Write a PNG, atomically. The figure is laid out for good. Raises ValueError for another suffix."""
+    """Write a PNG, atomically, and freeze the layout. Raises ValueError for another suffix."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     if Path(path).suffix != ".png":
         raise ValueError(f"figures are PNG files, got {path}")
     for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):
         low, high = axis.get_view_interval()
-        if axis.get_scale() == "log" and high < 1.1 * low:  # one value alone: no width, and a layout that divides by it
+        if axis.get_scale() == "log" and high < 1.1 * low:  # a single value: the layout would divide by zero
             axis.set_view_interval(low / 1.5, high * 1.5, ignore=True)
     FigureCanvasAgg(figure)  # one renderer for layout and drawing, which parses each label once
     if (layout := figure.get_layout_engine()) is not None:
         layout.execute(figure)
-        figure.set_layout_engine(None)  # or savefig would draw twice, the first time only to lay out
+        figure.set_layout_engine(None)  # else savefig would draw twice, once just for the layout
     with atomic_write(path) as file:
         figure.savefig(file, format="png")
 
 
 def need(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], figure: str) -> None:
-    """Raise ValueError that names the figure where there are no rows, or one lacks a column."""
+    """Raise ValueError naming the figure if there are no rows, or one lacks a column."""
     if not rows:
         raise ValueError(f"{figure} has nothing to draw: no rows")
     for row in rows:
         missing = [column for column in columns if column not in row]
         if missing:
             raise ValueError(
-                f"{figure} needs {', '.join(columns)} in every row, {missing[0]} is missing in {dict(row)}"
+                f"{figure} needs {', '.join(columns)} in every row, but {missing[0]} is missing in {dict(row)}"
             )
 
 

@@ -1,4 +1,4 @@
-"""What happens along a trajectory under plans: which levels are called, and with what probability."""
+"""Figures of plans along a trajectory: which levels are called, and with what probability."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _WIDTH = 7.5
 
 
 def trajectory_strips(plans: Sequence[tuple[str, Mapping[str, Sequence[int]]]], path: str | os.PathLike[str]) -> None:
-    """Strips of calls, one above another: a row for each level, the largest on top, a column for each evaluation.
+    """Strips of calls, one above another: one row per level, the largest on top, one column per evaluation.
 
     Args:
         plans: name, and level -> calls at each evaluation (R,), cheapest level first. White is no call, grey one, black
@@ -28,7 +28,7 @@ def trajectory_strips(plans: Sequence[tuple[str, Mapping[str, Sequence[int]]]], 
         path: of the PNG.
 
     Raises:
-        ValueError: for no plans.
+        ValueError: there are no plans.
     """
     import numpy as np
     from matplotlib.ticker import MaxNLocator
@@ -47,7 +47,7 @@ def trajectory_strips(plans: Sequence[tuple[str, Mapping[str, Sequence[int]]]], 
             count = f"{sum(runs)} call{'s' * (sum(runs) != 1)}"
             axes.text(edge[-1], place, f"  {count}", va="center", fontsize="small")
         axes.set_title(plain(fill(name, 90)), fontsize="small", loc="left")
-    axes_of[-1].set_xlabel("evaluation, from noise to picture; grey: one call, black: more")
+    axes_of[-1].set_xlabel("evaluation, from noise to image; grey: one call, black: more")
     save(figure, path)
 
 
@@ -55,14 +55,14 @@ def level_rates(
     plans: Sequence[tuple[str, Sequence[float], Mapping[str, Sequence[float]]]],
     path: str | os.PathLike[str],
 ) -> None:
-    """Probabilities p_k of levels against time, from noise to picture, a panel for each plan.
+    """Probabilities p_k of levels against time, from noise to image, one panel per plan.
 
     Args:
         plans: name, times (R,) in [0, 1], and level -> p_k (R,), cheapest level first.
         path: of the PNG.
 
     Raises:
-        ValueError: for no plans.
+        ValueError: there are no plans.
     """
     figure, axes_of = _stacked([1.75] * len(plans), "level_rates")
     names = list(dict.fromkeys(level for _, _, levels in plans for level in levels))
@@ -77,7 +77,7 @@ def level_rates(
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_title(plain(fill(name, 90)), fontsize="small", loc="left")
         axes.legend(title="level", loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize="small")
-    axes_of[-1].set_xlabel("time t, from noise (1) to picture (0)")
+    axes_of[-1].set_xlabel("time t, from noise (1) to image (0)")
     save(figure, path)
 
 

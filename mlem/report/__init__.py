@@ -1,7 +1,7 @@
-"""`report.html`: a run folder as one page that needs nothing else, made from the files in that folder alone.
+"""`report.html`: a run folder as one self-contained page, made from the files in that folder alone.
 
 `content` makes the sections from the folder's files, with `advice` (what to run), `plans`, `samples`, `logs` and
-`tables`; `html` writes elements; `report.css` and `report.js` stand inside the page.
+`tables`; `html` writes elements; `report.css` and `report.js` are embedded in the page.
 """
 
 from mlem.report.advice import told

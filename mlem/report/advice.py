@@ -23,8 +23,8 @@ class Told:
     Attributes:
         sentence: the recommendation, or that there is none.
         why: one line.
-        command: to type; "" for none.
-        expected: error and seconds, and where they hold; "" for none.
+        command: to run; "" for none.
+        expected: error and seconds, and on which machine; "" for none.
     """
 
     sentence: str
@@ -47,7 +47,7 @@ def fastest_of(folder: Path) -> tuple[Path, Fastest] | None:
 
 
 def advice(folder: Path) -> Markup:
-    """What to run; nothing for a folder without a family. Raises ValueError for a damaged file."""
+    """What to run; empty for a folder without a family. Raises ValueError for a damaged file."""
     found = _found(folder)
     if found is None:
         return Markup()
@@ -62,7 +62,7 @@ def advice(folder: Path) -> Markup:
 
 
 def told(folder: Path) -> Told | None:
-    """The same in words."""
+    """What to run, in words; None for a folder without a family."""
     found = _found(folder)
     return found and found[0]
 
@@ -93,7 +93,7 @@ def _of_family(found: Recommended, advised: Advice, where: str) -> Told:
 
 
 def _of_rivals(path: Path, found: Fastest, advised: Advice) -> Told:
-    """Advice for the family that all rivals were run on, which may be another than that of the run folder."""
+    """Advice for the family on which the rivals ran, which may differ from that of the run folder."""
     with damaged(path):
         about, machine = found.about, found.about["machine"]
         place = f"in batches of {about['batch_size']} on {machine.get('gpu', machine['processor'])}"
@@ -104,7 +104,7 @@ def _of_rivals(path: Path, found: Fastest, advised: Advice) -> Told:
 
 
 def _as_measured(found: Fastest, target: float) -> str:
-    """The recommended way and the best of all others at this error, in words."""
+    """The recommended settings and the best rival at this error, in words."""
     own = found.best(target, [RECOMMENDED])
     other = found.best(target, [group for group in found.groups if group != RECOMMENDED])
     words = [] if own is None else [f"Measured: {_ms(own.seconds)} for {own.mse:.2g}."]
@@ -118,7 +118,7 @@ def _as_measured(found: Fastest, target: float) -> str:
 def _words(advised: Advice, options: str, place: str) -> Told:
     low, high = advised.interval
     return Told(
-        f"Run {advised.text}: {_ms(advised.seconds)} an image for a mean squared error of at most {advised.target:g}.",
+        f"Run {advised.text}: {_ms(advised.seconds)} per image for a mean squared error of at most {advised.target:g}.",
         f"Why: {_as_sentence(advised.why)}",
         f"{command('sample')} {options} sampler=auto mse={advised.target:g}",
         f"Expected: an error of {advised.mse:.2g} (95 percent: {low:.2g} to {high:.2g}) to the many-step run of the "
@@ -141,7 +141,7 @@ def _typed(path: Path) -> str:
 
 
 def _instead(advised: Advice) -> Markup:
-    """The alternatives, folded up."""
+    """The alternatives, collapsed."""
     rows = [
         [
             Cell(one.text, one.text),
@@ -152,5 +152,5 @@ def _instead(advised: Advice) -> Markup:
         for one in (advised, *advised.alternatives)
     ]
     columns = ["what to run", "time [ms/image]", "MSE", "95 % interval"]
-    listed = table("The recommended way and the best of other kinds, as predicted", columns, rows)
-    return join([tag("details", tag("summary", "What else there is"), listed)])
+    listed = table("The recommended settings and the best of other kinds, as predicted", columns, rows)
+    return join([tag("details", tag("summary", "Alternatives"), listed)])

@@ -13,7 +13,7 @@ __all__ = ["main"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the page and say where it is; return the exit code: 0, or 2 after one line for a folder without a run."""
+    """Write the page and print its path; return the exit code: 0, or 2 with one line for a folder without a run."""
     parser = argparse.ArgumentParser(command("report"), description="Write the report.html of a run folder again.")
     parser.add_argument("folder", help="of a run, such as runs/digits or runs/digits/unet_s")
     try:
@@ -22,5 +22,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{called('report')}: {in_words_of_the_user(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        return interrupted("report", "the page is as it was; run the same command again")
+        return interrupted("report", "the page is unchanged; run the same command again")
     return 0

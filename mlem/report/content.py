@@ -1,4 +1,4 @@
-"""What a run folder holds, as the sections of its page. Reads the files that training and evaluation leave, no others.
+"""The sections of a run folder's page, made from the files that training and evaluation write.
 
 A folder is one run (`runs/digits/unet_s`) or holds several (`runs/digits`); whatever is missing is left out.
 """
@@ -38,11 +38,11 @@ _SYSTEM = {
 
 
 def write_report(folder: str | os.PathLike[str]) -> Path:
-    """Write `report.html` in a run folder from the files there; its path. Raises ValueError where there is no run."""
+    """Write `report.html` in a run folder and return its path. Raises ValueError if there is no run."""
     folder = Path(folder)
     runs, evaluated = list(run_logs(folder)), _evaluation(folder)
     if not runs and evaluated is None:
-        raise ValueError(f"{folder} holds no run: no metrics.jsonl and no evaluation.json in it or one floor below")
+        raise ValueError(f"{folder} holds no run: no metrics.jsonl and no evaluation.json in it or one level below")
     about, head = _about(folder), advice(folder)
     sections = [
         section("Error and time of every rival", *rivals(folder), class_="plots"),
@@ -127,7 +127,7 @@ def _all(run: RunLog, prefix: str) -> dict[str, Line]:
 
 
 class _Drawer:
-    """Draws curves, those that have a line, and keeps them as figures of the page."""
+    """Draws curves that have data and keeps them as figures of the page."""
 
     def __init__(self) -> None:
         self.figures: list[Markup] = []
@@ -141,7 +141,7 @@ class _Drawer:
 
 @lru_cache(64)
 def _curves(lines: tuple[tuple[str, tuple[float, ...], tuple[float, ...]], ...], *labels: Any) -> bytes:
-    """The PNG of these lines: once, though a command writes the report after its training and after its evaluation."""
+    """The PNG of these lines, cached: a command writes the report after training and after evaluation."""
     with TemporaryDirectory() as folder:
         path = Path(folder) / "figure.png"
         curves({name: (x, y) for name, x, y in lines}, path, *labels)

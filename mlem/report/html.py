@@ -1,4 +1,4 @@
-"""HTML elements as text, everything escaped; a page that allows itself nothing from outside."""
+"""HTML elements as text, everything escaped; a page that loads nothing from outside."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["Cell", "Markup", "figure", "join", "page", "section", "table", "tag"
 
 
 class Markup(str):
-    """HTML; every other text is escaped where it is put into an element."""
+    """HTML; any other text is escaped when put into an element."""
 
 
 _VOID = ("img", "link", "meta")
@@ -34,14 +34,14 @@ def join(children: Iterable[str]) -> Markup:
 
 @dataclass(frozen=True)
 class Cell:
-    """An entry of a table. value: what it sorts by: a number, a text, or None for nothing, which sorts last."""
+    """A table cell. value: the sort key: a number, a text, or None, which sorts last."""
 
     text: str
     value: float | str | None
 
 
 def table(caption: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> Markup:
-    """A table that sorts by a column when its header is pressed. A column is of numbers if all its values are."""
+    """A table that sorts by a column when its header is clicked. A column is numeric if all its values are."""
     numeric = [all(not isinstance(row[i].value, str) for row in rows) for i in range(len(columns))]
     kinds = ["number" if one else "text" for one in numeric]
     head = [
@@ -61,20 +61,20 @@ def _sortable(value: float | str | None) -> str:
 
 
 def figure(png: bytes, alt: str, caption: str, class_: str = "plot") -> Markup:
-    """A picture inside the page. alt: what it shows, for those who cannot see it."""
+    """An image embedded in the page. alt: a description for those who cannot see it."""
     source = "data:image/png;base64," + base64.b64encode(png).decode()
     return tag("figure", tag("img", src=source, alt=alt), tag("figcaption", caption), class_=class_)
 
 
 def section(title: str, *children: str, class_: str = "") -> Markup:
-    """A part of the page, or nothing where there are no children."""
+    """A section of the page, or nothing without children."""
     if not children:
         return Markup()
     return tag("section", tag("h2", title), tag("div", *children, class_=class_) if class_ else join(children))
 
 
 def page(title: str, *body: str) -> Markup:
-    """The whole document. Its security policy names its own style and script, and allows no others and no requests."""
+    """The whole document. Its security policy allows only its own style and script, and no requests."""
     style, script = ((files("mlem.report") / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
     policy = f"default-src 'none'; img-src data:; style-src '{_digest(style)}'; script-src '{_digest(script)}'"
     head = tag(
@@ -82,7 +82,7 @@ def page(title: str, *body: str) -> Markup:
         tag("meta", charset="utf-8"),
         tag("meta", http_equiv="Content-Security-Policy", content=policy),
         tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        tag("link", rel="icon", href="data:,"),  # else browsers ask for one
+        tag("link", rel="icon", href="data:,"),  # otherwise browsers request one
         tag("title", title),
         tag("style", Markup(style)),
     )

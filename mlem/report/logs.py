@@ -1,4 +1,4 @@
-"""Reading `metrics.jsonl`: the lines that training logs."""
+"""Reading `metrics.jsonl`, the lines logged by training."""
 
 from __future__ import annotations
 
@@ -32,29 +32,29 @@ class RunLog:
     records: list[dict[str, Any]]
 
     def line(self, metric: str, x: str = "step") -> Line | None:
-        """Values of the metric against steps; None where there are none."""
+        """Values of the metric against steps; None if there are none."""
         points = [(one[x], one[metric]) for one in self.records if is_number(one.get(metric)) and x in one]
         return ([at for at, _ in points], [value for _, value in points]) if points else None
 
     def last(self, prefix: str) -> Line | None:
-        """The newest values of the metrics `<prefix><number>` against these numbers; None where there are none."""
+        """The latest values of the metrics `<prefix><number>` against these numbers; None if there are none."""
         found = {name: value for one in self.records for name, value in one.items() if name.startswith(prefix)}
         numbered = {name.removeprefix(prefix): value for name, value in found.items() if is_number(value)}
         points = sorted((float(name), value) for name, value in numbered.items() if _NUMBER.fullmatch(name))
         return ([at for at, _ in points], [value for _, value in points]) if points else None
 
     def names(self, prefix: str) -> list[str]:
-        """Metrics that begin with `prefix`, in the order in which they appear."""
+        """Metrics that begin with `prefix`, in order of appearance."""
         return list(dict.fromkeys(name for one in self.records for name in one if name.startswith(prefix)))
 
 
 def is_number(value: Any) -> bool:
-    """Whether it can be drawn and sorted: neither missing nor NaN."""
+    """Whether it can be drawn and sorted, neither missing nor NaN."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def run_logs(folder: Path) -> Iterator[RunLog]:
-    """The logs of the folder and of the folders in it."""
+    """The logs of the folder and its subfolders."""
     # the smallest level first, as in the other figures
     family = folder / "family" / "family.json"
     order = []

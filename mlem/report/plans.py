@@ -14,7 +14,7 @@ __all__ = ["plan_figures", "plan_pictures"]
 
 
 def plan_pictures(folder: Path, home: Path) -> dict[str, bytes]:
-    """Name of a figure -> PNG, of the plans that are recommended and of those in the evaluation; none without plans.
+    """Name of a figure -> PNG, of the recommended plans and those in the evaluation; empty without plans.
 
     Args:
         folder: of the run.
@@ -25,7 +25,7 @@ def plan_pictures(folder: Path, home: Path) -> dict[str, bytes]:
 
 
 def plan_figures(folder: Path, home: Path) -> list[Markup]:
-    """The same as figures of the page, with words for who cannot see them."""
+    """The same as figures of the page, with text alternatives."""
     pictures = plan_pictures(folder, home)
     if not pictures:
         return []
@@ -33,11 +33,11 @@ def plan_figures(folder: Path, home: Path) -> list[Markup]:
     strips, rates = (pictures[name] for name in FIGURES)
     words = tag("details", tag("summary", "The same in words"), tag("ul", *(tag("li", one.text) for one in calls)))
     names = ", ".join(one.name for one in calls)
-    seen = "Which levels run along a trajectory: a row for each level, a column for each evaluation."
-    p = "p_k(t): the probability of each level; without coins, one over the distance between two of its evaluations."
+    seen = "Which levels run along a trajectory: one row per level, one column per evaluation."
+    p = "p_k(t): the probability of each level; without coins, one over the distance between its evaluations."
     return [
         figure(strips, f"Figure: calls along a trajectory. {'. '.join(one.text for one in calls)}", seen),
-        figure(rates, f"Figure: p_k(t), from noise to picture, of {names}", p),
+        figure(rates, f"Figure: p_k(t), from noise to image, of {names}", p),
         words,
     ]
 
@@ -50,7 +50,7 @@ def _calls(folder: Path, home: Path) -> tuple[Calls, ...]:
 
 @lru_cache(8)
 def _drawn(calls: tuple[Calls, ...]) -> tuple[bytes, ...]:
-    """The PNG of each figure: once, though a command shows them more than once."""
+    """The PNG of each figure, cached: a command shows them more than once."""
     with TemporaryDirectory() as folder:
         draw_calls(calls, Path(folder))
         return tuple((Path(folder) / f"{name}.png").read_bytes() for name in FIGURES)

@@ -12,13 +12,13 @@ from mlem.report.tables import evaluation_rows
 __all__ = ["sample_strips"]
 
 _ALIGNED = (
-    "In every picture the same indices stand in the same places, from the same noise; first the many-step run that "
-    "the others are measured against. Last those, if any, that share its law alone."
+    "Every strip shows the same indices in the same places, from the same noise. First is the many-step run that the "
+    "others are measured against; last are those, if any, that share only its distribution."
 )
 
 
 def sample_strips(home: Path | None) -> list[Markup]:
-    """A strip for each sampler, under its reference; the smaller levels by themselves are folded up.
+    """A strip for each sampler, under its reference; smaller levels alone are collapsed.
 
     home: of `evaluation.json`, if there is one.
     """
@@ -31,12 +31,12 @@ def sample_strips(home: Path | None) -> list[Markup]:
         return []
     parts = [tag("p", _ALIGNED), *shown]
     if folded:
-        parts.append(tag("details", tag("summary", "Smaller levels by themselves"), *folded))
+        parts.append(tag("details", tag("summary", "Smaller levels alone"), *folded))
     return [join(parts)]
 
 
 def _strips(home: Path, rows: Sequence[Row]) -> list[Markup]:
-    """A block for each reference."""
+    """One block per reference."""
     blocks = []
     for reference in sorted(dict.fromkeys(row.reference for row in rows), key=lambda one: not one):
         own = [row for row in rows if row.reference == reference]
@@ -53,7 +53,7 @@ def _words(row: Row) -> str:
 
 
 def _strip(home: Path, name: str, words: str, kind: str) -> Markup:
-    """The strip; the whole grid where an older evaluation left no strips; nothing where there is neither."""
+    """The strip; the whole grid if an older evaluation left no strips; nothing if there is neither."""
     for folder in ("strips", "grids"):
         path = home / folder / f"{name}.png"
         if path.exists():

@@ -19,18 +19,18 @@ __all__ = ["equal_error", "evaluation_rows", "level_table", "rivals", "sampler_t
 
 
 def level_table(folder: Path) -> list[Markup]:
-    """The networks of a run folder, from the smallest on."""
+    """The networks of a run folder, smallest first."""
     paths = [folder / "level" / "mlem.json", *sorted(folder.glob("*/level/mlem.json"))]
     rows = sorted((_level_cells(path) for path in paths if path.exists()), key=lambda cells: float(cells[2].value or 0))
     if not rows:
         return []
     columns = ["level", "parameters", "MFLOPs per call", "held-out error", "time per call [ms/image]"]
     columns += ["training steps", "training time [s]", "device"]
-    return [table("Networks of the family; press a header to sort", columns, rows)]
+    return [table("Networks of the family; click a header to sort", columns, rows)]
 
 
 def _level_cells(path: Path) -> list[Cell]:
-    """The row of one `mlem.json`. Raises ValueError where it is damaged."""
+    """The row of one `mlem.json`. Raises ValueError if it is damaged."""
     level = read_object(path)
     with damaged(path):
         measured = dict(level["measured"])
@@ -55,7 +55,7 @@ def evaluation_rows(home: Path) -> tuple[list[Row], str]:
 
 
 def sampler_table(home: Path | None) -> list[Markup]:
-    """What each sampler costs and how far it is from the reference. home: of `evaluation.json`, if there is one."""
+    """Cost of each sampler and its error to the reference. home: of `evaluation.json`, if there is one."""
     if home is None:
         return []
     found, caption = evaluation_rows(home)
@@ -82,7 +82,7 @@ def sampler_table(home: Path | None) -> list[Markup]:
                 *(_number(row.scores.get(name), ".4g") for name in scores),
             ]
         )
-    return [table(f"{caption}; press a header to sort", columns, rows)]
+    return [table(f"{caption}; click a header to sort", columns, rows)]
 
 
 def equal_error(folder: Path) -> list[Markup]:
@@ -95,11 +95,11 @@ def equal_error(folder: Path) -> list[Markup]:
             rows = [cells for one in ratios if one.known for cells in _ratios(one)]
         for picture in sorted(path.parent.glob("*.png")):
             what = "PSNR and SSIM against time" if picture.name.startswith("sim") else "Error against time and FLOPs"
-            words = f"{what} of single levels and of levels that share the work"
+            words = f"{what} of single levels and of several levels together"
             shown.append(figure(picture.read_bytes(), f"Figure: {words}", f"{words}; {caption}.", "plot wide"))
         columns = ["sampler", "solver", "coins", "MSE", "cost in", "against", "its cost over ours", "95 % interval"]
         if rows:
-            shown.append(table(f"{caption}; press a header to sort", columns, rows))
+            shown.append(table(f"{caption}; click a header to sort", columns, rows))
         unreached: dict[str, list[str]] = {}
         for one in ratios:
             if not one.known:
@@ -111,7 +111,7 @@ def equal_error(folder: Path) -> list[Markup]:
 
 
 def rivals(folder: Path) -> list[Markup]:
-    """The figure of `sample.py eval=rivals`, and seconds of the fastest row of each rival that reaches an error."""
+    """The figure of `sample.py eval=rivals`, and the time of each rival's fastest run that reaches an error."""
     known = fastest_of(folder)
     if known is None:
         return []
@@ -128,7 +128,7 @@ def rivals(folder: Path) -> list[Markup]:
         for group in found.groups
     ]
     if rows:
-        shown.append(table(f"ms/image of the fastest run whose error is at most ..; {caption}", columns, rows))
+        shown.append(table(f"ms/image of the fastest run with an error of at most ..; {caption}", columns, rows))
     return shown
 
 

@@ -8,7 +8,7 @@ __all__ = ["with_bar"]
 
 
 def with_bar(batches: Sequence[Sequence[int]], show: bool) -> Iterator[Sequence[int]]:
-    """The batches, one after another, under a bar that counts their images."""
+    """Iterate over the batches with a bar that counts images."""
     if not show:
         yield from batches
         return

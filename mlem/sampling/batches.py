@@ -1,4 +1,4 @@
-"""`sample()`: the samples with any indices, batch by batch."""
+"""`sample()`: samples by index, batch by batch."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ __all__ = ["blocks", "sample"]
 def blocks(indices: Sequence[int], batch_size: int) -> list[list[int]]:
     """`indices` cut into batches.
 
-    Raises: ValueError for no, repeated, reserved, negative or fractional indices, and for no batch.
+    Raises: ValueError for missing, repeated, reserved, negative or fractional indices, or a batch size below 1.
     """
     check_whole("batch_size", batch_size)
     listed = check_indices(indices)
     if not listed or len(set(listed)) < len(listed):
-        raise ValueError(f"indices must be different whole numbers >= 0, at least one; got {len(listed)} of them")
+        raise ValueError(f"indices must be distinct whole numbers >= 0, at least one; got {len(listed)} of them")
     return [listed[i : i + batch_size] for i in range(0, len(listed), batch_size)]
 
 
@@ -68,33 +68,33 @@ def sample(
             with `schedule` and `shape`.
         indices: sample indices, each in [0, 10**9); index and seed fix an image, whatever the batch size.
         solver: a name, such as "ddim" or "dpm_solver_pp", or a Solver.
-        steps: of the time grid.
-        seed: fixes all chance, together with the index.
-        batch_size: images at once.
-        grid: name of a time grid, or a TimeGrid, which has steps of its own; by default the solver's choice.
+        steps: number of steps of the time grid.
+        seed: fixes all randomness, together with the index.
+        batch_size: images per batch.
+        grid: name of a time grid, or a TimeGrid, which sets its own steps; by default the solver's choice.
         level: name of a level of the family.
         plan: which levels run when: a Plan, or a specification, `family.plan(...)`.
-        reuse: the level's UNet, or under a plan that of the largest level, runs as a whole at every Nth of its
-            evaluations only: `Reuse(every=3)`, DeepCache. A plan counts it as if it always did.
-        schedule, shape: of a bare denoiser, and of one sample.
+        reuse: run the whole UNet of the level (under a plan, of the largest level) only at every Nth of its
+            evaluations: `Reuse(every=3)`, DeepCache. A plan's cost ignores this.
+        schedule, shape: for a bare denoiser: its schedule, and the shape of one sample.
         device: where to run; by default where the network is.
         precision: "fp32", "bf16" or "fp16" (autocast of the network).
         spread: under torch.distributed, ranks share the rows of every call.
-        conditions: what networks are told of samples beside x and t: a function of indices (B,) that gives name ->
-            tensor with B rows, such as `lambda indices: {"class_labels": indices % 10}`; see `mlem.conditions`. By
-            default classes take turns.
-        start: what samples begin with: a function of indices (B,) and their noise (B, *shape); by default the noise.
-            Needed where the grid begins below t = 1, see `TimeGrid.below` and `mlem.sampling.noised`.
-        watch: sees a `mlem.sampling.Step` after each step of each batch.
-        revise: gives the x to go on from, given a `Step` before each step.
-        return_noise: also give `x_T`.
+        conditions: what networks take besides x and t: a function of indices (B,) returning name -> tensor with B
+            rows, such as `lambda indices: {"class_labels": indices % 10}`; see `mlem.conditions`. By default classes
+            take turns.
+        start: where samples start: a function of indices (B,) and their noise (B, *shape); by default the noise.
+            Required if the grid begins below t = 1, see `TimeGrid.below` and `mlem.sampling.noised`.
+        watch: called with a `mlem.sampling.Step` after each step of each batch.
+        revise: called with a `Step` before each step; returns the x to continue from.
+        return_noise: also return `x_T`.
         progress: show a bar.
 
     Returns: the samples, not clipped, and a ledger of what they cost.
 
     Raises:
         ValueError: options out of range.
-        NonFiniteError: samples became NaN or infinite; the others are all done, and are in the error's `result`.
+        NonFiniteError: samples became NaN or infinite; all others are in the error's `result`.
     """
     sampler = Sampler(
         model,
@@ -134,7 +134,7 @@ def sample(
 
 
 def _joined(results: Sequence[Result]) -> Result:
-    """The results of several batches as one."""
+    """The results of several batches, joined."""
     ledger = Ledger()
     for result in results:
         ledger.add(result.ledger)

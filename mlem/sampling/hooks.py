@@ -1,7 +1,7 @@
-"""Hooks of sampling: where samples begin, what may change them on the way, and who watches.
+"""Sampling hooks: `start` sets where samples begin, `revise` changes them on the way, `watch` observes them.
 
-Image-to-image, inpainting, pictures of a trajectory and guidance by a gradient are a few lines each on top of these:
-see `examples/`. All of them see x as the networks do, `x_t = alpha_t x_0 + sigma_t z` with `alpha^2 + sigma^2 = 1`.
+Image-to-image, inpainting, images of a trajectory and gradient guidance take a few lines each with these: see
+`examples/`. All hooks see x as the networks do, `x_t = alpha_t x_0 + sigma_t z` with `alpha^2 + sigma^2 = 1`.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ __all__ = ["Hooks", "Revise", "Start", "Step", "Watch", "noised", "started"]
 
 
 class Step(NamedTuple):
-    """Where the samples of a batch are.
+    """The state of a batch during sampling.
 
     Args:
-        number: steps that were made.
+        number: steps made so far.
         point: of the time grid: t, alpha and kappa, plain numbers.
-        indices: (B,), int64, of the samples.
+        indices: (B,), int64, sample indices.
         x: (B, *shape), float64.
     """
 
@@ -38,17 +38,17 @@ Start: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """start(indices, z): x (B, *shape) at the first time of the grid, given the noise z (B, *shape) of these samples."""
 
 Watch: TypeAlias = Callable[[Step], None]
-"""watch(step): sees the samples after each step."""
+"""watch(step): observes the samples after each step."""
 
 Revise: TypeAlias = Callable[[Step], Tensor]
-"""revise(step): the x to go on from, given where the samples are before each step. To be a function of its argument."""
+"""revise(step): the x to continue from, given the state before each step. Must be a pure function."""
 
 
 def noised(pictures: Tensor, schedule: NoiseSchedule, t: float) -> Start:
-    """The start of image-to-image (SDEdit, arXiv:2108.01073): pictures with noise up to time t.
+    """The start of image-to-image (SDEdit, arXiv:2108.01073): images with noise up to time t.
 
     Args:
-        pictures: (N, *shape), in [-1, 1]; samples take them in turn.
+        pictures: (N, *shape), in [-1, 1]; samples use them in turn.
         schedule: of the family.
         t: where the grid begins: `TimeGrid.make(...).below(t)`.
     """
@@ -69,13 +69,13 @@ class Hooks:
         self._number = 0
 
     def revise(self, y: Tensor, here: GridPoint) -> Tensor:
-        """y to go on from."""
+        """y to continue from."""
         number, self._number = self._number, self._number + 1
         if self._revise is None:
             return y
         x = self._revise(Step(number, here, self._indices, y * here.alpha))
         if x.shape != y.shape:
-            raise ValueError(f"revise= must give x of shape {tuple(y.shape)}, got {tuple(x.shape)}")
+            raise ValueError(f"revise= must return x of shape {tuple(y.shape)}, got {tuple(x.shape)}")
         return x.to(y) / here.alpha
 
     def watch(self, number: int, y: Tensor) -> None:
@@ -86,12 +86,12 @@ class Hooks:
 
 
 def started(start: Start | None, indices: Tensor, z: Tensor) -> Tensor:
-    """x at the first time. Raises ValueError for a start of another shape, or one that is not finite."""
+    """x at the first time. Raises ValueError for a start that is not finite or has the wrong shape."""
     if start is None:
         return z
     x = torch.as_tensor(start(indices, z)).to(z)
     if x.shape != z.shape:
-        raise ValueError(f"start= must give x of shape {tuple(z.shape)}, got {tuple(x.shape)}")
+        raise ValueError(f"start= must return x of shape {tuple(z.shape)}, got {tuple(x.shape)}")
     if x.device.type == "cpu" and not bool(torch.isfinite(x).all()):
-        raise ValueError("start= gave NaN or infinity")
+        raise ValueError("start= returned NaN or infinity")
     return x

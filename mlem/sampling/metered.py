@@ -1,4 +1,4 @@
-"""What a sampler runs: a model as one denoiser, with a meter before each of its networks."""
+"""What a sampler runs: a model as one denoiser, with a meter around each of its networks."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ Model = Family | Level | Denoiser
 class MeteredModel:
     """A model with meters.
 
-    denoiser: the model; multilevel: the same where it runs a plan. schedule: the one that it declares. any_dtype:
-    whether it takes float64. meters: by name of the level, or "model" for a bare denoiser. level: whose denoiser it
-    is, of one. networks: torch modules among what is metered.
+    denoiser: the model; multilevel: the same if it runs a plan. schedule: as declared by the model. any_dtype: whether
+    it takes float64. meters: by level name, or "model" for a bare denoiser. level: the level, if there is just one.
+    networks: the metered torch modules.
     """
 
     denoiser: Denoiser
@@ -41,7 +41,7 @@ class MeteredModel:
 
     def __post_init__(self) -> None:
         metered = [meter.network for meter in self.meters.values()]
-        # a module is taken whole: a guided one holds two networks
+        # a module counts as a whole: a guided one holds two networks
         inside = [
             one if isinstance(one, nn.Module) or not isinstance(one, HoldsNetwork) else one.network for one in metered
         ]
@@ -76,19 +76,19 @@ class MeteredModel:
 
     @property
     def device(self) -> torch.device:
-        """Where the first parameter is; the CPU for a model without any."""
+        """The device of the first parameter; the CPU for a model without any."""
         parameter = next(self.networks.parameters(), None)
         return torch.device("cpu") if parameter is None else parameter.device
 
     def begin(self) -> None:
-        """Begin a trajectory: nothing of the last one is reused."""
+        """Begin a trajectory: nothing of the previous one is reused."""
         for meter in self.meters.values():
             meter.begin()
 
     def denoiser_for(self, indices: Tensor, conditions: ConditionSource | None) -> Denoiser:
-        """The denoiser for a trajectory of the samples with these indices (B,), told its conditions of them.
+        """The denoiser for a trajectory of the samples with these indices (B,), with their conditions.
 
-        Raises: ValueError for conditions that do not fit, and for those of a denoiser that takes none.
+        Raises: ValueError for conditions that do not fit, or that the denoiser does not take.
         """
         self.begin()
         if self.level is not None:
@@ -100,21 +100,21 @@ class MeteredModel:
         if isinstance(self.denoiser, Conditional):
             return self.denoiser.given(own) if own else self.denoiser
         if own:
-            raise ValueError(f"conditions= gives {', '.join(own)}, but this denoiser is told nothing beside x and t")
+            raise ValueError(f"conditions= gives {', '.join(own)}, but this denoiser takes nothing besides x and t")
         return self.denoiser
 
     def collect(self, images: int, plan: Plan | None) -> dict[str, LevelLedger]:
-        """What each level cost since the last call, beside what the plan costs on average over its coins."""
+        """The cost of each level since the last call, with the plan's mean cost over its coins."""
         rows = [meter.images for meter in self.meters.values()]
         levels = {name: meter.collect() for name, meter in self.meters.items()}
         if plan is not None:
             calls: list[float] = plan.expected_calls.tolist()
             for cost, count, expected in zip(levels.values(), rows, calls, strict=True):
-                # guidance calls a network twice where it acts
+                # guidance, where it acts, calls a network twice
                 cost.expected_calls = expected * images * (cost.calls / count if count else 1)
         return levels
 
     @property
     def rows(self) -> int:
-        """Rows that levels were asked for since the last `collect`."""
+        """Rows evaluated by levels since the last `collect`."""
         return sum(meter.images for meter in self.meters.values())

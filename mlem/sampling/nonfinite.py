@@ -18,7 +18,7 @@ __all__ = ["FirstFailure", "suspects"]
 class FirstFailure:
     """Watches a trajectory (`watch=`) for the first step after which a sample is not finite.
 
-    step, row: of the first failure; None while there is none.
+    step, row: of the first failure; None until there is one.
     """
 
     def __init__(self) -> None:

@@ -1,6 +1,6 @@
 """The `Sampler`, which binds a solver to a model and keeps the ledger of what it costs.
 
-Denoisers, solvers and noise are known here; files, metrics and training are not.
+It builds on denoisers, solvers and noise, and is independent of files, metrics and training.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ from mlem.trajectory import SIGNAL_LEFT, starting_noise, trajectory, warn_of_sig
 __all__ = ["PRECISIONS", "NonFiniteError", "Result", "Sampler", "solver_of"]
 
 PRECISIONS: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-"""Names of what the network may be computed in (autocast); times, noise and the sum over steps stay full."""
+"""Precisions of the network (autocast); times, noise and the sum over steps keep full precision."""
 
 
 @dataclass
 class Result:
-    """x: (N, *shape), not clipped. x_T: the noise it began with, when asked for. ledger: what it cost."""
+    """x: (N, *shape), not clipped. x_T: the starting noise, if requested. ledger: what it cost."""
 
     x: Tensor
     ledger: Ledger
@@ -62,7 +62,7 @@ class Result:
 
 
 class NonFiniteError(FloatingPointError):
-    """A sample became NaN or infinite. `result` holds the other samples, `indices` says which these are."""
+    """A sample became NaN or infinite. `result` holds the other samples, `indices` their sample indices."""
 
     def __init__(self, message: str, result: Result, indices: list[int]) -> None:
         super().__init__(message)
@@ -70,14 +70,14 @@ class NonFiniteError(FloatingPointError):
 
 
 class Sampler:
-    """A solver bound to a model, a grid and a seed; `run(indices)` gives the samples with these indices.
+    """A solver bound to a model, a grid and a seed; `run(indices)` returns the samples with these indices.
 
-    Samples are float32, or float64 where that is torch's default dtype. Arguments are those of `sample`.
+    Samples are float32, or float64 if that is torch's default dtype. Arguments are those of `sample`.
 
     Args:
-        plan: a Plan with a row for each evaluation, or a specification, from which one is made.
+        plan: a Plan with one row per evaluation, or a specification, from which a plan is made.
         spread: under torch.distributed, every rank runs the same samples and evaluates its share of the rows of each
-            call, which pays for solvers that ask for many at once.
+            call, which pays for solvers with many rows per call.
 
     Raises: ValueError for options out of range.
     """
@@ -112,7 +112,7 @@ class Sampler:
             own = model.denoiser.schedule if isinstance(model, Level) else model.schedule
             schedule, shape = schedule or own, shape or model.shape
         if schedule is None or shape is None:
-            raise ValueError("a bare denoiser says nothing of its schedule and sample shape; pass schedule= and shape=")
+            raise ValueError("a bare denoiser does not know its schedule and sample shape; pass schedule= and shape=")
         self.solver = solver_of(solver)
         self.schedule, self.shape, self.seed = schedule, tuple(shape), seed
         self.grid = self.solver.grid(schedule, steps, grid)
@@ -121,12 +121,12 @@ class Sampler:
         if start is None:
             _check_beginning(schedule, self.grid)
         if not self.solver.sequential and (watch is not None or revise is not None):
-            raise ValueError(f"{self.solver.name} solves for many times at once: leave watch= and revise= out")
+            raise ValueError(f"{self.solver.name} solves for many times at once: leave out watch= and revise=")
         if not self.solver.sequential and reuse is not None:
-            raise ValueError(f"{self.solver.name} solves for many times at once: leave reuse out")
+            raise ValueError(f"{self.solver.name} solves for many times at once: leave out reuse")
         self.plan = None if plan is None else self._fitting(whole, plan, spread, reuse)
         if self.plan is not None and self.plan.per_sample and reuse is not None:
-            raise ValueError("reuse= keeps features of a batch, and per_sample coins run a part of it; leave one out")
+            raise ValueError("reuse= keeps features of a batch, but per_sample coins run part of it; leave one out")
         self._model = self._metered(model, level)
         _refuse_other_schedule(schedule, self._model.schedule)
         self.device = self._model.device if device is None else torch.device(device)
@@ -135,8 +135,8 @@ class Sampler:
         self._input_dtype = torch.float64 if self._model.any_dtype else torch.get_default_dtype()
         if self.points[0].pure_noise and self._input_dtype != torch.float64:
             raise ValueError(
-                "sampling begins where there is no signal, and a noise estimate in float32 says nothing of the data "
-                "there; give the denoiser any_dtype = True and compute in float64, or take a grid from below t = 1"
+                "sampling starts from pure noise, where a noise estimate in float32 says nothing about the data; "
+                "give the denoiser any_dtype = True and compute in float64, or use a grid from below t = 1"
             )
         self._quadrature: list[float] | None = None
         if self.plan is not None and self.plan.moves_state:
@@ -169,7 +169,7 @@ class Sampler:
         return list(self._model.meters)
 
     def start(self, indices: Tensor) -> Tensor:
-        """What these samples begin with, noise x_T ~ N(0, I) unless `start` says otherwise: (B,) -> (B, *shape)."""
+        """The start of these samples, noise x_T ~ N(0, I) unless `start` says otherwise: (B,) -> (B, *shape)."""
         return started(self._first, indices, starting_noise(self.seed, indices, self.shape))
 
     @property
@@ -181,19 +181,19 @@ class Sampler:
         """The samples with these indices, as one batch.
 
         Args:
-            indices: whole numbers in [0, 10**9); those above are reserved for calibration and its like.
+            indices: whole numbers in [0, 10**9); those above are reserved for calibration and the like.
 
         Raises:
-            NonFiniteError: a sample became NaN or infinite; it names sample, step, time and level.
+            NonFiniteError: a sample became NaN or infinite; names sample, step, time and level.
             ValueError: indices out of range.
         """
         begin = time.perf_counter()
-        self._model.collect(0, None)  # of a run that was broken off
+        self._model.collect(0, None)  # left by an aborted run
         with torch.inference_mode(), evaluating(self._model.networks):
             index = torch.as_tensor(check_indices(indices), dtype=torch.int64, device=self.device)
             x_T, self._rounds = self.start(index), 0
             x = self._solve(x_T, index, self._watch)
-            # the one place where the host waits for the device
+            # only here does the host wait for the device
             finite: list[bool] = torch.isfinite(x.flatten(1)).all(1).tolist()
             # levels that share a call run one after another
             rounds = self._rounds if self.plan is None else self._model.rows / len(index)
@@ -210,7 +210,7 @@ class Sampler:
             denoiser = self._model.denoiser_for(index, self.conditions)
             estimate = partial(self._estimate, partial(denoiser_at, denoiser))
         else:
-            # of a plan every call is of the whole batch: levels are told of the rows that this rank evaluates
+            # under a plan every call is for the whole batch; levels get the rows that this rank evaluates
             told = index[own_rows(len(index))] if self._shared else index
             self._model.begin()
             run = self._model.multilevel.begin(told, self._quadrature, self.conditions)
@@ -233,7 +233,7 @@ class Sampler:
         return self._denoise(denoiser, x, t)
 
     def _denoise(self, denoiser: Denoiser, x: Tensor, t: Tensor) -> Tensor:
-        """eps of all rows, in calls of `solver.chunk` rows at most."""
+        """eps of all rows, in calls of at most `solver.chunk` rows."""
         chunk = self.solver.chunk or len(x)
         with self._autocast():
             if chunk >= len(x):
@@ -257,11 +257,11 @@ class Sampler:
         return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
 
     def _non_finite(self, result: Result, x_T: Tensor, index: Tensor, finite: list[bool]) -> NonFiniteError:
-        """What went wrong: the batch is run again, watched (chance is keyed, so that it fails in the same place)."""
+        """Locate the failure by running the batch again, watched; keyed noise makes it fail in the same place."""
         failure = FirstFailure()
         with suspects(self._model.meters) as found:
             self._solve(x_T, index, failure)
-        self._model.collect(0, None)  # the second run is no part of what the samples cost
+        self._model.collect(0, None)  # the second run does not count as cost of the samples
         step = self.grid.steps - 1 if failure.step is None else failure.step
         row = finite.index(False) if failure.row is None else failure.row
         keep = [row for row, good in enumerate(finite) if good]
@@ -276,36 +276,36 @@ class Sampler:
 
 
 def _check_choices(model: Model, seed: int, precision: str, level: str | None, plan: Plan | PlanSpec | None) -> None:
-    """Raise ValueError for options that are out of range, or that this kind of model does not have."""
+    """Raise ValueError for options out of range or not available for this kind of model."""
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     if not isinstance(seed, int):
         raise ValueError(f"seed must be a whole number, got {seed!r}")
     if plan is not None and level is not None:
-        raise ValueError(f"level={level!r} runs one level, plan= several; give one of them")
+        raise ValueError(f"level={level!r} runs one level, plan= several; pass only one of them")
     if level is not None and not isinstance(model, Family):
-        raise ValueError(f"level={level!r} chooses within a family, but the model is not a Family; leave level out")
+        raise ValueError(f"level={level!r} chooses within a family, but the model is not a Family; leave out level")
 
 
 def _reusing(model: Model, level: str | None, plan: Plan | PlanSpec | None, reuse: Reuse) -> Level | Family:
-    """The level that reuses its features; under a plan, the family whose largest does. Raises ValueError for none."""
+    """The level that reuses features; under a plan, the family whose largest does. Raises ValueError if impossible."""
     if isinstance(model, Family) and plan is not None:
         return model.reusing(reuse)
     if isinstance(model, Family):
         model = model.level(level)
     if not isinstance(model, Level):
-        raise ValueError("reuse= is of the network of a Level, and the model is a bare denoiser; leave reuse out")
+        raise ValueError("reuse= needs the network of a Level, but the model is a bare denoiser; leave out reuse")
     return reusing(model, reuse).level
 
 
 def _check_beginning(schedule: NoiseSchedule, grid: TimeGrid) -> None:
-    """Warn where pure noise is not quite the law at the grid's first time; refuse a grid that is a part of one."""
+    """Warn if x at the grid's first time is not quite pure noise; reject partial grids without a start."""
     t = grid.times[0]
-    # the leading grid of diffusers begins below t = 1 in any number of steps, and was chosen by its name
+    # diffusers' leading grid always begins below t = 1, and was chosen by name
     if t < 1 and grid.name != "leading" and schedule.alpha(t).item() ** 2 > SIGNAL_LEFT:
         raise ValueError(
-            f"the grid begins at t = {t:.3g}, where samples are no pure noise: pass start=, what they begin with "
-            "(mlem.sampling.noised for pictures), or take a grid from t = 1"
+            f"the grid begins at t = {t:.3g}, where samples are not pure noise: pass start= "
+            "(mlem.sampling.noised for images), or use a grid from t = 1"
         )
     warn_of_signal(schedule, t)
 
@@ -313,14 +313,14 @@ def _check_beginning(schedule: NoiseSchedule, grid: TimeGrid) -> None:
 def _refuse_spread(plan: Plan) -> None:
     """Raise ValueError for a plan that needs all rows of a call on one rank."""
     if plan.moves_state or plan.per_sample:
-        kind = "coins of each sample's own" if plan.per_sample else f"estimator={plan.estimator}"
-        raise ValueError(f"spread=True deals the rows of a call to the ranks, and {kind} needs all; leave spread out")
+        kind = "per_sample=True" if plan.per_sample else f"estimator={plan.estimator}"
+        raise ValueError(f"spread=True splits the rows of a call among ranks, but {kind} needs all; leave out spread")
 
 
 def _refuse_other_schedule(given: NoiseSchedule, own: NoiseSchedule | None) -> None:
-    """Raise ValueError where the model declares another schedule."""
+    """Raise ValueError if the model declares a different schedule."""
     if own is not None and own.fingerprint != given.fingerprint:
-        raise ValueError(f"schedule= is {given.to_config()}, but the model has {own.to_config()}; leave schedule out")
+        raise ValueError(f"schedule= is {given.to_config()}, but the model has {own.to_config()}; leave out schedule")
 
 
 def solver_of(solver: str | Solver, **options: object) -> Solver:

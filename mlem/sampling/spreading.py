@@ -1,4 +1,4 @@
-"""The rows of one call spread over the ranks of torch.distributed."""
+"""Spreading the rows of one call over the ranks of torch.distributed."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ __all__ = ["own_rows", "spread_rows"]
 
 
 def own_rows(count: int) -> slice:
-    """The rows of `count` that this rank evaluates; one without any repeats the last."""
+    """The rows of `count` that this rank evaluates; a rank without any repeats the last."""
     rank, size = torch.distributed.get_rank(), -(-count // torch.distributed.get_world_size())
     return slice(min(rank * size, count - 1), (rank + 1) * size)
 
 
 def spread_rows(denoise: Callable[[slice], Tensor], count: int) -> Tensor:
-    """eps of all rows, each rank having evaluated its share: the same bits on every rank, which all must call it.
+    """eps of all rows, each rank evaluating its share; bitwise equal on all ranks, which must all call this.
 
     Args:
         denoise: rows -> their eps.
-        count: B, of all rows, the same on every rank.
+        count: B, the total number of rows, the same on every rank.
     """
     world_size = torch.distributed.get_world_size()
     size = -(-count // world_size)

@@ -1,4 +1,4 @@
-"""Solvers, one file each; `make_solver("ddim")` finds them by name. What a solver is stands in `base.py`."""
+"""Solvers, one file each; `make_solver("ddim")` finds them by name. `base.py` defines what a solver is."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ def make_solver(name: str | Solver, **options: object) -> Solver:
     """A solver by its name.
 
     Args:
-        name: a key of `SOLVERS`, or a solver, which is given back as it is.
+        name: a key of `SOLVERS`, or a solver, returned unchanged.
         options: arguments of the solver's class, such as `clock="ou"`.
 
-    Raises: ValueError, with the nearest there is, for an unknown name or option.
+    Raises: ValueError, suggesting the nearest match, for an unknown name or option.
     """
     if isinstance(name, Solver):
         return name

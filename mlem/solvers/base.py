@@ -1,9 +1,9 @@
-"""What a solver is.
+"""Solvers: the interface, the grid points and the loop.
 
 The loop works in EDM coordinates `y = x / alpha`, `kappa = sigma / alpha`, in which the reverse
 ODE is `dy/dkappa = eps(y, kappa)` and the reverse SDE `dy = 2 eps dkappa + dB` with B a Brownian motion in the
-clock kappa^2. A solver makes one step from one point of a time grid to the next; it knows nothing of networks.
-A file in this folder that subclasses `Solver` is found by its name.
+clock kappa^2. A solver steps from one point of a time grid to the next and knows nothing about networks.
+A subclass of `Solver` in a file of this folder is found by its name.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class GridPoint(NamedTuple):
 
     @property
     def pure_noise(self) -> bool:
-        """Whether no signal is left here: kappa stands for infinity then, and a step must be the limit of its like."""
+        """Whether no signal is left here: kappa then stands for infinity, and a step must take its limit."""
         return self.kappa > PURE_NOISE / 2
 
     @staticmethod
@@ -58,7 +58,7 @@ class GridPoint(NamedTuple):
 
     @staticmethod
     def of(schedule: NoiseSchedule, grid: TimeGrid) -> GridPoints:
-        """The points of `grid` under `schedule`; those of the last grids asked for are kept."""
+        """The points of `grid` under `schedule`; recent grids are cached."""
         return _points(schedule, grid)
 
 
@@ -94,11 +94,11 @@ def _points(schedule: NoiseSchedule, grid: TimeGrid) -> GridPoints:
 
 
 class ScatteredPoints(NamedTuple):
-    """Points of some samples of a batch, none, one or several of each.
+    """Points for some samples of a batch: none, one or several per sample.
 
     Args:
         kappa: (P,), float64.
-        rows: (P,), int64, whose they are: positions in the batch.
+        rows: (P,), int64, positions in the batch.
     """
 
     kappa: Tensor
@@ -106,14 +106,14 @@ class ScatteredPoints(NamedTuple):
 
 
 EvaluationPoint = GridPoint | Tensor | ScatteredPoints
-"""Where a noise estimate is wanted: a point of the grid, a kappa for each sample, (B,) float64, or scattered ones."""
+"""Where to estimate the noise: a point of the grid, a kappa per sample, (B,) float64, or scattered points."""
 
 NoiseEstimate = Callable[[Tensor, EvaluationPoint], Tensor]
 """eps(y, place): the noise estimate at y (B, ...), like y."""
 
 
 def model_input(schedule: NoiseSchedule, y: Tensor, place: EvaluationPoint) -> tuple[Tensor, Tensor]:
-    """What a denoiser is asked where a solver is at y (B, ...): x (B, ...) and t (B,), float64."""
+    """A denoiser's input for a solver's state y (B, ...): x (B, ...) and t (B,), float64."""
     if isinstance(place, GridPoint):
         return (y * place.alpha).double(), y.new_full((y.shape[0],), place.t, dtype=torch.float64)
     t = schedule.time_from_kappa(place.kappa if isinstance(place, ScatteredPoints) else place)
@@ -121,7 +121,7 @@ def model_input(schedule: NoiseSchedule, y: Tensor, place: EvaluationPoint) -> t
 
 
 def denoiser_at(denoiser: Denoiser, place: EvaluationPoint | None) -> Denoiser:
-    """The denoiser for calls at one place: at a point of the grid alpha and sigma are known."""
+    """The denoiser for calls at one point: on the grid alpha and sigma are known."""
     if isinstance(place, GridPoint) and isinstance(denoiser, NetworkDenoiser):
         return denoiser.at(place.t, place.alpha, place.sigma)
     return denoiser
@@ -134,8 +134,8 @@ SOLVERS: dict[str, type[Solver]] = {}
 class Solver(ABC):
     """One step of a numerical method.
 
-    A solver is what its constructor made it: no method changes it, so that samplers may share one. What a trajectory
-    changes is `state`: whatever `init` returned and `step` hands on.
+    No method changes a solver after construction, so samplers may share one. What a trajectory changes is `state`:
+    whatever `init` returns and `step` passes on.
     """
 
     name: str
@@ -145,21 +145,21 @@ class Solver(ABC):
     """Whether `step` reads the Brownian path."""
     default_grid: str = "uniform"
     reference: str
-    """The solver that, with many steps from the same noise, gives what this one converges to."""
+    """The solver whose many-step run from the same noise is the limit of this one."""
     coupled: bool = True
-    """Whether the samples do converge to those of `reference`; else only their law does."""
+    """Whether samples converge to those of `reference`; otherwise only their distribution does."""
     sequential: bool = True
-    """Whether every call of the noise estimate is one evaluation for each sample, as many as `evaluations` says."""
+    """Whether every call of the noise estimate is one evaluation per sample, `evaluations` in all."""
     linear: bool = True
-    """Whether a step is linear in y and its noise estimates, with all its chance in the path and in where it asks."""
+    """Whether a step is linear in y and its noise estimates, random only in its path and evaluation points."""
     revisable: bool = True
-    """Whether y may be moved between two steps, and that stays in it."""
+    """Whether y may be moved between two steps, with lasting effect."""
     chunk: int | None = None
-    """The most rows that a network may be given at once; None: any number."""
+    """The most rows per network call; None: any number."""
     exact_on_a_point: bool = True
-    """Whether data of one point are hit exactly, on every grid and in any number of steps."""
+    """Whether data of a single point are reached exactly, on every grid and in any number of steps."""
     measured_grids: tuple[str, ...] = ()
-    """Grids on which a calibration measures the solver's own error: there a plan may be asked for an `mse`."""
+    """Grids on which a calibration measures the solver's own error, so that plans for an `mse` work there."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -171,11 +171,11 @@ class Solver(ABC):
         return grid if isinstance(grid, TimeGrid) else TimeGrid.make(grid or self.default_grid, schedule, steps)
 
     def evaluations(self, points: GridPoints) -> int:
-        """How often `step` calls the denoiser for each sample over the whole grid."""
+        """Evaluations per sample over the whole grid."""
         return points.steps
 
     def init(self, points: GridPoints, indices: Tensor, seed: int) -> Any:
-        """The state before the first step: nothing, unless the method has a memory."""
+        """The state before the first step: None for methods without memory."""
         return None
 
     @abstractmethod
@@ -198,8 +198,7 @@ class Solver(ABC):
     ) -> Tensor:
         """The loop: y (B, ...) at points[0] -> y at points[-1].
 
-        revise: may change y before each step, knowing better by then. watch: sees the number of each step and y after
-        it.
+        revise: may change y before each step. watch: gets the number of each step and y after it.
         """
         state = self.init(points, indices, seed)
         for i, (here, there) in enumerate(itertools.pairwise(points)):
@@ -227,12 +226,12 @@ def quadrature_weights(
     points: GridPoints,
     watch: Callable[[int, Tensor], None] | None = None,
 ) -> tuple[Tensor, list[GridPoint]]:
-    """What each noise estimate adds to the last y, all others held fixed, (R,) float64, and the points asked for.
+    """The weight of each noise estimate in the last y, others held fixed, (R,) float64, and the evaluation points.
 
     A linear solver's coefficients are read off by feeding it unit vectors; DDIM's are `kappa' - kappa`, those of
-    Euler-Maruyama twice as much. At most two evaluations a step. Where a solver asks at random, these are the places
-    of sample 0 with seed 0. watch: sees the number of each step and what was added by its end, (>= R,). Raises
-    ValueError for a solver that is not linear.
+    Euler-Maruyama twice that. At most two evaluations per step. Random evaluation points are those of sample 0 with
+    seed 0. watch: gets the number of each step and the weights so far, (>= R,). Raises ValueError for a solver that is
+    not linear.
     """
     if not solver.linear:
         raise ValueError(f"{solver.name} is not linear in its noise estimates: no plan can be searched for it")
@@ -247,7 +246,7 @@ def quadrature_weights(
         asked.append(place)
         return torch.zeros_like(nothing).index_fill_(2, torch.tensor([len(asked) - 1]), 1.0)
 
-    # one image, for schedulers of other libraries, in which a pixel stands for each estimate
+    # one image, for schedulers of other libraries, with one pixel per estimate
     nothing, index = torch.zeros(1, 1, size, 1, dtype=torch.float64), torch.zeros(1, dtype=torch.int64)
 
     def seen(step: int, y: Tensor) -> None:

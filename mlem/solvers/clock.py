@@ -3,7 +3,7 @@
 Both write the reverse ODE `dy/dkappa = eps` as an integral over their own variable and freeze something along a step:
 `kappa` freezes eps, `ou` freezes the score `-eps / sigma` in the exponential integrator of the OU process, as in
 Gupta, Cai and Chen (arXiv:2406.00924). With `e^s = 1 / alpha = sqrt(1 + kappa^2)` and `dkappa/ds = 1 / (alpha sigma)`.
-Kappas are tensors of any shapes that go together, or plain numbers; float64.
+Kappas are tensors of broadcastable shapes, or plain numbers; float64.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ class Clock(ABC):
 
     @abstractmethod
     def place(self, kappa: Kappa, there: Kappa, fraction: Tensor) -> Tensor:
-        """The kappa at this fraction, in [0, 1], of the way from `kappa` to `there`."""
+        """The kappa at a fraction, in [0, 1], of the way from `kappa` to `there`."""
 
     @abstractmethod
     def parts(self, kappa: float, there: float, count: int) -> Tensor:
-        """kappa, .., there: the ends of `count` parts of the way, (count + 1,)."""
+        """kappa, .., there: the ends of `count` parts of the step, (count + 1,)."""
 
     @abstractmethod
     def drift(self, kappa: Kappa, there: Kappa, at: Kappa) -> Tensor:
-        """What a unit of eps, estimated at kappa `at`, adds to y when it is frozen from `kappa` to `there`."""
+        """Weight in y of an eps estimated at kappa `at` and frozen from `kappa` to `there`."""
 
     @abstractmethod
     def weight(self, kappa: Kappa, there: Kappa, middle: Kappa) -> Tensor:
-        """What a unit of eps at a uniform midpoint adds to y: on average over midpoints, the integral of the step."""
+        """Weight in y of eps at a uniform midpoint; averaged over midpoints, the integral of the step."""
 
 
 class KappaClock(Clock):
@@ -50,7 +50,7 @@ class KappaClock(Clock):
         return kappa + (there - kappa) * fraction
 
     def parts(self, kappa: float, there: float, count: int) -> Tensor:
-        """Evenly in log kappa, or to 0 by halves: no part is long beside its kappa, so Picard's rounds contract."""
+        """Even in log kappa, or halving towards 0: parts are short relative to kappa, so Picard iteration contracts."""
         numbers = torch.arange(count + 1, dtype=torch.float64)
         ratio = 0.5 if there == 0 else (there / kappa) ** (1 / count)
         ends = kappa * ratio**numbers
@@ -73,7 +73,7 @@ class OUClock(Clock):
         return torch.expm1(2 * (s + (s_there - s) * fraction)).sqrt()
 
     def parts(self, kappa: float, there: float, count: int) -> Tensor:
-        """Evenly in OU time, as in the paper."""
+        """Even in OU time, as in the paper."""
         ends = self.place(kappa, there, torch.linspace(0, 1, count + 1, dtype=torch.float64))
         ends[0], ends[-1] = kappa, there
         return ends

@@ -39,7 +39,7 @@ def _extrapolated(
 
 
 class _DPMSolver(Solver):
-    """`y' = r y + (1 - r) D`, `r = (kappa'/kappa)^power`; of the SDE plus the noise of an ancestral step."""
+    """`y' = r y + (1 - r) D`, `r = (kappa'/kappa)^power`; for the SDE plus the noise of an ancestral step."""
 
     power: ClassVar[int]
     default_grid = "log_snr"

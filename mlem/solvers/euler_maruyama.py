@@ -15,8 +15,8 @@ __all__ = ["EulerMaruyama"]
 class EulerMaruyama(Solver):
     """`y' = y + 2 (kappa' - kappa) eps + B(kappa^2) - B(kappa'^2)`; strong order 1, since the noise is additive.
 
-    It has no limit at pure noise: a step from there is DDIM's. (An ancestral one takes the B that later increments are
-    parts of: the law would be another.)
+    It has no limit at pure noise: a step from there is a DDIM step. (An ancestral step would use the same B as later
+    increments and change the distribution.)
     """
 
     name = "euler_maruyama"

@@ -14,7 +14,7 @@ __all__ = ["Heun"]
 
 
 class Heun(Solver):
-    """Euler to kappa', then the mean of both slopes; the steps to kappa' = 0 and from pure noise are Euler's alone."""
+    """Euler to kappa', then the mean of both slopes; steps to kappa' = 0 and from pure noise are plain Euler."""
 
     name = "heun"
     order = 2.0
@@ -36,5 +36,5 @@ class Heun(Solver):
 
 
 def _single(here: GridPoint, there: GridPoint) -> bool:
-    """Whether a step is Euler's alone: at 0 there is no slope, and at infinity the second one has no weight."""
+    """Whether a step is plain Euler: at 0 there is no slope, and at infinity the second one has no weight."""
     return there.kappa == 0 or here.pure_noise

@@ -28,7 +28,7 @@ class Lipschitz(NamedTuple):
 
     @staticmethod
     def of(value: float | Sequence[tuple[float, float]] | None) -> Lipschitz:
-        """Raises ValueError for what is not a positive number, or a table of them with times that fall."""
+        """Raises ValueError unless given a positive number, or a table of them with falling times."""
         if value is None:
             return Lipschitz()
         if isinstance(value, int | float) and not isinstance(value, bool):
@@ -65,10 +65,10 @@ def estimate_lipschitz(
     seed: int = 0,
     device: str | torch.device = "cpu",
 ) -> list[tuple[float, float]]:
-    """(t, L) along a DDIM trajectory: the largest rate of change of the score, over some samples.
+    """(t, L) along a DDIM trajectory: the largest rate of change of the score over some samples.
 
-    A power iteration on finite differences, `iterations` of them at each of `steps` noise levels: a lower bound of the
-    spectral norm at these points, close in practice. Costs `steps (2 iterations + 1)` evaluations of each sample.
+    Power iteration on finite differences, `iterations` of them at each of `steps` noise levels: a lower bound of the
+    spectral norm at these points, close in practice. Costs `steps (2 iterations + 1)` evaluations per sample.
 
     Args:
         denoiser_for: indices (B,) -> the denoiser of these samples.

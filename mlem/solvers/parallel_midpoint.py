@@ -8,9 +8,9 @@ parts, m_j the midpoints, d and w the drift and the weight of the clock (`mlem.s
   `y_i = y + sum_(j<i) d(k_j-1 -> k_j) e_j + d(k_i-1 -> m_i) e_i`;
 - end: `y' = y + sum_j w(k_j-1 -> k_j, m_j) e_j`, with the estimates of the last round.
 
-So K counts calls; the paper's iterations are one fewer, its last call being that of the end. The rounds converge to the
-fixed point, which is what solving for one midpoint after the other gives; unlike the paper's they go only a part of
-the way (`_Table.share`), without which they diverge in long parts.
+So K counts calls; the paper counts one iteration fewer, as its last call is that of the end. The rounds converge to the
+fixed point, the result of solving for one midpoint after another; unlike the paper's they are damped (`_Table.share`),
+or they would diverge in long parts.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ __all__ = ["ParallelMidpoint"]
 
 
 class ParallelMidpoint(Solver):
-    """Few rounds of many calls: `steps` blocks of `midpoints`, at most `rounds` calls each after that of its start.
+    """Few rounds of many calls: `steps` blocks of `midpoints`, each with at most `rounds` calls after its first.
 
     clock: what midpoints are uniform in, `kappa` or `ou`. tolerance: a block is done when no midpoint of the sample
-    moved by more, root mean square over pixels in units of the data, since the round before (None: after `rounds`);
-    every sample stops by itself, so that it knows no batch. window: midpoints in flight, whole blocks of them: each
-    follows one round behind the one before it, so that n blocks take about n + rounds calls in a row instead of
-    n (1 + rounds). chunk: the most rows of one network call. Memory holds a window,
-    whatever the number of steps. A block that begins in pure noise is one step of DDIM.
+    moved by more since the last round, root mean square over pixels in units of the data (None: after `rounds`);
+    each sample stops on its own, independent of the batch. window: midpoints in flight, in whole blocks: each block
+    runs one round behind the one before it, so n blocks take about n + rounds sequential calls instead of
+    n (1 + rounds). chunk: the most rows of one network call. Memory holds one window, whatever the number of steps.
+    A block that begins in pure noise is one DDIM step.
     Raises ValueError for options out of range.
     """
 
@@ -65,7 +65,7 @@ class ParallelMidpoint(Solver):
         for option, value in (("midpoints", midpoints), ("rounds", rounds), ("chunk", 1 if chunk is None else chunk)):
             check_whole(option, value)
         if tolerance is not None and not (tolerance > 0 and math.isfinite(tolerance)):
-            raise ValueError(f"tolerance must be a positive number, got {tolerance!r}; null makes all rounds")
+            raise ValueError(f"tolerance must be a positive number, got {tolerance!r}; null runs all rounds")
         window = midpoints if window is None else window
         if not isinstance(window, int) or window < midpoints or window % midpoints:
             raise ValueError(f"window must hold whole blocks of midpoints={midpoints}, at least one, got {window!r}")
@@ -75,7 +75,7 @@ class ParallelMidpoint(Solver):
             self.default_grid = "ou_halving"
 
     def evaluations(self, points: GridPoints) -> int:
-        """At most so many; fewer where a tolerance is met."""
+        """An upper bound; fewer if the tolerance is met."""
         return points.steps * (1 + self.rounds * self.midpoints)
 
     def init(self, points: GridPoints, indices: Tensor, seed: int) -> tuple[Tensor, int, int]:
@@ -84,7 +84,7 @@ class ParallelMidpoint(Solver):
     def step(
         self, eps: NoiseEstimate, y: Tensor, state: Any, here: GridPoint, there: GridPoint, path: NoisePath
     ) -> tuple[Tensor, Any]:
-        """One block by itself; state: its number."""
+        """One block alone; state: its number."""
         if here.pure_noise:
             return y + (there.kappa - here.kappa) * eps(y, here), (*state[:2], state[2] + 1)
         y = self._fly(eps, y, _Table.draw(self.clock, self.midpoints, [here, there], *state), None)
@@ -129,7 +129,7 @@ class ParallelMidpoint(Solver):
             done = flight.age >= 1 + self.rounds
             if (
                 moved is not None and self.tolerance is not None
-            ):  # the one place where the host waits: whether to go on is decided here
+            ):  # only here does the host wait: it decides whether to go on
                 done |= (flight.age > 1) & (moved <= self.tolerance).cpu()
             flight.move_on(done)
             if watch is not None:
@@ -139,7 +139,7 @@ class ParallelMidpoint(Solver):
 
 @dataclass
 class _Table:
-    """Everything about the blocks that can be known beforehand; float64."""
+    """Everything about the blocks that is known in advance; float64."""
 
     clock: Clock
     edges: Tensor
@@ -151,7 +151,7 @@ class _Table:
     def draw(
         clock: Clock, midpoints: int, points: Sequence[GridPoint], indices: Tensor, seed: int, first: int = 0
     ) -> _Table:
-        """first: number of the first block, which keys the midpoints."""
+        """first: number of the first block; block numbers key the midpoints."""
         slots = range(first * midpoints, (first + len(points) - 1) * midpoints)
         pairs = itertools.pairwise(point.kappa for point in points)
         edges = torch.stack([clock.parts(*pair, midpoints) for pair in pairs]).to(indices.device)
@@ -160,7 +160,7 @@ class _Table:
         return _Table(clock, edges, clock.place(edges[:, :-1], edges[:, 1:], own))
 
     def of(self, edges: Tensor, middles: Tensor) -> Tensor:
-        """What each estimate adds to y at each midpoint, and at the block's end: (.., R + 1, R)."""
+        """Weight of each estimate in y at each midpoint and at the block's end: (.., R + 1, R)."""
         left, right, parts = edges[..., :-1], edges[..., 1:], middles.shape[-1]
         whole = self.clock.drift(left, right, middles)[..., None, :].expand(*middles.shape, parts)
         inside = torch.diag_embed(self.clock.drift(left, middles, middles).expand_as(middles))
@@ -168,26 +168,26 @@ class _Table:
         return torch.cat([whole.tril(-1) + inside, end[..., None, :]], -2)
 
     def share(self, edges: Tensor, middles: Tensor) -> Tensor:
-        """How far each place goes towards what a round says, in (0, 1]: (.., R).
+        """Damping: how far each midpoint moves towards a round's result, in (0, 1]: (.., R).
 
-        A place depends on its own estimate, by -d / m times its error where data are one point: the plain iteration
-        diverges when the part is long beside m. Going m / (m + |d|) of the way is exact there. The fixed point is the
-        same.
+        A midpoint depends on its own estimate, by -d / m times its error for data of a single point: the undamped
+        iteration diverges when the part is long relative to m. Moving m / (m + |d|) of the way is exact there, and the
+        fixed point is the same.
         """
         return middles / (middles + self.clock.drift(edges[..., :-1], middles, middles).abs())
 
     def of_start(self, edges: Tensor, middles: Tensor) -> Tensor:
-        """The same where all that is known is the estimate at the start, number 0."""
+        """The weights when only the estimate at the start, number 0, is known."""
         start = edges[..., :1]
         found = self.clock.drift(start, torch.cat([middles, edges[..., -1:]], -1), start)
         return torch.nn.functional.pad(found[..., None], (0, middles.shape[-1] - 1))
 
 
 class _Flight:
-    """The blocks in flight, S of them for each of B samples, and what lies before them.
+    """The blocks in flight, S for each of B samples, and the state before them.
 
-    front: number of the first block of each sample, (B,); age: calls that each block has had, (B, S); both on the CPU.
-    A block enters when the one before it has been asked for the first time. base: y at the start of the first block.
+    front: number of the first block of each sample, (B,); age: calls made for each block, (B, S); both on the CPU.
+    A block enters once the one before it has been evaluated. base: y at the start of the first block.
     """
 
     def __init__(self, table: _Table, y: Tensor, slots: int) -> None:
@@ -201,7 +201,7 @@ class _Flight:
         self._places: Tensor = self._starts[:, :-1, None].repeat(1, 1, self._parts, *[1] * (y.dim() - 1))
         """y at the midpoints: (B, S, R, ...)."""
         self._slopes: Tensor = torch.zeros_like(self._places)
-        """The last estimates there; of a block that was asked at its start alone, number 0."""
+        """The last estimates there; for a block evaluated only at its start, number 0."""
 
     @property
     def unfinished(self) -> bool:
@@ -209,7 +209,7 @@ class _Flight:
         return bool((self.front < self._blocks).any())
 
     def round(self, eps: NoiseEstimate, measure: bool) -> Tensor | None:
-        """One call for all blocks in flight; with `measure` by how much each moved, in units of the data, (B, S)."""
+        """One call for all blocks in flight; with `measure`, how far each moved, in units of the data, (B, S)."""
         device, slots = self.base.device, self.age.shape[1]
         numbers = self.front[:, None] + torch.arange(slots)
         waits = torch.cat([torch.zeros(len(numbers), 1, dtype=torch.bool), self.age[:, :-1] == 0], 1)
@@ -238,14 +238,14 @@ class _Flight:
         return ((self._places - before).flatten(3).square().mean(3).sqrt() * alpha).amax(2)
 
     def _add(self, weights: Tensor) -> None:
-        """Starts and places anew; weights (B, S, R + 1, R): of each estimate in each place, and in the block's end."""
+        """Update starts and midpoints; weights (B, S, R + 1, R): of each estimate at midpoints and the block's end."""
         sums: Tensor = (weights @ self._slopes.flatten(3)).view(*weights.shape[:3], *self.base.shape[1:])
         ends = self.base[:, None] + sums[:, :, -1].cumsum(1)
         self._starts = torch.cat([self.base[:, None], ends], 1)
         self._places = self._starts[:, :-1, None] + sums[:, :, :-1]
 
     def move_on(self, done: Tensor) -> None:
-        """Leave behind the first blocks of each sample that are done, and let new ones in; done: (B, S)."""
+        """Retire the leading finished blocks of each sample and admit new ones; done: (B, S)."""
         passed = done.long().cumprod(1).sum(1).minimum(self._blocks - self.front)
         if not bool(passed.any()):
             return

@@ -1,7 +1,7 @@
-"""Predictor and corrector in turn (Algorithm 3, arXiv:2406.00924, and its parallel form).
+"""Alternating predictor and corrector (Algorithm 3, arXiv:2406.00924, and its parallel form).
 
 Stretches of randomized-midpoint steps, each followed by underdamped Langevin dynamics at the noise level reached; on
-the paper's grid (`ou_halving`) the last stretch has halving steps. The step to kappa = 0 is the predictor's alone.
+the paper's grid (`ou_halving`) the last stretch has halving steps. The step to kappa = 0 has no correction.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ __all__ = ["CORRECTIONS", "PREDICTORS", "PredictorCorrector"]
 PREDICTORS = ("randomized_midpoint", "parallel_midpoint")
 """Names of the solvers that may predict."""
 CORRECTIONS = 5
-"""How many corrections there are by default, where no Lipschitz constant says how long a stretch is."""
+"""Default number of corrections when no Lipschitz constant sets the length of a stretch."""
 
 
 class _State(NamedTuple):
     predictor: Any
     step: int
     corrected: frozenset[int]
-    """After which steps there is a correction."""
+    """Steps that are followed by a correction."""
     indices: Tensor
     seed: int
 
@@ -41,9 +41,9 @@ class PredictorCorrector(Solver):
 
     predictor: randomized_midpoint or parallel_midpoint, with its clock. corrector: underdamped, midpoint or parallel;
     time, step, friction and rounds: see `UnderdampedLangevin`. lipschitz: of the score of x_t, a number for all t or a
-    table (t, L) such as `estimate_lipschitz` makes; None: 1 / sigma_t^2. It fixes the sizes: those of the corrector,
-    and with a number the stretches, of OU time 1 / L. every: steps in a stretch, set by hand; without that and a
-    number, five corrections. Raises ValueError for options out of range.
+    table (t, L) as from `estimate_lipschitz`; None: 1 / sigma_t^2. It sets the corrector's step sizes and, if a
+    number, stretches of OU time 1 / L. every: steps per stretch, set by hand; with neither, five corrections.
+    Raises ValueError for options out of range.
     """
 
     name = "predictor_corrector"
@@ -80,7 +80,7 @@ class PredictorCorrector(Solver):
         self.default_grid = self.predictor.default_grid
 
     def evaluations(self, points: GridPoints) -> int:
-        """For each sample; at most so many, where a parallel predictor stops by tolerance."""
+        """Per sample; an upper bound if a parallel predictor stops by tolerance."""
         corrections = len(self._corrected([point.kappa for point in points]))
         return self.predictor.evaluations(points) + corrections * self.corrector.evaluations
 
@@ -98,7 +98,7 @@ class PredictorCorrector(Solver):
         return y, state._replace(predictor=predictor, step=state.step + 1)
 
     def _corrected(self, kappas: Sequence[float]) -> list[int]:
-        """After which steps there is a correction: at every stretch's end, and at the last point that has noise."""
+        """Steps followed by a correction: the last of every stretch, and the last that ends with noise."""
         noisy = [i for i, kappa in enumerate(kappas[1:]) if kappa > 0]
         if self.every is None and self.lipschitz.number is not None:
             stretches = [0.5 * math.log1p(kappa**2) * self.lipschitz.number for kappa in kappas]

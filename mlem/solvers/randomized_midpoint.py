@@ -22,7 +22,7 @@ from mlem.solvers.clock import make_clock
 __all__ = ["MIDPOINTS", "RandomizedMidpoint", "SDERandomizedMidpoint", "draw_midpoints"]
 
 MIDPOINTS = ("own", "shared")
-"""Whose midpoints are: each sample's, or all samples'."""
+"""Whether each sample has its own midpoints, or all share them."""
 
 
 def draw_midpoints(indices: Tensor, seed: int, count: int, midpoints: str) -> Tensor:
@@ -34,9 +34,9 @@ def draw_midpoints(indices: Tensor, seed: int, count: int, midpoints: str) -> Te
 
 
 class _TwoCalls(Solver):
-    """What both methods share. State: the fractions of the steps to come, (steps, B).
+    """Common to both methods. State: the fractions of the remaining steps, (steps, B).
 
-    A step from pure noise has no midpoint: it is one of DDIM, with one evaluation.
+    A step from pure noise has no midpoint: it is a DDIM step, with one evaluation.
     """
 
     midpoints: str
@@ -56,9 +56,9 @@ class _TwoCalls(Solver):
 
 
 class RandomizedMidpoint(_TwoCalls):
-    """Two evaluations a step.
+    """Two evaluations per step.
 
-    clock: what midpoints are uniform in, `kappa` or `ou`. midpoints: every sample its `own`, or one `shared` by all.
+    clock: what midpoints are uniform in, `kappa` or `ou`. midpoints: each sample has its `own`, or one is `shared`.
     Root-mean-square order 3/2; the mean over midpoints has order 2.
     """
 
@@ -86,9 +86,9 @@ class RandomizedMidpoint(_TwoCalls):
 class SDERandomizedMidpoint(_TwoCalls):
     """The same for the reverse SDE, midpoint uniform in kappa and on the same Brownian path.
 
-    Stable where kappa falls by no more than half in a step, as on the default grid from 17 steps on (docs/solvers.md).
-    The path is as rough as its noise, so one midpoint leaves h^(3/2) of a step unknown: strong order 1, and measured
-    against the path no better than Euler-Maruyama (LOG.md).
+    Stable if kappa falls by at most half per step, as on the default grid from 17 steps on (docs/solvers.md).
+    The path is as rough as its noise, so one midpoint leaves an error of order h^(3/2) per step: strong order 1, and
+    measured pathwise no better than Euler-Maruyama (LOG.md).
 
     `y_mid = y + 2 (kappa_mid - kappa) eps + B(kappa^2) - B(kappa_mid^2)`,
     `y' = y + 2 (kappa' - kappa) eps_mid + B(kappa^2) - B(kappa'^2)`.

@@ -1,8 +1,8 @@
 """The corrector: underdamped Langevin dynamics at a fixed noise level (Algorithm 2, arXiv:2406.00924).
 
-At noise level t its stationary law is that of x_t. It runs on `u = x / sigma = y / kappa`, where the score is -eps:
-the numbers are of order 1 at every noise level, and the score's Lipschitz constant is `sigma^2 L`, L that of the score
-of x. The steps themselves are those of `mlem.langevin`.
+At noise level t its stationary distribution is that of x_t. It runs on `u = x / sigma = y / kappa`, where the score is
+-eps: values are of order 1 at every noise level, and the score's Lipschitz constant is `sigma^2 L`, L that of the
+score of x. The steps themselves are in `mlem.langevin`.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ METHODS = ("underdamped", "midpoint", "parallel")
 
 @dataclass(frozen=True)
 class UnderdampedLangevin:
-    """T / h steps, begun with fresh velocities. Units: times in 1 / sqrt(L), friction in sqrt(L).
+    """T / h steps, starting with fresh velocities. Units: times in 1 / sqrt(L), friction in sqrt(L).
 
-    time: T. step: h. method: `underdamped`, the score frozen in a step; `midpoint`, taken at a random time of it, with
-    two evaluations; or `parallel`, all frozen-score steps at once in `rounds` rounds, the noise drawn once.
+    time: T. step: h. method: `underdamped`, the score frozen within a step; `midpoint`, the score at a random time of
+    it, two evaluations; or `parallel`, all frozen-score steps at once in `rounds` rounds, with the noise drawn once.
     Raises ValueError for options out of range.
     """
 
@@ -52,12 +52,12 @@ class UnderdampedLangevin:
 
     @property
     def steps(self) -> int:
-        """How many steps make up the time."""
+        """Number of steps in the time."""
         return max(1, round(self.time / self.step))
 
     @property
     def evaluations(self) -> int:
-        """Evaluations of one correction, for each sample."""
+        """Evaluations per correction and sample."""
         return self.steps * {"underdamped": 1, "midpoint": 2, "parallel": self.rounds}[self.method]
 
     def correct(

@@ -4,10 +4,10 @@ With `lambda = -ln kappa`, h the step in lambda, and earlier data estimates x0_k
 
     y' = r y + (1 - r) (x0_i + sum_k rho_k (x0_k - x0_i) / r_k),  r = kappa'/kappa,  r_k = (lambda_k - lambda_i) / h,
 
-with p - 1 of them, and rho so that polynomials in lambda come out right. The corrector does the same once more with the
-estimate at the end of the step among them; it asks the network nothing, since the next step begins with that estimate.
-Here it adds to y what it knows better. Orders rise from 1 at the start, and fall to 1 towards kappa' = 0; what was
-found at pure noise, where lambda is infinite, is not used again.
+with p - 1 of them, and rho that makes polynomials in lambda exact. The corrector repeats the step with the estimate at
+its end included; this costs no evaluation, since the next step begins with that estimate. Here it adds the difference
+to y. Orders rise from 1 at the start and fall to 1 towards kappa' = 0; estimates at pure noise, where lambda is
+infinite, are not used again.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class _Estimate(NamedTuple):
 
 
 class _State(NamedTuple):
-    """Steps that are left to kappa = 0, the estimates that the last one used, newest first, its kappa, and its bend."""
+    """Steps left to kappa = 0; of the last step: its estimates, newest first, its kappa and its bend."""
 
     left: float
     used: tuple[_Estimate, ...] = ()
@@ -42,7 +42,7 @@ class _State(NamedTuple):
 
 
 class UniPC(Solver):
-    """UniPC-2: the predictor is of order 2, and corrected, the whole of order 3."""
+    """UniPC-2: a predictor of order 2; with the corrector, order 3."""
 
     name = "unipc"
     order = 3.0
@@ -76,14 +76,14 @@ class UniPC(Solver):
 
 
 class UniPC3(UniPC):
-    """UniPC-3: its predictor is of order 3. The first step, of order 1 and corrected, is what keeps the whole at 3."""
+    """UniPC-3: a predictor of order 3. The first step, of order 1 and corrected, limits the whole to 3."""
 
     name = "unipc_3"
     used = 3
 
 
 def _bend(kappa: float, end: float, first: _Estimate, others: tuple[_Estimate, ...]) -> Tensor:
-    """What the others add to a step from kappa to end by the first one alone: (1 - r) times the sum."""
+    """Contribution of the other estimates to a step from kappa to end: (1 - r) times the sum."""
     step = math.log(kappa / end)
     r = np.array([(other.time - first.time) / step for other in others])
     weights = (1 - end / kappa) * _rho(r, step) / r
@@ -94,7 +94,7 @@ def _bend(kappa: float, end: float, first: _Estimate, others: tuple[_Estimate, .
 
 
 def _rho(r: np.ndarray, step: float) -> np.ndarray:
-    """rho of a step over h for these r: 1/2 of one, as the paper has it; of more by its equation 4."""
+    """rho of a step h for these r: 1/2 for one, as in the paper; for more, by its equation 4."""
     if len(r) == 1:
         return np.array([0.5])
     phi, factorial, moments = math.expm1(-step) / -step - 1, 1, list[float]()

@@ -1,1 +1,1 @@
-"""Training with Lightning: the modules, the callbacks, checkpoints that resume exactly, the loggers."""
+"""Training with Lightning: modules, callbacks, checkpoints that resume exactly, loggers."""

@@ -14,7 +14,7 @@ __all__ = ["averaged_state", "make_average"]
 
 
 def make_average(decay: float) -> WeightAveraging:
-    """Averages with `decay`, or with `(1 + n) / (10 + n)` after n updates while that is smaller.
+    """Average with `decay`, or with `(1 + n) / (10 + n)` after n updates while that is smaller.
 
     Lightning's own EMAWeightAveraging has no warm-up: a short run would keep its random initial weights. Raises
     ValueError unless decay is in [0, 1).

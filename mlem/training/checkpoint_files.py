@@ -1,7 +1,7 @@
 """Checkpoint files that survive kills, full disks and flipped bits.
 
 `step-00000200.ckpt` is written beside its target, fsynced and moved into place; then its SHA-256 is written beside
-it. A checkpoint without its checksum was being written when the process died, and does not count.
+it. A checkpoint without a checksum was unfinished when the process died, and is ignored.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["AtomicCheckpointIO", "check", "path_of", "saved", "steps_of"]
 
 
 def path_of(folder: Path, step: int) -> Path:
-    """Where the checkpoint after `step` optimizer steps is kept."""
+    """The path of the checkpoint after `step` optimizer steps."""
     return folder / f"step-{step:08d}.ckpt"
 
 
@@ -30,7 +30,7 @@ def _checksum_file(path: Path) -> Path:
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Lightning's checkpoint files, written as the module docstring says and read with `weights_only=True`."""
+    """Lightning's checkpoint files, written as in the module docstring and read with `weights_only=True`."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         path = Path(path)
@@ -54,7 +54,7 @@ def saved(folder: Path) -> list[Path]:
 
 
 def check(path: Path) -> Path:
-    """`path` itself. Raises ValueError when the checkpoint is damaged, naming it and the one before it."""
+    """Return `path`. Raises ValueError if the checkpoint is damaged, naming it and the previous one."""
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint {path} does not exist")
     expected = _checksum_file(path)
@@ -68,13 +68,13 @@ def check(path: Path) -> Path:
 
 
 def steps_of(path: Path, weights: Mapping[str, Tensor]) -> int:
-    """Optimizer steps of the checkpoint. Raises ValueError that names up to five weights which do not fit `weights`."""
+    """Optimizer steps of the checkpoint. Raises ValueError naming up to five weights that do not fit `weights`."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         found, step = checkpoint["state_dict"], int(checkpoint["global_step"])
     except (pickle.UnpicklingError, RuntimeError, KeyError, TypeError) as error:
         why = str(error).splitlines()[0]
-        raise ValueError(f"{path} is not the checkpoint of a training ({why}); use another one") from error
+        raise ValueError(f"{path} is not a training checkpoint ({why}); use another one") from error
     there, here = ({name: list(one.shape) for name, one in named.items()} for named in (found, weights))
     wrong = [name for name in {**there, **here} if there.get(name) != here.get(name)]
     if wrong:

@@ -1,4 +1,4 @@
-"""When a training saves, and when it stops: every so many steps, before each validation, at the end, on a signal."""
+"""When training saves and stops: every few steps, before each validation, at the end, on a signal."""
 
 from __future__ import annotations
 
@@ -18,17 +18,16 @@ __all__ = ["Checkpoints"]
 
 
 class Checkpoints(Stopping, Checkpoint):
-    """Saves every so many optimizer steps, before each validation and at the end; keeps the last two.
+    """Saves every few optimizer steps, before each validation and at the end; keeps the last two.
 
-    On SIGTERM and Ctrl-C it saves and stops. Within a validation it stops at once: the checkpoint is saved before.
+    On SIGTERM and Ctrl-C it saves and stops. During validation it stops at once: the checkpoint was saved before.
     Weights that are not finite are not saved.
 
     Args:
         folder: of the checkpoints.
-        every: optimizer steps from one to the next, at least 1.
-        rate: the option of the learning rate, with its value, for the message of a training that diverged.
-        pending: validate before the first step. A resumed run begins with the next step, and the one before it was
-            stopped before its last step had been validated.
+        every: optimizer steps between checkpoints, at least 1.
+        rate: the learning-rate option with its value, for the message when training diverges.
+        pending: validate before the first step: the interrupted run had not validated its last step.
 
     Raises:
         FloatingPointError: in training, when weights are not finite.
@@ -45,7 +44,7 @@ class Checkpoints(Stopping, Checkpoint):
 
     @property
     def seconds(self) -> float:
-        """Training seconds, earlier processes included; what was lost in a kill is not."""
+        """Training seconds, earlier processes included, without work lost in a kill."""
         return self._earlier + time.perf_counter() - self._begin
 
     def state_dict(self) -> dict[str, Any]:
@@ -79,7 +78,7 @@ class Checkpoints(Stopping, Checkpoint):
         if step == self._last_step:  # still accumulating gradients
             return
         self._last_step = step
-        # ranks must agree; asking costs a message, so not at every step
+        # ranks must agree, which costs a message, so not at every step
         if trainer.world_size == 1 or step % 5 == 0 or ends_epoch:
             self._stop.ask(trainer)
         if self._stop.stopping or ends_epoch or step % self.every == 0 or step == trainer.max_steps:
@@ -93,10 +92,10 @@ class Checkpoints(Stopping, Checkpoint):
         finite = torch.stack([torch.isfinite(weights).all() for weights in pl_module.parameters()]).all()
         if trainer.strategy.reduce_boolean_decision(bool(finite), all=True):
             return
-        if not trainer.is_global_zero:  # rank 0 says it
+        if not trainer.is_global_zero:  # rank 0 reports it
             raise SystemExit(FAILED)
         kept = saved(self.folder)
-        remedy = f"{kept[0]} is kept: resume=force goes on from it" if kept else "no checkpoint came before"
+        remedy = f"{kept[0]} is kept: resume=force continues from it" if kept else "there is no earlier checkpoint"
         raise FloatingPointError(
             f"training diverged: at step {trainer.global_step} the weights are not finite; lower {self._rate}; {remedy}"
         )

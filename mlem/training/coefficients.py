@@ -1,8 +1,8 @@
 """Learning the coefficients of a family: the Lightning side of `mlem.multilevel.learning`.
 
-The module holds alpha and beta and nothing else, so a checkpoint is tiny. Samples, coins and directions of a step are
-functions of (seed, step): a resumed run repeats an uninterrupted one, and ranks share the coins and take their parts of
-the samples, so that their mean gradient is that of one rank.
+The module holds only alpha and beta, so a checkpoint is tiny. Samples, coins and directions of a step are functions of
+(seed, step): a resumed run repeats an uninterrupted one, and ranks share the coins and split the samples, so that their
+mean gradient is that of one rank.
 """
 
 from __future__ import annotations
@@ -34,28 +34,28 @@ __all__ = [
 ]
 
 TRAINING, HELD_OUT = RESERVED["learning"].start, RESERVED["judging"].start
-"""First indices of the samples that are learned from, and of those that are held out: no sample shares their noise."""
+"""First indices of the samples for learning and of the held-out ones: no other sample shares their noise."""
 TIMES = (0.05, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95)
 """Times at which p_k is logged."""
 PLANS = 4
-"""Plans for each held-out sample."""
+"""Plans per held-out sample."""
 
 
 @dataclass(frozen=True)
 class Fit:
-    """How to learn.
+    """Settings of learning.
 
     Attributes:
-        images: samples to learn from, a multiple of `batch_size`; what they are compared to is kept.
-        batch_size: samples in a step, all ranks together.
-        draws: replicates of the coins in a step, at least 2; of tangents "reverse" each sample has its own.
+        images: samples to learn from, a multiple of `batch_size`; their references are cached.
+        batch_size: samples per step, over all ranks.
+        draws: replicates of the coins per step, at least 2; per sample if tangents is "reverse".
         updates: optimizer steps.
-        learning_rate: of the first step; it falls to zero.
+        learning_rate: of the first step; it decays to zero.
         tangents: "reverse", "exact" or "random".
-        held_out: samples to judge by.
+        held_out: samples for the final evaluation.
         reference_steps: of the many-step run.
-        weight: of the cost; None: measured, such that about as much is spent as at the start.
-        log_every: steps from one line of progress to the next.
+        weight: of the cost; None: chosen to keep the cost near its value at the start.
+        log_every: steps between lines of progress.
 
     Raises:
         ValueError: for values out of range.
@@ -82,7 +82,7 @@ class Fit:
 
 
 class _Steps:
-    """Counts steps. Stateless, so that Lightning may leave it and resume it anywhere."""
+    """Counts steps. Stateless, so that Lightning may stop and resume it anywhere."""
 
     def __init__(self, count: int) -> None:
         self._count = count
@@ -104,10 +104,10 @@ class CoefficientsModule(pl.LightningModule):
     """alpha and beta of levels 2 .. K as parameters (float64), and the weight of the cost.
 
     Args:
-        objective: what is minimised; its networks are no part of the module.
+        objective: what is minimised; its networks are not part of the module.
         start: (2 + knots, K - 1), where learning begins.
-        nearest: like start, what learning is judged against: the calibrated law, as near as coefficients come.
-        fit: how to learn.
+        nearest: like start, the baseline: coefficients closest to the calibrated law.
+        fit: settings of learning.
         names: of the levels.
     """
 
@@ -119,7 +119,7 @@ class CoefficientsModule(pl.LightningModule):
         super().__init__()
         alpha = start[:-1] if objective.knots else start[0]
         self.alpha, self.beta = nn.Parameter(alpha.clone()), nn.Parameter(start[-1].clone())
-        # nan: to be measured; kept in the checkpoint, so that a resumed run goes on with the same
+        # nan: to be measured; saved in the checkpoint, so that a resumed run uses the same value
         self.register_buffer(
             "weight", torch.tensor(torch.nan if fit.weight is None else fit.weight, dtype=torch.float64)
         )
@@ -133,7 +133,7 @@ class CoefficientsModule(pl.LightningModule):
         return torch.cat([self.alpha.view(-1, len(self.beta)), self.beta[None]]).detach().cpu()
 
     def train_dataloader(self) -> Any:
-        """An entry for each step; what a step does depends on its number alone."""
+        """One entry per step; a step depends only on its number."""
         return _Steps(self.fit_options.updates)
 
     def on_fit_start(self) -> None:
@@ -152,12 +152,12 @@ class CoefficientsModule(pl.LightningModule):
     def _measured_weight(self) -> float:
         options, found = self.fit_options, []
         for batch in range(options.images // options.batch_size):
-            drawn = self._replicates(self.first, -1 - batch, batch)  # of steps that are never made
+            drawn = self._replicates(self.first, -1 - batch, batch)  # of steps that never occur
             found.append(self.objective.weight_for(self.first, *drawn))
         return sum(found) / len(found)
 
     def _mean(self, value: float) -> float:
-        """Over the ranks, whose shares are equal."""
+        """The mean over ranks, whose shares are equal."""
         mean = self.trainer.strategy.reduce(torch.tensor(value, dtype=torch.float64, device=self._home))
         return float(mean)
 
@@ -169,7 +169,7 @@ class CoefficientsModule(pl.LightningModule):
         return torch.arange(first, first + share, device=self._home)
 
     def _reference(self, batch: int, steps: int | None) -> Tensor:
-        """Of this rank's samples of a batch, in so many steps, computed once and kept; None: p = 1."""
+        """Reference of this rank's samples of a batch, computed once; steps: None means p = 1."""
         if (batch, steps) not in self._references:
             with torch.no_grad():
                 self._references[batch, steps] = self.objective.reference(self._share(batch), steps)
@@ -178,12 +178,12 @@ class CoefficientsModule(pl.LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         estimate = self._estimate(self.global_step)
         self._record(self._mean(estimate.mse.mean().item()), estimate.cost, self._mean(estimate.left))
-        # linear in the parameters: its gradient is the estimate, and averaged over ranks as any other
+        # linear in the parameters: its gradient is the estimate, averaged over ranks like any other
         gradient = estimate.gradient.to(self.alpha)
         return (self.alpha * gradient[:-1].view_as(self.alpha)).sum() + (self.beta * gradient[-1]).sum()
 
     def _estimate(self, step: int) -> GradientEstimate:
-        """Of J and its gradient, by this rank's samples."""
+        """Estimate of J and its gradient from this rank's samples."""
         theta, options, objective, weight = self.theta, self.fit_options, self.objective, self.weight.item()
         number = step % (options.images // options.batch_size)
         if options.tangents == "reverse":
@@ -194,7 +194,7 @@ class CoefficientsModule(pl.LightningModule):
         return objective.estimate(theta, drawn, self._share(number), truth, weight, directions)
 
     def _replicates(self, theta: Tensor, step: int, batch: int) -> tuple[Tensor, Tensor, Tensor]:
-        """See `replicates`, of this rank's samples of a batch."""
+        """`replicates` for this rank's samples of a batch."""
         indices, plain = self._share(batch), self._reference(batch, None)
         return replicates(self.objective, self.fit_options, theta, step, indices, plain, self.trainer.global_rank)
 
@@ -207,7 +207,7 @@ class CoefficientsModule(pl.LightningModule):
         p = self.objective.coefficients(theta).probabilities(self.objective.schedule, TIMES)
         for k, name in enumerate(self.names[1:], 1):
             values |= {f"p/{name}/t{time:g}": p[row, k].item() for row, time in enumerate(TIMES)}
-        # at once: Lightning writes after the checkpoint of a step, and a kill in between would lose the line
+        # immediately: Lightning writes after the step's checkpoint, and a kill in between would lose the line
         for logger in self.loggers:
             logger.log_metrics(values, self.global_step)
         self.log_dict({key: values[key] for key in ("objective", "mse", "cost")}, logger=False, prog_bar=True)
@@ -221,10 +221,10 @@ class CoefficientsModule(pl.LightningModule):
     def judge(self) -> dict[str, Any]:
         """The objective on held-out samples before, at the start of and after learning; every rank must call it.
 
-        Before is the calibrated law, as near as coefficients come; the start is what a calibration predicts to be best.
-        For systematic and bernoulli coins. Every sample has coins of its own, from the same uniform numbers for each,
-        so that samples are independent: `half_width` is half of a 95 % interval, `change` (after less before) and
-        `learned` (after less the start) those of pairs. Plain numbers.
+        "Before" uses the coefficients closest to the calibrated law, "start" those predicted best by the calibration.
+        For systematic and bernoulli coins. Each sample has its own coins, from the same uniform numbers in each case,
+        so samples are independent: `half_width` is half of a 95 % interval; `change` (after minus before) and `learned`
+        (after minus start) are paired differences. Plain numbers.
         """
         count, ranks = self.fit_options.held_out, self.trainer.world_size
         indices = torch.arange(HELD_OUT + self.trainer.global_rank, HELD_OUT + count, ranks, device=self._home)
@@ -259,7 +259,7 @@ def replicates(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Counts (D, R, K) of a step, and for each the indices (D, B) of its samples and their runs (D, B, *shape).
 
-    With tangents "reverse" each sample of a batch, of all ranks together, has draws of its own, B = 1; else they share
+    With tangents "reverse" each sample of the global batch has its own draws, B = 1; otherwise they share
     them. indices, plain: (N,) and (N, *shape), this rank's samples of the batch and their runs with p = 1.
     """
     if fit.tangents != "reverse":
@@ -282,7 +282,7 @@ def _gathered(mine: Tensor, ranks: int) -> Tensor:
 
 
 class LearningLines(LineProgress):
-    """A line every so many steps: objective, error, cost."""
+    """A line every few steps: objective, error, cost."""
 
     def __init__(self, batch_size: int, every: int) -> None:
         super().__init__(batch_size, "coefficients")
@@ -300,5 +300,5 @@ class LearningLines(LineProgress):
 
 
 def learning_progress(fit: Fit, watched: bool) -> pl.Callback:
-    """A bar in a terminal (`watched`), else lines."""
+    """A bar in a terminal (`watched`), otherwise lines."""
     return BarProgress(fit.batch_size) if watched else LearningLines(fit.batch_size, fit.log_every)

@@ -30,25 +30,25 @@ __all__ = ["DenoisingModule", "FamilyModule", "noise_level_figure"]
 
 
 _FLIPS, _LABELS = 3, 2
-"""Slots of the stream of training beside those of noise, 0, and times, 1."""
+"""Slots of the training stream; noise has 0 and times 1."""
 
 
 class DenoisingModule(pl.LightningModule):
-    """A network that learns to denoise. It is the only part of the module, so that averaging covers nothing else.
+    """A network that learns to denoise. It is the module's only part, so averaging covers nothing else.
 
     Args:
         level: the network with its schedule and prediction.
         seed: of times, noise and dropout.
-        batch_size: images in a step, all ranks together.
-        steps: optimizer steps in all.
-        learning_rate: at the end of the warm-up; it falls to `final_rate` of it by a half cosine.
+        batch_size: images per step, over all ranks.
+        steps: total optimizer steps.
+        learning_rate: at the end of the warm-up; it decays to `final_rate` times that by a half cosine.
         warmup_steps: over which the learning rate rises linearly.
         weight_decay: of AdamW.
         beta2: of AdamW.
-        final_rate: share of the learning rate at the end.
-        label_dropout: share of the images of which the network is told that they have no class.
+        final_rate: final learning rate, as a share of the peak.
+        label_dropout: share of images whose class is replaced by "no class".
         flip: whether images are mirrored with probability 1/2.
-        decoder: of latents, for the sampler evaluation.
+        decoder: for latents, used in the sampler evaluation.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class DenoisingModule(pl.LightningModule):
 
     @property
     def denoiser(self) -> NetworkDenoiser:
-        """The network, with whatever weights it has now."""
+        """The network with its current weights."""
         return NetworkDenoiser(self.network, self.schedule, self.prediction)
 
     def family(self) -> Family:
@@ -92,7 +92,7 @@ class DenoisingModule(pl.LightningModule):
         return Family([self.level({})], decoder=self._decoder)
 
     def level(self, measured: Mapping[str, Any]) -> Level:
-        """The network as a level, with what was measured of it."""
+        """The network as a level, with its measurements."""
         level = Level(network=self.network, measured=dict(measured), **self._level)  # type: ignore[arg-type]
         level.latents = self._latents
         return level
@@ -100,7 +100,7 @@ class DenoisingModule(pl.LightningModule):
     def times(self, position: Tensor) -> Tensor:
         """Training times of the samples at these positions of the endless sequence: (B,) -> (B,) in [0, 1].
 
-        Of the prediction's law, stratified over the global batch (Kingma et al., arXiv:2107.00630):
+        From the prediction's distribution, stratified over the global batch (Kingma et al., arXiv:2107.00630):
         `(u + i / batch) mod 1`, u for the batch.
         """
         batch = position // self.batch_size
@@ -109,14 +109,14 @@ class DenoisingModule(pl.LightningModule):
         return self.prediction.training_times(shares, self.schedule)
 
     def mirrored(self, images: Tensor, position: Tensor) -> Tensor:
-        """The images at these positions, (B, C, H, W), each of them mirrored or not."""
+        """The images at these positions, (B, C, H, W), each mirrored or not."""
         if not self.flip:
             return images
         turned = self._stream.uniform(position, [_FLIPS], torch.float32)[0] < 0.5
         return torch.where(turned.view(-1, 1, 1, 1), images.flip(3), images)
 
     def told(self, batch: dict[str, Tensor]) -> Conditions:
-        """What the network is told of a batch in training: classes, or for some of the images "no class"."""
+        """Conditions of a training batch: classes, or "no class" for some images."""
         told = of_labels(self.conditions, batch)
         if not told or not self.label_dropout:
             return told
@@ -134,7 +134,7 @@ class DenoisingModule(pl.LightningModule):
         x_t = alpha * x_0 + sigma * z
         target = self.prediction.target(x_0, z, at)
         if self._has_dropout:
-            # keyed by the first position of this rank's share, so it differs between ranks and survives a resume
+            # keyed by the first position of this rank's share: differs between ranks, survives a resume
             torch.manual_seed((self.seed * 0x9E3779B1 + int(position[0])) % 2**63)
         output = self.denoiser.given(self.told(batch)).predict(x_t.contiguous(memory_format=torch.channels_last), t)
         loss = nn.functional.mse_loss(output, target)
@@ -210,12 +210,12 @@ class FamilyModule(pl.LightningModule):
 
 
 def noise_level_figure(family: Family, metrics: dict[str, float], images: int, path: Path) -> None:
-    """Draw denoising error against log-SNR, a line for each level.
+    """Draw denoising error against log-SNR, one line per level.
 
     Args:
-        family: whose levels they are.
+        family: the levels.
         metrics: of FamilyModule, `test/LEVEL/error_tTIME`.
-        images: how many were held out.
+        images: number of held-out images.
         path: of the PNG.
     """
     curves = {}

@@ -1,6 +1,6 @@
-"""The sampler evaluation as a Lightning callback: when it runs, its ranks, and what it tells the loggers.
+"""The sampler evaluation as a Lightning callback: when it runs, on which ranks, and what it logs.
 
-What is measured, and how, is in `mlem.comparison`. The callback asks the LightningModule for `family()`.
+`mlem.comparison` has the measurements. The callback calls `family()` of the LightningModule.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ class SamplerEvaluation(pl.Callback):
     Args:
         samplers: what to run.
         indices: of the samples.
-        folder: for `evaluation.json`, pictures and figures.
-        batch_size: samples in a batch.
+        folder: for `evaluation.json`, images and figures.
+        batch_size: samples per batch.
         seed: of the noise.
-        reference_steps: of the reference, which the largest level samples from the same noise.
+        reference_steps: of the reference, the largest level from the same noise.
         every_n_epochs: in training.
-        measure: FID and its like; None for the error alone.
+        measure: FID and similar; None for the error alone.
 
     Attributes:
         rows: results of the last run.
 
     Raises:
-        ValueError: for options out of range, and for too few samples for `measure`.
+        ValueError: options out of range, or too few samples for `measure`.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class SamplerEvaluation(pl.Callback):
         self.rows: list[Row] = []
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # not in a validation by itself, such as that of the finished network: its step has been evaluated
+        # not in a separate validation, such as that of the finished network: its step has been evaluated
         if in_training(trainer) and (trainer.current_epoch + 1) % self.every_n_epochs == 0:
             self.evaluate(trainer, pl_module.family(), pl_module.device)  # type: ignore[operator]
 
@@ -83,14 +83,14 @@ class SamplerEvaluation(pl.Callback):
         """Run everything on `family`; every rank must call it."""
         setup = Setup(family, self.blocks, self.seed, self.reference_steps, device, measure=self.measure)
         lineup = Lineup(setup, self.samplers)
-        if not lineup.tallies:  # plans alone, and one level to run them on: in the training of a family
+        if not lineup.tallies:  # only plans, and a single level to run them on: training a level of a family
             return
         setup.warm_up()
         mine = self.blocks[trainer.global_rank :: trainer.world_size]
         rounds = range(-(-len(self.blocks) // trainer.world_size))
         for number in announced(rounds, f"evaluation, {len(lineup.tallies)} samplers", trainer.is_global_zero):
             stop_if_told(trainer)
-            for block in mine[number : number + 1]:  # none in the last round of some ranks
+            for block in mine[number : number + 1]:  # some ranks have none in the last round
                 lineup.add(block)
 
         def total(sums: Tensor) -> Tensor:
@@ -117,7 +117,7 @@ class SamplerEvaluation(pl.Callback):
             shown = sorted((self.folder / kind).glob("*.png"))
             logger.log_image(f"eval/{kind}", list(map(str, shown)), step, caption=[path.stem for path in shown])
         log_pictures([logger], {f"eval/{name}": self.folder / f"{name}.png" for name in FIGURES}, step)
-        # one table beside the many panels of single numbers
+        # one table besides the many panels of single numbers
         plain = [row.to_json() for row in self.rows]
         columns = [name for name in plain[0] if name != "calls"]
         cells = [[*(one[name] for name in columns), _sum(row.calls)] for one, row in zip(plain, self.rows, strict=True)]

@@ -1,4 +1,4 @@
-"""The one place that reads or changes what Lightning does not document.
+"""All uses of undocumented parts of Lightning.
 
 Each function says why it is needed and which public API would replace it. Written for Lightning 2.6.
 """
@@ -25,7 +25,7 @@ __all__ = [
 
 
 def in_training(trainer: pl.Trainer) -> bool:
-    """Whether a hook of validation runs within `fit`, and not in `validate` or in the sanity check.
+    """Whether a validation hook runs within `fit`, not in `validate` or the sanity check.
 
     `trainer.validating` is true in both. Would be replaced by: a public `trainer.fitting`.
     """
@@ -41,7 +41,7 @@ def average_of(trainer: pl.Trainer) -> WeightAveraging:
 def averaged_state(callback: WeightAveraging) -> dict[str, Tensor]:
     """The averaged weights of the LightningModule, by its own names.
 
-    The callback shows them only by exchanging them for the module's in validation. Would be replaced by: a public
+    The callback only exposes them by swapping them into the module in validation. Would be replaced by: a public
     accessor of its averaged model.
     """
     averaged = callback._average_model  # pyright: ignore[reportPrivateUsage]
@@ -52,14 +52,14 @@ def averaged_state(callback: WeightAveraging) -> dict[str, Tensor]:
 def log_at_last_step(trainer: pl.Trainer) -> None:
     """Let `validate` after `fit` log at the trainer's step.
 
-    Loggers are given the loop's own count, which is one short when there was nothing left to train. Would be replaced
-    by: a `step` for what `validate` logs.
+    Loggers get the loop's own count, which is one short when there was nothing left to train. Would be replaced by: a
+    `step` argument for what `validate` logs.
     """
     trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step  # pyright: ignore[reportPrivateUsage]
 
 
 def keep_fit_open(trainer: pl.Trainer) -> None:
-    """Let `fit` reach `on_train_start` even if all steps are done: it would return before. Undo: `restore_fit_limit`.
+    """Let `fit` reach `on_train_start` even if all steps are done; otherwise it returns. Undo: `restore_fit_limit`.
 
     Would be replaced by: `trainer.fit_loop.max_steps` with a setter, or a hook before the loop is skipped.
     """
@@ -74,14 +74,14 @@ def restore_fit_limit(trainer: pl.Trainer) -> None:
 def set_epochs_done(trainer: pl.Trainer) -> None:
     """Set the epoch from the step: a resume at the end of an epoch makes Lightning lose count.
 
-    Would be replaced by: checkpoints that are counted as of the epoch that they end, or a setter of `current_epoch`.
+    Would be replaced by: checkpoints that count for the epoch they end, or a setter of `current_epoch`.
     """
     batches = trainer.global_step * trainer.accumulate_grad_batches
     trainer.fit_loop.epoch_progress.current.completed = batches // int(trainer.num_training_batches)
 
 
 def started_by_lightning(trainer: pl.Trainer) -> bool:
-    """Whether rank 0 started the other ranks of this machine, and watches them.
+    """Whether rank 0 started the other ranks of this machine and watches them.
 
     Would be replaced by: a public `trainer.strategy.cluster_environment` of every strategy.
     """
@@ -92,7 +92,7 @@ def validate_within_fit(trainer: pl.Trainer) -> None:
     """Run the validation that belongs to the steps done so far, as `fit` does at the end of an epoch.
 
     `trainer.validate` may not be called within `fit`, and a resumed `fit` begins with the next step. Would be replaced
-    by: a public `validate` within `fit`, or a resume that makes up for a validation that was cut short.
+    by: a public `validate` within `fit`, or a resume that repeats an interrupted validation.
     """
     epochs, loop = trainer.fit_loop.epoch_progress.current, trainer.fit_loop.epoch_loop.val_loop
     loop.restarting = False

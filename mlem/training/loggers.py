@@ -24,12 +24,12 @@ __all__ = ["ForgivingWandbLogger", "JSONLinesLogger", "log_pictures", "validated
 
 
 class JSONLinesLogger(Logger):
-    """One JSON object a line: `{"step": ..., "time": unix seconds, metric: value, ...}`. Steps count from 0.
+    """One JSON object per line: `{"step": ..., "time": unix seconds, metric: value, ...}`. Steps count from 0.
 
     Args:
         path: of the file.
-        resume_step: steps done before a resume. Lines of later steps are dropped, and those of a validation after it
-            that was cut short: the run writes them again.
+        resume_step: steps done before a resume. Lines of later steps, and of an interrupted validation after it, are
+            dropped: the run writes them again.
     """
 
     def __init__(self, path: str | os.PathLike[str], resume_step: int = 0) -> None:
@@ -64,17 +64,17 @@ class JSONLinesLogger(Logger):
                 file.write(json.dumps({"step": step, "time": round(time.time(), 3), **plain}) + "\n")
 
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
-        """The resolved config stands in config.yaml."""
+        """Does nothing: the resolved config is in config.yaml."""
 
 
 def validated(path: Path, step: int) -> bool:
-    """Whether this metrics.jsonl has the validation after `step` steps, whose error is the last that it logs."""
+    """Whether this metrics.jsonl has the complete validation after `step` steps, whose last entry is its error."""
     lines = _lines(path) if path.exists() else []
     return any(_step_of(line) == step - 1 and "val/error" in json.loads(line) for line in lines)
 
 
 def _lines(path: Path) -> list[str]:
-    """Those of a log, some of which may be damaged."""
+    """The lines of a log, some of which may be damaged."""
     return path.read_text(encoding="utf-8", errors="replace").splitlines()
 
 
@@ -90,11 +90,11 @@ def _step_of(line: str) -> float:
 
 
 class ForgivingWandbLogger(WandbLogger):
-    """Lightning's W&B logger; it gives up, with one warning, when W&B stops answering.
+    """Lightning's W&B logger; it gives up, with one warning, when W&B stops responding.
 
     Args:
         run: an open run.
-        known: (step, metric) that the run holds already, from before a kill; they are not logged again.
+        known: (step, metric) pairs that the run already has, from before a kill; they are not logged again.
     """
 
     def __init__(self, run: Any, known: Set[tuple[int, str]] = frozenset()) -> None:
@@ -108,7 +108,7 @@ class ForgivingWandbLogger(WandbLogger):
         self._forgiving(lambda: super(ForgivingWandbLogger, self).log_metrics(fresh, step))
 
     def summarise(self, values: Mapping[str, str]) -> None:
-        """Put these into the summary of the run."""
+        """Add these to the summary of the run."""
         if not self._lost:
             self._forgiving(lambda: self.experiment.summary.update(dict(values)))
 
@@ -117,11 +117,11 @@ class ForgivingWandbLogger(WandbLogger):
             tell()
         except Exception as error:  # whatever W&B does, training goes on
             self._lost = True
-            warnings.warn(f"W&B is off, it was lost ({error}); metrics.jsonl has everything", stacklevel=3)
+            warnings.warn(f"W&B is off: the connection was lost ({error}); metrics.jsonl has everything", stacklevel=3)
 
 
 def log_pictures(loggers: Sequence[Any], pictures: Mapping[str, Path], step: int) -> None:
-    """Show PNG files, those that exist, to the loggers that take pictures, under these names."""
+    """Log the PNG files that exist, under these names, with loggers that take images."""
     for logger in loggers:
         for name, path in pictures.items():
             if isinstance(logger, WandbLogger) and path.exists():
@@ -139,14 +139,14 @@ def wandb_logger(
         name: of the run in W&B.
         group: in W&B.
         mode: "auto" (online when a key is present), "online", "offline" or "disabled".
-        resume_step: what W&B holds of the step before this (its validation) and of later ones is not logged again;
-            None: everything is logged.
+        resume_step: what W&B already has of the step before this (its validation) and of later ones is not logged
+            again; None: everything is logged.
 
     Returns:
-        The logger; None when disabled, and, with a warning, when W&B cannot start: that never stops a run.
+        The logger; None if disabled or, with a warning, if W&B cannot start: that never stops a run.
 
     Raises:
-        ValueError: for another mode.
+        ValueError: unknown mode.
     """
     if mode not in ("auto", "online", "offline", "disabled"):
         raise ValueError(f"logger.mode must be auto, online, offline or disabled, got {mode!r}")
@@ -155,7 +155,7 @@ def wandb_logger(
     if mode == "auto":
         mode = "online" if _has_key() else "offline"
     if not first_process():
-        return WandbLogger(project=project)  # says nothing on other ranks
+        return WandbLogger(project=project)  # does nothing on other ranks
     try:
         import wandb
 
@@ -173,20 +173,20 @@ def wandb_logger(
             settings=wandb.Settings(x_transaction_log_flush_interval=1, init_timeout=30, console="off", silent=True),
         )
     except Exception as error:  # whatever W&B does, training goes on
-        warnings.warn(f"W&B is off, it could not start ({error}); metrics.jsonl has everything", stacklevel=2)
+        warnings.warn(f"W&B is off: it could not start ({error}); metrics.jsonl has everything", stacklevel=2)
         return None
-    # Lightning sets the axis of its own runs only; W&B's counter starts again with each resume
+    # Lightning sets the step axis of its own runs only; W&B's counter restarts with each resume
     run.define_metric("trainer/global_step")
     run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
     return ForgivingWandbLogger(run, known)
 
 
 def _known(folder: Path, step: int) -> frozenset[tuple[int, str]]:
-    """(step, metric) of `step` and later ones in the files that W&B keeps of the run in `folder`, which W&B reads."""
+    """(step, metric) pairs from `step` on in W&B's own files of the run in `folder`."""
     found: set[tuple[int, str]] = set()
     for path in folder.glob(f"wandb/*run-*-{_run_id(folder)}"):
         command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(path)]
-        # a version that cannot read them: the steps after the checkpoint are there twice, which is no harm to a run
+        # a version that cannot read them: steps after the checkpoint are logged twice, which is harmless
         lines = subprocess.run(command, capture_output=True, text=True, check=False).stdout.splitlines()
         items = [json.loads(line).get("history", {}).get("item", {}) for line in lines if line.startswith("{")]
         for item in items:

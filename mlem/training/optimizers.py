@@ -11,10 +11,10 @@ __all__ = ["renew_options"]
 def renew_options(
     optimizer: Optimizer, scheduler: LambdaLR, learning_rate: float, **options: float | tuple[float, float]
 ) -> None:
-    """Give the optimizer these options: after a resume it has those of the checkpoint.
+    """Set the optimizer's options: after a resume it has those of the checkpoint.
 
     Args:
-        scheduler: of the same optimizer; its rates are renewed too.
+        scheduler: of the same optimizer; its rates are reset too.
         learning_rate: before the scheduler's factor.
         options: others, such as weight_decay.
     """

@@ -1,4 +1,4 @@
-"""Progress that a person can read: a bar in a terminal, a line for each epoch in a log file."""
+"""Readable progress: a bar in a terminal, one line per epoch in a log file."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _clock(seconds: float) -> str:
 
 
 def announced(items: Sequence[Item], what: str, shown: bool) -> Iterator[Item]:
-    """The items, with a line after each that says how many are done and how long the rest will take."""
+    """Iterate over the items, printing after each how many are done and the time left."""
     begin = time.perf_counter()
     for done, item in enumerate(items, 1):
         yield item
@@ -54,7 +54,7 @@ class _Speed:
 
 
 class BarProgress(RichProgressBar):
-    """Lightning's bar, with images/s and the time left to the last step (not only to the end of the epoch)."""
+    """Lightning's bar, with images/s and the time left to the last step (not just to the end of the epoch)."""
 
     def __init__(self, batch_size: int) -> None:
         super().__init__(leave=True)
@@ -69,14 +69,14 @@ class BarProgress(RichProgressBar):
 
 
 class LineProgress(ProgressBar):
-    """A line for each epoch."""
+    """One line per epoch."""
 
     def __init__(self, batch_size: int, name: str) -> None:
         super().__init__()
         self._batch_size, self._name, self._speed = batch_size, name, _Speed()
 
     def disable(self) -> None:
-        """Lightning disables the bar on all ranks but 0; `is_global_zero` is asked below."""
+        """Lightning disables the bar on all ranks but 0; `is_global_zero` is checked below."""
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._speed.read(trainer, self._batch_size)
@@ -94,5 +94,5 @@ class LineProgress(ProgressBar):
 
 
 def make_progress(batch_size: int, name: str) -> ProgressBar:
-    """A bar in a terminal, else lines. batch_size: of all ranks together."""
+    """A bar in a terminal, otherwise lines. batch_size: over all ranks."""
     return BarProgress(batch_size) if sys.stdout.isatty() else LineProgress(batch_size, name)

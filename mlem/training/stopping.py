@@ -14,30 +14,30 @@ from mlem.training.lightning_internals import started_by_lightning
 __all__ = ["FAILED", "STOPPED", "StopSignal", "Stopping", "stop_if_told"]
 
 STOPPED = 128 + signal.SIGTERM
-"""Exit status after SIGTERM, as the shell counts it; after Ctrl-C it is 128 + SIGINT."""
+"""Exit status after SIGTERM, by shell convention; after Ctrl-C it is 128 + SIGINT."""
 FAILED = 2
 """Exit status of ranks that leave the message to rank 0."""
 
 
 class StopSignal:
-    """SIGTERM or Ctrl-C, remembered until it is safe to end. Every rank must call `ask` at the same places.
+    """SIGTERM or Ctrl-C, remembered until it is safe to stop. Every rank must call `ask` at the same places.
 
     Lightning's own handling of SIGTERM stops in the middle of gradient accumulation and saves nothing; its handling of
     Ctrl-C stops anywhere.
 
     Attributes:
-        stopping: the signal at which the ranks have agreed to stop; 0 for none.
+        stopping: the signal for which the ranks have agreed to stop; 0 for none.
     """
 
     def __init__(self) -> None:
         self.stopping = self._received = 0
 
     def listen(self) -> None:
-        """Take the signals from now on. Lightning puts the earlier handlers back when the trainer is torn down."""
+        """Handle the signals from now on. Lightning restores the earlier handlers at teardown."""
 
         def remember(number: int, frame: FrameType | None) -> None:
             if number == self._received == signal.SIGINT:
-                raise KeyboardInterrupt  # pressed twice: at once, without saving
+                raise KeyboardInterrupt  # pressed twice: stop at once, without saving
             self._received = number
 
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -45,22 +45,22 @@ class StopSignal:
                 signal.signal(number, remember)
 
     def ask(self, trainer: pl.Trainer) -> None:
-        """Agree to stop if any rank has had a signal."""
+        """Agree to stop if any rank got a signal."""
         self.stopping = self._received
         if trainer.world_size > 1:
             received = torch.tensor(self._received, device=trainer.strategy.root_device)
             self.stopping = int(trainer.strategy.reduce(received, reduce_op="max"))  # type: ignore[arg-type]
 
     def leave(self, trainer: pl.Trainer) -> None:
-        """End the process if the ranks have agreed to."""
+        """End the process if the ranks agreed to."""
         if self.stopping:
-            # Lightning kills the first rank, which has more to do, when one that it started ends with another status
+            # Lightning kills rank 0, which has more to do, if a rank it started exits with another status
             quiet = not trainer.is_global_zero and started_by_lightning(trainer)
             raise SystemExit(0 if quiet else 128 + self.stopping)
 
 
 class Stopping(pl.Callback):
-    """Ends validations and tests on SIGTERM and on Ctrl-C: there is nothing to save in them.
+    """Ends validations and tests on SIGTERM and Ctrl-C: they have nothing to save.
 
     Raises: SystemExit, on every rank.
     """
@@ -69,7 +69,7 @@ class Stopping(pl.Callback):
         self._stop, self._batches = StopSignal(), 0
 
     def stop_if_told(self, trainer: pl.Trainer) -> None:
-        """End the run if any rank has had a signal; every rank must call it."""
+        """End the run if any rank got a signal; every rank must call it."""
         self._stop.ask(trainer)
         self._stop.leave(trainer)
 
@@ -108,7 +108,7 @@ class Stopping(pl.Callback):
 
 
 def stop_if_told(trainer: pl.Trainer) -> None:
-    """Within a long evaluation: end the run if any rank has had a signal; every rank must call it."""
+    """End a long evaluation if any rank got a signal; every rank must call it."""
     callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
     for callback in callbacks:
         if isinstance(callback, Stopping):

@@ -1,4 +1,4 @@
-"""Speed and memory of a training as metrics, for readers of `metrics.jsonl`; W&B has figures of its own."""
+"""Training speed and memory as metrics in `metrics.jsonl`; W&B has its own."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ __all__ = ["SystemFigures"]
 
 
 class SystemFigures(pl.Callback):
-    """Logs speed and memory, as rank 0 measures them, at each validation in training.
+    """Logs speed and memory, measured by rank 0, at each validation in training.
 
-    system/images_per_second is of all ranks together, since the validation before and without it; system/memory_gib
-    and system/gpu_memory_gib are the most that this process has held so far.
+    system/images_per_second covers all ranks, since the previous validation and without its time; system/memory_gib
+    and system/gpu_memory_gib are the peak of this process so far.
 
     Args:
-        batch_size: images in a step, all ranks together.
+        batch_size: images per step, over all ranks.
     """
 
     def __init__(self, batch_size: int) -> None:
         self._batch_size = batch_size
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # not at the start of an epoch, which a run that is resumed within one never sees
+        # not at the start of an epoch: a run resumed within one never sees it
         self._start = time.perf_counter(), trainer.global_step
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

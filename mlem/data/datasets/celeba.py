@@ -24,7 +24,7 @@ ORIGIN = "https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html (Google Drive: there
 MD5 = {ARCHIVE: "00d2c5bc6d35e252742224ab0c1e8fcb", PARTITION: "d32c9cbf5e040fd4025c592c306e6668"}
 SPLITS = {"train": "0", "valid": "1", "test": "2"}
 WIDTH, HEIGHT, CROP = 178, 218, 140
-_MAX_BYTES = 2**20  # of an image; the official ones have about 7 kB
+_MAX_BYTES = 2**20  # per image; the official ones have about 7 kB
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,9 @@ class CelebA(DataSet):
         source: img_align_celeba.zip, or the folder that holds it
         partition: list_eval_partition.txt (default: beside the archive)
         split: train (162,770 images), valid (19,867) or test (19,962)
-        size: pixels a side, of the 140 in the middle
+        size: pixels per side, scaled from the 140 in the middle
         download: only says where to get the files: they have no stable direct address
-        any_checksum: take other files of the same format too
+        any_checksum: accept other files of the same format
     """
 
     licence = "for non-commercial research only"
@@ -57,7 +57,7 @@ class CelebA(DataSet):
         if not 1 <= self.size <= CROP:
             raise ValueError(f"size must be in [1, {CROP}], got {self.size}")
         if self.download:
-            raise ValueError(f"download: get {ARCHIVE} and {PARTITION} by hand from {ORIGIN}, and give --source")
+            raise ValueError(f"download: get {ARCHIVE} and {PARTITION} by hand from {ORIGIN}, and pass --source")
 
     def build(self) -> Stored:
         path = None if self.source is None else located(self.source, ARCHIVE)
@@ -92,7 +92,7 @@ def _names(path: Path, split: str) -> list[str]:
 
 
 class _Faces:
-    """The images `names` of an archive; it can be pickled, and is opened when first read."""
+    """The images `names` of an archive; can be pickled, and opens the archive when first read."""
 
     def __init__(self, path: Path, names: list[str], size: int) -> None:
         self.path, self.names, self.size = path, names, size
@@ -108,7 +108,7 @@ class _Faces:
             raise ValueError(f"{self.path} is not a whole zip file ({error}); get it again from {ORIGIN}") from error
 
     def check(self) -> None:
-        """ValueError when an image of the list is not in the archive."""
+        """Raise ValueError if an image of the list is not in the archive."""
         held = set(self._zip.namelist())
         if missing := [name for name in self.names if f"img_align_celeba/{name}" not in held]:
             raise ValueError(f"{self.path} has no img_align_celeba/{missing[0]} ({len(missing)} of the list missing)")

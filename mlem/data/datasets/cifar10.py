@@ -1,7 +1,7 @@
 """CIFAR-10 from the official python archive: 32x32 RGB photographs in ten classes (Krizhevsky, 2009).
 
-The archive holds pickles. They are read by an unpickler that knows bytes, numbers, lists and dicts, and three NumPy
-names for which it puts stand-ins of ours: nothing that a pickle names is ever imported or called.
+The archive holds pickles. They are read by an unpickler that knows bytes, numbers, lists and dicts, and replaces three
+NumPy names by our own stand-ins: nothing that a pickle names is ever imported or called.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ BATCHES = {"train": [f"data_batch_{n}" for n in range(1, 6)], "test": ["test_bat
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 SHAPE = (3, 32, 32)
 _FOLDER = "cifar-10-batches-py"
-_MAX_BYTES = 64 * 2**20  # of a batch; the official ones have 31 MB
+_MAX_BYTES = 64 * 2**20  # per batch; the official ones have 31 MB
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ class CIFAR10(DataSet):
     Args:
         source: cifar-10-python.tar.gz, or the folder that holds it
         split: train (50,000 images) or test (10,000)
-        download: fetch the archive first where it is missing (to data/cifar-10-python.tar.gz by default)
-        any_checksum: take another archive of the same format too
+        download: fetch the archive first if it is missing (to data/cifar-10-python.tar.gz by default)
+        any_checksum: accept another archive of the same format
     """
 
     source: str | None = None
@@ -99,7 +99,7 @@ def _members(path: Path, names: list[str]) -> dict[str, bytes]:
 def _batch(path: Path, name: str, batch: bytes) -> tuple[np.ndarray, np.ndarray]:
     """The images of a batch, (n, 32, 32, 3) uint8, from rows of 1024 red, 1024 green and 1024 blue values; labels (n,).
 
-    Raises ValueError for what is no batch.
+    Raises ValueError for anything else.
     """
     try:
         held = _Unpickler(io.BytesIO(batch), encoding="bytes").load()
@@ -108,12 +108,12 @@ def _batch(path: Path, name: str, batch: bytes) -> tuple[np.ndarray, np.ndarray]
         labels = np.array(held[b"labels"])
         Labels(CLASSES, lambda start, stop: labels).checked(0, len(values))
         return pixels, labels
-    except Exception as error:  # bytes that were made to be odd can raise anything
+    except Exception as error:  # hostile bytes can raise anything
         raise ValueError(f"{path}: {_FOLDER}/{name} is not a batch of CIFAR-10 ({error}); get it from {URL}") from error
 
 
 class _Array:
-    """Stands for `numpy.ndarray`: keeps the shape and the bytes that are to be its values."""
+    """Stands in for `numpy.ndarray`: keeps the shape and the bytes of its values."""
 
     shape: tuple[int, ...]
     values: bytes
@@ -125,14 +125,14 @@ class _Array:
 
 
 class _Kind:
-    """Stands for `numpy.dtype`, of which only uint8 is admitted."""
+    """Stands in for `numpy.dtype`; only uint8 is accepted."""
 
     def __init__(self, code: Any = None, *_: Any) -> None:
         if code not in ("u1", b"u1"):
             raise pickle.UnpicklingError(f"an array of {code!r}")
 
     def __setstate__(self, state: Any) -> None:
-        """What is there to know of byte order and padding is the same for every uint8."""
+        """Ignore byte order and padding, which are the same for every uint8."""
 
 
 def _array(*_: Any) -> _Array:
@@ -140,7 +140,7 @@ def _array(*_: Any) -> _Array:
 
 
 def _latin1(text: str, encoding: str) -> bytes:
-    """How Python 3 writes bytes in the official protocol, 2."""
+    """Bytes as Python 3 writes them in protocol 2, which the archive uses."""
     if encoding != "latin1":
         raise pickle.UnpicklingError(f"text encoded as {encoding!r}")
     return text.encode("latin1")

@@ -1,8 +1,8 @@
-"""Dead leaves: opaque disks falling on each other, the standard synthetic with natural-image statistics.
+"""Dead leaves: opaque disks falling on each other, a standard synthetic data set with natural-image statistics.
 
-Radii have density r^-3 between r_min and r_max, for which the picture is scale invariant (Lee, Mumford and Huang,
-"Occlusion models for natural images", 2001). We look from below: the first disk that covers a pixel colours it, so a
-leaf never has to be painted over. Any size, any number of images, no network.
+Radii have density r^-3 between r_min and r_max, which makes images scale invariant (Lee, Mumford and Huang, "Occlusion
+models for natural images", 2001). We look from below: the first disk that covers a pixel colours it, so no leaf has to
+be painted over. Any size, any number of images, no network access.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from mlem.data.sources import DataSet, Source
 __all__ = ["DeadLeaves", "dead_leaves", "nearest_disk", "power_law_radii"]
 
 _MAX_DISKS = 10_000_000  # about 1 GB
-_EXPECTED_GAPS = 0.01  # pixels an image that no disk reaches, on average; they show the ground, a leaf behind all
+_EXPECTED_GAPS = 0.01  # mean number of pixels per image that no disk reaches; they show the ground
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class DeadLeaves(DataSet):
     Images are (size, size, 3).
 
     Args:
-        size: pixels a side
+        size: pixels per side
         count: number of images
         seed: another seed gives other images
         r_min: smallest radius, in pixels
@@ -53,7 +53,7 @@ class DeadLeaves(DataSet):
             raise ValueError(f"radii must satisfy 0 < r_min < r_max, got r_min {r_min} and r_max {r_max}")
         if (disks := _disks(size, r_min, r_max)) > _MAX_DISKS:
             raise ValueError(
-                f"r_min {r_min} and r_max {r_max} need {disks:.0e} disks an image; raise r_min or lower r_max"
+                f"r_min {r_min} and r_max {r_max} need {disks:.0e} disks per image; raise r_min or lower r_max"
             )
 
     def build(self) -> Source:
@@ -70,24 +70,24 @@ class DeadLeaves(DataSet):
 
 
 def dead_leaves(start: int, stop: int, *, size: int, seed: int, r_min: float, r_max: float) -> np.ndarray:
-    """Images start .. stop-1, (stop - start, size, size, 3) uint8; image i depends on (seed, i) and the options only.
+    """Images start .. stop-1, (stop - start, size, size, 3) uint8; image i depends only on (seed, i) and the options.
 
     size, r_min, r_max: pixels.
     """
-    # key, not seed: each (seed, i) is a Philox stream of its own
+    # key, not seed: each (seed, i) has its own Philox stream
     generators = (np.random.Generator(np.random.Philox(key=np.array([seed, i], np.uint64))) for i in range(start, stop))
     return np.stack([_image(rng, size, r_min, r_max) for rng in generators])
 
 
 def power_law_radii(u: np.ndarray, r_min: float, r_max: float) -> np.ndarray:
-    """Radii with density proportional to r^-3 on [r_min, r_max] from uniform `u` in [0, 1), by the inverse law."""
+    """Radii with density proportional to r^-3 on [r_min, r_max] from uniform `u` in [0, 1), by inverting the CDF."""
     return (r_min**-2 - u * (r_min**-2 - r_max**-2)) ** -0.5
 
 
 def _image(rng: np.random.Generator, size: int, r_min: float, r_max: float) -> np.ndarray:
     """One image, (size, size, 3) uint8."""
     disks = _disks(size, r_min, r_max)
-    # centres reach r_max beyond the image, so that every pixel sees the same law
+    # centres reach r_max beyond the image, so that every pixel has the same distribution
     x, y = rng.random((2, disks)) * (size + 2 * r_max) - r_max
     r = power_law_radii(rng.random(disks), r_min, r_max)
     colours = (rng.random((disks + 1, 3)) * 256).astype(np.uint8)
@@ -95,14 +95,14 @@ def _image(rng: np.random.Generator, size: int, r_min: float, r_max: float) -> n
 
 
 def _disks(size: int, r_min: float, r_max: float) -> int:
-    """How many disks leave _EXPECTED_GAPS pixels uncovered: one covers a pixel with probability pi E[r^2] / side^2."""
+    """Disks that leave _EXPECTED_GAPS pixels uncovered: one covers a pixel with probability pi E[r^2] / side^2."""
     mean_square = 2 * math.log(r_max / r_min) / (r_min**-2 - r_max**-2)
     covers = math.pi * mean_square / (size + 2 * r_max) ** 2
     return math.ceil(math.log(size**2 / _EXPECTED_GAPS) / -math.log1p(-covers))
 
 
 def nearest_disk(x: np.ndarray, y: np.ndarray, r: np.ndarray, size: int) -> np.ndarray:
-    """The first disk that covers each pixel's centre, (size * size,) int64, row by row; -1 where there is none.
+    """The first disk that covers each pixel's centre, (size * size,) int64, row by row; -1 if there is none.
 
     Work grows with the area of the disks, not with disks x pixels: each disk is cut into rows, each row into pixels.
 
@@ -114,7 +114,7 @@ def nearest_disk(x: np.ndarray, y: np.ndarray, r: np.ndarray, size: int) -> np.n
     span, column = _runs(*_centres_within(x[disk], half, size))
     pixel = row[span] * size + column
     nearest = np.full(size * size, -1)
-    nearest[pixel[::-1]] = disk[span][::-1]  # of repeated pixels the last assignment stays: the first disk
+    nearest[pixel[::-1]] = disk[span][::-1]  # for repeated pixels the last assignment wins: the first disk
     return nearest
 
 

@@ -1,4 +1,4 @@
-"""The 1,797 real 8x8 grey digits that scikit-learn carries: no network needed."""
+"""The 1,797 real 8x8 grey digits that ship with scikit-learn: no network access needed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Any tree of PNG, JPEG and WebP files, cut to squares of one size."""
+"""Any tree of PNG, JPEG and WebP files, cropped to squares of one size."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ __all__ = ["Folder"]
 
 @dataclass(frozen=True)
 class Folder(DataSet):
-    """The PNG, JPEG and WebP images of a folder, any sizes, cut to squares and scaled, RGB.
+    """The PNG, JPEG and WebP images of a folder, any sizes, cropped to squares and scaled, RGB.
 
-    Images are (size, size, 3), in the order of their paths; other files, hidden ones and links are ignored. Where every
-    image lies in a sub-folder, the sub-folders at the top are the classes.
+    Images are (size, size, 3), in the order of their paths; other files, hidden ones and links are ignored. If every
+    image is in a subfolder, the top-level subfolders are the classes.
 
     Args:
-        source: the folder; it is searched with all folders in it
-        size: pixels a side
-        crop: cut the square in the middle; otherwise the image is stretched to a square
+        source: the folder, searched recursively
+        size: pixels per side
+        crop: crop the central square; otherwise stretch the image to a square
         filter: how images are scaled: box, bilinear, bicubic, lanczos
-        max_broken: share of broken images that may be left out, in [0, 1)
+        max_broken: largest share of broken images to leave out, in [0, 1)
     """
 
     source: str | None = None
@@ -66,13 +66,13 @@ class Folder(DataSet):
 
 def _open(root: Path, *, info: dict[str, Any], max_broken: float) -> Source:
     if not root.is_dir():
-        raise ValueError(f"{root} is not a folder; give the folder that holds the images")
+        raise ValueError(f"{root} is not a folder; name the folder that holds the images")
     sizes = picture_files(root)
     if not sizes:
         if links := _links(root):
             raise ValueError(
-                f"{root} holds no image of its own, but {links} link{'s' * (links != 1)}, and links are not followed: "
-                "copy the files, or name the folder that they lead to"
+                f"{root} holds no images, only {links} link{'s' * (links != 1)}, and links are not followed: "
+                "copy the files, or name the folder they point to"
             )
         raise ValueError(f"{root} holds no image: no file in it ends in .{', .'.join(SUFFIXES)}")
     listing = hashlib.sha256()
@@ -84,7 +84,7 @@ def _open(root: Path, *, info: dict[str, Any], max_broken: float) -> Source:
 
 
 def _labels(names: list[bytes]) -> Labels | None:
-    """The sub-folders at the top as classes, in the order of their names; none where an image lies at the top."""
+    """The top-level subfolders as classes, sorted by name; None if an image is at the top level."""
     folders = [name.partition(b"/")[0] for name in names if b"/" in name]
     if len(folders) < len(names):
         return None
@@ -93,7 +93,7 @@ def _labels(names: list[bytes]) -> Labels | None:
 
 
 def _links(root: Path) -> int:
-    """Links below `root` to folders, and to what is called like an image."""
+    """Number of links below `root` to folders or to files named like images."""
     found = (path for path in root.rglob("*") if path.is_symlink())
     return sum(
         path.is_dir() or path.name.lower().endswith(tuple(f".{suffix}" for suffix in SUFFIXES)) for path in found
@@ -105,7 +105,7 @@ def _images(root: Path, names: list[bytes], start: int, stop: int, *, size: int,
     for i, name in enumerate(names[start:stop], start=start):
         try:
             pixels.append(_image(root / os.fsdecode(name), size, crop, filter))
-        except Exception as error:  # hostile files bring Pillow to raise nearly anything
+        except Exception as error:  # hostile files make Pillow raise nearly anything
             why = error.strerror if isinstance(error, OSError) else error
             left_out[i] = f"{os.fsdecode(name)!r} {why}"
     return Partial(np.stack(pixels) if pixels else np.empty((0, size, size, 3), np.uint8), left_out)

@@ -1,4 +1,4 @@
-"""Latents of a data set that is prepared already, encoded once by an AutoencoderKL."""
+"""Latents of a prepared data set, encoded once by an AutoencoderKL."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ __all__ = ["Latents"]
 
 @dataclass(frozen=True)
 class Latents(DataSet):
-    """Latents of a data set that is prepared, encoded by an AutoencoderKL of diffusers.
+    """Latents of a prepared data set, encoded by an AutoencoderKL of diffusers.
 
-    Of each picture mean and deviation are kept, (2, C, h, w) float16, from which training draws.
+    Mean and standard deviation of each image are stored, (2, C, h, w) float16; training draws from them.
 
     Args:
         source: the folder of the prepared data set
@@ -56,7 +56,7 @@ def _open(decoder: Decoder | None, path: Path) -> Source:
     shards = Shards.open(path)
     about = shards.manifest
     if about.latents:
-        raise ValueError(f"{path} holds latents already; name the data set of pictures that they were made of")
+        raise ValueError(f"{path} already holds latents; name the image data set that they were made from")
     decoder.latent_shape(shards.shape)
     records = json.dumps([record.sha256 for record in about.shards])
     info = {"data": about.name, "data_options": about.info, "data_sha256": hashlib.sha256(records.encode()).hexdigest()}
@@ -70,10 +70,10 @@ def _labels(shards: Shards, start: int, stop: int) -> np.ndarray:
 
 
 def _latents(shards: Shards, decoder: Decoder, start: int, stop: int) -> np.ndarray:
-    """(stop - start, 2, C, h, w) float16: mean and deviation, not scaled."""
+    """(stop - start, 2, C, h, w) float16: mean and standard deviation, not scaled."""
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    # one by one: the last bits of a network's answer depend on the size of its batch
+    # one by one: the last bits of a network's output depend on the batch size
     parts = [decoder.encode(shards.images([i]).to(device)).cpu() for i in range(start, stop)]
     return torch.cat(parts).numpy().astype(np.float16)

@@ -1,1 +1,1 @@
-"""Shards: writing, verifying and reading a folder of WebDataset tar files and its manifest; the order of training."""
+"""Shards: writing, verifying and reading a folder of WebDataset tar files and its manifest; the training order."""

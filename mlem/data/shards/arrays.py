@@ -1,7 +1,7 @@
 """Latents inside shards: NumPy's own format, float16, without pickles.
 
-Rounding to float16 moves a value by at most 1/2048 of it, less than the 1/510 of their range by which pictures are
-rounded to 8 bits, and takes half the disk and reading of float32.
+Rounding to float16 changes a value by at most 1/2048 of itself, less than the 1/510 of the range by which 8-bit images
+are rounded, and halves disk space and reading time compared with float32.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ def array_bytes(array: np.ndarray) -> bytes:
 
 
 def array_of(data: bytes, shape: tuple[int, ...]) -> np.ndarray:
-    """What `array_bytes` wrote. ValueError says what is wrong, to be put after a name, before memory is taken."""
+    """The array written by `array_bytes`. ValueError, before memory is allocated, says what is wrong, after a name."""
     file = io.BytesIO(data)
     if npy.read_magic(file) != (1, 0):
-        raise ValueError("is of another version of .npy")
+        raise ValueError("has another version of .npy")
     found, fortran, dtype = npy.read_array_header_1_0(file)
     if (found, fortran, dtype.str) != (shape, False, "<f2"):
         raise ValueError(f"is {dtype} {found}, the manifest says float16 {shape}")
     values = data[file.tell() :]
     if len(values) != 2 * int(np.prod(shape)):
-        raise ValueError(f"holds {len(values)} bytes of numbers, {2 * int(np.prod(shape))} are due")
-    array = np.frombuffer(values, dtype="<f2").reshape(shape).astype(np.float16)  # a copy, which may be written to
+        raise ValueError(f"holds {len(values)} bytes of numbers, expected {2 * int(np.prod(shape))}")
+    array = np.frombuffer(values, dtype="<f2").reshape(shape).astype(np.float16)  # a copy, which is writable
     if not np.isfinite(array).all():
         raise ValueError("holds NaN or infinity")
     return array

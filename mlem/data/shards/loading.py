@@ -1,8 +1,8 @@
-"""Batches for training and validation, keyed by batch number: nothing has to be stored to resume exactly.
+"""Batches for training and validation, keyed by batch number: resuming exactly needs no stored state.
 
-Why random access into WebDataset shards, and not `ResampledShards`: that draws shards with replacement (some images
-twice an epoch, some never), and its order depends on the number of workers and ranks, so a resumed run sees other
-data. Here the images of batch b are a pure function of (seed, b): every key comes exactly once a pass, and resuming
+Why random access into WebDataset shards instead of `ResampledShards`: that draws shards with replacement (some images
+twice per epoch, some never), and its order depends on the number of workers and ranks, so a resumed run sees other
+data. Here the images of batch b are a pure function of (seed, b): every key comes exactly once per pass, and resuming
 at batch b costs nothing.
 """
 
@@ -23,25 +23,25 @@ from mlem.data.shards.reading import Shards
 __all__ = ["Batch", "BatchSource", "held_out_batches", "train_loader"]
 
 Batch = dict[str, Tensor]
-"""What training reads at once; see `BatchSource`."""
+"""One batch; see `BatchSource`."""
 
 
 class BatchSource(IterableDataset[Batch]):
     """Whole batches number `start`, `start + 1`, ... up to `stop` (endless when None), for one rank.
 
     Batch b consists of the positions [b * batch_size, (b + 1) * batch_size) of an endless sequence of passes over
-    `indices`, each pass in a fresh order drawn from (seed, pass). Rank r gets the r-th of `world_size` equal slices
-    of it, so the global batch is the same for every world size. Use under `train_loader`; worker w of W yields the
-    batches with (b - start) % W == w, so the order does not depend on the number of workers.
+    `indices`, each pass in a fresh order drawn from (seed, pass). Rank r gets the r-th of `world_size` equal slices,
+    so the global batch is the same for every world size. Use with `train_loader`; worker w of W yields the batches
+    with (b - start) % W == w, so the order does not depend on the number of workers.
 
     A batch is {"image": (n, C, H, W) float32 in [-1, 1] or latents, "index": (n,) int64, the data set index,
     "position": (n,) int64, the place in the endless sequence}, n = batch_size / world_size; and "label": (n,) int64
-    where images have labels. No two images of a run share a position: key noise by it.
+    if images have labels. No two images of a run share a position: use it to key noise.
 
     Args:
         shards: the data set.
         indices: (N,), distinct images of it.
-        batch_size: images in a batch, all ranks together; a multiple of world_size.
+        batch_size: images per batch, over all ranks; a multiple of world_size.
         seed: of the orders.
         rank: of this process, in [0, world_size).
         world_size: number of ranks.
@@ -79,7 +79,7 @@ class BatchSource(IterableDataset[Batch]):
 
     def __len__(self) -> int:
         if self.stop is None:
-            raise TypeError("an endless BatchSource has no length; give it a stop")
+            raise TypeError("an endless BatchSource has no length; pass stop=")
         return self.stop - self.start
 
     def __iter__(self) -> Iterator[Batch]:
@@ -102,7 +102,7 @@ class BatchSource(IterableDataset[Batch]):
         return _batch(self.shards, index, positions, self.seed)
 
     def _order(self, number: int) -> np.ndarray:
-        """The order of pass `number`; the last one used is kept, since batches ask for the same one again."""
+        """The order of pass `number`; the last one is cached, since batches use it repeatedly."""
         if self._pass is None or self._pass[0] != number:
             order = pass_order(self.indices, self.shards.shard_of, seed=self.seed, number=number)
             self._pass = (number, order)
@@ -114,7 +114,7 @@ def train_loader(source: BatchSource, workers: int = 0) -> DataLoader[Batch]:
 
     Args:
         source: of the batches.
-        workers: processes that read ahead; 0: this one reads.
+        workers: processes that read ahead; 0: read in this process.
 
     Raises:
         ValueError: workers is negative.
@@ -129,14 +129,14 @@ def held_out_batches(
 ) -> DataLoader[Batch]:
     """Load images for validation: rank r reads indices[r::world_size] in order, without padding.
 
-    Over all ranks every index comes exactly once; the last batch may be short, and ranks may differ by one image,
-    so gather at the end and not at each batch. "position" is the place in `indices`. With Lightning, give
-    `use_distributed_sampler=False`: the division over ranks is already made.
+    Over all ranks every index comes exactly once; the last batch may be short, and ranks may differ by one image, so
+    gather at the end, not per batch. "position" is the place in `indices`. With Lightning, set
+    `use_distributed_sampler=False`: the images are already split over ranks.
 
     Args:
         shards: the data set.
         indices: (N,), distinct images of it.
-        batch_size: images in a batch of this rank.
+        batch_size: images per batch of this rank.
         rank: of this process, in [0, world_size).
         world_size: number of ranks.
 
@@ -150,7 +150,7 @@ def held_out_batches(
     if batch_size < 1:
         raise ValueError(f"batch_size must be >= 1, got {batch_size}")
     if len(indices) < world_size:
-        raise ValueError(f"{len(indices)} held-out images cannot be shared by {world_size} ranks; hold out more")
+        raise ValueError(f"{len(indices)} held-out images cannot be split over {world_size} ranks; hold out more")
     return _loader(_HeldOut(shards, indices, np.arange(rank, len(indices), world_size), batch_size), workers=0)
 
 
@@ -163,20 +163,20 @@ class _HeldOut(Dataset[Batch]):
 
     def __getitem__(self, number: int) -> Batch:
         if not 0 <= number < len(self):
-            raise IndexError(f"held-out batch {number} asked for; there are {len(self)}")
+            raise IndexError(f"held-out batch {number} is out of range; there are {len(self)}")
         positions = self.positions[number * self.batch_size : (number + 1) * self.batch_size]
         return _batch(self.shards, self.indices[positions], positions)
 
 
 def _batch(shards: Shards, index: np.ndarray, positions: np.ndarray, seed: int | None = None) -> Batch:
-    """seed: of the draws of latents at these positions; None: those that stay."""
+    """seed: of the draws of latents at these positions; None: the fixed draws."""
     images = shards.images(index) if seed is None else shards.images(index, positions, seed)
     batch = {"image": images, "index": torch.from_numpy(index), "position": torch.tensor(positions)}
     return batch | {"label": shards.labels(index)} if shards.classes else batch
 
 
 def _loader(batches: Dataset[Batch], workers: int) -> DataLoader[Batch]:
-    # a generator of its own: otherwise each pass over a loader draws from the global one
+    # its own generator: otherwise each pass over a loader draws from the global one
     generator = torch.Generator()
     pin_memory = torch.cuda.is_available()
     return DataLoader(
@@ -190,7 +190,7 @@ def _loader(batches: Dataset[Batch], workers: int) -> DataLoader[Batch]:
 
 
 def _begin_worker(worker: int) -> None:
-    """Ctrl-C is for the parent, which needs its workers until it has saved; they end with it, however it ends."""
+    """Leave Ctrl-C to the parent, which needs its workers until it has saved; they end with it."""
     end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 

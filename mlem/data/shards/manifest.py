@@ -1,6 +1,6 @@
-"""What a prepared data set is: a folder of tar shards and a manifest that says what each shard must hold.
+"""A prepared data set: a folder of tar shards and a manifest of what each shard must hold.
 
-Lives here: the manifest and the check of folder names. Reading shards is `reading.py`, making them `writing.py`.
+Here are the manifest and the check of folder names. `reading.py` reads shards, `writing.py` makes them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ __all__ = ["MANIFEST", "UNFINISHED", "Manifest", "ShardRecord", "plain_folder", 
 
 _FORMAT = 1
 MANIFEST = "manifest.json"
-UNFINISHED = "manifest.unfinished.json"  # the manifest so far, while a preparation runs or after it was interrupted
+UNFINISHED = "manifest.unfinished.json"  # the manifest so far, during preparation or after an interruption
 
 
 @dataclass(frozen=True)
@@ -33,18 +33,18 @@ class ShardRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a prepared data set holds.
+    """The contents of a prepared data set.
 
     Args:
         name: of the data set.
         shape: (C, H, W) of every image.
-        info: what decides the pixels.
+        info: everything that determines the pixels.
         count: number of images.
-        shard_size: images of the source in a shard.
-        shards: those that are finished.
-        left_out: key -> file and fault of each image of the source that could not be read; not in `count`.
-        classes: names of the classes, where every image has a label.
-        latents: `scaling_factor` and `shift_factor` of latents, as `Level.latents` has them; empty for pictures.
+        shard_size: source images per shard.
+        shards: the finished ones.
+        left_out: key -> file and fault of each unreadable source image; not in `count`.
+        classes: names of the classes, if every image has a label.
+        latents: `scaling_factor` and `shift_factor` of latents, as in `Level.latents`; empty for images.
     """
 
     name: str
@@ -59,18 +59,18 @@ class Manifest:
 
     @property
     def total(self) -> int:
-        """Number of images of the source, those left out among them."""
+        """Number of source images, including those left out."""
         return self.count + len(self.left_out)
 
     def write(self, path: Path) -> None:
-        """Write to `path` atomically; without labels and of pictures, the same bytes as before there was more."""
+        """Write to `path` atomically; for images without labels, the same bytes as in older versions."""
         plain = {"format": _FORMAT, **asdict(self)}
         later = ("classes", "latents")
         write_json(path, {key: value for key, value in plain.items() if value or key not in later})
 
     @classmethod
     def read(cls, path: Path) -> Manifest:
-        """Read and check `path`. ValueError names the file and what is wrong with it."""
+        """Read and check `path`. ValueError names the file and the problem."""
         value = read_json(path)
         if not isinstance(value, dict) or value.get("format") != _FORMAT:
             found = value.get("format") if isinstance(value, dict) else type(value).__name__
@@ -96,24 +96,24 @@ class Manifest:
         for key in left_out:
             if not re.fullmatch(r"[0-9]{8,}", key) or int(key) >= manifest.total:
                 raise ValueError(
-                    f"{path}: left_out names {key!r}, no image of {manifest.total}; restore the file, or delete the "
+                    f"{path}: left_out names {key!r}, none of the {manifest.total} images; restore it, or delete the "
                     "folder and prepare the data set again"
                 )
         if channels not in (1, 3) and not latents:
-            raise ValueError(f"{path}: shape has {channels} channels; grey (1) and RGB (3) images are read")
+            raise ValueError(f"{path}: shape has {channels} channels; only grey (1) and RGB (3) images are supported")
         return manifest
 
 
 def same_data(folder: Path, found: Manifest, wanted: Manifest, *, shard_size: bool) -> None:
-    """Refuse a folder that holds other data.
+    """Reject a folder that holds other data.
 
-    A folder of images without labels is the same data as one with them: it was prepared before labels were kept.
+    Images without labels count as the same data as with labels: older versions did not store labels.
 
     Args:
         folder: named in the error.
         found: the manifest in it.
         wanted: what it should hold.
-        shard_size: whether to compare the division into shards too, which does not change the data.
+        shard_size: whether to also compare the shard size, which does not change the data.
 
     Raises:
         ValueError: names each difference, both sides.
@@ -126,12 +126,12 @@ def same_data(folder: Path, found: Manifest, wanted: Manifest, *, shard_size: bo
     there, here = (json.loads(json.dumps(side)) for side in sides)
     names = [key for key in {**there, **here} if there.get(key) != here.get(key)]
     if names:
-        differences = ", ".join(f"{key} is {there.get(key)!r}, asked for {here.get(key)!r}" for key in names)
+        differences = ", ".join(f"{key} is {there.get(key)!r}, requested {here.get(key)!r}" for key in names)
         raise ValueError(f"{folder} holds other data: {differences}; choose another folder or delete this one")
 
 
 def plain_folder(folder: str | os.PathLike[str]) -> Path:
-    """The path `folder`, refused if it reads as an address: webdataset runs `pipe:` addresses in a shell."""
+    """The path `folder`, rejected if it is a URL: webdataset runs `pipe:` URLs in a shell."""
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", os.fspath(folder)):
-        raise ValueError(f"folder {os.fspath(folder)!r} is an address, not a folder; give a path (./a:b for odd names)")
+        raise ValueError(f"folder {os.fspath(folder)!r} is a URL, not a folder; pass a path (./a:b for odd names)")
     return Path(folder)

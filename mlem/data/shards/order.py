@@ -1,4 +1,4 @@
-"""Which image comes when: the held-out split and the order of each training pass, as pure functions of their seeds."""
+"""The order of images: the held-out split and the order of each training pass, as pure functions of their seeds."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import numpy as np
 
 __all__ = ["GROUP", "pass_order", "permutation", "random_words", "split"]
 
-GROUP = 8  # shards shuffled together: a window of this many files is read at a time
+GROUP = 8  # shards shuffled together: this many files are read at a time
 _SPLIT, _SHARDS, _IMAGES = range(3)  # purposes, so that no two uses share random words
 
 
 def random_words(count: int, *key: int) -> np.ndarray:
     """(count,) uint64 words, a pure function of `key`.
 
-    Raw Philox words: NumPy promises their stability across versions, and not that of `Generator.permutation`.
+    Raw Philox words: NumPy guarantees their stability across versions, unlike `Generator.permutation`.
     """
     return np.random.Philox(np.random.SeedSequence(key)).random_raw(count)
 
@@ -24,7 +24,7 @@ def permutation(count: int, *key: int) -> np.ndarray:
 
 
 def split(count: int, held_out: int) -> tuple[np.ndarray, np.ndarray]:
-    """Sorted (training, held-out) indices of a data set of `count` images; they depend on these two numbers only.
+    """Sorted (training, held-out) indices of a data set of `count` images; they depend only on these two numbers.
 
     A larger `held_out` holds out a superset. ValueError unless 0 <= held_out < count.
     """

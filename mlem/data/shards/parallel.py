@@ -1,4 +1,4 @@
-"""Work shared by processes, its results in the order of the tasks."""
+"""Work split over processes, with results in the order of the tasks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["end_with_parent", "in_order"]
 
 _Result = TypeVar("_Result")
 
-_AHEAD = 2  # tasks for each process that are under way or done before they are needed
+_AHEAD = 2  # tasks per process that are running, or done before they are needed
 _function: Callable[..., Any]
 
 
@@ -29,9 +29,9 @@ def in_order(
     Close the iterator to end the processes; they also end when this one is killed.
 
     Args:
-        function: pickled once for each process.
+        function: pickled once per process.
         tasks: the arguments of each call, pickled.
-        workers: processes that work; 1: this one alone.
+        workers: number of processes; 1: only this one.
 
     Raises:
         ValueError: a process was killed.
@@ -41,7 +41,7 @@ def in_order(
         return
     waiting = iter(tasks)
     ahead: deque[Future[_Result]] = deque()
-    # spawn: a fork would share locks that are held and threads that are running
+    # spawn: a fork would inherit held locks and running threads
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=(function,)) as pool:
         try:
@@ -60,7 +60,7 @@ def in_order(
 
 
 def _submit(pool: ProcessPoolExecutor, task: tuple[Any, ...]) -> Future[Any]:
-    # a process that starts here inherits the mask: Ctrl-C is for the parent alone
+    # a process started here inherits the mask: only the parent handles Ctrl-C
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         return pool.submit(_work, task)
@@ -75,9 +75,9 @@ def _begin(function: Callable[..., Any]) -> None:
 
 
 def end_with_parent() -> None:
-    """End this process, of multiprocessing, when the one that started it dies, whatever it waits for then.
+    """End this multiprocessing child when its parent dies, whatever it is waiting for.
 
-    A process that is killed in between may hold a lock that its processes ask for: they would wait for ever.
+    A killed parent may hold a lock that its children need: they would wait forever.
     """
     parent = multiprocessing.parent_process()
     assert parent is not None

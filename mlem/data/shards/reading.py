@@ -1,9 +1,9 @@
-"""Reading a prepared data set: every shard is verified before the first image is used, then read at random.
+"""Reading a prepared data set: every shard is verified before the first image is used, then read by random access.
 
-Plain sequential tar reading ends cleanly at about a third of all cut points, so a damaged shard gives a silently
-short epoch. Here bytes, SHA-256 and count are compared with the manifest first, and nothing is ever unpacked or
-unpickled: members are pixels, or latents (`.npy`, float16) where the manifest is of latents, labels (`.cls`, a whole
-number as text) where it names classes, or small side files that are left alone.
+Plain sequential tar reading ends cleanly at about a third of all truncation points, so a damaged shard would silently
+shorten the epoch. Here bytes, SHA-256 and count are compared with the manifest first, and nothing is ever unpacked or
+unpickled: members are pixels, or latents (`.npy`, float16) if the manifest says so, labels (`.cls`, a whole number as
+text) if it names classes, or small side files that are ignored.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from mlem.noise import NoiseStream
 __all__ = ["SUFFIXES", "Shards", "decode"]
 
 SUFFIXES = (*IMAGE_SUFFIXES, "json", "txt", "cls")
-_INDEX = ".index.npz"  # what a verification found, with the sizes and times of the files it saw
+_INDEX = ".index.npz"  # result of a verification, with the sizes and times of the files
 _OPEN_FILES = 32
 _LABEL_BYTES = 16
 _REMEDY = "prepare the data set again: only damaged shards are remade"
@@ -44,7 +44,7 @@ _REMEDY = "prepare the data set again: only damaged shards are remade"
 class Shards:
     """A verified data set with random access; make one with `Shards.open`.
 
-    It can be pickled and forked: files are opened when first read, and read by position.
+    Can be pickled and forked: files are opened on first use and read by position.
     """
 
     def __init__(self, folder: Path, manifest: Manifest, index: dict[str, np.ndarray]) -> None:
@@ -60,10 +60,10 @@ class Shards:
         """Open the data set in `folder`, which must be a plain path.
 
         Each shard's bytes, SHA-256 and count are compared with the manifest, and its members with the rules in
-        `_scan`. A successful verification is remembered beside the shards (where that can be written) until
-        a shard's size, time or checksum changes. `verify=False` leaves out the checksums only.
+        `_scan`. A successful verification is cached beside the shards (if writable) until a shard's size, time or
+        checksum changes. `verify=False` only skips the checksums.
 
-        Raises FileNotFoundError when there is no data set or a shard is missing, ValueError when one is damaged.
+        Raises FileNotFoundError if there is no data set or a shard is missing, ValueError if one is damaged.
         """
         folder = plain_folder(folder)
         if not (folder / MANIFEST).is_file():
@@ -95,11 +95,11 @@ class Shards:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Names of the classes, one for each label; none where images have no labels."""
+        """Names of the classes, one per label; empty if images have no labels."""
         return self.manifest.classes
 
     def labels(self, indices: Iterable[int]) -> Tensor:
-        """The labels at `indices`, (n,) int64 in [0, len(classes)). ValueError where images have none."""
+        """The labels at `indices`, (n,) int64 in [0, len(classes)). ValueError if images have none."""
         if not self.classes:
             raise ValueError(f"the images of {self.folder} have no labels")
         return torch.from_numpy(self._index["labels"][np.asarray([*indices], dtype=np.int64)])
@@ -111,7 +111,7 @@ class Shards:
     def read(self, i: int) -> Tensor:
         """Image `i`, (C, H, W) uint8 in [0, 255]. ValueError names the shard and the key of a broken image.
 
-        Of latents, mean and deviation before they are scaled: (2, C, H, W) float16.
+        For latents, mean and standard deviation, unscaled: (2, C, H, W) float16.
         """
         stored = torch.from_numpy(self._stored(i))
         return stored if self.manifest.latents else stored.permute(2, 0, 1).contiguous()
@@ -119,8 +119,8 @@ class Shards:
     def images(self, indices: Iterable[int], positions: Iterable[int] | None = None, seed: int = 0) -> Tensor:
         """The images at `indices`, (n, C, H, W) float32 in [-1, 1]: x / 127.5 - 1.
 
-        Of latents, `(mean + deviation * noise - shift_factor) * scaling_factor`, with noise keyed by seed and position
-        in training; by default one draw of each, the same for ever.
+        For latents, `(mean + deviation * noise - shift_factor) * scaling_factor`, with noise keyed by seed and position
+        in training; by default one fixed draw each.
         """
         indices = [int(i) for i in indices]
         stored = torch.from_numpy(np.stack([self._stored(i) for i in indices]))
@@ -133,7 +133,7 @@ class Shards:
 
     @cached_property
     def decoder(self) -> Decoder | None:
-        """Of latents, what makes pictures of them; None where images are pictures."""
+        """The decoder of latents; None for images."""
         return Decoder.beside(self.folder, self.manifest.info["decoder"]) if self.manifest.latents else None
 
     def split(self, held_out: int) -> tuple[np.ndarray, np.ndarray]:
@@ -154,7 +154,7 @@ class Shards:
     def _stored(self, i: int) -> np.ndarray:
         """Image `i`, (H, W, C) uint8; of latents, (2, C, H, W) float16."""
         if not 0 <= i < len(self):
-            raise IndexError(f"image {i} of {self.folder} asked for; it holds images 0 to {len(self) - 1}")
+            raise IndexError(f"{self.folder} has no image {i}; it holds images 0 to {len(self) - 1}")
         shard = int(self.shard_of[i])
         data = os.pread(self._file(shard), int(self._index["sizes"][i]), int(self._index["offsets"][i]))
         try:
@@ -164,7 +164,7 @@ class Shards:
             raise ValueError(f"{path}: image {self.key(i)!r} {error}; {_REMEDY}") from error
 
     def _file(self, shard: int) -> int:
-        """A descriptor of shard number `shard`. Only used by position, so it may be shared with a forked worker."""
+        """A descriptor of shard number `shard`. Only read by position, so a forked worker may share it."""
         if shard not in self._files:
             if len(self._files) >= _OPEN_FILES:
                 os.close(self._files.pop(next(iter(self._files))))
@@ -175,7 +175,7 @@ class Shards:
 def decode(data: bytes, shape: tuple[int, int, int]) -> np.ndarray:
     """PNG, JPEG or WebP bytes of an 8-bit grey or RGB image of `shape` (C, H, W), as (H, W, C) uint8.
 
-    The header is judged before any pixel is unpacked. ValueError says what is wrong, to be put after a name.
+    The header is checked before any pixel is decoded. ValueError says what is wrong, to follow a name.
     """
     channels, height, width = shape
     mode = "L" if channels == 1 else "RGB"
@@ -187,7 +187,7 @@ def decode(data: bytes, shape: tuple[int, int, int]) -> np.ndarray:
 
 
 def _stamp(folder: Path, record: ShardRecord) -> list[Any]:
-    """What a verification of a shard depends on; it changes when the file is touched or the manifest is."""
+    """The state that a verification depends on; changes with the file or the manifest."""
     try:
         stat = (folder / record.file).stat()
     except FileNotFoundError:
@@ -204,7 +204,7 @@ def _verify(path: Path, record: ShardRecord) -> None:
 
 
 def _build_index(folder: Path, manifest: Manifest) -> dict[str, np.ndarray]:
-    """`keys` (N,) strings, `offsets` and `sizes` (N,) int64: where each image lies inside its shard; `labels` (N,).
+    """`keys` (N,) strings, `offsets` and `sizes` (N,) int64: the place of each image in its shard; `labels` (N,).
 
     Without classes there are no labels, (0,).
     """
@@ -229,7 +229,7 @@ def _build_index(folder: Path, manifest: Manifest) -> dict[str, np.ndarray]:
 
 
 def _labels(path: Path, samples: dict[str, dict[str, tuple[int, int]]], classes: int) -> list[int]:
-    """The label of each image of a shard. ValueError for one that is missing, no whole number, or of no class."""
+    """The label of each image of a shard. ValueError if one is missing, not a whole number, or of no class."""
     found: list[int] = []
     with open(path, "rb") as file:
         for key, places in samples.items():
@@ -249,9 +249,9 @@ def _labels(path: Path, samples: dict[str, dict[str, tuple[int, int]]], classes:
 def _scan(path: Path, images: tuple[str, ...] = IMAGE_SUFFIXES) -> dict[str, dict[str, tuple[int, int]]]:
     """Read a shard's headers: key -> kind of a member -> its (offset, size), in the order of the file.
 
-    images: the suffixes of an image. Refused, with shard and key: members that are no plain files or lead outside,
-    other suffixes that are not in SUFFIXES (pickles among them), a key that is repeated or interleaved with others,
-    members missing from one sample and not others.
+    images: the suffixes of an image. Rejected, naming shard and key: members that are not plain files or lead outside,
+    suffixes not in SUFFIXES (such as pickles), a key that is repeated or interleaved with others, members that only
+    some samples have.
     """
     samples: dict[str, dict[str, tuple[int, int]]] = {}
     current = None
@@ -288,7 +288,7 @@ def _key_and_kind(path: Path, member: tarfile.TarInfo, images: tuple[str, ...]) 
 
 
 def _remembered(folder: Path, stamp: str) -> dict[str, np.ndarray] | None:
-    """The index of the last verification, if it was of these very files."""
+    """The index of the last verification, if it was for exactly these files."""
     try:
         with open(folder / _INDEX, "rb") as file, np.load(file, allow_pickle=False) as saved:
             index = {name: saved[name] for name in ("keys", "offsets", "sizes", "labels")}

@@ -1,7 +1,7 @@
-"""Preparing a data set: images in chunks -> WebDataset tar shards and a manifest, resumable, the same to the byte.
+"""Preparing a data set: images in chunks -> WebDataset tar shards and a manifest, resumable, reproducible bytewise.
 
-A shard appears whole or not at all; the manifest comes last. The images come from a function of the index range, so
-shards that are already there are not made again, and memory does not grow with the data set.
+A shard appears whole or not at all; the manifest comes last. Images come from a function of the index range, so
+existing shards are not made again, and memory does not grow with the data set.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ if TYPE_CHECKING:
 
 __all__ = ["write_shards"]
 
-_CHUNK = 64  # images asked from the source at a time
-_MOST = 10**8  # images; the plan of the work is in memory
-_CHUNK_BYTES = 4 * 2**20  # .. unless their pixels are more
+_CHUNK = 64  # images taken from the source at once
+_MOST = 10**8  # images; the list of chunks is in memory
+_CHUNK_BYTES = 4 * 2**20  # limit on the pixels of a chunk
 
 _Encoded = tuple[dict[str, bytes], dict[str, str]]
-"""PNGs, or arrays, by key; file and fault, by key, of what is left out."""
+"""PNGs, or arrays, by key; file and fault, by key, of images left out."""
 
 
 def write_shards(
@@ -63,24 +63,23 @@ def write_shards(
 ) -> int:
     """Write images 0 .. total-1 into `folder` as shards; return how many had to be made.
 
-    Whole shards that are already there are kept, so an interrupted call goes on and a damaged shard is remade; so is,
-    which is said, a shard that was written without its labels. The bytes depend neither on interruptions nor on the
-    number of processes.
+    Complete existing shards are kept, so an interrupted call continues; damaged shards, and (with a message) shards
+    written without their labels, are remade. The bytes depend neither on interruptions nor on the number of processes.
 
     Args:
         folder: to write; one call at a time.
-        images: as `Source` has them.
+        images: as in `Source`.
         name: of the data set.
-        info: what decides the pixels; a folder that holds other data is refused.
+        info: everything that determines the pixels; a folder with other data is rejected.
         total: number of images.
-        shard_size: images in a shard.
+        shard_size: images per shard.
         shape: (C, H, W); None: that of image 0.
         labels: the classes of all images; None: they have no labels.
-        tolerance: how many images may be unreadable; they are left out and named in the manifest.
-        decoder: of latents, which is kept beside them; None: they are pictures.
+        tolerance: how many images may be unreadable; they are left out and listed in the manifest.
+        decoder: of latents, stored beside them; None: for images.
         workers: processes that call `images`.
         progress: whether to show a bar.
-        wait: whether to wait for another call on this folder, instead of being refused.
+        wait: whether to wait for another call on this folder instead of failing.
 
     Raises:
         ValueError: the folder holds other data or is in use, an option is out of range, or too many images cannot be
@@ -128,7 +127,7 @@ def _key(i: int) -> str:
 
 
 def _chunks(start: int, manifest: Manifest) -> list[tuple[int, int]]:
-    """The shard that begins with image `start` in ranges (first, last + 1) that are encoded at a time."""
+    """The shard that begins with image `start`, in ranges (first, last + 1) that are encoded at once."""
     step = min(_CHUNK, max(1, _CHUNK_BYTES // int(np.prod(manifest.shape))))
     stop = min(start + manifest.shard_size, manifest.total)
     return [(first, min(first + step, stop)) for first in range(start, stop, step)]
@@ -137,9 +136,9 @@ def _chunks(start: int, manifest: Manifest) -> list[tuple[int, int]]:
 def _finished(folder: Path, wanted: Manifest) -> Manifest:
     """`wanted` with the shards in `folder` that can be kept; starts the unfinished manifest if there is none.
 
-    Shards without the labels that are wanted are not kept: their manifests are taken away, and it is said.
+    Shards without the wanted labels are not kept: their manifests are removed, with a message.
     """
-    for leftover in folder.glob(".*.tmp"):  # of a killed preparation
+    for leftover in folder.glob(".*.tmp"):  # left by a killed preparation
         leftover.unlink()
     records: dict[str, ShardRecord] = {}
     left_out: dict[str, str] = {}
@@ -150,7 +149,7 @@ def _finished(folder: Path, wanted: Manifest) -> Manifest:
         found = Manifest.read(path)
         same_data(folder, found, wanted, shard_size=True)
         if found.classes != wanted.classes:
-            print(f"{folder} was prepared without labels: its shards are made again, with them", file=sys.stderr)
+            print(f"{folder} was prepared without labels: its shards are made again, with labels", file=sys.stderr)
             path.unlink()
             started.remove(path)
             continue
@@ -205,19 +204,19 @@ def _write_shard(
 
 
 def _members(labels: Labels, start: int, stop: int) -> dict[str, dict[str, bytes]]:
-    """Key -> the member that holds the label of an image, as WebDataset names it."""
+    """Key -> the member with the label of an image, named as in WebDataset."""
     values = labels.checked(start, stop)
     return {_key(i): {"cls": b"%d" % value} for i, value in enumerate(values, start)}
 
 
 def _tolerate(state: Manifest, tolerance: int) -> None:
-    """Raise ValueError when more than `tolerance` images had to be left out."""
+    """Raise ValueError if more than `tolerance` images had to be left out."""
     if (broken := len(state.left_out)) > tolerance:
         named = "; ".join(list(state.left_out.values())[:3])
         more = f"; and {broken - 3} more" if broken > 3 else ""
         raise ValueError(
-            f"{broken} broken of {state.total} images, {tolerance} allowed: {named}{more}; repair or remove what is "
-            "broken, or allow a share of it with --max-broken"
+            f"{broken} broken of {state.total} images, {tolerance} allowed: {named}{more}; repair or remove them, "
+            "or allow a share with --max-broken"
         )
 
 
@@ -251,7 +250,7 @@ def _png(pixels: np.ndarray) -> bytes:
 
 @contextmanager
 def _lock(folder: Path, wait: bool) -> Generator[None, None, None]:
-    """Hold the folder's preparation lock; the system frees it however the process ends."""
+    """Hold the folder's preparation lock; the system releases it however the process ends."""
     with writing(folder / ".lock"):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ".lock").touch()
@@ -270,7 +269,7 @@ class _SpeedColumn(ProgressColumn):
 
 @contextmanager
 def _bar(name: str, total: int, done: int, shown: bool) -> Generator[Callable[[int], None], None, None]:
-    """A progress bar on stderr; gives the function that advances it by a number of images."""
+    """A progress bar on stderr; yields the function that advances it by a number of images."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _SpeedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), disable=not shown) as bar:
         task = bar.add_task(name, total=total, completed=done)

@@ -1,4 +1,4 @@
-"""Pipelines of diffusers whose network is one of several levels."""
+"""diffusers pipelines accelerated by smaller networks."""
 
 from mlem.interop.pipelines.acceleration import Acceleration, accelerate, restore
 

@@ -1,4 +1,4 @@
-"""`mlem.accelerate`: a pipeline of diffusers whose network is one of several levels."""
+"""`mlem.accelerate`: a diffusers pipeline accelerated by smaller networks."""
 
 from __future__ import annotations
 
@@ -48,25 +48,25 @@ def accelerate(
     cache: str | os.PathLike[str] | None = None,
     offload: bool = False,
 ) -> Acceleration:
-    """Let smaller networks make most evaluations of a pipeline of diffusers: the large network's own pictures, sooner.
+    """Let smaller networks make most evaluations of a diffusers pipeline: nearly the same images, faster.
 
-    Its `unet` or `transformer` is replaced, nothing else, until `restore(pipe)` or the end of a `with` block. A plan is
-    made for the steps of each call. At the first, the networks are calibrated: told what the pipeline tells them then,
-    in trajectories from other noise.
+    Only its `unet` or `transformer` is replaced, until `restore(pipe)` or the end of a `with` block. A plan is made for
+    the steps of each call. At the first, the networks are calibrated with the conditions of that call, on trajectories
+    from other noise.
 
     Args:
         pipe: a pipeline in memory, on its device.
-        small: one network, or several, cheapest first: modules of diffusers, levels, or folders of either; of the same
-            latents, trained on the same noise, of the same prediction.
-        budget: share of the seconds that the large network alone takes in as many steps.
-        plan: instead: what `family.plan` gives, or a plan with a row for each step.
-        inputs: the pipeline's arguments to calibrate with now, such as {"prompt": [..]}; None: those of the first call.
+        small: one network, or several, cheapest first: diffusers modules, levels, or folders of either; for the same
+            latents, with the same noise schedule and prediction.
+        budget: share of the seconds of the large network alone in as many steps.
+        plan: instead of budget: a specification from `family.plan`, or a plan with one row per step.
+        inputs: pipeline arguments to calibrate with now, such as {"prompt": [..]}; None: those of the first call.
         images, times: of the calibration; see `mlem.multilevel.calibrate`.
-        cache: folder where calibrations are kept; by default ~/.cache/mlem.
-        offload: the large network's weights wait in the CPU's memory while it is not called.
+        cache: folder of saved calibrations; by default ~/.cache/mlem.
+        offload: keep the large network's weights in CPU memory while it is not called.
 
     Raises:
-        ValueError: the pipeline or a network does not fit; it names both.
+        ValueError: the pipeline or a network does not fit; names both.
     """
     return Acceleration(
         pipe,
@@ -80,7 +80,7 @@ def accelerate(
 
 
 def restore(pipe: Any) -> None:
-    """Give a pipeline its own network back. Raises ValueError where it was not accelerated."""
+    """Give a pipeline its own network back. Raises ValueError if it is not accelerated."""
     for name in PLACES:
         network = vars(pipe).get(name)
         if isinstance(network, MultilevelNetwork):
@@ -91,16 +91,16 @@ def restore(pipe: Any) -> None:
 
 def _asked(budget: float | None, plan: Plan | PlanSpec | None) -> Plan | PlanSpec | None:
     if (budget is None) == (plan is None):
-        raise ValueError("give one of budget= and plan=, such as budget=0.4")
+        raise ValueError("pass one of budget= and plan=, such as budget=0.4")
     return plan if budget is None else PlanSpec(budget=budget)
 
 
 class Acceleration:
-    """A pipeline that is accelerated; see `accelerate`. As a context manager it gives the pipeline, and restores it.
+    """An accelerated pipeline; see `accelerate`. As a context manager it yields the pipeline and restores it.
 
     Attributes:
         pipe: the pipeline.
-        plan: of the last call; None before the first step of the first.
+        plan: of the last call; None before the first step of the first call.
     """
 
     def __init__(
@@ -127,11 +127,11 @@ class Acceleration:
         self._steppings = Steppings(float(config.get("timestep_scale", 1.0)))
         self.plan: Plan | None = None
         self.network = MultilevelNetwork([*self._networks.values()], self)
-        """In the place of the pipeline's own."""
+        """The network that replaces the pipeline's own."""
         vars(pipe)[self._place] = self.network
 
     def begun(self, inputs: Mapping[str, Any] | None) -> Acceleration:
-        """Itself, calibrated where there are inputs."""
+        """Return self, calibrated if there are inputs."""
         if inputs is not None:
             try:
                 self.pipe(**inputs)
@@ -142,9 +142,9 @@ class Acceleration:
 
     @property
     def family(self) -> Family:
-        """The networks as levels, told and guided as in the last call: `sample(acceleration.family, ..)`."""
+        """The networks as levels, with conditions and guidance of the last call: `sample(acceleration.family, ..)`."""
         if self._run is None or self._run.row == 0:
-            raise ValueError("what the pipeline tells its network is known after its first call: run it once")
+            raise ValueError("the pipeline's conditions are known after its first call: run it once")
         return self._family(self._run)
 
     @property
@@ -154,7 +154,7 @@ class Acceleration:
 
     @property
     def calls(self) -> dict[str, int]:
-        """Rows that each network was asked for in the last call, by name; guided samples are two."""
+        """Rows evaluated by each network in the last call, by name; guided samples count as two."""
         return dict.fromkeys(self._networks, 0) if self._run is None else dict(self._run.calls)
 
     def __enter__(self) -> Any:
@@ -174,11 +174,11 @@ class Acceleration:
         vars(self.pipe)[self._place] = self._large
 
     def evaluate(self, call: Call) -> Tensor:
-        """What stands for the large network's output; called by the network in its place."""
+        """The output in place of the large network's; called by the network that replaces it."""
         scheduler = self.pipe.scheduler
         if self._run is None or self._run.over or self._run.timesteps is not scheduler.timesteps:
             if self._run is not None:
-                self._run.end()  # one that was broken off
+                self._run.end()  # an aborted one
             plan = self._asked if isinstance(self._asked, Plan) else None
             stepping = self._steppings.of(scheduler, call.moment)
             for level in self._levels:
@@ -200,12 +200,12 @@ class Acceleration:
         except ValueError as error:
             raise ValueError(f"{_in_seconds(family, rows)}{error}") from error
         if plan.levels and plan.levels[-1] != LARGE:
-            raise ValueError(f"{_in_seconds(family, rows)}no plan with the pipeline's own network costs so little")
+            raise ValueError(f"{_in_seconds(family, rows)}no plan with the pipeline's own network fits this budget")
         self.plan = plan
         return plan
 
     def _family(self, run: Run) -> Family:
-        """The levels of a run, which share what was fitted with those of all runs that are alike."""
+        """The levels of a run, which share fitted results with similar runs."""
         shape = tuple(run.first[0].x.shape[1:])
         device = run.first[0].x.device.type
         key = json.dumps([run.stepping.identity, run.guidance, shape, device], sort_keys=True)
@@ -227,7 +227,7 @@ class Acceleration:
             flops = networks.flops(counted, shape, conditions)
         except (RuntimeError, TypeError, ValueError) as error:
             said = " ".join(str(error).split())
-            raise ValueError(f"{name} cannot be told what this pipeline tells its own network: {said}") from error
+            raise ValueError(f"{name} does not take what this pipeline passes to its network: {said}") from error
         return Level(
             name,
             CapturedNetwork(network, run.guidance, run.first),
@@ -239,7 +239,7 @@ class Acceleration:
         )
 
     def _calibrated(self, family: Family, rows: int, device: torch.device) -> None:
-        """Measure the family, where that was not done before."""
+        """Calibrate the family unless already done."""
         if family.fitted.calibration is not None:
             return
         if self._offload:
@@ -259,16 +259,16 @@ class Acceleration:
             family.folder.mkdir(parents=True, exist_ok=True)
             family.save_fitted(family.folder)
         except OSError as error:
-            warnings.warn(f"the calibration is not kept: {error}; cache= names another folder", stacklevel=2)
+            warnings.warn(f"the calibration is not saved: {error}; cache= names another folder", stacklevel=2)
 
 
 def _samples(run: Run) -> int:
-    """How many samples the pipeline makes at once."""
+    """Number of samples that the pipeline makes at once."""
     return sum(len(call.x) for call in run.first) // run.guidance.sides
 
 
 def _in_seconds(family: Family, rows: int) -> str:
-    """What the levels take, to begin an error with; nothing where that is not known."""
+    """Seconds of the levels, to start an error with; empty if unknown."""
     found = family.fitted.calibration
     if found is None:
         return ""
@@ -284,7 +284,7 @@ def _cache_folder(cache: str | os.PathLike[str] | None) -> Path:
 
 
 def _begun(spec: PlanSpec, family: Family, stepping: Stepping) -> Plan:
-    """The plan, whose first row is paid for: the large network has run there before a plan is known."""
+    """The plan, adjusted for its first row, where the large network has already run."""
     plan = plan_for_use(spec, family, stepping.solver, stepping.points)
     begun = plan.begun()
     if begun is plan or spec.budget is None:
@@ -292,6 +292,6 @@ def _begun(spec: PlanSpec, family: Family, stepping: Stepping) -> Plan:
     try:
         less = replace(spec, budget=spec.budget - 1 / stepping.points.steps)
         found = found_plan(less, family, stepping.solver, stepping.points)
-    except ValueError:  # that is too little for any
+    except ValueError:  # the budget is too small for any plan
         return begun
     return found.begun() if LARGE in found.levels else begun

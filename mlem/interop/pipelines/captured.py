@@ -1,5 +1,5 @@
-"""What a pipeline tells its network: the arguments of a call, how answers become one by guidance, and both as a network
-that a level can hold."""
+"""A pipeline's calls of its network: their arguments, the guidance that combines outputs, and both as a network for a
+level."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from mlem.networks import argument_names
 __all__ = ["Call", "CapturedNetwork", "Guidance", "plain_network"]
 
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
-"""How far an answer may be from a guided one, relative; in half precision a twentieth."""
+"""Relative tolerance for recognising guidance; a twentieth in half precision."""
 
 _DIGITS = {torch.float32: 4, torch.float64: 4}
-"""Decimals of a scale of guidance that can be known."""
+"""Decimals to which a guidance scale can be recovered."""
 
 
 def plain_network(network: nn.Module) -> nn.Module:
-    """The network itself, where `torch.compile` put a module around it."""
+    """The network without the wrapper of `torch.compile`, if any."""
     inside = getattr(network, "_orig_mod", network)
     assert isinstance(inside, nn.Module)
     return inside
@@ -34,7 +34,7 @@ class Call(NamedTuple):
 
     Args:
         x: (N, ...).
-        time: as the pipeline gives it, a number in a tensor of any shape, or (N,).
+        time: as the pipeline passes it, a number in a tensor of any shape, or (N,).
         others: all other arguments by name.
     """
 
@@ -58,11 +58,11 @@ class Call(NamedTuple):
         return float(torch.as_tensor(self.time).flatten()[0])
 
     def with_input(self, x: Tensor, time: Any) -> Call:
-        """The same call at another x, of as many rows, and time."""
+        """The same call at another x, with as many rows, and another time."""
         return Call(x, time, self.others)
 
     def sides(self, count: int) -> list[Call]:
-        """The call in so many parts of as many rows."""
+        """The call split into `count` equal parts."""
         size = len(self.x) // count
         return [self.rows(torch.arange(i * size, (i + 1) * size)) for i in range(count)]
 
@@ -90,7 +90,7 @@ def _signature(kind: type[nn.Module]) -> inspect.Signature:
 
 
 def _together(calls: Sequence[Call]) -> Call:
-    """Calls one after another as one, where all their tensors have a row for each sample."""
+    """Several calls joined into one, if all their tensors have one row per sample."""
 
     def both(values: Sequence[Any]) -> Any:
         first = values[0]
@@ -102,12 +102,12 @@ def _together(calls: Sequence[Call]) -> Call:
 
 
 class Guidance(NamedTuple):
-    """How the answers of one step become one: `first + scale (second - first)`, or the one that there is.
+    """How the outputs of one step are combined: `first + scale (second - first)`, or the only output.
 
     Args:
-        scale: None where there is one side.
-        calls: calls of the network in a step.
-        mirrored: whether the pipeline doubles its samples too, as DiT's does.
+        scale: None if there is one side.
+        calls: calls of the network per step.
+        mirrored: whether the pipeline also doubles its samples, like DiT's.
     """
 
     scale: float | None = None
@@ -116,10 +116,10 @@ class Guidance(NamedTuple):
 
     @staticmethod
     def found(outputs: Sequence[Tensor], answer: Tensor) -> Guidance:
-        """What made `answer` (B, ...), which the scheduler is given, of the network's outputs in this step.
+        """The guidance that turns the network's outputs in this step into `answer` (B, ...), the scheduler's input.
 
         Raises:
-            ValueError: it is something else than guidance.
+            ValueError: it is not guidance.
         """
         outputs = [output[:, : answer.shape[1]] for output in outputs]  # without a learned variance
         rows = sum(len(output) for output in outputs)
@@ -132,7 +132,7 @@ class Guidance(NamedTuple):
             due, step = answer[: len(first)].double(), second - first
             length = step.square().sum()
             scale = ((due - first) * step).sum().item() / length.item() if length > 0 else 1.0
-            scale = round(scale, _DIGITS.get(answer.dtype, 2))  # as users write it: calls with other prompts agree
+            scale = round(scale, _DIGITS.get(answer.dtype, 2))  # as the user wrote it: calls with other prompts agree
             if _alike((first + scale * step).to(answer.dtype), answer[: len(first)]):
                 return Guidance(scale, len(outputs), mirrored)
         raise ValueError(
@@ -142,11 +142,11 @@ class Guidance(NamedTuple):
 
     @property
     def sides(self) -> int:
-        """Of the guidance."""
+        """Number of sides of the guidance."""
         return 1 if self.scale is None else 2
 
     def combined(self, values: Sequence[Tensor]) -> Tensor:
-        """What is made of values of each call, (N, ...): one for each row of the scheduler's sample."""
+        """Values of each call, (N, ...), combined: one per row of the scheduler's sample."""
         if self.scale is None:
             return values[0]
         first, second = values if self.calls == 2 else values[0].chunk(2)
@@ -162,15 +162,15 @@ def _alike(one: Tensor, other: Tensor) -> bool:
 
 
 class CapturedNetwork(nn.Module):
-    """The network of a pipeline, told what the pipeline told it of its samples, under its guidance.
+    """The network of a pipeline with the pipeline's arguments and guidance.
 
-    It is called as network(x, time, row), row (B,) int64 being the sample whose arguments are used. The network is no
-    submodule: where it is, and in which format, is the pipeline's matter.
+    Called as network(x, time, row), where row (B,) int64 selects the sample whose arguments are used. The network is
+    not a submodule: its device and format are up to the pipeline.
 
     Args:
         network: of the pipeline.
-        guidance: what the pipeline makes of its outputs.
-        told: the calls of a step, which `tell` replaces.
+        guidance: how the pipeline combines its outputs.
+        told: the calls of a step; `tell` replaces them.
     """
 
     def __init__(self, network: nn.Module, guidance: Guidance, told: Sequence[Call]) -> None:
@@ -185,19 +185,19 @@ class CapturedNetwork(nn.Module):
 
     @property
     def network(self) -> nn.Module:
-        """That of the pipeline."""
+        """The network of the pipeline."""
         return self._hidden[0]
 
     @property
     def samples(self) -> int:
-        """How many samples it was told of."""
+        """Number of samples in the captured calls."""
         return len(self._told[0].x)
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
         return self.network.parameters(recurse)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Weights and guidance, which tell it apart from others."""
+        """Weights and guidance, its identity."""
         scale = torch.tensor(self.guidance.scale or 1.0)
         return {**plain_network(self.network).state_dict(*args, **kwargs), "guidance_scale": scale}
 

@@ -1,4 +1,4 @@
-"""The module that stands in the place of a pipeline's network, and what may be put into it."""
+"""The module that replaces a pipeline's network, and the networks it may hold."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ LARGE = "large"
 PLACES = ("unet", "transformer")
 """The attributes of pipelines that hold it."""
 Small: TypeAlias = "nn.Module | Level | str | os.PathLike[str]"
-"""What may be given for a small network."""
+"""What may be passed as a small network."""
 
 
 class Accelerates(Protocol):
-    """What makes the evaluations."""
+    """Makes the evaluations."""
 
     def evaluate(self, call: Call) -> Tensor:
-        """The output that stands for the large network's."""
+        """The output in place of the large network's."""
         ...
 
     def restore(self) -> None:
@@ -37,7 +37,7 @@ class Accelerates(Protocol):
 
 
 class _Output(dict[str, Tensor]):
-    """The output of a network, as diffusers' own ones are read: `.sample`, `["sample"]` and `[0]`."""
+    """The output of a network, readable like diffusers' own: `.sample`, `["sample"]` and `[0]`."""
 
     @property
     def sample(self) -> Tensor:
@@ -48,13 +48,13 @@ class _Output(dict[str, Tensor]):
 
 
 class MultilevelNetwork(nn.Module):
-    """What stands in the place of a pipeline's network: its attributes are those of the large one."""
+    """Replaces a pipeline's network, with the attributes of the large one."""
 
     def __init__(self, levels: Sequence[nn.Module], acceleration: Accelerates) -> None:
         super().__init__()
         self.levels = nn.ModuleList(levels)
         self._large = (levels[-1],)
-        self.acceleration = (acceleration,)  # no module of this one
+        self.acceleration = (acceleration,)  # not a submodule
 
     def forward(self, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
         output = self.acceleration[0].evaluate(Call.of(self._large[0], args, kwargs))
@@ -62,7 +62,7 @@ class MultilevelNetwork(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where it computes: the large network may wait elsewhere."""
+        """Where it computes: the large network may be offloaded."""
         return next(self.levels[0].parameters()).device
 
     def __getattr__(self, name: str) -> Any:
@@ -77,24 +77,22 @@ def place_of(pipe: Any) -> str:
     name = type(pipe).__name__
     for two in ("transformer_2", "unet_2"):
         if getattr(pipe, two, None) is not None:
-            raise ValueError(
-                f"{name} switches between two networks by itself ({two}, boundary_ratio); it is left to that"
-            )
+            raise ValueError(f"{name} already switches between two networks ({two}, boundary_ratio); use it as it is")
     place = next((one for one in PLACES if isinstance(getattr(pipe, one, None), nn.Module)), None)
     if place is None:
         raise ValueError(f"{name} has neither unet nor transformer: it cannot be accelerated")
     if getattr(getattr(pipe, place), "_hf_hook", None) is not None:
         raise ValueError(
-            f"the {place} of this {name} is moved between devices by itself (enable_model_cpu_offload and its like); "
-            "put the pipeline on its device, with offload=True where memory is short"
+            f"the {place} of this {name} moves between devices (enable_model_cpu_offload or similar); "
+            "put the pipeline on its device, with offload=True if memory is short"
         )
     if isinstance(getattr(pipe, place), MultilevelNetwork):
-        raise ValueError(f"this {name} is accelerated already; mlem.restore(pipe) first")
+        raise ValueError(f"this {name} is already accelerated; call mlem.restore(pipe) first")
     return place
 
 
 def named_networks(small: Sequence[Small], large: nn.Module) -> tuple[dict[str, nn.Module], list[Level]]:
-    """The small networks by name, on the device of the large one and in its dtype; and those that came as levels."""
+    """The small networks by name, with the device and dtype of the large one; and those that came as levels."""
     found: dict[str, nn.Module] = {}
     levels: list[Level] = []
     like = next(large.parameters())
@@ -110,10 +108,10 @@ def named_networks(small: Sequence[Small], large: nn.Module) -> tuple[dict[str, 
         _refuse_other_latents(name, network, large)
         own = next(network.parameters())
         if own.dtype != like.dtype:
-            network = copy.deepcopy(network).to(like.dtype)  # that of the user stays as it is
+            network = copy.deepcopy(network).to(like.dtype)  # the user's network stays as it is
         found[name] = network.to(like.device).eval() if own.device != like.device else network.eval()
     if LARGE in found:
-        raise ValueError(f"a small network cannot be called {LARGE}, which is the pipeline's own")
+        raise ValueError(f"a small network cannot be called {LARGE}, the name of the pipeline's own")
     return found, levels
 
 
@@ -121,4 +119,4 @@ def _refuse_other_latents(name: str, network: nn.Module, large: nn.Module) -> No
     own, other = (getattr(plain_network(one), "config", {}) for one in (network, large))
     for field in ("in_channels", "out_channels"):
         if (ours := own.get(field)) != (theirs := other.get(field)):
-            raise ValueError(f"small network {name} has {field}={ours}, the pipeline's has {theirs}; take one alike")
+            raise ValueError(f"small network {name} has {field}={ours}, the pipeline's has {theirs}; they must agree")

@@ -1,8 +1,8 @@
 """One call of an accelerated pipeline: its evaluations under a plan, between the pipeline's loop and its scheduler.
 
-Sums are taken of the networks' own outputs: where the large one runs alone, its output is what the pipeline gets, bit
-for bit. In every prediction a difference of outputs is one of v up to a factor of the noise level, and that is all that
-held corrections need to know.
+Sums are over the networks' own outputs: if only the large one runs, the pipeline gets its output bit for bit. For every
+prediction, a difference of outputs is a difference of v times a factor of the noise level, which is all that held
+corrections need.
 """
 
 from __future__ import annotations
@@ -24,27 +24,27 @@ from mlem.multilevel.plan import Plan
 __all__ = ["Run", "moved"]
 
 PlanMaker = Callable[["Run"], Plan]
-"""The plan of a run whose first step is over: its guidance is known, and what its network was told."""
+"""The plan of a run after its first step, when its guidance and conditions are known."""
 
 
 class Run:
     """From the first call of the network to the last step of the scheduler.
 
-    The scheduler's `step` is watched meanwhile: it says which evaluation comes next, and where a plan moves the state
-    it is the sample that `step` returns which moves. Nothing of it stays when the run is over.
+    Meanwhile the scheduler's `step` is wrapped: it shows which evaluation comes next, and if a plan moves the state, it
+    moves the sample that `step` returns. The wrapper is removed when the run is over.
 
     Args:
         networks: by name, cheapest first, the pipeline's own last.
         scheduler: of the pipeline, after `set_timesteps`.
-        stepping: what the scheduler will do.
-        plan: made already; else `make` is asked for one after the first step, at which the large network runs.
+        stepping: the scheduler's steps.
+        plan: if already made; otherwise `make` makes one after the first step, at which the large network runs.
         make: makes a plan.
-        offload: the large network is in the CPU's memory while it is not called.
+        offload: keep the large network in CPU memory while it is not called.
 
     Attributes:
-        calls: rows that each network was asked for so far.
+        calls: rows evaluated so far by each network.
         first: the calls of the first step, once it is over.
-        guidance: known then too.
+        guidance: likewise.
     """
 
     def __init__(
@@ -81,15 +81,15 @@ class Run:
 
     @property
     def over(self) -> bool:
-        """Whether all steps are made."""
+        """Whether all steps are done."""
         return self.row == self.rows
 
     def evaluate(self, call: Call) -> Tensor:
-        """The output that stands for the large network's, (N, ...)."""
+        """The output in place of the large network's, (N, ...)."""
         side = len(self._told)
         if self.first and (side >= len(self.first) or len(call.x) != len(self.first[side].x)):
             raise ValueError(
-                f"the pipeline asks for {len(call.x)} rows now, and began with {len(self.first[0].x)}: guidance that "
+                f"the pipeline now evaluates {len(call.x)} rows, but began with {len(self.first[0].x)}: guidance that "
                 "ends midway cannot be accelerated"
             )
         self._told.append(call)
@@ -103,26 +103,26 @@ class Run:
         return output
 
     def _follow(self, plan: Plan) -> None:
-        """Take a plan. Raises ValueError where it does not fit."""
+        """Adopt a plan. Raises ValueError if it does not fit."""
         if plan.evaluations != self.rows:
             raise ValueError(
-                f"the plan has {plan.evaluations} rows, and this call makes {self.rows} steps; pass budget=, which "
-                "makes one for every call, or a plan of as many rows"
+                f"the plan has {plan.evaluations} rows, but this call makes {self.rows} steps; pass budget=, which "
+                "makes a plan for every call, or a plan with as many rows"
             )
         names = plan.levels or tuple(self._names)
         if len(names) != plan.probabilities.shape[1] or not set(names) <= set(self._names):
             raise ValueError(
-                f"the plan is for {plan.probabilities.shape[1]} levels ({', '.join(plan.levels) or 'unnamed'}), and "
+                f"the plan is for {plan.probabilities.shape[1]} levels ({', '.join(plan.levels) or 'unnamed'}), but "
                 f"the networks here are {', '.join(self._names)}"
             )
         made_for = str(plan.about.get("solver", ""))
         if made_for.startswith(PREFIX) and made_for != self.stepping.solver.name:
-            raise ValueError(f"the plan was made for {made_for}, and is used with {self.stepping.solver.name}")
+            raise ValueError(f"the plan was made for {made_for}, but is used with {self.stepping.solver.name}")
         if plan.per_sample or bool((plan.correction_weights[:, 0] != 1).any()):
-            raise ValueError("a pipeline needs a plan that all samples share, whose first level always runs")
+            raise ValueError("a pipeline needs a plan shared by all samples, whose first level always runs")
         if plan.moves_state and not self.stepping.solver.revisable:
             raise ValueError(
-                f"hindsight moves samples, and {type(self._scheduler).__name__} keeps those it had; use estimator=held"
+                f"hindsight moves samples, but {type(self._scheduler).__name__} keeps its own; use estimator=held"
             )
         self.plan = plan
 
@@ -133,11 +133,11 @@ class Run:
         return estimator.evaluator(levels, self.stepping.schedule, plan.program, weights)
 
     def _numbers(self, plan: Plan) -> list[int]:
-        """Which networks are the plan's levels."""
+        """Numbers of the networks that are the plan's levels."""
         return [self._names.index(name) for name in plan.levels or self._names]
 
     def _level(self, number: int, x: Tensor, t: Tensor) -> Tensor:
-        """The output of a network in the call that is being made."""
+        """The output of a network in the current call."""
         assert self._now is not None
         if number in self._known:
             return self._known[number]
@@ -156,7 +156,7 @@ class Run:
         return self._evaluators[side].evaluate(self.row, call.x, torch.empty(0), self.stepping.moments[self.row])
 
     def _catch_up(self, plan: Plan) -> None:
-        """Make the first evaluation again, under the plan, with the large network's outputs that are known."""
+        """Repeat the first evaluation under the plan, with the known outputs of the large network."""
         self._follow(plan)
         for side, (call, output) in enumerate(zip(self._told, self._outputs, strict=True)):
             self._evaluators.append(self._new_evaluator(plan))
@@ -167,13 +167,13 @@ class Run:
                 raise ValueError("a plan of a pipeline must run the large network at the first step; use another seed")
 
     def _watch(self) -> None:
-        """Put a function around the scheduler's step."""
+        """Wrap the scheduler's step."""
         own, self._step_before = self._scheduler.step, vars(self._scheduler).get("step")
 
         @functools.wraps(own)
         def step(model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
             result = own(model_output, timestep, sample, *args, **kwargs)
-            if not self._outputs:  # of another pipeline with this scheduler, after a call that was broken off
+            if not self._outputs:  # another pipeline with this scheduler, after an aborted call
                 self.end()
                 return result
             try:
@@ -186,7 +186,7 @@ class Run:
         self._watching = True
 
     def end(self) -> None:
-        """Take the function away again."""
+        """Remove the wrapper."""
         if not self._watching:
             return
         self._watching = False
@@ -198,7 +198,7 @@ class Run:
             moved(self._networks[-1], torch.device("cpu"))
 
     def _after(self, answer: Tensor, result: Any) -> Any:
-        """What a step returns, once its sample is where the plan wants it."""
+        """The result of a step, with the sample moved as the plan requires."""
         if self.row == 0:
             self.guidance, self.first = Guidance.found(self._outputs, answer), self._told
             if self.plan is None:
@@ -221,7 +221,7 @@ class Run:
         return result
 
     def _move(self, sample: Tensor, told: Sequence[Call]) -> Tensor:
-        """What to move a sample (B, ...) by before the coming evaluation."""
+        """The move of a sample (B, ...) before the next evaluation."""
         timestep = self.timesteps[len(self.timesteps) - self.rows + self.row]
         moves: list[Tensor] = []
         for evaluator, call in zip(self._evaluators, told, strict=True):

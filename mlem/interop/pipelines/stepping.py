@@ -1,4 +1,4 @@
-"""A pipeline's scheduler as plans see it: when it asks the network, and what each answer adds to the end."""
+"""A pipeline's scheduler as plans see it: its evaluation points, and the weight of each output in the result."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from mlem.solvers.base import GridPoints
 __all__ = ["LinearPart", "Stepping", "Steppings"]
 
 _SAME_NOISE = 0.01
-"""How far log-SNRs may be apart for the noise to be the same."""
+"""Tolerance on log-SNR for two noise levels to be the same."""
 _MOST = 16
-"""Calls of different steps that are kept."""
+"""Number of cached calls with different steps."""
 
 _REVISABLE = {
     **dict.fromkeys(("DDIMScheduler", "DDPMScheduler", "EulerDiscreteScheduler"), True),
@@ -35,22 +35,22 @@ _REVISABLE = {
     "FlowMatchEulerDiscreteScheduler": True,
     "UniPCMultistepScheduler": False,  # its corrector begins at the sample before
 }
-"""Schedulers that ask the network once a step -> whether a sample that was moved stays so."""
+"""Schedulers with one evaluation per step -> whether moving the sample has lasting effect."""
 _STOCHASTIC = ("DDPMScheduler", "EulerAncestralDiscreteScheduler")
 
 
 class Stepping:
-    """What one call of a pipeline will do, from its scheduler after `set_timesteps`.
+    """The steps of one pipeline call, from its scheduler after `set_timesteps`.
 
     Args:
-        scheduler: that of the pipeline.
-        first: the number of the timestep that it begins with; later than 0 from an image.
-        time_scale: what the network is told of time, for a unit of the scheduler's timesteps.
+        scheduler: of the pipeline.
+        first: the number of its first timestep; above 0 for image-to-image.
+        time_scale: the network's time per unit of the scheduler's timesteps.
 
     Attributes:
-        points: of the noise levels that are visited, the last one included.
+        points: the noise levels visited, including the last.
         moments: of the evaluations, in the units of the network's output.
-        quadrature: what each noise estimate adds to the last y.
+        quadrature: weight of each noise estimate in the last y.
 
     Raises:
         ValueError: plans cannot be made for this scheduler.
@@ -60,11 +60,11 @@ class Stepping:
         self.time_scale = time_scale
         name, self.config = type(scheduler).__name__, _config(scheduler)
         if name not in _REVISABLE:
-            raise ValueError(f"a pipeline with {name} cannot be accelerated; take {', '.join(_REVISABLE)}")
+            raise ValueError(f"a pipeline with {name} cannot be accelerated; use {', '.join(_REVISABLE)}")
         self.schedule = NoiseSchedule.from_diffusers(self.config | {"use_dynamic_shifting": False})
         self.prediction: Prediction = prediction_of(self.config)
         self.flows = self.prediction.name == "flow"
-        # schedulers with sigmas of their own work in y, the others in x
+        # schedulers with their own sigmas work in y, the others in x
         self._in_y = not self.flows and float(getattr(scheduler, "init_noise_sigma", 1.0)) != 1.0
         times = self._times(scheduler)[first:]
         self.points = GridPoint.of(self.schedule, TimeGrid("diffusers", tuple(times)))
@@ -73,7 +73,7 @@ class Stepping:
         self.quadrature: list[float] = quadrature_weights(self.solver, self.schedule, self.points)[0].tolist()
 
     def refuse_other(self, level: Level) -> None:
-        """Raise ValueError unless the network of a level is asked and answers as the pipeline's own does."""
+        """Raise ValueError unless a level's inputs and outputs mean the same as those of the pipeline's network."""
         times = torch.tensor([0.1, 0.3, 0.5, 0.7, 0.9], dtype=torch.float64)
         same = level.prediction.name == self.prediction.name
         if same and not self.flows:
@@ -81,30 +81,30 @@ class Stepping:
             same = level.schedule.num_timesteps == self.schedule.num_timesteps and difference < _SAME_NOISE
         if not same:
             raise ValueError(
-                f"level {level.name} predicts {level.prediction} under {level.schedule}, and this pipeline's network "
-                f"{self.prediction} under {self.schedule}; take one that was trained alike"
+                f"level {level.name} predicts {level.prediction} under {level.schedule}, but this pipeline's network "
+                f"{self.prediction} under {self.schedule}; use one trained the same way"
             )
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What tells it apart from others, but for its steps; plain data."""
+        """Its identity, apart from the steps; plain data."""
         return {"schedule": self.schedule.fingerprint, "prediction": self.prediction.to_config()}
 
     def scale(self, point: GridPoint) -> float:
-        """The sample of the scheduler there, for a unit of y."""
+        """The scheduler's sample at a point, per unit of y."""
         if self.flows:
             return 1 / (1 + point.kappa)
         return 1.0 if self._in_y else point.alpha
 
     def _unit(self, point: GridPoint) -> float:
-        """A difference of the network's outputs there, for a unit of v."""
+        """A difference of the network's outputs at a point, per unit of v."""
         level = NoiseLevel(torch.zeros(1, dtype=torch.float64), point.alpha, point.sigma)
         nothing, one = torch.zeros(1, 1, dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64)
         eps = self.prediction.eps(one, nothing, level) - self.prediction.eps(nothing, nothing, level)
         return point.alpha / eps.item()
 
     def _times(self, scheduler: Any) -> list[float]:
-        """Those of the points, 1 to 0."""
+        """The times of the points, 1 to 0."""
         n, asked = self.schedule.num_timesteps, scheduler.timesteps.double().cpu()
         sigmas = getattr(scheduler, "sigmas", None)
         if sigmas is None or len(sigmas) <= len(asked):
@@ -118,7 +118,7 @@ class Stepping:
 
 
 class Steppings:
-    """What is known of the calls of a pipeline, kept for the next ones with the same timesteps.
+    """A cache of `Stepping`, for pipeline calls with the same timesteps.
 
     Args:
         time_scale: see `Stepping`.
@@ -128,11 +128,11 @@ class Steppings:
         self._scale, self._kept = time_scale, OrderedDict[Any, tuple[Any, Stepping]]()
 
     def of(self, scheduler: Any, asked: float) -> Stepping:
-        """What the scheduler will do now that the network is asked at this time. Raises ValueError as `Stepping`."""
+        """The steps of the scheduler, given the first time of the network. Raises ValueError like `Stepping`."""
         times: list[float] = scheduler.timesteps.tolist()
         first = self._number(times, asked)
         key = (id(scheduler.config), first, *times)
-        # the config is kept with it, so that its place in memory means no other
+        # the config is kept alive, so that its id cannot be reused
         config, stepping = self._kept.pop(key, None) or (scheduler.config, Stepping(scheduler, first, self._scale))
         self._kept[key] = config, stepping
         if len(self._kept) > _MOST:
@@ -144,14 +144,14 @@ class Steppings:
         number = distances.index(min(distances))
         if distances[number] > 1e-2 * max(1.0, abs(asked)):
             raise ValueError(
-                f"the network is asked at time {asked:g}, which is none of the scheduler's timesteps; this pipeline "
+                f"the network is called at time {asked:g}, which is none of the scheduler's timesteps; this pipeline "
                 "cannot be accelerated"
             )
         return number
 
 
 class LinearPart(Solver):
-    """The steps of a scheduler without its noise and without clipping: what plans are searched for."""
+    """The steps of a scheduler without noise and clipping, for which plans are searched."""
 
     order = 1.0
     reference = "dpm_solver_pp"
@@ -165,13 +165,13 @@ class LinearPart(Solver):
         if self.stochastic:
             self.reference = "ddpm"
         self._fresh, self._stepping, self._first = copy.deepcopy(scheduler), stepping, first
-        vars(self._fresh).pop("step", None)  # what was put around the step of the other one
+        vars(self._fresh).pop("step", None)  # the wrapper of the original's step
         for option in ("clip_sample", "thresholding"):
             if option in config:
                 self._fresh.register_to_config(**{option: False})
 
     def init(self, points: GridPoints, indices: Tensor, seed: int) -> Any:
-        """Two schedulers that draw the same noise: one of them sees nothing else."""
+        """Two schedulers that draw the same noise; one of them gets nothing else."""
         return [copy.deepcopy(self._fresh) for _ in range(2)], iter(range(self._first, self._first + points.steps))
 
     def step(

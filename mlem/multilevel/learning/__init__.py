@@ -1,4 +1,4 @@
-"""Learning the coefficients of a family: the objective with its gradient, and where learning begins."""
+"""Learning the coefficients of a family: the objective, its gradient, and the starting point."""
 
 from mlem.multilevel.learning.objective import TANGENTS, GradientEstimate, Objective, interval
 from mlem.multilevel.learning.response import Response

@@ -1,16 +1,16 @@
-"""How the law of the coins moves with theta: what an update draws, and how its errors make a gradient.
+"""How the distribution of the coins depends on theta: the draws of an update, and the gradient from their errors.
 
-`J = E f(B)`, f the error with counts B, has a gradient of two parts. The pathwise one moves the weights `B / p` while
-the coins lie still. The other one moves the coins, and is estimated as a sum of errors times scores:
+`J = E f(B)`, f the error with counts B, has a gradient of two parts. The pathwise part moves the weights `B / p` with
+the coins fixed. The other part moves the coins, and is estimated as a sum of errors times scores:
 
 - bernoulli: `f(B) sum_i (B_k(i) - p_k(i)) dlogit p_k(i)`, the score function.
-- systematic: the coins of level k hang on one uniform number U, and are the same between the places
-  `a_i = -P_k(i) mod 1`, `P_k` the running sum of p_k. So E f is a sum of lengths times errors, and what moves are the
-  lengths: `sum_i (f(just above a_i) - f(just below)) dP_k(i)`. The two tables at a_i differ in one coin, which falls at
-  row i or at a later one. A draw takes one row i for each level, uniformly; other levels have the coins of the draw.
-  This is exact, and unbiased; E f has kinks (no jumps) only where two places meet, which no theta but a few does.
+- systematic: the coins of level k depend on one uniform number U, and are constant between the places
+  `a_i = -P_k(i) mod 1`, `P_k` the running sum of p_k. So E f is a sum of lengths times errors, and only the lengths
+  move: `sum_i (f(just above a_i) - f(just below)) dP_k(i)`. The two tables at a_i differ in one coin, which falls at
+  row i or later. A draw takes one uniformly random row i per level; other levels have the coins of the draw. This is
+  exact and unbiased; E f has kinks (no jumps) only where two places meet, which happens for exceptional theta.
 
-U has places at 0 and 1 too, but these do not move.
+U also has places at 0 and 1, but these do not move.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ __all__ = ["CHANCES", "Chance", "Draws", "segments"]
 
 @dataclass(frozen=True)
 class Draws:
-    """D draws of the coins, and T tables for each, whose errors are summed with scores.
+    """D draws of the coins, with T tables each, whose errors are summed with scores.
 
-    counts: (.., D, R, K), whose weights are differentiated. tables: (.., D, T, R, K), or None where they are `counts`
+    counts: (.., D, R, K), whose weights are differentiated. tables: (.., D, T, R, K), or None if they are `counts`
     (T = 1). scores: (.., D, T, 2 + knots, K - 1).
     """
 
@@ -42,7 +42,7 @@ class Draws:
 
 
 class Chance(ABC):
-    """The part of the gradient that moves coins, for one kind of them."""
+    """The part of the gradient that moves the coins, for one kind."""
 
     def __init__(self, seed: int) -> None:
         self._stream = NoiseStream(seed, f"learning/{self.stream}")
@@ -55,7 +55,7 @@ class Chance(ABC):
 
     @abstractmethod
     def expected(self, law: Law, theta: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of a quadratic form (C, R, C, R) in `B / p - 1`: mean, mean pathwise part and the other one, exactly."""
+        """For a quadratic form (C, R, C, R) in `B / p - 1`: its mean and the means of both gradient parts, exactly."""
 
     def _uniforms(self, step: int, draws: int, count: int) -> Tensor:
         keys = torch.arange(step * draws, (step + 1) * draws)
@@ -113,7 +113,7 @@ class SystematicChance(Chance):
 
 
 def segments(p: Tensor) -> tuple[Tensor, Tensor]:
-    """Of systematic coins with p (R,): the lengths (N,) over which U changes nothing, and the counts there (N, R)."""
+    """For systematic coins with p (R,): the lengths (N,) over which U changes nothing, and the counts there (N, R)."""
     free = p < 1
     running = torch.where(free, p, 0.0).cumsum(0)
     places = ((-running[free]) % 1).sort().values
@@ -129,7 +129,7 @@ def _places(law: Law, p: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     certain = own >= 1
     moves = torch.where(certain, 0.0, own * (1 - own))
     moved = (moves[:, None] * law.features).cumsum(0)
-    # a row whose coin is certain ends where the one before it does, which is counted
+    # a row with a certain coin ends where the previous one does, which is counted
     moved = torch.where(certain[:, None], 0.0, moved)
     running = torch.where(certain, 0.0, own).cumsum(0)
     same = (running[:, None] == running) & (running > 0)
@@ -143,4 +143,4 @@ def _places(law: Law, p: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 CHANCES: dict[str, type[Chance]] = {"systematic": SystematicChance, "bernoulli": BernoulliChance}
-"""Name of the coins -> how their law moves."""
+"""Name of the coins -> their part of the gradient."""

@@ -1,4 +1,4 @@
-"""What coefficients say: probabilities of the coins, their weights, and the expected cost.
+"""From coefficients to probabilities of the coins, their weights, and the expected cost.
 
 `p_k(t) = sigmoid(alpha_k u(t) + beta_k)` for levels 2 .. K, and p_1 = 1. theta is (2, K - 1), float64: alpha, beta;
 with knots (2 + knots, K - 1), beta last.
@@ -20,7 +20,7 @@ __all__ = ["Law"]
 
 
 class Law:
-    """The probabilities under theta, of coins that levels toss independently.
+    """The probabilities under theta, with coins independent between levels.
 
     Args:
         schedule, times: of the R evaluations of a sample.
@@ -34,7 +34,7 @@ class Law:
     ) -> None:
         self.schedule, self.times, self.costs, self.seed = schedule, list(times), costs.double(), seed
         self.knots = knots
-        # what alpha and beta are multiplied with: (R, 2 + knots)
+        # features that multiply alpha and beta: (R, 2 + knots)
         self.features = torch.nn.functional.pad(features(schedule, self.times, knots), (0, 1), value=1.0)
         self._directions = NoiseStream(seed, "learning/directions")
 
@@ -44,7 +44,7 @@ class Law:
         return len(self.costs)
 
     def coefficients(self, theta: Tensor) -> Coefficients:
-        """theta with the first level, which is certain."""
+        """The coefficients of theta, including the first level, which is certain."""
         first = torch.zeros(len(theta), 1, dtype=torch.float64)
         first[-1] = CERTAIN
         *alpha, beta = torch.cat([first, theta.detach().double().cpu()], 1)
@@ -58,26 +58,26 @@ class Law:
     def cost(self, theta: Tensor) -> Tensor:
         """Expected cost of a sample as a share of the largest level's, scalar, differentiable.
 
-        Level k runs if coin k or coin k + 1 fell. (That weights of two fallen coins cancel where p_k = p_(k+1) exactly
-        is left out: `Plan.expected_cost` knows it, and it has no derivative.)
+        Level k runs if coin k or coin k + 1 fell. (Weights of two fallen coins cancel for p_k = p_(k+1) exactly; this
+        is ignored, as it has no derivative, but `Plan.expected_cost` includes it.)
         """
         p = self.probabilities(theta)
         q = torch.cat([p[:, 1:], torch.zeros_like(p[:, :1])], 1)
         return ((p + q - p * q) @ self.costs).mean() / self.costs[-1]
 
     def cost_gradient(self, theta: Tensor) -> Tensor:
-        """Gradient of `cost` by its formula: like theta."""
+        """Gradient of `cost`, in closed form: like theta."""
         p = self.probabilities(theta)
         costs, above = self.costs / self.costs[-1], torch.cat([p[:, 2:], torch.zeros_like(p[:, :1])], 1)
         by_p = costs[1:] * (1 - above) + costs[:-1] * (1 - p[:, :-1])
         return self.back(by_p * p[:, 1:] * (1 - p[:, 1:])) / len(p)
 
     def back(self, by_logit: Tensor) -> Tensor:
-        """From a derivative by the logits (.., R, K - 1) to one by theta (.., 2 + knots, K - 1)."""
+        """From the derivative by the logits (.., R, K - 1) to that by theta (.., 2 + knots, K - 1)."""
         return self.features.T @ by_logit.to(self.features)
 
     def directions(self, step: int, draws: int) -> Tensor:
-        """A random sign for each coefficient and draw, the same on all ranks: (D, 2 + knots, K - 1)."""
+        """A random sign per coefficient and draw, the same on all ranks: (D, 2 + knots, K - 1)."""
         keys, rows = torch.arange(step * draws, (step + 1) * draws), 2 + self.knots
         uniforms = self._directions.uniform(keys, range(rows * (self.levels - 1)), torch.float64)
         return (2 * (uniforms < 0.5).double() - 1).T.reshape(draws, rows, self.levels - 1)

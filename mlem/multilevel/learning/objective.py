@@ -3,20 +3,20 @@
     J(alpha, beta) = E |x_0^ML - x_0^ref|^2 / d + weight E[cost],   p_k(t) = sigmoid(alpha_k u(t) + beta_k)
 
 x^ML is sampled with the jump estimator (weights B_k / p_k), x^ref is the many-step run of the largest level from the
-same noise, and cost is a share of what the largest level would cost at every evaluation. Level 1 is certain and not
-learned. The gradient has three parts:
+same noise, and cost is a share of the largest level's cost at every evaluation. Level 1 is certain and not learned.
+The gradient has three parts:
 
 - pathwise, through the weights B_k / p_k: forward-mode differentiation of the whole trajectory, so that memory does not
-  grow with the number of steps. Either all 2 (K - 1) directions, or one random direction v for each draw of the coins,
+  grow with the number of steps. Either all 2 (K - 1) directions, or one random direction v per draw of the coins,
   `(directional derivative) v` (Baydin et al., arXiv:2202.08587);
-- that of the coins, whose law moves: errors times scores, see `chance.py`, for bernoulli and for systematic coins;
-- cost, by its formula, the same for both.
+- through the distribution of the coins: errors times scores, see `chance.py`, for bernoulli and systematic coins;
+- cost, in closed form, the same for both.
 
-Draws of an update share samples, noise and path. With a calibration, what linear response predicts of each draw is the
-control variate of the first two parts: its means are known, and its factor is the slope by the other draws. The
-mean error of the other draws is the baseline of the second part (Kool et al., 2019). Both leave it unbiased.
+Draws of an update share samples, noise and path. With a calibration, the prediction of linear response for each draw is
+the control variate of the first two parts: its means are known, and its factor is the slope over the other draws. The
+mean error of the other draws is the baseline of the second part (Kool et al., 2019). Both keep the estimate unbiased.
 
-`reverse.py` has a gradient of first order, with far less noise.
+`reverse.py` has a first-order gradient with far less noise.
 """
 
 from __future__ import annotations
@@ -45,17 +45,17 @@ from mlem.trajectory import samples, starting_noise, trajectory
 __all__ = ["TANGENTS", "GradientEstimate", "Objective", "interval"]
 
 LEAST_FALL = 0.1
-"""Of what the coins add, for a shift of all beta: below, kinks of systematic coins are seen and no trend."""
+"""Least change of the coins' error for a shift of all beta: below it, kinks of systematic coins hide the trend."""
 TANGENTS = ("reverse", "exact", "random")
-"""How errors are differentiated: see `reverse.py`; or forward, along all directions, or a random one for each draw."""
+"""How errors are differentiated: in reverse, see `reverse.py`; or forward, along all directions or a random one."""
 
 
 @dataclass(frozen=True)
 class GradientEstimate:
     """One draw of the gradient.
 
-    mse: (D,), of each draw of the coins. cost: expected share. gradient: like theta. left: the share of the variance of
-    the part of the coins that its control variate leaves, over the D draws; 1 without one.
+    mse: (D,), of each draw of the coins. cost: expected share. gradient: like theta. left: share of the variance of the
+    coins' part that remains after its control variate, over the D draws; 1 without one.
     """
 
     mse: Tensor
@@ -70,15 +70,15 @@ class Objective(Law):
     Args:
         denoisers: cheapest first; networks among them must not be in channels_last (see `frozen`).
         schedule, shape: of the denoisers; the shape of one sample.
-        solver, grid: how samples are made.
+        solver, grid: of sampling.
         costs: (K,), of one evaluation of each level, in any unit.
-        seed: of the noise of the samples, which is that of `Sampler`, and of coins and directions.
-        coins: "systematic" or "bernoulli", with which is learned.
-        response: the control variate, of this solver and grid.
-        conditions: indices (N,) -> what each denoiser is told of the samples.
-        knots: of the features: a law that is piecewise linear in log-SNR, before the sigmoid.
+        seed: of the noise of the samples, as in `Sampler`, and of coins and directions.
+        coins: "systematic" or "bernoulli", used for learning.
+        response: the control variate, for this solver and grid.
+        conditions: indices (N,) -> conditions of each denoiser.
+        knots: of the features: a law piecewise linear in log-SNR, before the sigmoid.
 
-    Raises: ValueError for a single denoiser, and for coins that cannot be learned with.
+    Raises: ValueError for a single denoiser, and for coins that do not support learning.
     """
 
     def __init__(
@@ -98,10 +98,10 @@ class Objective(Law):
     ) -> None:
         if len(denoisers) < 2:
             raise ValueError(
-                "coefficients share out levels, and this family has one; train another: model.levels=[xs,s]"
+                "coefficients need several levels, but this family has one; train another: model.levels=[xs,s]"
             )
         if coins not in CHANCES:
-            raise ValueError(f"coins must be one of {', '.join(CHANCES)} to learn with, got {coins!r}")
+            raise ValueError(f"coins must be one of {', '.join(CHANCES)} for learning, got {coins!r}")
         self.points = GridPoint.of(schedule, grid)
         asked = quadrature_weights(solver, schedule, self.points)[1]
         super().__init__(schedule, [point.t for point in asked], costs, seed, knots)
@@ -113,7 +113,7 @@ class Objective(Law):
     def reference(self, indices: Tensor, steps: int | None = None) -> Tensor:
         """x_0 of the largest level, in float64: indices (N,) -> (N, *shape).
 
-        steps: of the solver's reference; None: of the solver and grid themselves, which is p = 1 throughout.
+        steps: of the solver's reference; None: those of the solver and grid themselves, with p = 1 throughout.
         """
         solver, points = self.solver, self.points
         if steps is not None:
@@ -122,7 +122,7 @@ class Objective(Law):
         return samples(self._told(indices)[-1], solver, points, self.shape, indices, self.seed)
 
     def _told(self, indices: Tensor) -> Sequence[Denoiser]:
-        """The denoisers, told of the samples with these indices (N,)."""
+        """The denoisers with conditions of the samples with these indices (N,)."""
         if self._conditions is None:
             return self.denoisers
         pairs = zip(self.denoisers, self._conditions(indices), strict=True)
@@ -131,12 +131,12 @@ class Objective(Law):
     def samples(self, weights: Tensor, counts: Tensor, indices: Tensor) -> Tensor:
         """x_0: weights and counts (D, R, K), sample indices (D, B) -> (D, B, *shape), float64.
 
-        Differentiable in weights, forward and in reverse, where networks run again and none of their activations is
-        kept. A level runs on the draws whose coins fell for it.
+        Differentiable in weights, forward and in reverse; in reverse, networks run again instead of keeping their
+        activations. A level runs on the draws whose coins fell for it.
         """
         draws, size = indices.shape
         fell = counts.bool().cpu()
-        # a level of weight 0 whose neighbours both fell runs too: its weight may have a derivative
+        # a level of weight 0 between two fallen coins also runs: its weight may have a derivative
         runs = fell | torch.cat([fell[..., 1:], torch.zeros_like(fell[..., :1])], -1)
         # copied to the device before the first step, not while a step waits
         draws_of = [[one.nonzero().flatten().to(indices.device) for one in row.unbind(1)] for row in runs.unbind(1)]
@@ -160,7 +160,7 @@ class Objective(Law):
             own = weights[:, i]
             if not weights.requires_grad:
                 return combined(x, t, own, draws_of[i])
-            # where no coin fell, weights move with no theta: nothing goes back beyond the first row with one
+            # without a fallen coin, weights do not depend on theta: gradients stop at the first row with one
             own = own if fell[:, i, 1:].any() else own.detach()
             args = (x, t, own, draws_of[i])
             return checkpoint(combined, *args, use_reentrant=False, preserve_rng_state=False)  # type: ignore[return-value]
@@ -182,8 +182,8 @@ class Objective(Law):
     ) -> GradientEstimate:
         """J and an unbiased estimate of its gradient.
 
-        drawn: D >= 2 draws. indices: (B,) of the samples, all with the same draws; truth: (B, *shape). weight: of the
-        cost. directions: (D, 2 + knots, K - 1), or None for exact derivatives.
+        drawn: D >= 2 draws. indices: (B,) of the samples, all with the same draws; truth: (B, *shape), the references.
+        weight: of the cost. directions: (D, 2 + knots, K - 1), or None for exact derivatives.
         """
         theta = theta.detach().double().cpu()
         mse, pathwise = self.differentiate(theta, drawn.counts, indices, truth, directions)
@@ -213,7 +213,7 @@ class Objective(Law):
         """The gradient (.., 2 + knots, K - 1) from D >= 2 draws.
 
         errors (.., D, T) and pathwise (.., D, 2 + knots, K - 1), along the directions. Affine in both: the mean over
-        ranks that share their coins is the gradient for all their samples together.
+        ranks with the same coins is the gradient for all their samples.
         """
         moved = self._moved(theta, drawn, errors, self.response)
         if self.response is not None:
@@ -225,7 +225,7 @@ class Objective(Law):
         return (pathwise + moved).mean(-3) + weight * self.cost_gradient(theta)
 
     def _predicted(self, theta: Tensor, drawn: Draws, response: Response) -> Tensor:
-        """What linear response says of the tables: (.., D, T)."""
+        """Errors of the tables, predicted by linear response: (.., D, T)."""
         tables = drawn.counts.unsqueeze(-3) if drawn.tables is None else drawn.tables
         return response(tables, self.probabilities(theta))
 
@@ -236,13 +236,13 @@ class Objective(Law):
         return slope(errors, self._predicted(theta, drawn, self.response), mean)[..., None, None]
 
     def _moved(self, theta: Tensor, drawn: Draws, errors: Tensor, response: Response | None) -> Tensor:
-        """The part of the coins, of each draw: (.., D, 2 + knots, K - 1)."""
+        """The coins' part of the gradient, for each draw: (.., D, 2 + knots, K - 1)."""
         count = errors.shape[-1] * (errors.shape[-2] - 1)
 
         def scored(values: Tensor) -> Tensor:
             return ((values - others(values)[..., None] / count)[..., None, None] * drawn.scores).sum(-3)
 
-        # what moving one systematic coin by a row does is too fine for linear response: it made noise, not less of it
+        # moving one systematic coin by a row is too small a change for linear response: it added noise
         if response is None or drawn.tables is not None:
             return scored(errors)
         due = self.chance.expected(self, theta, response.matrix)[2]
@@ -281,27 +281,27 @@ class Objective(Law):
             return self.errors(weights, counts, indices, truth).mean(1)
 
         def along(tangent: Tensor) -> tuple[Tensor, Tensor]:
-            with sdpa_kernel(SDPBackend.MATH):  # the one kernel of attention that has a forward mode
+            with sdpa_kernel(SDPBackend.MATH):  # the only attention kernel with a forward mode
                 return torch.func.jvp(error, (weights,), (tangent,))  # type: ignore[return-value]
 
         with warnings.catch_warnings():
-            # torch compiles its rules of forward mode with what it has deprecated
+            # torch compiles its forward-mode rules with deprecated functions of its own
             warnings.filterwarnings("ignore", ".*torch.jit.script.*", DeprecationWarning)
             if len(tangents) == 1:
                 mse, slope = along(tangents[0])
                 return mse.cpu(), slope[None].cpu()
-            # the trajectory itself has no batch of directions: it is run once
+            # the trajectory itself has no batch of directions: it runs once
             mse, slopes = torch.func.vmap(along, out_dims=(None, 0))(tangents)  # type: ignore[arg-type]
             return mse.cpu(), slopes.cpu()
 
     def weight_for(self, theta: Tensor, counts: Tensor, indices: Tensor, plain: Tensor) -> float:
         """The weight of the cost at which J is near stationary when all beta are shifted alike.
 
-        To first order bernoulli coins add a variance `V = sum_i v_i (1/p_i - 1)`, and `dV/dbeta = -V`; of systematic
-        ones linear response says how V falls, and without it the same is assumed. So the weight is the fall of V over
-        the derivative of the cost; V is measured as the mean squared difference to the run with p = 1. counts:
-        (D, R, K) for samples with these indices (D, B), and plain (D, B, *shape) their runs with p = 1. The spending
-        that theta stands for is thus about kept, and learning moves it between levels and times.
+        To first order bernoulli coins add a variance `V = sum_i v_i (1/p_i - 1)`, and `dV/dbeta = -V`; for systematic
+        coins linear response predicts the decrease of V, and without it the same is assumed. So the weight is the
+        decrease of V over the derivative of the cost; V is measured as the mean squared difference to the run with
+        p = 1. counts: (D, R, K) for samples with these indices (D, B), and plain (D, B, *shape) their runs with p = 1.
+        This roughly keeps the cost of theta, and learning moves it between levels and times.
         """
         p = self.probabilities(theta.detach())
         with torch.no_grad():
@@ -310,14 +310,14 @@ class Objective(Law):
         fall = 1.0
         if self.response is not None:
             mean, pathwise, chance = self.chance.expected(self, theta.detach().double(), self.response.matrix)
-            # learned coins can be certain to fall, and then add nothing
+            # learned coins can be certain, and then add nothing
             fall = -((pathwise + chance)[-1].sum() / mean).item() if mean > 0 else 1.0
         return max(fall, LEAST_FALL) * variance / self.cost_gradient(theta.detach())[-1].sum().item()
 
     def held_out(self, theta: Tensor, coins: str, indices: Tensor, truth: Tensor, plans: int) -> Tensor:
-        """Error of each sample (N,) with coins of its own, on average over `plans` plans: (N,) float64 on the CPU.
+        """Error of each sample (N,) with its own coins, averaged over `plans` plans: (N,) float64 on the CPU.
 
-        The same seeds and indices use the same uniform numbers whatever theta: made for differences.
+        Seeds and indices fix the uniform numbers, whatever theta: common random numbers for paired differences.
         """
         p = self.probabilities(theta.detach())
         found: list[Tensor] = []

@@ -1,8 +1,8 @@
-"""The coefficients of least predicted error at a cost: no network is evaluated.
+"""The coefficients of least predicted error at a given cost, without network evaluations.
 
-With coins that rows and levels toss independently, the error that a law adds is, by linear response,
-`sum_k,i V_k(i) (1 / p_k(i) - 1)`: V_k(i) is what the correction of level k at row i alone would cost a sample, which a
-calibration has measured. It is smooth in alpha and beta, and so is the expected cost.
+With coins independent between rows and levels, the error that a law adds is, by linear response,
+`sum_k,i V_k(i) (1 / p_k(i) - 1)`: V_k(i) is the error from losing just the correction of level k at row i, known from
+a calibration. It is smooth in alpha and beta, and so is the expected cost.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from mlem.multilevel.learning.law import Law
 __all__ = ["least_variance", "predicted_variance"]
 
 _STEEP, _FAR = 10.0, 15.0
-"""Bounds of |alpha| and |beta|: a sigmoid so steep, or so far off, is a step, or 0 or 1."""
+"""Bounds of |alpha| and |beta|: beyond them a sigmoid is a step, or 0 or 1."""
 _EXACT = 1e-6
-"""How far the cost may be from the one that is asked for."""
+"""Tolerance on the cost."""
 
 
 def predicted_variance(law: Law, theta: Tensor, worth: Tensor) -> Tensor:
@@ -31,7 +31,7 @@ def predicted_variance(law: Law, theta: Tensor, worth: Tensor) -> Tensor:
 def least_variance(law: Law, worth: Tensor, start: Tensor, cost: float) -> Tensor:
     """theta (2 + knots, K - 1) of least `predicted_variance` whose `law.cost` is `cost`, found from `start`.
 
-    Sequential quadratic programming (SLSQP), with exact gradients; `start` itself where that finds nothing better.
+    Sequential quadratic programming (SLSQP) with exact gradients; `start` itself if that finds nothing better.
     """
 
     def differentiated(numbers: Any, value: Any) -> tuple[float, Any]:

@@ -1,7 +1,7 @@
-"""The error that linear response predicts of a draw of the coins: the control variate of learning.
+"""The error of a draw of the coins, predicted by linear response: the control variate of learning.
 
-To first order the draw adds the quadratic form `r = x' M x` of `x_k(i) = B_k(i) / p_k(i) - 1`; M is what a calibration
-has measured (`mlem.multilevel.predict`). Both parts of its gradient have known means, and no network is evaluated.
+To first order the draw adds the quadratic form `r = x' M x` of `x_k(i) = B_k(i) / p_k(i) - 1`; M comes from a
+calibration (`mlem.multilevel.predict`). Both parts of its gradient have known means, and no network is evaluated.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from mlem.solvers import Solver
 __all__ = ["Response", "others", "slope"]
 
 LEAST_DRAWS = 4
-"""From which on the slope of the other draws is worth more than none."""
+"""Number of draws from which the slope over the other draws is better than none."""
 
 
 class Response:
@@ -30,7 +30,7 @@ class Response:
 
     @staticmethod
     def of(family: Family, solver: Solver, grid: TimeGrid) -> Response | None:
-        """By the calibration of the family; None without one."""
+        """The response from the family's calibration; None without one."""
         if not family.fitted.has("calibration"):
             return None
         predictor = Predictor(family.fitted.calibration_for(family), family.schedule, solver, grid)
@@ -44,7 +44,7 @@ class Response:
         return (self._times(excess) * excess).sum((-2, -1))
 
     def slopes(self, law: Law, theta: Tensor, counts: Tensor) -> Tensor:
-        """Derivative of r by theta while the coins (.., R, K) lie still: (.., 2 + knots, K - 1)."""
+        """Derivative of r by theta with the coins (.., R, K) fixed: (.., 2 + knots, K - 1)."""
         p = law.probabilities(theta)
         by_p = -2 * self._times(self._excess(counts, p)) * counts[..., 1:] / p[:, 1:]
         return law.back(by_p * (1 - p[:, 1:]))
@@ -61,13 +61,13 @@ class Response:
 
 
 def slope(errors: Tensor, predicted: Tensor, mean: Tensor) -> Tensor:
-    """The factor of a control variate: how errors rise with what is predicted, by the other draws.
+    """The factor of a control variate: the slope of errors against predictions, over the other draws.
 
-    One draw more is taken to go as predicted. A factor is independent of its own draw, so that no bias comes in; it is
-    affine in the errors.
+    One extra draw is assumed to match its prediction. A factor is independent of its own draw, so there is no bias; it
+    is affine in the errors.
 
     Args:
-        errors, predicted: (.., D, T), of D >= 2 independent draws. mean: (), of what is predicted.
+        errors, predicted: (.., D, T), of D >= 2 independent draws. mean: (), of the predictions.
 
     Returns: (.., D). Below four draws 1.
     """

@@ -1,15 +1,15 @@
-"""A gradient of the error that coins add, by one backward pass: to first order, and with little noise.
+"""The gradient of the error that coins add, by one backward pass: first order, with little noise.
 
-Against its own run with p = 1 let a sample err by `|sum_i (B_i / p_i - 1) a_i|^2`, a_i what the correction of row i
-does to it. With independent coins the mean is `V = sum_i |a_i|^2 (1 / p_i - 1)`, whose derivative by the logit of p_i
-is `-|a_i|^2 (1 - p_i) / p_i`. The part of it with the coins at rest, through the weights, is `2 (1 - p_i)` times as
-much. So the derivatives by the weights of the coins that fell are enough: there is no score function, whose noise is
-most of the noise of an unbiased gradient.
+Let the error of a sample relative to its own run with p = 1 be `|sum_i (B_i / p_i - 1) a_i|^2`, a_i the effect of the
+correction of row i. With independent coins the mean is `V = sum_i |a_i|^2 (1 / p_i - 1)`, whose derivative by the logit
+of p_i is `-|a_i|^2 (1 - p_i) / p_i`. The part through the weights, with the coins fixed, is `2 (1 - p_i)` times as
+much. So the derivatives by the weights of fallen coins suffice: there is no score function, which causes most of the
+noise of an unbiased gradient.
 
-The a_i are those of the sample, through the networks as they are. Large errors are not quadratic in the weights, and
-the gradient is then right in shape but not in size. Its size is measured: V falls by V where all beta rise by 1 alike
-(to first order; on trained digits also beyond). Near an optimum the gradient of V is opposite to that of the cost, and
-it is along that one that its size is corrected.
+The a_i are those of the sample, through the actual networks. Large errors are not quadratic in the weights, and the
+gradient then has the right shape but the wrong size. Its size is measured: V falls by V if all beta rise by 1 (to first
+order; on trained digits also beyond). Near an optimum the gradient of V is opposite to that of the cost, so its size is
+corrected along that direction.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ __all__ = ["first_order"]
 def first_order(
     problem: Objective, theta: Tensor, counts: Tensor, indices: Tensor, plain: Tensor, weight: float
 ) -> GradientEstimate:
-    """The gradient of `V + weight * cost`; its mse is to `plain`.
+    """The gradient of `V + weight * cost`; its mse is relative to `plain`.
 
     Args:
         theta: (2 + knots, K - 1).
@@ -33,7 +33,7 @@ def first_order(
             and their runs with p = 1.
         weight: of the cost.
 
-    It is affine in means over draws and samples: the mean over ranks with equal shares is that of all their draws.
+    Affine in means over draws and samples: the mean over ranks with equal shares is that of all their draws.
     """
     theta = theta.detach().double().cpu()
     p = problem.probabilities(theta)

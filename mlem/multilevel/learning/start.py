@@ -1,4 +1,4 @@
-"""Where learning begins: copies of the levels that forward mode can run, and the first coefficients."""
+"""The starting point of learning: copies of the levels for forward mode, and the first coefficients."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from mlem.solvers import GridPoint, Solver, quadrature_weights
 __all__ = ["LARGEST", "first_coefficients", "frozen", "nearest_coefficients"]
 
 LARGEST = 0.99
-"""Of the nearest coefficients no p_k is larger: a coin that is certain to fall teaches nothing."""
+"""Upper bound of p_k for the nearest coefficients: a certain coin gives no gradient."""
 
 
 def frozen(family: Family, device: str | torch.device = "cpu") -> list[NetworkDenoiser]:
     """Copies of the levels for forward mode: in eval mode, without gradients, and in contiguous memory format.
 
-    (torch's group norm has no forward mode in channels_last, nor where attention hands it a transposed tensor.) The
-    family's own networks stay as they are.
+    (torch's group norm has no forward mode in channels_last, or for transposed tensors from attention.) The family's
+    own networks stay as they are.
     """
     denoisers: list[NetworkDenoiser] = []
     for level in family.levels:
@@ -42,10 +42,10 @@ def frozen(family: Family, device: str | torch.device = "cpu") -> list[NetworkDe
 
 
 def nearest_coefficients(family: Family, solver: Solver, grid: TimeGrid, budget: float, knots: int = 0) -> Tensor:
-    """theta (2 + knots, K - 1) nearest, in the logit, to the probabilities that `budget` buys.
+    """theta (2 + knots, K - 1) closest, in the logit, to the probabilities for `budget`.
 
-    They are the calibrated ones, or those of the theory's law when the family is not calibrated. budget: share of the
-    largest level's cost, in (0, 1], in FLOPs. Raises ValueError when it is too small.
+    These are the calibrated ones, or those of theory for an uncalibrated family. budget: share of the largest level's
+    cost, in (0, 1], in FLOPs. Raises ValueError if it is too small.
     """
     law = "calibrated" if family.fitted.has("calibration") else "theory"
     names = tuple(family.names)
@@ -57,9 +57,9 @@ def nearest_coefficients(family: Family, solver: Solver, grid: TimeGrid, budget:
 
 
 def first_coefficients(family: Family, solver: Solver, grid: TimeGrid, budget: float, knots: int = 0) -> Tensor:
-    """Where learning begins, theta (2 + knots, K - 1): what a calibration predicts to err least at the cost `budget`.
+    """The start of learning, theta (2 + knots, K - 1): least predicted error at the cost `budget`.
 
-    Of a family that is not calibrated, `nearest_coefficients`. Arguments and errors as there.
+    For an uncalibrated family, `nearest_coefficients`. Arguments and errors as there.
     """
     nearest = nearest_coefficients(family, solver, grid, budget, knots)
     if not family.fitted.has("calibration"):
@@ -73,11 +73,11 @@ def first_coefficients(family: Family, solver: Solver, grid: TimeGrid, budget: f
 
 
 def _rounded(theta: Tensor) -> Tensor:
-    """To six decimals: last digits of linear algebra depend on where numbers lie; a resumed run must begin alike."""
+    """theta to six decimals: last digits of linear algebra depend on memory alignment; a resumed run must match."""
     return theta.round(decimals=6)
 
 
 def _times(family: Family, solver: Solver, grid: TimeGrid) -> list[float]:
-    """Of the evaluations."""
+    """Times of the evaluations."""
     points = GridPoint.of(family.schedule, grid)
     return [point.t for point in quadrature_weights(solver, family.schedule, points)[1]]
