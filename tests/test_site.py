@@ -10,6 +10,7 @@ from functools import cache
 from itertools import pairwise
 from typing import Any
 
+import by_budget
 import pytest
 import yaml
 from public_names import REPOSITORY, documented, public_names
@@ -131,3 +132,7 @@ def test_every_page_with_python_is_run_by_a_test() -> None:
     named = "".join(text for text in tests if "blocks(" in text)
     assert len(pages) > 8
     assert [page for page in pages if f'"{page}"' not in named and page != "CONTRIBUTING.md"] == []
+
+
+def test_the_figure_of_budgets_is_of_the_plans_of_today() -> None:
+    assert by_budget.PAGE.read_text() == by_budget.page(), "draw it again: python docs/by_budget.py"
