@@ -171,12 +171,15 @@ class NoiseSchedule(ABC):
         kind = options.pop("kind", None)
         if kind not in [*makers]:
             raise ValueError(f"schedule kind must be one of {', '.join(makers)}, got {kind!r}")
-        known = ", ".join(inspect.signature(makers[kind]).parameters)
+        known = [*inspect.signature(makers[kind]).parameters]
+        for name in options:
+            if name not in known:
+                raise ValueError(f"schedule {kind} has no option {name!r}; its options are {', '.join(known)}")
         try:
             return makers[kind](**options)
         except (TypeError, AttributeError, RuntimeError) as error:
             said = " ".join(str(error).split())
-            raise ValueError(f"schedule {kind} cannot be built ({said}); its options are {known}") from error
+            raise ValueError(f"schedule {kind} cannot be built ({said}); its options are {', '.join(known)}") from error
 
     def __repr__(self) -> str:
         return f"NoiseSchedule({self.to_config()})"

@@ -70,6 +70,9 @@ TRAIN = (
 )
 """A family of two levels, trained and calibrated in seconds."""
 
+LIMIT = 540
+"""Seconds of a command; on a busy machine, two ranks that take 25 s of processor time were seen to need 300."""
+
 RANKS = ("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2")
 STORES: list[TCPStore] = []
 
@@ -85,6 +88,7 @@ def environment(**extra: str) -> dict[str, str]:
     own = re.compile(rf"WANDB.*|NETRC.*|{FOREIGN.pattern}")
     kept = {key: value for key, value in os.environ.items() if not own.fullmatch(key)}
     fixed = {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "NETRC": "/nonexistent", "COLUMNS": "160"}
+    fixed |= {"PYTHONFAULTHANDLER": "1"}  # where a process stands that is ended for taking too long
     return kept | fixed | extra
 
 
@@ -100,7 +104,7 @@ def execute(script: str, *options: str, cwd: Path, **extra: str) -> subprocess.C
 
 def finish(process: Forked) -> subprocess.CompletedProcess[str]:
     """Wait for its end."""
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=LIMIT)
     assert process.returncode is not None
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 

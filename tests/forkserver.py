@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import faulthandler
 import functools
 import gc
 import importlib
@@ -80,28 +81,38 @@ class Forked:
         return self.returncode
 
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
-        """All of standard output and standard error, when it has ended, and all those that it started."""
+        """All of standard output and standard error, when it has ended, and all those that it started.
+
+        Raises AssertionError, which says where each stood, when that takes longer than `timeout` seconds.
+        """
         if not hasattr(self, "_texts"):
-            self._texts = self._read(math.inf if timeout is None else time.monotonic() + timeout)
+            told: dict[int, bytes] = {self._out: b"", self._err: b""}
+            still = set(told)
+            if not self._read(told, still, math.inf if timeout is None else timeout):
+                for pid in (*children(self.pid), self.pid):
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGABRT)
+                self._read(told, still, 10)
+                raise AssertionError(f"{self.args} not over after {timeout} s: {told[self._err].decode()}")
+            self._texts = told[self._out].decode(), told[self._err].decode()
         while self.poll() is None:
             select.select([self._status], [], [])
         return self._texts
 
-    def _read(self, deadline: float) -> tuple[str, str]:
-        told = {self._out: b"", self._err: b""}
-        still = set(told)
+    def _read(self, told: dict[int, bytes], still: set[int], seconds: float) -> bool:
+        """Whether those that are `still` open have been read to their ends within the time."""
+        deadline = time.monotonic() + seconds
         while still:
-            seconds = deadline - time.monotonic()
-            ready = select.select([*still], [], [], None if seconds == math.inf else max(0, seconds))[0]
+            left = None if seconds == math.inf else max(0, deadline - time.monotonic())
+            ready = select.select([*still], [], [], left)[0]
             if not ready:
-                self.kill()
-                raise subprocess.TimeoutExpired(self.args, 0)
+                return False
             for descriptor in ready:
                 told[descriptor] += (more := os.read(descriptor, LIMIT))
                 if not more:
                     still.remove(descriptor)
                     os.close(descriptor)
-        return told[self._out].decode(), told[self._err].decode()
+        return True
 
     def send_signal(self, number: int) -> None:
         if self.poll() is None:
@@ -109,6 +120,14 @@ class Forked:
 
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
+
+
+def children(pid: int) -> list[int]:
+    """The processes that it started, from its main thread; none when it is over."""
+    try:
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except FileNotFoundError:
+        return []
 
 
 @functools.cache
@@ -233,6 +252,7 @@ def main() -> None:
     """Import what commands import, then serve at the socket whose descriptor is given."""
     for module in MODULES:
         importlib.import_module(module)
+    faulthandler.enable()  # for communicate()
     gc.freeze()  # else each child's collector would copy all of these objects
     with socket.socket(fileno=int(sys.argv[1])) as control:
         asked = serve(control)

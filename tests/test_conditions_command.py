@@ -22,6 +22,7 @@ from mlem.outputs import read_png, sample_path
 from mlem.sampling import sample
 from mlem.schedule import NoiseSchedule
 from tests.commands import run_here
+from tests.test_your_own_family import blocks
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),  # of diffusers
@@ -105,6 +106,15 @@ def test_guidance_by_no_class_by_a_level_and_in_an_interval(family: Family) -> N
     assert calls == 6 * 4 * 2
     weak = images(family.guided(2.0, weak="s", interval=(0.1, 9.0)))
     assert torch.equal(made("weak", "guidance.scale=2", "guidance.weak=s", "guidance.interval=[0.1,9]"), weak)
+
+
+def test_the_page_on_training(family: Family) -> None:
+    block = (
+        blocks("docs/training.md")[0].replace("runs/digits_labels/family", "family").replace("range(64)", "range(6)")
+    )
+    names: dict[str, Any] = {"Family": Family, "sample": sample}
+    exec(compile(block.replace("range(64)", "range(6)"), "docs/training.md", "exec"), names)
+    assert names["x"].shape == (6, *family.shape)
 
 
 def test_embeddings_come_from_a_file_row_by_row(family: Family) -> None:

@@ -28,6 +28,7 @@ from mlem.data.shards import parallel
 from mlem.metrics import FID, FewImagesWarning
 from tests import archives as make
 from tests.commands import PLAIN, environment, run_here, succeed, wait_until
+from tests.forkserver import children
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -109,10 +110,6 @@ def running(pid: int) -> bool:
         return False
 
 
-def children(process: subprocess.Popen) -> list[int]:
-    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
-
-
 def test_a_killed_preparation_goes_on_to_the_same_bytes(tmp_path, capsys):
     zipped = make.celeba(tmp_path, make.faces(800))
     options = ["celeba", "--source", str(zipped), "--any-checksum", "--shard-size", "20"]
@@ -121,7 +118,7 @@ def test_a_killed_preparation_goes_on_to_the_same_bytes(tmp_path, capsys):
     command = [sys.executable, "-m", "mlem.data", *options, "--workers", "2", "--out", str(killed)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, env=environment()) as process:
         wait_until((killed / "shard-000001.tar").exists, process)
-        workers = children(process)
+        workers = children(process.pid)
         capsys.readouterr()
         assert main([*options, "--out", str(killed)]) == 2
         assert f"{killed} is being prepared by another process" in capsys.readouterr().err

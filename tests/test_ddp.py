@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from mlem.files import read_json, write_json
 from tests.commands import PLAIN, RANKS, TRAIN, metrics, start, start_ranks, succeed, succeed_ranks, wait_until
+from tests.forkserver import children
 
 RUN = Path("runs/digits/unet_xs")
 OPTIONS = (*PLAIN, "training.steps=20", "training.epoch_steps=10", "training.checkpoint_every=10")
@@ -35,18 +36,13 @@ def test_two_ranks_train_what_one_does(tmp_path: Path) -> None:
     torch.testing.assert_close(errors[1], errors[0], rtol=1e-4, atol=0)
 
 
-def _children(parent: int) -> list[int]:
-    tasks = Path(f"/proc/{parent}/task/{parent}/children")
-    return [int(number) for number in tasks.read_text().split()]
-
-
 def test_a_killed_rank_ends_the_run(tmp_path: Path) -> None:
     """Rank 1 is killed: rank 0 ends non-zero within 30 s, and the same command resumes."""
     options = (*OPTIONS, "training.steps=3000")
     process = start("train", *options, *RANKS, cwd=tmp_path)
     checkpoints = tmp_path / RUN / "checkpoints"
     wait_until(lambda: any(checkpoints.glob("*.sha256")), process)
-    ranks = [child for child in _children(process.pid) if "train.py" in Path(f"/proc/{child}/cmdline").read_text()]
+    ranks = [child for child in children(process.pid) if "train.py" in Path(f"/proc/{child}/cmdline").read_text()]
     assert len(ranks) == 1
     os.kill(ranks[0], signal.SIGKILL)
     begin = time.monotonic()

@@ -29,15 +29,11 @@ from tests.commands import (
     succeed,
     wait_until,
 )
-from tests.forkserver import Forked
+from tests.forkserver import Forked, children
 
 RUN = Path("runs/digits/unet_xs")
 TRAINING = (*PLAIN, "training.steps=100000", "training.epoch_steps=10", "training.checkpoint_every=100000")
 SAMPLES = ("root=runs/tiny", "trainer=cpu", "level=xs", "batch_size=2")
-
-
-def _children(pid: int) -> list[int]:
-    return [int(number) for number in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def _end(process: Forked, number: int = signal.SIGINT, pids: tuple[int, ...] = ()) -> tuple[int | None, list[str]]:
@@ -58,7 +54,7 @@ def test_a_training_saves_and_says_so(tmp_path: Path, ranks: tuple[str, ...]) ->
     options = (*TRAINING, *ranks, f"training.workers={0 if ranks else 1}")
     process = start("train", *options, cwd=tmp_path)
     wait_until(lambda: _logged(tmp_path, 9), process)
-    status, lines = _end(process, pids=tuple(_children(process.pid)))
+    status, lines = _end(process, pids=tuple(children(process.pid)))
     saved = max((tmp_path / RUN / "checkpoints").glob("*.ckpt"))
     kept = f"saved {saved.relative_to(tmp_path)}; the same command continues from there"
     assert (status, lines) == (130, [f"train.py: interrupted; {kept}"])

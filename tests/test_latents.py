@@ -28,6 +28,7 @@ from mlem.outputs import read_pixels, sample_path
 from mlem.sampling import sample
 from tests.commands import PLAIN, TINY, run_here, run_in
 from tests.decoders import save_decoder
+from tests.test_your_own_family import blocks
 
 
 @pytest.fixture(scope="module")
@@ -177,6 +178,13 @@ def test_a_trained_family_carries_its_decoder(trained: Path) -> None:
     (row, *_) = json.loads((trained / "runs/latents/evaluation.json").read_text())["rows"]
     assert any(name.startswith("fid_") for name in row)
     assert 0 < row["ssim"] < 1
+
+
+def test_the_page_on_training(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(trained)
+    names: dict[str, Any] = {"Family": Family, "sample": sample}
+    exec(compile(blocks("docs/training.md")[1].replace("range(64)", "range(2)"), "docs/training.md", "exec"), names)
+    assert (names["x"].shape, names["pictures"].shape) == ((2, 4, 4, 4), (2, 1, 8, 8))
 
 
 def test_similarity_is_of_what_latents_show(trained: Path, tmp_path: Path) -> None:

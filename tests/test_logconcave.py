@@ -15,6 +15,7 @@ from sklearn.datasets import load_breast_cancer
 from torch import Tensor
 
 from mlem.logconcave import METHODS, Chains, default_step_size, sample
+from tests.test_your_own_family import blocks
 
 MEAN = torch.tensor([2.0, -1.0, 0.5], dtype=torch.float64)
 
@@ -333,6 +334,11 @@ def test_diagnostics_need_draws() -> None:
 def test_bad_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"^{message.replace('?', '[?]')}$"):
         run(**options)
+
+
+def test_the_page_on_midpoints(capsys: pytest.CaptureFixture[str]) -> None:
+    exec(compile(blocks("docs/midpoints.md")[1], "docs/midpoints.md", "exec"), {})
+    assert capsys.readouterr().out.startswith("torch.Size([64, 500, 10]) ")
 
 
 def test_bad_starts() -> None:

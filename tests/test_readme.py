@@ -48,6 +48,17 @@ def test_the_ten_lines(tmp_path: Path) -> None:
         assert image.size == shown.size
 
 
+def test_the_pages_on_multilevel_sampling_and_on_solvers(capsys: pytest.CaptureFixture[str]) -> None:
+    names: dict[str, Any] = {}
+    for page in ("docs/multilevel.md", "docs/solvers.md"):
+        (block,) = blocks(page)
+        block = block.replace("runs/demo/family", "pretrained:dead_leaves16").replace("range(64)", "range(2)")
+        exec(compile(block, page, "exec"), names)
+    assert names["images"].shape == (8, 3, 16, 16)
+    assert " steps on the " in capsys.readouterr().out
+    assert names["result"].x.shape == (2, 3, 16, 16)
+
+
 def test_the_page_on_python(capsys: pytest.CaptureFixture[str]) -> None:
     names: dict[str, Any] = {}
     for block in blocks("docs/python.md")[:2]:  # the other one runs in test_your_own_family.py

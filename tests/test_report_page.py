@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import by_budget
 import pytest
 import torch
 
@@ -88,6 +89,8 @@ def opened(browser: Any, run: Path) -> Iterator[Any]:
 
 @contextmanager
 def visited(browser: Any, run: Path, scheme: str = "light", **viewport: int) -> Iterator[Any]:
+    """The report of a run, or another page."""
+    shown = run if run.suffix else run / "report.html"
     with browser.new_context(viewport=viewport, color_scheme=scheme) as context:
         context.set_default_timeout(120_000)  # milliseconds, for a busy machine
         page = context.new_page()
@@ -95,7 +98,7 @@ def visited(browser: Any, run: Path, scheme: str = "light", **viewport: int) -> 
         page.on("request", lambda request: page.asked.append(request.url))
         page.on("pageerror", lambda error: page.errors.append(str(error)))
         page.on("console", lambda message: page.errors.append(message.text))
-        page.goto((run / "report.html").as_uri(), wait_until="load")
+        page.goto(shown.as_uri(), wait_until="load")
         yield page
 
 
@@ -260,3 +263,20 @@ def test_ratios_at_equal_error_are_told(run: Path) -> None:
     ):
         assert words in text
     assert text.count("not reached") == 1  # of the entry that has a ratio for another cost
+
+
+def test_the_figure_of_budgets_shows_what_the_slider_says(browser: Any) -> None:
+    """And all of them where no JavaScript runs."""
+    with visited(browser, by_budget.PAGE, width=390, height=400) as page:
+        for number in (by_budget.FIRST, 0, len(by_budget.BUDGETS) - 1):
+            page.locator("#budget").fill(str(number))
+            shown = page.locator("figure:visible").evaluate_all("all => all.map(e => e.dataset.budget)")
+            assert shown == [f"{100 * by_budget.BUDGETS[number]:.0f} percent"]
+            assert page.locator("#budget").get_attribute("aria-valuetext") == shown[0]
+        assert page.evaluate("document.documentElement.scrollWidth") == 390
+        assert (page.asked, page.errors) == ([by_budget.PAGE.as_uri()], [])
+    with browser.new_context(java_script_enabled=False) as context:
+        page = context.new_page()
+        page.goto(by_budget.PAGE.as_uri())
+        assert page.locator("figure:visible").count() == len(by_budget.BUDGETS)
+        assert not page.locator("#budget").is_visible()

@@ -236,7 +236,7 @@ def test_pure_noise_is_infinity_to_float32() -> None:
         (lambda: NoiseSchedule.from_config(["cosine"]), "an object with a kind, such as cosine, got ['cosine']"),
         (
             lambda: NoiseSchedule.from_config({"kind": "cosine", "ofset": 1}),
-            "'ofset'); its options are offset, log_snr",
+            "schedule cosine has no option 'ofset'; its options are offset, log_snr_min",
         ),
         (lambda: NoiseSchedule.from_config({"kind": "cosine", "offset": "a"}), "schedule cosine cannot be built ("),
         (lambda: NoiseSchedule.from_config({"kind": "linear", "num_timesteps": -1}), "schedule linear cannot be built"),

@@ -27,6 +27,7 @@ from mlem.predictions import NoiseLevel
 from mlem.schedule import NoiseSchedule
 from mlem.solvers.randomized_midpoint import RandomizedMidpoint
 from tests.pipelines import PIPELINES, STABLE
+from tests.test_your_own_family import blocks
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
@@ -240,10 +241,11 @@ def test_defaults_of_other_schedulers_are_taken_over() -> None:
     assert (heun.config["beta_start"], heun.config["beta_end"]) == (0.00085, 0.012)
 
 
-def test_a_ddim_pipeline_takes_it() -> None:
+def test_a_ddim_pipeline_takes_it_as_the_page_says() -> None:
     tiny = PIPELINES["DDIMPipeline"]
     pipe = tiny.make(DDIMScheduler(clip_sample=False, prediction_type="v_prediction"))
-    pipe.scheduler = made(pipe.scheduler.config)
+    exec(compile(blocks("docs/midpoints.md")[0], "docs/midpoints.md", "exec"), {"pipe": pipe})
+    assert isinstance(pipe.scheduler, RandomizedMidpointScheduler)
     assert pipe(**tiny.inputs(1, 1), num_inference_steps=3).images.shape == (1, 8, 8, 1)
     with pytest.raises(ValueError, match=r"^eta=0\.5 and use_clipped_model_output belong to DDIM; leave them out$"):
         pipe(**tiny.inputs(1, 1), num_inference_steps=3, eta=0.5)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import re
 import shlex
 from functools import cache
 from itertools import pairwise
+from typing import Any
 
+import by_budget
+import pytest
 import yaml
 from public_names import REPOSITORY, documented, public_names
 
+from mlem.cli import tools
 from mlem.cli.compose import compose
 
 PACKAGES = sorted(
@@ -21,6 +26,8 @@ SCRIPTS = sorted((REPOSITORY / "examples").glob("*.py"))
 REFERENCE = documented()
 KNOWN = {**REFERENCE, "mlem": public_names("mlem")}
 NAMES = {name for names in REFERENCE.values() for name in names}
+TOOL = re.compile(r"^ *python -m mlem\.([^#\n]+)", re.MULTILINE)
+SCRIPT = re.compile(r"^ *python ((?:benchmarks|examples)/\S+)", re.MULTILINE)
 COMMAND = re.compile(r"^python (train|sample)\.py ([^#\n-][^#\n]*)", re.MULTILINE)
 IMPORTED = re.compile(r"^ *from (mlem[\w.]*) import (.+)$", re.MULTILINE)
 
@@ -93,3 +100,39 @@ def test_every_command_of_a_page_composes() -> None:
     assert len(lines) > 40
     for name, options in lines:
         compose(name, shlex.split(options))
+
+
+def test_every_command_of_a_tool_is_understood(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the commands of CONTRIBUTING.md, that are run."""
+    lines = [found for page in PAGES if page.name != "CONTRIBUTING.md" for found in TOOL.findall(page.read_text())]
+    assert len(lines) > 20
+    understood = argparse.ArgumentParser.parse_args
+
+    class Understood(Exception):
+        pass
+
+    def parse_args(self: argparse.ArgumentParser, args: Any = None, namespace: Any = None) -> Any:
+        understood(self, args, namespace)
+        raise Understood
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
+    for line in lines:
+        with pytest.raises(Understood):
+            assert tools.main(shlex.split(line)) == 0, line
+
+
+def test_every_script_that_a_page_runs_is_there() -> None:
+    scripts = {found for page in PAGES for found in SCRIPT.findall(page.read_text())}
+    assert [script for script in scripts if not (REPOSITORY / script).exists()] == []
+
+
+def test_every_page_with_python_is_run_by_a_test() -> None:
+    pages = [str(page.relative_to(REPOSITORY)) for page in PAGES if "```python" in page.read_text()]
+    tests = [path.read_text() for path in (REPOSITORY / "tests").glob("*.py")]
+    named = "".join(text for text in tests if "blocks(" in text)
+    assert len(pages) > 8
+    assert [page for page in pages if f'"{page}"' not in named and page != "CONTRIBUTING.md"] == []
+
+
+def test_the_figure_of_budgets_is_of_the_plans_of_today() -> None:
+    assert by_budget.PAGE.read_text() == by_budget.page(), "draw it again: python docs/by_budget.py"
