@@ -31,6 +31,8 @@ class Waves(nn.Module):
     work: products with a square matrix of WIDTH a call, which take the time that networks would.
     """
 
+    mixing: Tensor
+
     def __init__(self, error: float, seed: int, work: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.randn(8, 3, generator=torch.Generator().manual_seed(seed)))
