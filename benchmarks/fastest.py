@@ -65,9 +65,12 @@ REUSED: dict[str, tuple[tuple[str, str, tuple[int, ...]], ...]] = {
     "sde": (("ddpm", "uniform", (16, 24, 32, 48, 64)), ("dpm_solver_pp_sde", "uniform", (24, 32, 48))),
 }
 """Of DeepCache, on the largest level alone."""
-REUSES = {"ode": ((2, 1), (3, 1), (5, 1), (5, 2)), "sde": ((2, 1), (3, 1), (5, 1), (10, 1))}
+REUSES: dict[str, tuple[tuple[int, int], ...]] = {
+    "ode": ((2, 1), (3, 1), (5, 1), (5, 2)),
+    "sde": ((2, 1), (3, 1), (5, 1), (10, 1)),
+}
 """Whole evaluations one in so many, and the branch."""
-BESIDE = {"ode": ((2, 1), (3, 1), (5, 1)), "sde": ((3, 1), (5, 1))}
+BESIDE: dict[str, tuple[tuple[int, int], ...]] = {"ode": ((2, 1), (3, 1), (5, 1)), "sde": ((3, 1), (5, 1))}
 """Of DeepCache under a plan, which is made for it."""
 FORECAST = {"ode": ("unipc", "uniform", (12, 16, 24)), "sde": ("ddpm", "uniform", (32, 64))}
 FORECASTS = ((2, 0), (2, 1), (2, 2))
@@ -172,9 +175,11 @@ def jobs(family: Family, kind: str, targets: Sequence[float]) -> Iterator[Job]:
             spec = family.plan(budget=budget, estimator=estimator)
             yield [estimator, solver, grid, steps, budget], alone(solver, grid, steps, plan=spec)
     solver, grid, several = PLANNED[kind][0]
-    for (every, branch), steps, budget in itertools.product(BESIDE[kind], several, KEPT_BUDGETS[kind]):
-        how = {"plan": family.plan(budget=budget), "reuse": Reuse(every=every, branch=branch)}
-        yield ["hindsight, DeepCache", solver, grid, steps, budget, every, branch], alone(solver, grid, steps, **how)
+    for every, branch in BESIDE[kind]:
+        for steps, budget in itertools.product(several, KEPT_BUDGETS[kind]):
+            how = {"plan": family.plan(budget=budget), "reuse": Reuse(every=every, branch=branch)}
+            key = ["hindsight, DeepCache", solver, grid, steps, budget, every, branch]
+            yield key, alone(solver, grid, steps, **how)
     for target in targets:
         yield ["recommended", target], _Recommended(family, target, kind)
 
