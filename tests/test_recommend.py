@@ -12,7 +12,7 @@ from mlem import Family, Sampler, sample
 from mlem.multilevel import pilot as pilot_module
 from mlem.multilevel.calibration import Calibration
 from mlem.multilevel.candidate import Candidate
-from mlem.multilevel.correction import correction
+from mlem.multilevel.correction import correction, reuse_factor
 from mlem.multilevel.fitted import Fitted
 from mlem.multilevel.timing import timed_on
 from tests.waves import family
@@ -137,9 +137,22 @@ def test_pilots_along_a_line_are_followed_and_others_distrusted() -> None:
     ]
     found = correction(pilots, 3e-4, 24)
     assert found.factor == pytest.approx(2.718281828**0.5 * 3e-4**0.1 * 24**-0.2, rel=0.05)
-    assert found.spread < 0.1
+    assert found.spread < 0.2
     scattered = [[row[0], row[1] * (3.0 if number % 2 else 1 / 3.0), *row[2:]] for number, row in enumerate(pilots)]
     assert correction(scattered, 3e-4, 24).spread > 0.8
     unsure = [[*row[:2], 0.5 * row[1], row[3]] for row in pilots]
     assert correction(unsure, 3e-4, 24).spread > 0.5
     assert correction([], 3e-4, 24) == (1.0, 1.0)
+
+
+def test_what_reuse_adds_is_an_error_of_its_own() -> None:
+    """Factors of 1 + 1e-4 / error, but for one that is too small by chance, and one below 1."""
+    pilots = [[error, 1 + 1e-4 / error] for error in (1e-5, 1e-4, 1e-3, 1e-2)]
+    assert reuse_factor(pilots, 1e-4).factor == pytest.approx(2)
+    assert 1.1 < reuse_factor(pilots, 3e-4).factor < 2
+    assert reuse_factor(pilots, 1e-7).factor == pytest.approx(1e2 * pilots[0][1])
+    assert reuse_factor(pilots, 1.0) == (pytest.approx(pilots[-1][1]), 0.05)
+    assert reuse_factor(pilots, 3e-5).spread > 0.5
+    lucky = [[1e-5, 0.5], *pilots[1:3], [1e-2, 0.9]]
+    assert reuse_factor(lucky, 1e-5).factor == pytest.approx(2)
+    assert reuse_factor(lucky, 1e-2).factor == 1

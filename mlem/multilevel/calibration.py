@@ -150,17 +150,27 @@ class Calibration:
         return inside + (steps * self.outside[near][kind] if near in self.outside else 0.0)
 
     def reusing(self, reuse: Reuse) -> Calibration:
-        """As planning sees the family when its largest level reuses deep features: cheaper calls, other pilots.
+        """As planning sees the family when its largest level reuses deep features: cheaper calls, and what that adds.
 
-        Raises: ValueError where that was not measured.
+        Pilots with "/reuse" behind their name have the predicted error, and what was measured with reuse over what was
+        measured without.
+
+        Raises: ValueError if that was not measured.
         """
         own = f"/{reuse}"
-        pilots = {name.removesuffix(own): rows for name, rows in self.pilots.items() if name.endswith(own)}
-        if not pilots or any(reuse.branch not in each for each in (self.shallow or {0: {}}).values()):
+        names = [name.removesuffix(own) for name in self.pilots if name.endswith(own)]
+        if not names or any(reuse.branch not in each for each in (self.shallow or {0: {}}).values()):
             raise ValueError(f"no reuse of features ({reuse}) was measured of this family; {_REMEDY}")
         seconds = {
             size: (*each[:-1], (each[-1] + (reuse.every - 1) * self.shallow[size][reuse.branch]) / reuse.every)
             for size, each in self.seconds.items()
+        }
+        pilots = {
+            f"{name}/reuse": [
+                [plain[0], kept[1] / plain[1]]
+                for plain, kept in zip(self.pilots[name], self.pilots[name + own], strict=True)
+            ]
+            for name in names
         }
         return replace(self, seconds=seconds, pilots=self.pilots | pilots)
 

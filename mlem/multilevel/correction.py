@@ -1,20 +1,24 @@
 """What pilot runs say of predictions: by which factor a predicted error is off, and how sure that is.
 
-The logarithm of measured over predicted is taken for linear in the logarithms of the predicted error and of the number
-of steps. The line is fitted by Bayesian regression: with few pilots it stays near a constant factor.
+The logarithm of measured over predicted is a Gaussian process in the logarithms of the predicted error and of the
+number of steps: a line, which with few pilots stays near a constant factor, and a bend; how much it bends and how far
+pilots scatter is averaged over, by evidence (Rasmussen and Williams, Gaussian Processes for Machine Learning, chapters
+2 and 5). What reused features add to that is an error of its own, so that its share rises where the rest is small.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mlem.networks import Reuse
 
-__all__ = ["PILOTS", "RECOMMENDED", "REUSES", "UNKNOWN", "Factor", "correction"]
+__all__ = ["PILOTS", "RECOMMENDED", "REUSES", "UNKNOWN", "Factor", "correction", "reuse_factor"]
 
 PILOTS = (
     ("ddpm", "uniform", (32, 64, 128), 0),
@@ -29,10 +33,17 @@ REUSES = (Reuse(2, 1), Reuse(3, 1), Reuse(5, 1))
 
 PRIOR = (2.0, 0.2, 0.2)
 """Standard deviations, before any pilot is seen, of the constant and of both slopes."""
-SCATTER = 0.05
-"""Of pilots about the line, at least."""
+LENGTHS = (1.5, 0.7)
+"""Of the bend: how far apart, in both logarithms, pilots still tell of each other."""
+BENDS = (0.3, 1.0)
+"""Standard deviations of the bend that are tried."""
+SCATTERS = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
+"""Standard deviations of pilots about it that are tried."""
 UNKNOWN = 1.0
 """Of a prediction without pilots."""
+
+
+Floats = NDArray[np.float64]
 
 
 class Factor(NamedTuple):
@@ -57,23 +68,55 @@ def correction(pilots: Sequence[Sequence[float]], error: float, steps: int) -> F
     if len(pilots) < 5 or any(len(row) < 4 for row in pilots):
         # between the pilots nearest to that error on either side
         spread = float(np.std(ratios)) if len(pilots) > 1 else UNKNOWN
-        return Factor(math.exp(np.interp(math.log(error), predicted, ratios)), max(SCATTER, spread))
-    counts = np.log([row[3] for row in pilots])
-    middle = (predicted.mean(), counts.mean())
-    features = np.stack([np.ones_like(predicted), predicted - middle[0], counts - middle[1]], 1)
-    precision = np.diag([deviation**-2.0 for deviation in PRIOR])
-    scatter, line, covariance = SCATTER, np.zeros(3), np.eye(3)
-    for _ in range(5):  # the scatter that is left tells how far the line is to be trusted
-        covariance = np.linalg.inv(precision + features.T @ features / scatter**2)
-        line = covariance @ features.T @ ratios / scatter**2
-        left = ((ratios - features @ line) ** 2).sum() / max(1, len(pilots) - 2)
-        scatter = max(SCATTER, math.sqrt(left))
+        return Factor(math.exp(np.interp(math.log(error), predicted, ratios)), max(SCATTERS[0], spread))
+    places = np.stack([predicted, np.log([row[3] for row in pilots])], 1)
     # beyond the pilots the line is not followed
-    at = (
-        np.clip(math.log(error), predicted.min(), predicted.max()),
-        np.clip(math.log(steps), counts.min(), counts.max()),
-    )
-    here = np.array([1.0, at[0] - middle[0], at[1] - middle[1]])
+    here = np.clip(np.log([[error, steps]]), places.min(0), places.max(0))
+    evidence, means, variances = np.array([*_fits(places, ratios, here)]).T
+    weights = np.exp(evidence - evidence.max())
+    weights /= weights.sum()
+    mean = float(weights @ means)
+    variance = float(weights @ (variances + (means - mean) ** 2))
     # the images are the same for all pilots, so that their chance does not average out
     images = float(np.mean([(row[2] / row[1]) ** 2 for row in pilots]))
-    return Factor(math.exp(here @ line), math.sqrt(here @ covariance @ here + scatter**2 + images))
+    return Factor(math.exp(mean), math.sqrt(variance + images))
+
+
+def reuse_factor(pilots: Sequence[Sequence[float]], error: float) -> Factor:
+    """What reused features multiply an error with.
+
+    Between the pilots nearest on either side, of which none with a smaller error may have a smaller factor; below them
+    all the error that is added stays.
+
+    Args:
+        pilots: error as predicted without reuse, and the factor, rising in the error.
+        error: as predicted without reuse, > 0.
+    """
+    places, added = (np.log([row[k] for row in pilots]) for k in (0, 1))
+    added = np.maximum.accumulate(np.maximum(added, 0.0)[::-1])[::-1]
+    at = math.log(error)
+    below = max(0.0, places[0] - at) if added[0] > 0 else 0.0
+    right = min(int(np.searchsorted(places, at)), len(places) - 1)
+    apart = added[max(right - 1, 0)] - added[right]
+    return Factor(math.exp(np.interp(at, places, added) + below), max(SCATTERS[0], (apart + below) / 2))
+
+
+def _fits(places: Floats, ratios: Floats, here: Floats) -> Iterator[tuple[float, float, float]]:
+    """For each bend and scatter how likely they make the ratios, log evidence, and mean and variance here.
+
+    places: (P, 2). ratios: (P,). here: (1, 2).
+    """
+    middle = places.mean(0)
+
+    def kernel(one: Floats, other: Floats, bend: float) -> Floats:
+        line = PRIOR[0] ** 2 + ((one - middle) * np.square(PRIOR[1:])) @ (other - middle).T
+        apart = ((one[:, None] - other[None]) / LENGTHS) ** 2
+        return line + bend**2 * np.exp(-apart.sum(2) / 2)
+
+    for bend, scatter in itertools.product(BENDS, SCATTERS):
+        covariance = kernel(places, places, bend) + scatter**2 * np.eye(len(places))
+        root = np.linalg.cholesky(covariance)
+        white, seen = np.linalg.solve(root, ratios), np.linalg.solve(root, kernel(places, here, bend))
+        evidence = -white @ white / 2 - np.log(np.diag(root)).sum()
+        variance = kernel(here, here, bend).item() - (seen**2).sum() + scatter**2
+        yield float(evidence), (white @ seen).item(), float(max(variance, scatter**2))

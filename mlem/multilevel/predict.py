@@ -18,7 +18,7 @@ from torch import Tensor
 from mlem.grids import TimeGrid
 from mlem.multilevel.calibration import Calibration
 from mlem.multilevel.coins import COINS
-from mlem.multilevel.correction import UNKNOWN, Factor, correction
+from mlem.multilevel.correction import UNKNOWN, Factor, correction, reuse_factor
 from mlem.multilevel.covariance import CorrectionCovariance, knot_weights
 from mlem.multilevel.estimators import ESTIMATORS
 from mlem.multilevel.plan import Plan
@@ -109,9 +109,13 @@ class Predictor:
         """Measured over predicted, as pilots say."""
         if error <= 0:
             return Factor(1.0, 0.0)
-        known = self.calibration.pilots
-        own, kind = (known.get(key, []) for key in pilot_keys(self.solver, plan.estimator, plan.coins))
-        return correction(own or kind, error, self.grid.steps)
+        keys, known = pilot_keys(self.solver, plan.estimator, plan.coins), self.calibration.pilots
+        own, kind = (known.get(key, []) for key in keys)
+        found = correction(own or kind, error, self.grid.steps)
+        if (reused := known.get(f"{keys[0]}/reuse")) is None:
+            return found
+        more = reuse_factor(reused, error)
+        return Factor(found.factor * more.factor, math.hypot(found.spread, more.spread))
 
     def total(self, plan: Plan) -> float:
         """`error` plus `discretisation`. Raises ValueError where that was not measured."""

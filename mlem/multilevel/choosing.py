@@ -1,0 +1,188 @@
+"""Candidates of a recommendation: what each takes and errs, as calibration and pilots say."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from mlem.grids import TimeGrid
+from mlem.multilevel.calibration import COMMAND, Calibration
+from mlem.multilevel.candidate import WIDE, Candidate, Recommendation
+from mlem.multilevel.correction import PILOTS, REUSES
+from mlem.multilevel.identity import found_plan, seen_reusing
+from mlem.multilevel.plan import Plan
+from mlem.multilevel.predict import Predictor
+from mlem.multilevel.spec import PlanSpec
+from mlem.multilevel.timing import timed_here
+from mlem.networks import Reuse
+from mlem.solvers import SOLVERS, GridPoint, Solver, make_solver
+
+if TYPE_CHECKING:
+    from mlem.family import Family
+
+__all__ = ["Choosing", "Way"]
+
+
+@dataclass(frozen=True)
+class Way:
+    """How the largest level runs, and the family as planning sees it then; reuse: None, whole."""
+
+    family: Family
+    calibration: Calibration
+    reuse: Reuse | None = None
+
+
+@dataclass
+class Choosing:
+    """A family, what is asked, and the candidates that were found."""
+
+    family: Family
+    target: float
+    kind: str
+    batch_size: int
+    found: list[Candidate] = field(default_factory=list[Candidate])
+
+    def __post_init__(self) -> None:
+        family = self.family
+        self.calibration = timed_here(family, family.fitted.calibration_for(family), self.batch_size)
+        family.fitted = replace(family.fitted, calibration=self.calibration)
+        self.ways = [*self._reusing(), Way(family, self.calibration)]
+        self._seconds = {name: self.seconds({name: 1.0}, 0) for name in family.names}
+        self.outside = self.seconds({}, 1)
+        if next(self.methods(), None) is None:
+            raise ValueError(f"no error of an {self.kind.upper()} solver was measured of this family: {COMMAND}")
+
+    def _reusing(self) -> Iterator[Way]:
+        """Ways to reuse deep features of the largest level, those that were measured."""
+        for reuse in REUSES:
+            with suppress(ValueError):
+                seen = seen_reusing(self.family, reuse)
+                yield Way(seen, seen.fitted.calibration_for(seen), reuse)
+
+    def methods(self) -> Iterator[tuple[Solver, str]]:
+        """Solvers of the kind, and the grids that they were measured on."""
+        for key in self.calibration.discretisation:
+            name, _, grid = key.rpartition("/")
+            if name in SOLVERS and SOLVERS[name].stochastic == (self.kind == "sde"):
+                yield make_solver(name), grid
+
+    def piloted(self) -> Iterator[tuple[Solver, str]]:
+        """Those on which it is known how far predictions of plans are off."""
+        known = {(name, grid) for name, grid, *_ in PILOTS}
+        return ((solver, grid) for solver, grid in self.methods() if (solver.name, grid) in known)
+
+    def seconds(self, calls: Mapping[str, float], steps: int, reuse: Reuse | None = None) -> float:
+        """Wall seconds an image."""
+        return self.calibration.predicted_seconds(calls, steps, self.kind, self.batch_size, reuse)
+
+    def step_seconds(self, level: str) -> float:
+        """Wall seconds an image of a step of this level alone."""
+        return self._seconds[level] + self.outside
+
+    def grid(self, solver: Solver, grid: str, steps: int) -> TimeGrid:
+        return solver.grid(self.family.schedule, steps, grid)
+
+    def predictor(self, solver: Solver, grid: str, steps: int, calibration: Calibration | None = None) -> Predictor:
+        schedule = self.family.schedule
+        return Predictor(calibration or self.calibration, schedule, solver, self.grid(solver, grid, steps))
+
+    def measured(self, solver: Solver, grid: str) -> Sequence[int]:
+        return sorted(self.calibration.discretisation[f"{solver.name}/{grid}"])
+
+    def alone(self, solver: Solver, grid: str, steps: int) -> Candidate:
+        """The largest level, whole at every step."""
+        by, level = self.predictor(solver, grid, steps), self.family.names[-1]
+        errors = by.discretisation or 0.0, by.discretisation_spread
+        return self.add(solver, grid, steps, errors, self.seconds({level: by.rows}, steps), level=level)
+
+    def reused(self) -> None:
+        """The largest level alone, its features reused, in the steps that were measured: between them errors jump."""
+        level, known = self.family.names[-1], self.calibration.discretisation
+        for (solver, grid), way in itertools.product(self.piloted(), self.ways):
+            key = f"{solver.name}/{grid}/{way.reuse}"
+            for steps, error in known.get(key, {}).items():
+                by = self.predictor(solver, grid, steps)
+                # a few images may say that it errs less than the whole network
+                spread = max(self.calibration.stderr[key][steps] / error, by.discretisation_spread)
+                errors = max(error, by.discretisation or 0.0), spread
+                seconds = self.seconds({level: float(steps)}, steps, way.reuse)
+                self.add(solver, grid, steps, errors, seconds, level=level, reuse=way.reuse)
+
+    def planned(self, solver: Solver, grid: str, steps: int, spec: PlanSpec, way: Way) -> Candidate | None:
+        """A plan; None where no plan costs so little."""
+        points = GridPoint.of(self.family.schedule, self.grid(solver, grid, steps))
+        try:
+            plan = found_plan(spec, way.family, solver, points)
+        except ValueError:
+            return None
+        by, names = self.predictor(solver, grid, steps, way.calibration), plan.levels or self.family.names
+        calls: dict[str, float] = dict(zip(names, plan.expected_calls.tolist(), strict=True))
+        reuse = way.reuse if calls.get(self.family.names[-1], 0.0) > 1 else None
+        alone = len(names) == 1 and reuse is None  # which needs no plan
+        how: dict[str, Any] = {"level": names[0]} if alone else {"plan": plan, "reuse": reuse}
+        return self.add(
+            solver, grid, steps, (by.total(plan), by.spread(plan)), self.seconds(calls, steps, reuse), **how
+        )
+
+    def add(
+        self,
+        solver: Solver,
+        grid: str,
+        steps: int,
+        errors: tuple[float, float],
+        seconds: float,
+        level: str | None = None,
+        plan: Plan | None = None,
+        reuse: Reuse | None = None,
+    ) -> Candidate:
+        """A candidate; errors: predicted, and the standard error of its logarithm."""
+        error, spread = errors
+        interval = (error * math.exp(-WIDE * spread), error * math.exp(WIDE * spread))
+        measured = self.measured(solver, grid)
+        beyond = not measured[0] <= steps <= measured[-1]
+        one = Candidate(solver.name, steps, grid, level, plan, error, interval, seconds, beyond, reuse)
+        self.found.append(one)
+        return one
+
+    def spec(
+        self, estimator: str, seconds: float, steps: int, way: Way, levels: tuple[str, ...] | None = None
+    ) -> PlanSpec | None:
+        """A plan of so many wall seconds an image in so many steps; None where that is no share of the largest."""
+        top = {self.family.names[-1]: 1.0}
+        budget = seconds / (steps * way.calibration.predicted_seconds(top, 1, self.kind, self.batch_size))
+        if not 0 < budget <= 1:
+            return None
+        return PlanSpec(budget=budget, estimator=estimator, batch_size=self.batch_size, levels=levels)
+
+    def recommendation(self, order: list[Candidate], met: str, missed: str) -> Recommendation:
+        """The first of these, the others of other kinds behind it."""
+        best, others, kinds = order[0], list[Candidate](), set[tuple[object, ...]]()
+        for one in order:
+            key = (one.solver, one.level, one.reuse is None, None if one.plan is None else one.plan.estimator)
+            if key not in kinds and one is not best:
+                others.append(one)
+            kinds.add(key)
+        return Recommendation(
+            **{name: getattr(best, name) for name in Candidate.__dataclass_fields__},
+            alternatives=tuple(others[:8]),
+            why=self._why(best, order, met, missed),
+        )
+
+    def _why(self, best: Candidate, order: list[Candidate], met: str, missed: str) -> str:
+        top = self.family.names[-1]
+        plain = next((one for one in order if one.level == top and one.reuse is None), None)
+        ratio = self._seconds[top] / self._seconds[self.family.names[0]]
+        levels = f"a call of {top} takes {ratio:.3g} times as long as one of {self.family.names[0]}"
+        if best.plan is None and best.level == top and best.reuse is None:
+            return f"{top} alone {met}: {levels}, and no plan that was found does better"
+        if plain is None:
+            return f"{missed}: {levels}"
+        if best.predicted_seconds < 0.99 * plain.predicted_seconds:
+            gain = f"{plain.predicted_seconds / best.predicted_seconds:.2g} times as fast as"
+        else:
+            gain = f"{plain.predicted_mse / best.predicted_mse:.2g} times less error than"
+        return f"{gain} {top} alone in {plain.steps} steps of {plain.solver}: {levels}"
