@@ -79,3 +79,8 @@ def test_mistakes_get_one_line() -> None:
         PlanSpec(budget=0.5, estimator="switch", coins="systematic")
     with pytest.raises(ValueError, match=r"^a switching plan runs one level at each evaluation"):
         Plan.draw(torch.ones(4, 2), estimator="switch", per_sample=True)
+    with pytest.raises(
+        ValueError, match=r"evaluations of the largest level.*: no plan is that cheap; raise it, or use f"
+    ):
+        Sampler(family(), solver="ddim", steps=12, plan=family().plan(budget=1e-3, estimator="switch", cost="flops"))
+    assert switches(predictor("ddim", 7), [], torch.tensor([0.5, 0.7, 1.0]), 1.0) is None

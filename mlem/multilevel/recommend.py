@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from mlem.multilevel.calibration import KINDS
@@ -31,8 +32,8 @@ MOST_STEPS = 1000
 SHARES = (0.4, 0.6, 0.2, 0.8)
 """Shares of the error that may be the solver's own, in the order in which they are tried; the rest is the plan's."""
 BEST = 3
-"""Estimators and ways to run the largest level that are tried with more than the first share: those that did best."""
-LONGER = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+"""Estimators and ways to run the largest level that are tried on after the first share or number of steps."""
+LONGER = (2.0, 1.0, 1.5, 3.0, 4.0, 6.0)
 """How many times as many steps as the largest level alone could take a plan is tried with."""
 WORTH = 1.03
 """Times as long as it takes for which a plan of several levels counts: to gain less it is not worth the trouble."""
@@ -73,6 +74,17 @@ def recommend(
     return choosing(family, target, kind, batch_size).choice()
 
 
+def _best(tried: Sequence[tuple[str, Way]], good: Sequence[Candidate]) -> list[tuple[str, Way]]:
+    """Of estimators and ways those whose plans come first among good candidates, the best first."""
+    order = [(one.plan.estimator, one.reuse) if one.plan else None for one in good]
+
+    def place(one: tuple[str, Way]) -> int:
+        key = (one[0], one[1].reuse)
+        return order.index(key) if key in order else len(order)
+
+    return sorted(tried, key=place)[:BEST]
+
+
 class _ForError(Choosing):
     """The fastest way to an error."""
 
@@ -86,7 +98,7 @@ class _ForError(Choosing):
                 for solver, grid, steps in self._best_methods(share * self.target):
                     for estimator, way in tried:
                         self._searched(solver, grid, steps, estimator, way)
-                tried = sorted(tried, key=self._least)[:BEST]
+                tried = _best(tried, sorted(self._reaching(), key=lambda one: one.predicted_seconds))
         good = sorted(self._reaching(), key=lambda one: one.predicted_seconds * (1.0 if one.plan is None else WORTH))
         if not good:
             errors = [by.discretisation_at(MOST_STEPS) for by in self._longest()]
@@ -154,16 +166,6 @@ class _ForError(Choosing):
             low, high = (low, middle) if reached(middle, levels) else (middle, high)
         reached(math.sqrt(low * high), None)
 
-    def _least(self, tried: tuple[str, Way]) -> float:
-        """Seconds of the fastest plan of this estimator and way that reaches the target."""
-        estimator, way = tried
-        seconds = (
-            one.predicted_seconds
-            for one in self._reaching()
-            if one.plan is not None and one.plan.estimator == estimator and one.reuse == way.reuse
-        )
-        return min(seconds, default=math.inf)
-
 
 class _ForTime(Choosing):
     """The least error in a time."""
@@ -176,19 +178,24 @@ class _ForTime(Choosing):
             for solver, grid in self.methods():
                 self.alone(solver, grid, min(most, MOST_STEPS))
         if len(self.family.names) > 1:
-            for steps in sorted({min(round(max(most, 4) * longer), MOST_STEPS) for longer in LONGER}):
-                methods = self._best_methods(steps)
-                for (solver, grid), estimator, way in itertools.product(methods, RECOMMENDED, self.ways):
+            tried = [*itertools.product(RECOMMENDED, self.ways)]
+            for steps in dict.fromkeys(min(round(max(most, 4) * longer), MOST_STEPS) for longer in LONGER):
+                for (solver, grid), (estimator, way) in itertools.product(self._best_methods(steps), tried):
                     if (spec := self.spec(estimator, self.target, steps, way)) is not None:
                         self.planned(solver, grid, steps, spec, way)
-        good = [one for one in self.found if one.predicted_seconds <= 1.0001 * self.target]
+                tried = _best(tried, self._in_time())
+        good = self._in_time()
         if not good:
             raise ValueError(
                 f"seconds={self.target:g} an image: a step of {self.family.names[0]} takes "
                 f"{self.step_seconds(self.family.names[0]):.2g}; allow more"
             )
-        good.sort(key=lambda one: one.upper_mse)
         return self.recommendation(good, "errs least", "the largest level alone takes longer")
+
+    def _in_time(self) -> list[Candidate]:
+        """Candidates that take no longer, those that err least first."""
+        good = [one for one in self.found if one.predicted_seconds <= 1.0001 * self.target]
+        return sorted(good, key=lambda one: one.upper_mse)
 
     def _best_methods(self, steps: int) -> list[tuple[Solver, str]]:
         """Solvers and grids that err little in so many steps."""

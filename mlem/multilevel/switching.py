@@ -41,7 +41,7 @@ def switches(predictor: Predictor, subsets: Sequence[Sequence[str]], costs: Tens
     """
     names = predictor.calibration.names
     allowed = sorted({names.index(name) for levels in subsets for name in levels})
-    found = _Switching(predictor, allowed, costs.numpy(), budget).best()
+    found = _Switching(predictor, allowed, costs.numpy(), budget).best() if allowed else None
     if found is None:
         return None
     used = sorted(set(found.tolist()))
