@@ -9,13 +9,13 @@ error is the root mean square over paths of the distance at time 1 to Euler-Maru
 the finest run, on the same Brownian path. Nothing is searched for: eps fixes the levels and probabilities
 (`mlem.multilevel.theory`) and the step, eps/2. Euler-Maruyama (EM) runs the top level alone.
 
-Weights are collected: F = sum_k w_k f^k, w_k = B_k/p_k - B_{k+1}/p_{k+1}, and f^k is paid for where w_k is not 0.
-Intervals are 95 percent percentiles of a bootstrap over paths, the same paths for all runs; they hold the sampling
+Weights are collected: F = sum_k w_k f^k, w_k = B_k/p_k - B_{k+1}/p_{k+1}, and f^k counts as evaluated where w_k is not
+0. Intervals are 95 percent percentiles of a bootstrap over paths, the same paths for all runs; they cover the sampling
 error of the slope, not its approach to the limit.
 
-Second, the limit of small steps at fixed rates p_k / eta. The base level runs once in every step, so its cost grows as
-the step falls: that is no part of the theorem's statement, and it is listed in a column of its own. The other column
-is the cost of all the levels above it, all with p < 1. The error there is the distance to Euler-Maruyama with f in the
+Second, the limit of small steps at fixed rates p_k / eta. The base level runs in every step, so its cost grows as the
+step falls: that is not part of the theorem's statement, and has its own column. The other column is the cost of all the
+levels above it, all with p < 1. The error there is the distance to Euler-Maruyama with f in the
 same steps, what multilevel adds. Cost at equal error: cost (error / error of the first row)^gamma, as a ratio.
 
 Writes `theory.json` into --out and, unless --quick, `docs/theory.png`.
@@ -23,7 +23,7 @@ Writes `theory.json` into --out and, unless --quick, `docs/theory.png`.
 
 from __future__ import annotations
 
-import mlem as mlem  # before torch, whose threads shall not spin
+import mlem as mlem  # before torch, so that its threads do not spin
 
 # isort: split
 import argparse
@@ -252,7 +252,7 @@ def gain(em: dict[str, Any], row: dict[str, Any]) -> float:
 
 
 def draw(slopes: list[dict[str, Any]], path: Path, caption: str) -> None:
-    """Cost against error, a panel for each gamma."""
+    """Cost against error, one panel per gamma."""
     from matplotlib.figure import Figure
 
     gammas = list(dict.fromkeys(row["gamma"] for row in slopes))
