@@ -53,7 +53,11 @@ from mlem.noise import NoiseStream
 METHODS = ("underdamped", "randomized midpoint")
 GRADIENTS = {"underdamped": 1, "randomized midpoint": 2, "covariance": 2}
 THEORY = {"underdamped": "1/2", "randomized midpoint": "1/3", "covariance": "1/6"}
-COLOURS = {"underdamped": "#000000", "randomized midpoint": "#0072B2", "covariance": "#999999"}
+LOOKS = {
+    "underdamped": {"color": "#000000", "marker": "o", "linestyle": "-"},
+    "randomized midpoint": {"color": "#0072B2", "marker": "s", "linestyle": "--"},
+    "covariance": {"color": "#999999", "marker": "^", "linestyle": ":"},
+}
 REPLICATES = 100
 
 
@@ -368,9 +372,8 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         for row in (row for row in rows if row["what"] == what):
             name = "midpoint, covariance alone" if row["method"] == "covariance" else row["method"]
             interval = "" if row["interval"] is None else " ({:.2f} to {:.2f})".format(*row["interval"])
-            colour = COLOURS[row["method"]]
             line = f"{name}: {row['slope']:.2f}{interval}"
-            axes.loglog(row["d"], row["cost"], color=colour, marker="o", markersize=3, label=line)
+            axes.loglog(row["d"], row["cost"], markersize=4, label=line, **LOOKS[row["method"]])
         axes.set_title(title, fontsize="medium", loc="left")
         axes.set_xlabel("dimension d")
         axes.set_ylabel(label)

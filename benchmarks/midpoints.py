@@ -45,6 +45,7 @@ from mlem.files import atomic_write, read_json, write_json
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "os^DvPX"
+LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), "-")
 
 
 def main() -> None:
@@ -107,6 +108,7 @@ def _distances(panels: Any, corrector: dict[str, Any]) -> None:
                 continue
             means, spreads = ([f(row[against]) for row in rows] for f in (np.mean, lambda x: np.std(x, ddof=1)))
             style = {"color": COLOURS[number], "marker": MARKERS[number], "markersize": 4, "capsize": 2}
+            style["linestyle"] = LINES[number]
             calls = [row["evaluations"] for row in rows]
             axes.errorbar(calls, means, yerr=spreads, elinewidth=0.8, label=method, **style)
         axes.set(xscale="log", yscale="log", xlabel="evaluations per sample")
@@ -132,7 +134,8 @@ def _rounds(axes: Any, parallel: dict[str, Any]) -> None:
     for solver in SEQUENTIAL:
         place = list(METHODS).index(solver)
         counts = [row[solver]["evaluations"] for row in rows]
-        axes.loglog(dimensions, counts, color=COLOURS[place], marker=MARKERS[place], markersize=4, label=solver)
+        look = {"color": COLOURS[place], "marker": MARKERS[place], "linestyle": LINES[place], "markersize": 4}
+        axes.loglog(dimensions, counts, label=solver, **look)
     rounds = [row["parallel_midpoint"]["rounds"] for row in rows]
     axes.loglog(dimensions, rounds, color="#000000", marker="X", label="parallel_midpoint")
     fit = parallel["fits"]["log^2 d"]

@@ -166,7 +166,9 @@ def _draw_levels(axes: Any, comparison: Comparison, kind: str) -> None:
         costs, errors = frontier(settings(rows))
         shade = "0.2" if level == comparison.family.level().name else "0.75"
         label = f"level {level} alone: {solver}"
-        axes.plot(np.exp(costs), np.exp(errors), LINES[solver], color=shade, linewidth=1, label=label)
+        names = comparison.family.names
+        width = 1 + 0.7 * (len(names) - 1 - names.index(level))  # the smaller the level, the thicker
+        axes.plot(np.exp(costs), np.exp(errors), LINES[solver], color=shade, linewidth=width, label=label)
 
 
 def main() -> None:

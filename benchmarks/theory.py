@@ -48,7 +48,11 @@ LIPSCHITZ, LENGTH = 0.5, 1.0
 METHODS = ("EM", "bernoulli", "systematic")
 FINER = 32  # steps of the reference in one step of the finest run
 CHUNK = 250  # paths whose coins are in memory at once
-COLOURS = {"EM": "#000000", "bernoulli": "#D55E00", "systematic": "#0072B2"}
+LOOKS = {
+    "EM": {"color": "#000000", "marker": "o", "linestyle": "-"},
+    "bernoulli": {"color": "#D55E00", "marker": "s", "linestyle": "--"},
+    "systematic": {"color": "#0072B2", "marker": "^", "linestyle": ":"},
+}
 
 
 def main() -> None:
@@ -262,7 +266,7 @@ def draw(slopes: list[dict[str, Any]], path: Path, caption: str) -> None:
         for row in (row for row in slopes if row["gamma"] == gamma):
             low, high = row["interval"]
             label = f"{row['method']}: {row['slope']:.2f} ({low:.2f} to {high:.2f})"
-            axes.loglog(row["error"], row["cost"], color=COLOURS[row["method"]], marker="o", markersize=3, label=label)
+            axes.loglog(row["error"], row["cost"], markersize=4, label=label, **LOOKS[row["method"]])
         axes.set_title(rf"$\gamma$ = {gamma:g}", fontsize="medium", loc="left")
         axes.set_xlabel("root-mean-square error")
         axes.grid(which="major", color="0.9")
