@@ -1,16 +1,16 @@
-"""Whether a budget in seconds is kept, and what share of a run is spent outside the networks.
+"""Whether budgets in seconds are kept, and the share of a run outside the networks.
 
     python benchmarks/budgets.py FAMILY ... [--rounds 5] [--out FILE]
 
-Of calibrated families, in batches of 64 (the size that was timed): the wall seconds of a plan over what its calibration
-predicts, and over `budget` times those of the largest level alone at every step, run in turns. The table at the end has
-the shares outside, also of a hindsight plan with measurements at fixed rows: of the second level at every 6th, of the
-third at every 12th, and so on. Run it on a machine that does nothing else.
+For calibrated families, in batches of 64 (the timed size): the wall-clock seconds of a plan over the prediction of its
+calibration, and over `budget` times those of the largest level alone at every step, run in turns. The table at the end
+has the shares outside, also for a hindsight plan with measurements at fixed rows: the second level at every 6th, the
+third at every 12th, and so on. Run it on an idle machine.
 """
 
 from __future__ import annotations
 
-import mlem as mlem  # before torch, whose threads shall not spin
+import mlem as mlem  # before torch, so that its threads do not spin
 
 # isort: split
 import argparse
@@ -39,7 +39,7 @@ def fixed_plan(levels: int, steps: int) -> Plan:
 
 
 def row_of(family: Family, solver: str, steps: int, budget: float | None, rounds: int) -> dict[str, Any]:
-    """One plan against the largest level alone: of this budget, or with measurements at fixed rows."""
+    """One plan against the largest level alone: with this budget, or with measurements at fixed rows."""
     plan = fixed_plan(len(family.levels), steps) if budget is None else family.plan(budget=budget)
     samplers = {"plan": Sampler(family, solver=solver, steps=steps, plan=plan)}
     samplers["alone"] = Sampler(family, solver=solver, steps=steps)

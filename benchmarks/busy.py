@@ -1,12 +1,12 @@
-"""What one other busy process costs: `python benchmarks/busy.py`, two to three minutes.
+"""The slowdown by one other busy process: `python benchmarks/busy.py`, two to three minutes.
 
     sample(family, solver="ddim", steps=20, indices=range(64))
 
-in processes of their own, with two threads, for the small levels of the digits (untrained): alone, and beside a process
-that computes without end; with `GOMP_SPINCOUNT=1000`, which mlem sets, and with what the runtime does by itself
-(300,000). All four in turns, the order another one in each round. A figure is the ratio busy : idle of a round.
+in separate processes, with two threads, for the small levels of the digits (untrained): alone, and beside a process
+that computes endlessly; with `GOMP_SPINCOUNT=1000`, which mlem sets, and with the runtime's default (300,000). All four
+run in turns, in a different order each round. A figure is the ratio busy : idle of a round.
 
-Writes `busy.json`. The machine must be idle but for this.
+Writes `busy.json`. The machine must be idle otherwise.
 """
 
 from __future__ import annotations
@@ -65,14 +65,14 @@ def main() -> None:
 
 
 def _round(number: int) -> dict[tuple[str, bool], float]:
-    """Seconds of a call, by setting and whether another process was busy."""
+    """Seconds per call, by setting and whether another process was busy."""
     sides = [(name, beside) for name in SPINS for beside in (False, True)]
     random.Random(number).shuffle(sides)
     return {(name, beside): _seconds(SPINS[name], beside) for name, beside in sides}
 
 
 def _seconds(spins: str, beside: bool) -> float:
-    """The median call but the first, which warms up."""
+    """The median call, without the first, which warms up."""
     environment = os.environ | {"GOMP_SPINCOUNT": spins, "OMP_NUM_THREADS": "2"}
     with _busy(beside):
         done = subprocess.run(
@@ -83,7 +83,7 @@ def _seconds(spins: str, beside: bool) -> float:
 
 @contextmanager
 def _busy(wanted: bool) -> Generator[None, None, None]:
-    """Another process that computes without end, where it is wanted."""
+    """Run another process that computes endlessly, if wanted."""
     if not wanted:
         yield
         return

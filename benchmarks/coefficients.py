@@ -1,15 +1,15 @@
-"""What coefficients are worth: the calibrated law as near as a sigmoid comes, and the laws predicted to be best.
+"""The gain by coefficients: the sigmoid closest to the calibrated law, against the laws predicted to be best.
 
     python benchmarks/coefficients.py FAMILY ... [--budgets 0.2 0.35 0.5] [--images 64] [--out FILE]
 
-Of calibrated families, at equal expected cost by FLOPs: the mean squared error to 500 steps of the largest level, of
-samples that nothing was fitted to, with coins of their own, from the same uniform numbers for every law. Beside them
-the free allocation of the calibration, which is no sigmoid. Intervals are over images: 95 percent of the difference.
+For calibrated families, at equal expected cost in FLOPs: the mean squared error to 500 steps of the largest level, on
+samples not used for fitting, each with its own coins, from the same uniform numbers for every law. Also the free
+allocation of the calibration, which is not a sigmoid. Intervals are over images: 95 percent of the difference.
 """
 
 from __future__ import annotations
 
-import mlem as mlem  # before torch, whose threads shall not spin
+import mlem as mlem  # before torch, so that its threads do not spin
 
 # isort: split
 import argparse
@@ -52,7 +52,7 @@ def objective_of(family: Family, solver: str, grid: str, knots: int = 0) -> Obje
 
 
 class FreeLaw(Objective):
-    """An objective whose probabilities are a table, whatever theta is."""
+    """An objective whose probabilities are a fixed table, independent of theta."""
 
     table: Tensor
 
@@ -61,7 +61,7 @@ class FreeLaw(Objective):
 
 
 def rows_of(family: Family, solver: str, grid: str, budgets: list[float], images: int) -> list[dict[str, Any]]:
-    """A row for each budget and kind of coins."""
+    """One row per budget and kind of coins."""
     problem, bent = (objective_of(family, solver, grid, knots) for knots in (0, KNOTS))
     index = reserved_indices("judging", images)
     with torch.no_grad():

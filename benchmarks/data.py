@@ -1,12 +1,12 @@
-"""How fast images are prepared and fed to training, with two processes.
+"""The speed of preparing images and feeding them to training, with two processes.
 
     python benchmarks/data.py
 
-1. Loading 32x32 RGB shards: `train_loader` with 2 workers, batches of 128, until the tensors are there.
-2. Preparing 64x64 RGB from JPEGs of 178x218 in a CelebA archive: `--workers 2`, the start of the processes included.
+1. Loading 32x32 RGB shards: `train_loader` with 2 workers, batches of 128, until the tensors arrive.
+2. Preparing 64x64 RGB from JPEGs of 178x218 in a CelebA archive: `--workers 2`, including process startup.
 
-The images are clouds with noise: PNGs of 32x32 have 2.5 kB, the JPEGs 9 kB, about what photographs have. Each figure is
-the median over rounds, with the lowest and highest. Run it on a machine that does nothing else.
+The images are clouds with noise: PNGs of 32x32 have 2.5 kB, the JPEGs 9 kB, similar to photographs. Each figure is the
+median over rounds, with lowest and highest. Run it on an idle machine.
 """
 
 from __future__ import annotations

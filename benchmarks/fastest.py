@@ -12,7 +12,7 @@ they come: a run that was cut off goes on where it was. Time it on an idle machi
 
 from __future__ import annotations
 
-import mlem as mlem  # before torch, whose threads shall not spin
+import mlem as mlem  # before torch, so that its threads do not spin
 
 # isort: split
 import argparse

@@ -1,19 +1,19 @@
-"""Kills and damage at random: `python benchmarks/faults.py`, about half an hour.
+"""Random kills and damage: `python benchmarks/faults.py`, about half an hour.
 
-**Kills.** SIGKILL at a random moment of a training, a preparation of data, a calibration, a sampling or a packing; then
-the same command again, to its end. What it leaves must be what an undisturbed run leaves: weights and losses, shards
-and manifest, the calibration but for its seconds, images and their list, packs.
+**Kills.** SIGKILL at a random moment of training, data preparation, calibration, sampling or packing; then the same
+command again, to its end. The result must equal that of an undisturbed run: weights and losses, shards and manifest,
+the calibration except its seconds, images and their list, packs.
 
 **Damage.** One bit flipped, or the end cut off, at a random place of a checkpoint, shard, level, plan, calibration,
-manifest or reference; then the file is used. It must be named in one line, or be harmless: the same result to the bit.
-A traceback, another result, or an error that does not name the file is a fault of mlem.
+manifest or reference; then the file is used. The damage must be reported in one line naming the file, or be harmless:
+the same result to the bit. A traceback, another result, or an error that does not name the file is a fault of mlem.
 
-Everything follows from --seed. Ctrl-C ends it with the table so far. Exit status 1 where there is a fault.
+Everything follows from --seed. Ctrl-C ends it with the table so far. Exit status 1 if there is a fault.
 """
 
 from __future__ import annotations
 
-import mlem as mlem  # before torch, whose threads shall not spin
+import mlem as mlem  # before torch, so that its threads do not spin
 
 # isort: split
 
@@ -86,7 +86,7 @@ def main() -> None:
 
 
 def _count(counted: Counter[tuple[str, str]], outcomes: Iterable[tuple[str, str, str]]) -> None:
-    """outcomes: kind, outcome, and where it was, which is printed of a fault."""
+    """outcomes: kind, outcome, and the place, which is printed for faults."""
     for kind, outcome, where in outcomes:
         counted[kind, outcome] += 1
         if outcome not in GOOD:

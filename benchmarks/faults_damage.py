@@ -1,4 +1,4 @@
-"""The damage of `faults.py`: files of every kind, and how each is used."""
+"""The damage part of `faults.py`: files of every kind, and how each is used."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from mlem.training.checkpoint_files import AtomicCheckpointIO, steps_of
 
 GOOD = ("equal", "named", "harmless")
 LIMIT = 60
-"""Seconds in which a damaged file must have been judged."""
+"""Seconds within which a damaged file must be handled."""
 
 
 @dataclass(frozen=True)
 class Kind:
-    """Files, and what is made of them. Args: pattern: below the trained folder. use: (folder, file) -> the result."""
+    """Files of one kind. Args: pattern: below the trained folder. use: (folder, file) -> the result of using it."""
 
     pattern: str
     use: Callable[[Path, Path], Any]
@@ -84,7 +84,7 @@ def _samples(folder: Path, path: Path) -> Any:
 
 
 def _reference(folder: Path, path: Path) -> Any:
-    """It is made again where it is damaged."""
+    """Made again if damaged."""
     shards, fid = Shards.open(folder / "data/digits"), FID()
     key = {"data": "digits", "count": 300}
     images = [(range(300), torch.stack([shards.read(i) for i in range(300)]))]
@@ -145,7 +145,7 @@ def _outcome(kind: Kind, folder: Path, path: Path, expected: Any, what: str) -> 
         return "late", f"{where}: {error}"
     except (ValueError, OSError) as error:
         said = str(error)
-        # the file, or that of its folder which it does not fit any more
+        # the file, or the one in its folder that it no longer fits
         known = (path.name.removesuffix(".sha256") in said or str(path.parent) in said) and "\n" not in said
         return ("named", where) if known else ("not named", f"{where}: {said}")
     except Exception as error:

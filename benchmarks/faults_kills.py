@@ -1,4 +1,4 @@
-"""The kills of `faults.py`: commands, in forked processes that need no imports, and what each leaves."""
+"""The kills part of `faults.py`: commands, in forked processes that need no imports, and their results."""
 
 from __future__ import annotations
 
@@ -54,18 +54,18 @@ def _trained(folder: Path) -> Any:
 
 def _calibrated(folder: Path) -> Any:
     found = read_json(folder / "runs/tiny/family/calibration.json")
-    return {key: value for key, value in found.items() if key not in ("seconds", "outside")}  # what was timed
+    return {key: value for key, value in found.items() if key not in ("seconds", "outside")}  # timings
 
 
 @dataclass(frozen=True)
 class Job:
-    """A command, what must be there before, and what it leaves that no kill may change.
+    """A command, its prerequisites, and the results that no kill may change.
 
     Args:
         command: its name and options.
-        needs: folders of the trained ones to begin with.
+        needs: folders of the trained ones to start from.
         before: a command that is run first, undisturbed.
-        left: (folder) -> what is compared.
+        left: (folder) -> results to compare.
     """
 
     command: Sequence[str]
@@ -130,7 +130,7 @@ def _begin(job: Job, trained: Path, folder: Path) -> Path:
 
 
 def run(command: Sequence[str], folder: Path, kill_after: float | None = None) -> int:
-    """A command in a process forked from this one, in `folder`, where `said.txt` keeps what it says; its status."""
+    """Run a command in a fork of this process, in `folder`, with its output in `said.txt`; return its status."""
     sys.stdout.flush()
     sys.stderr.flush()
     if (child := os.fork()) == 0:
@@ -149,7 +149,7 @@ def run(command: Sequence[str], folder: Path, kill_after: float | None = None) -
 def _become(command: Sequence[str], folder: Path) -> None:
     code = 1
     try:
-        os.setsid()  # Ctrl-C is for the parent
+        os.setsid()  # leave Ctrl-C to the parent
         os.chdir(folder)
         said = os.open("said.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(said, 1)

@@ -1,21 +1,21 @@
-"""What the papers report, at their scale, on a GPU: 64x64, five levels of FLOPs 1 : 250, in seconds.
+"""The papers' measurements, at their scale, on a GPU: 64x64, five levels with FLOPs 1 : 250, in seconds.
 
     python benchmarks/gpu.py                       # everything: trains experiment=dead_leaves64 on the way
-    python benchmarks/gpu.py --family FOLDER       # a calibrated family that there is, of the data of --experiment
-    python benchmarks/gpu.py --minutes 10          # as much as ends in ten minutes; the same command again goes on
+    python benchmarks/gpu.py --family FOLDER       # an existing calibrated family, for the data of --experiment
+    python benchmarks/gpu.py --minutes 10          # as much as fits into ten minutes; run again to continue
     python benchmarks/gpu.py --small --out small   # the same on a CPU, tiny and with random weights, in seconds
 
-First what needs no trained family: seconds of a call of every level in fp32, bf16, compiled and as CUDA graphs, at
-batch 1, 16, 64 and 200; throughput of training; folders of samples. Then error to the many-step run, and FID, against
-seconds, of the largest level alone and of levels together; and parallel midpoints against sequential solvers at equal
-error. Every row is kept as it comes, in `gpu.json`, with the machine that it ran on: a call that is killed, or that
-ends with status 75 because its time is up, goes on where it was. A row that fails is kept with its error; remove it
-to try again. Figures lie beside the rows.
+First come measurements without a trained family: seconds per call of every level in fp32, bf16, compiled and as CUDA
+graphs, at batch 1, 16, 64 and 200; training throughput; folders of samples. Then error to the reference, and FID,
+against seconds, of the largest level alone and of several levels; and parallel midpoints against sequential solvers at
+equal error. Every row is saved immediately, in `gpu.json`, with its machine: a call that is killed, or that ends with
+status 75 because its time is up, continues when run again. A row that fails is saved with its error; remove it to try
+again. Figures are beside the rows.
 """
 
 from __future__ import annotations
 
-import mlem as mlem  # before torch, whose threads shall not spin
+import mlem as mlem  # before torch, so that its threads do not spin
 
 # isort: split
 import argparse
@@ -43,9 +43,9 @@ from mlem.provenance import machine
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 MORE_TO_DO = 75
-"""Exit status where time was up."""
+"""Exit status when time is up."""
 LEAST, SAVING = 120.0, 45.0
-"""Seconds that a training begins with at least, and that it has to save its state."""
+"""Least seconds to start training with, and seconds to save its state."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and not options.small:
-        raise SystemExit("there is no GPU here: add --small, which shows on a CPU that all of it runs")
+        raise SystemExit("there is no GPU here: add --small, which tests on a CPU that everything runs")
     warnings.filterwarnings("ignore")
     for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -76,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows.measure(itertools.chain(speed_jobs(bench), training if trains else []), clock)
         rows.measure(family_jobs(bench), clock)
     except OutOfTime:
-        print(f"{len(rows.rows)} rows; time is up: the same command again goes on", flush=True)
+        print(f"{len(rows.rows)} rows; time is up: run the same command again to continue", flush=True)
         return MORE_TO_DO
     except (ValueError, OSError) as error:
         raise SystemExit(str(error)) from error
@@ -89,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _bench(options: argparse.Namespace, scale: Scale, device: str, rows: Rows) -> Bench:
-    """What the pieces share: of the small form, all of it made on the spot."""
+    """What the pieces share; for --small, all of it is made on the spot."""
     if options.small:
 
         def calibrated() -> Family:
@@ -120,14 +120,14 @@ def _noise(scale: Scale) -> Measure:
 
 
 def training_options(experiment: str) -> list[str]:
-    """Options of train.py: all of the training, and as little of the evaluation as it allows."""
+    """Options of train.py: full training, with as little evaluation as possible."""
     options = [f"experiment={experiment}", "trainer=gpu", "logger=jsonl", "metric=none"]
     evaluation = ["samplers=[{solver:dpm_solver_pp,steps:[8]}]", "indices=0-1", "reference_steps=20"]
     return options + [f"evaluation.{option}" for option in evaluation]
 
 
 def train(experiment: str, clock: Clock) -> dict[str, Any]:
-    """Train and calibrate the family, as far as time allows. Raises OutOfTime, SystemExit where train.py fails."""
+    """Train and calibrate the family, as far as time allows. Raises OutOfTime, or SystemExit if train.py fails."""
     command = [sys.executable, str(REPOSITORY / "train.py"), *training_options(experiment)]
     process = subprocess.Popen(command)
     wait = max(clock.left, LEAST) - SAVING
@@ -142,12 +142,12 @@ def train(experiment: str, clock: Clock) -> dict[str, Any]:
         process.wait()
         raise
     if status:
-        raise SystemExit(f"train.py failed (status {status}); mend what it says, and give the same command again")
+        raise SystemExit(f"train.py failed (status {status}); fix its error, and run the same command again")
     return {"command": " ".join(["train.py", *command[2:]])}
 
 
 def _stopped(number: int, frame: Any) -> None:
-    raise SystemExit(128 + number)  # so that a training is stopped too
+    raise SystemExit(128 + number)  # so that training is stopped too
 
 
 if __name__ == "__main__":

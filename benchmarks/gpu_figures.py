@@ -20,11 +20,11 @@ __all__ = ["advantages", "draw", "measured", "report"]
 Lines = Mapping[str, Sequence[tuple[float, float]]]
 """Name -> points."""
 KINDS = {"ddpm": "SDE", "dpm_solver_pp": "ODE"}
-"""Reference solver -> what it solves."""
+"""Reference solver -> kind of equation."""
 
 
 def measured(rows: Rows) -> list[dict[str, Any]]:
-    """Seconds with their errors: a row for each sampler, mode and batch."""
+    """Seconds with their errors: one row per sampler, mode and batch."""
     errors = {tuple(row["key"]): row for row in rows.of("errors")}
     found: list[dict[str, Any]] = []
     for row in rows.of("seconds"):
@@ -39,7 +39,7 @@ def measured(rows: Rows) -> list[dict[str, Any]]:
 
 
 def advantages(rows: Rows) -> list[dict[str, Any]]:
-    """What the best solver on one level costs over what levels together cost, in time and FLOPs, at equal error."""
+    """Cost of the best solver on one level over that of several levels, in time and FLOPs, at equal error."""
     found, table = measured(rows), []
     for mode, batch, kind in dict.fromkeys((row["mode"], row["batch"], row["reference"]) for row in found):
         here = [row for row in found if (row["mode"], row["batch"], row["reference"]) == (mode, batch, kind)]
@@ -61,7 +61,7 @@ def _settings(found: Sequence[dict[str, Any]], cost: str) -> list[Setting]:
 
 
 def _shared_errors(one: Sequence[dict[str, Any]], other: Sequence[dict[str, Any]]) -> list[float]:
-    """Three errors that both reach, evenly in the logarithm."""
+    """Three errors that both reach, even in the logarithm."""
     if not one or not other:
         return []
     spans = [frontier(_settings(some, "time"))[1] for some in (one, other)]
@@ -83,7 +83,7 @@ def report(rows: Rows) -> None:
         )
         for row in rows.of("levels")
     ]
-    columns = ("mode", "batch", "ms an image", "GFLOP/s", "largest : smallest")
+    columns = ("mode", "batch", "ms per image", "GFLOP/s", "largest : smallest")
     _table(console, "a call of each level", columns, levels)
     training = [
         (*row["key"], *(f"{row[name]['median']:.3g}" for name in ("images_per_second", "over_bare_loop")))
@@ -94,14 +94,14 @@ def report(rows: Rows) -> None:
         (*row["key"], f"{1e3 * row['seconds']['median']:.3g}", f"{row['outside_percent']:.1f}")
         for row in rows.of("seconds")
     ]
-    columns = ("mode", "batch", "sampler", "target", "steps", "ms an image", "% outside networks")
+    columns = ("mode", "batch", "sampler", "target", "steps", "ms per image", "% outside networks")
     _table(console, "sampling", columns, outside)
     table = [
         (*list(one.values())[:4], f"{one['time']['error']:.1e}", *(_ratio(one[cost]) for cost in ("time", "flops")))
         for one in advantages(rows)
     ]
     columns = ("mode", "batch", "", "sampler", "MSE", "time", "FLOPs")
-    _table(console, "the best of one level over levels together, at equal error", columns, table)
+    _table(console, "the best single level over several levels, at equal error", columns, table)
 
 
 def _ratio(one: Mapping[str, Any]) -> str:
@@ -119,7 +119,7 @@ def _table(console: Any, title: str, columns: Sequence[str], rows: Sequence[Sequ
 
 
 def draw(rows: Rows, folder: Path) -> None:
-    """Write the figures that there are rows for: gpu_levels.png, gpu_error_ODE_bf16.png and so on."""
+    """Write the figures for which there are rows: gpu_levels.png, gpu_error_ODE_bf16.png and so on."""
     machine, settings = rows.about["machine"], rows.about["settings"]
     where = f"{machine.get('gpu', machine['processor'])}, torch {machine['torch']}"
     data = next((row["data"] for row in rows.of("family")), "")
@@ -144,7 +144,7 @@ def draw(rows: Rows, folder: Path) -> None:
 
 
 def _draw_levels(rows: Rows, path: Path, where: str) -> None:
-    """Time of a call against FLOPs: a panel for each batch size, a line for each mode."""
+    """Time per call against FLOPs: one panel per batch size, one line per mode."""
     levels = rows.of("levels")
     batches = list(dict.fromkeys(row["key"][1] for row in levels))
     lines = [
@@ -179,7 +179,7 @@ def _draw_errors(rows: Rows, folder: Path, caption: str) -> None:
 
 
 def _named(label: str, target: str, steps: int) -> str:
-    """The line that a sampler stands in: steps differ along those of one level, budgets along those of several."""
+    """The line of a sampler: steps vary along lines of one level, budgets along lines of several."""
     return f"{label}, {steps} steps" if target else label
 
 
@@ -192,7 +192,7 @@ def _grouped(points: Iterable[tuple[str, tuple[float, float]]]) -> Lines:
 
 
 def _draw(path: Path, xlabel: str, ylabels: Sequence[str], lines: Sequence[Lines], caption: str) -> None:
-    """A panel for each label, logarithmic; nothing where there are no points."""
+    """One logarithmic panel per label; nothing without points."""
     names = list(dict.fromkeys(name for some in lines for name in some))
     if not names:
         return

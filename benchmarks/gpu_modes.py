@@ -1,6 +1,6 @@
 """How networks are run in `gpu.py`: precision, `torch.compile`, and CUDA graphs.
 
-A graph repeats the kernels of a call without launching each anew: a small network spends most of its time there.
+A graph repeats the kernels of a call without launching each again, where a small network spends most of its time.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["MODES", "Graphs", "Mode", "autocast", "running"]
 
 @dataclass(frozen=True)
 class Mode:
-    """precision: as in `Sampler`. compiled: by `torch.compile`, for one shape. graphs: captured, one for each shape."""
+    """precision: as in `Sampler`. compiled: by `torch.compile`, for one shape. graphs: captured, one per shape."""
 
     precision: str = "fp32"
     compiled: bool = False
@@ -38,19 +38,19 @@ MODES = {
 
 
 def autocast(mode: Mode, device: str) -> AbstractContextManager[object]:
-    """In which a sampler calls networks in this mode."""
+    """The precision in which a sampler calls networks in this mode."""
     dtype = PRECISIONS[mode.precision]
     return nullcontext() if dtype is None else torch.autocast(device, dtype)
 
 
 @contextmanager
 def running(levels: Sequence[Level], mode: Mode) -> Generator[None, None, None]:
-    """The networks of these levels run in this mode within the block, but for its precision."""
+    """Run the networks of these levels in this mode within the block, except for its precision."""
     for level in levels:
-        assert level.flops  # counted before, in the plain network
+        assert level.flops  # counted first, in the plain network
         forward: Callable[..., Any] = level.network.forward
         if mode.compiled:
-            # inside: names of weights, and what wraps the network, stay as they are
+            # inside: names of weights, and wrappers of the network, do not change
             forward = torch.compile(forward, dynamic=False)
         _replace(level.network, Graphs(forward) if mode.graphs else forward)
     try:
@@ -59,11 +59,11 @@ def running(levels: Sequence[Level], mode: Mode) -> Generator[None, None, None]:
         for level in levels:
             _replace(level.network, None)
         if mode.compiled:
-            torch.compiler.reset()  # or the next shapes would come to the limit of recompilations
+            torch.compiler.reset()  # or the next shapes would reach the recompilation limit
 
 
 def _replace(network: nn.Module, forward: Callable[..., Any] | None) -> None:
-    """Let a network run `forward` instead of its own; None: its own again."""
+    """Make a network run `forward` instead of its own; None: restore its own."""
     if forward is None:
         vars(network).pop("forward", None)
     else:
@@ -72,7 +72,7 @@ def _replace(network: nn.Module, forward: Callable[..., Any] | None) -> None:
 
 @dataclass(frozen=True)
 class _Captured:
-    """A captured call: its inputs, what repeats it, and where the output is then."""
+    """A captured call: its inputs, the graph that repeats it, and its output."""
 
     inputs: list[Tensor]
     replay: Callable[[], object]
@@ -80,10 +80,10 @@ class _Captured:
 
 
 class Graphs:
-    """A network's forward pass as CUDA graphs, one for each combination of shapes, dtypes and autocast.
+    """A network's forward pass as CUDA graphs, one per combination of shapes, dtypes and autocast.
 
-    Tensors are copied in and out, so that an output stays what it was when the next call is made. No gradients. On a
-    CPU, which has no graphs, the call is made again with the same buffers.
+    Tensors are copied in and out, so the next call does not overwrite an output. No gradients. On a CPU, which has no
+    graphs, the call is repeated with the same buffers.
     """
 
     def __init__(self, work: Callable[..., Any]) -> None:
@@ -107,7 +107,7 @@ class Graphs:
 
         def run() -> Tensor:
             x, time, *rest = inputs
-            # a cache of weights that were cast would be gone, or others, when the graph is replayed
+            # a cache of cast weights would be gone, or changed, when the graph is replayed
             with torch.autocast(kind, casts or torch.bfloat16, casts is not None, cache_enabled=False):
                 output = self._work(x, time, **dict(zip(names, rest, strict=True)))
             return getattr(output, "sample", output)
@@ -121,7 +121,7 @@ class Graphs:
             for _ in range(3):  # kernels are chosen and compiled before the capture
                 run()
         torch.cuda.current_stream().wait_stream(side)
-        # one memory for all: their kernels never overlap, and each output is copied before the next replay
+        # one memory pool for all: their kernels never overlap, and outputs are copied before the next replay
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):

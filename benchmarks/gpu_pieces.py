@@ -1,4 +1,4 @@
-"""The pieces of `gpu.py`: what is measured, as jobs of a row each, the most telling first."""
+"""The pieces of `gpu.py`: measurements as jobs of one row each, the most informative first."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ class Bench:
     Attributes:
         scale: how much is measured.
         device: "cpu" or "cuda".
-        root: folder of what lies beside the rows: references, and data to train on.
-        rows: what is measured already.
-        given: whether there is a trained family from the beginning.
+        root: folder of files beside the rows: references, and training data.
+        rows: existing measurements.
+        given: whether a trained family was given.
         trained: the family, calibrated; called only when a piece needs it.
         measure: FID against its data set.
     """
@@ -65,7 +65,7 @@ class Bench:
 
     @cached_property
     def family(self) -> Family:
-        """The trained family, on the device. Raises ValueError where it is not calibrated."""
+        """The trained family, on the device. Raises ValueError if it is not calibrated."""
         family = self.trained()
         family.fitted.calibration_for(family)
         for level in family.levels:
@@ -74,7 +74,7 @@ class Bench:
 
     @cached_property
     def fresh(self) -> Family:
-        """What is timed before there is a trained family: the same networks with random weights."""
+        """The family timed before there is a trained one: the same networks with random weights."""
         return self.family if self.given else fresh_family(self.scale, self.device)
 
     @cached_property
@@ -90,13 +90,13 @@ class Bench:
         return Comparison(self.family, range(self.scale.images), self.root / "references", batch_size=size, **options)
 
     def setup(self, mode: str, batch: int, measure: Measure | None = None) -> Setup:
-        """Samplers in this mode; plans count the seconds of levels that were measured in it, at this batch size."""
+        """Samplers in this mode; plans use the seconds of levels measured in it, at this batch size."""
         calibration = self.family.fitted.calibration_for(self.family)
         timed = self.rows.find("levels", (mode, batch))
         if timed is None or "failed" in timed:
             raise ValueError(f"levels were not timed in {mode} at batch {batch}")
         if timed["flops"] != [level.flops for level in self.family.levels]:
-            raise ValueError("levels that were timed are not those of the family; move the rows away")
+            raise ValueError("the timed levels are not those of the family; move the rows away")
         family, seconds = copy.copy(self.family), {batch: tuple(timed["seconds"])}
         family.fitted = Fitted(replace(calibration, seconds=seconds, outside={batch: timed["outside"]}))
         count = self.scale.images if measure is None else self.scale.fid_images
@@ -116,7 +116,7 @@ def fresh_family(scale: Scale, device: str) -> Family:
 
 
 def speed_jobs(bench: Bench) -> Iterator[Job]:
-    """What needs no trained weights: seconds of levels, training, folders of samples."""
+    """Measurements without trained weights: seconds of levels, training, folders of samples."""
     scale = bench.scale
     for mode in scale.modes:
         for batch in scale.batches:
@@ -129,7 +129,7 @@ def speed_jobs(bench: Bench) -> Iterator[Job]:
 
 
 def _timed_levels(bench: Bench, mode: str, batch: int) -> dict[str, Any]:
-    """Seconds per image of a call of each level, and of a step outside of them."""
+    """Seconds per image of a call of each level, and of a step outside them."""
     family, how, device = bench.fresh, MODES[mode], bench.device
     networks = torch.nn.ModuleList(level.network for level in family.levels)
     with torch.inference_mode(), evaluating(networks), running(family.levels, how), autocast(how, device):
@@ -138,7 +138,7 @@ def _timed_levels(bench: Bench, mode: str, batch: int) -> dict[str, Any]:
 
 
 def _training(bench: Bench, mode: str, name: str) -> dict[str, Any]:
-    """Images per second of training, and how many times as many steps as a bare loop makes."""
+    """Training images per second, and steps relative to a bare loop."""
     scale, how = bench.scale, MODES[mode]
     size = scale.shape[-1]
     shards = ensure("dead_leaves", bench.root / "leaves", size=size, count=scale.train_images, progress=False)
@@ -150,7 +150,7 @@ def _training(bench: Bench, mode: str, name: str) -> dict[str, Any]:
 
 
 def _folder(bench: Bench, name: str) -> dict[str, Any]:
-    """A folder of samples in 20 steps of DDIM in bf16, from nothing to the manifest."""
+    """A folder of samples in 20 steps of DDIM in bf16, from an empty folder to the manifest."""
     batch = bench.scale.batches[-1]
     sampler = Sampler(bench.fresh.level(name), solver="ddim", steps=20, device=bench.device, precision="bf16")
     sampler.run(range(batch))
@@ -188,7 +188,7 @@ def family_jobs(bench: Bench) -> Iterator[Job]:
 
 
 def error_key(mode: str, batch: int, entry: Entry, steps: int) -> tuple[str | int, ...]:
-    """Of a row of errors: those of a level alone do not depend on the batch, nor on more of the mode than precision."""
+    """Key of a row of errors: those of a single level do not depend on the batch, and only on the mode's precision."""
     where = (MODES[mode].precision, 0) if entry.spec is None else (mode, batch)
     return (*where, entry.label, entry.target, steps)
 
@@ -203,7 +203,7 @@ def _about(family: Family) -> dict[str, Any]:
 
 
 def _reference(bench: Bench, name: str) -> dict[str, Any]:
-    """Make many-step samples; the error that bf16 alone makes, below which no sampler in bf16 comes."""
+    """Make references, and the error of bf16 alone, below which no sampler in bf16 can come."""
     truth, steps = bench.references.truth(name), bench.scale.reference_steps
     sampler = Sampler(bench.family.level(), solver=name, steps=steps, device=bench.device, precision="bf16")
     errors = [
@@ -214,7 +214,7 @@ def _reference(bench: Bench, name: str) -> dict[str, Any]:
 
 
 def _run(setup: Setup, entry: Entry, steps: int) -> Run:
-    """The one run of an entry in so many steps."""
+    """The one run of an entry in this many steps."""
     (run,) = setup.runs(replace(entry, steps=(steps,)))
     return run
 
@@ -235,7 +235,7 @@ def _error(bench: Bench, mode: str, batch: int, entry: Entry, steps: int) -> dic
 
 
 def _seconds(bench: Bench, mode: str, batch: int, entry: Entry, steps: int) -> dict[str, Any]:
-    """Seconds per image, wall and outside networks."""
+    """Seconds per image, wall-clock and outside networks."""
     setup = bench.setup(mode, batch)
     sampler = setup.sampler(_run(setup, entry, steps))
     sampler.run(range(batch))
@@ -247,12 +247,12 @@ def _seconds(bench: Bench, mode: str, batch: int, entry: Entry, steps: int) -> d
 
 
 def _fid(bench: Bench, mode: str, batch: int, entry: Entry, steps: int) -> dict[str, Any]:
-    """FID, and seconds per image of the samples that it is of, the first batch left out: it sets up kernels."""
+    """FID, and seconds per image of its samples, without the first batch, which sets up kernels."""
     setup = bench.setup(mode, batch, bench.score)
     run = _run(setup, entry, steps)
     setup.sampler(run).run(setup.blocks[0])
     tally = Tally(setup, run)
-    tally.coupled = False  # of so many images there is no reference
+    tally.coupled = False  # there is no reference for so many images
     for block in setup.blocks:
         tally.add(block, None)
     row = tally.row()

@@ -1,4 +1,4 @@
-"""The rows of `gpu.py`, kept as they come: what is there is not measured again, and a call ends in its time."""
+"""The rows of `gpu.py`, saved immediately: existing rows are not measured again, and a call ends in time."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from mlem.provenance import provenance
 __all__ = ["Clock", "Job", "OutOfTime", "Rows"]
 
 _FAILURES = (RuntimeError, ValueError, FloatingPointError)
-"""Of one row: out of memory, what cannot be compiled or captured, no plan at that cost, samples that are not finite."""
+"""Failures of one row: out of memory, failed compilation or capture, no plan at that cost, non-finite samples."""
 
 
 class OutOfTime(Exception):
-    """What is next would not end in time."""
+    """The next measurement would not end in time."""
 
 
 class Clock:
-    """The time that a call has: minutes from now; None: what it takes. Its first piece of work always begins."""
+    """The time limit of a call: minutes from now; None: unlimited. Its first piece of work always begins."""
 
     def __init__(self, minutes: float | None) -> None:
         self._end, self._begun = math.inf if minutes is None else time.monotonic() + 60 * minutes, False
@@ -37,7 +37,7 @@ class Clock:
         return self._end - time.monotonic()
 
     def begin(self, seconds: float) -> None:
-        """Begin what takes about so long. Raises OutOfTime where it would not end in time."""
+        """Begin work of about this many seconds. Raises OutOfTime if it would not end in time."""
         if self._begun and seconds > self.left:
             raise OutOfTime
         self._begun = True
@@ -48,9 +48,9 @@ class Job:
     """One row to be measured.
 
     Attributes:
-        piece, key: tell it from others.
+        piece, key: its identity.
         work: returns its values.
-        seconds: that it needs at least.
+        seconds: least time needed.
     """
 
     piece: str
@@ -64,7 +64,7 @@ class Rows:
 
     Args:
         out: its path.
-        about: machine and settings. Raises SystemExit where the file is of others.
+        about: machine and settings. Raises SystemExit if the file has others.
     """
 
     def __init__(self, out: Path, about: dict[str, Any]) -> None:
@@ -91,12 +91,12 @@ class Rows:
         """Add the rows that are missing. Raises OutOfTime."""
         for job in jobs:
             if self.find(job.piece, job.key) is None:
-                # as long as the longest of its kind so far
+                # the longest of its kind so far
                 clock.begin(max([job.seconds, *(row["took"] for row in self.rows if row["piece"] == job.piece)]))
                 self._add(job)
 
     def write(self, **results: Any) -> None:
-        """Write the file: machine and settings, results where there are any, and a line for each row."""
+        """Write the file: machine and settings, results if any, and one line per row."""
         write_rows(self.out, {"about": self.about, **results, "rows": self.rows})
 
     def _add(self, job: Job) -> None:
@@ -112,7 +112,7 @@ class Rows:
         words = values.get("failed") or ", ".join(f"{name} {_short(value)}" for name, value in values.items())
         print(f"{job.piece} {' '.join(map(str, job.key))}: {words}", flush=True)
         if "failed" in values and torch.cuda.is_available():
-            torch.zeros(1, device="cuda").item()  # raises where the GPU is of no use to this process any more
+            torch.zeros(1, device="cuda").item()  # raises if the GPU is no longer usable in this process
 
 
 def _short(value: Any) -> str:

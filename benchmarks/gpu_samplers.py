@@ -13,7 +13,7 @@ UNIPC = "diffusers:UniPCMultistepScheduler"
 Alone = tuple[str, str | None, tuple[int, ...]]
 """Solver, grid and steps of the largest level alone."""
 Together = tuple[str, str, str | None, tuple[int, ...], tuple[float, ...]]
-"""Estimator, solver, grid, steps and budgets of levels together."""
+"""Estimator, solver, grid, steps and budgets of plans."""
 
 
 @dataclass(frozen=True)
@@ -22,16 +22,16 @@ class Scale:
 
     Attributes:
         levels, shape: of the family.
-        batches: sizes of a batch; the largest is that of errors and FID.
-        modes: in which levels are timed; sampling: those in which samplers are, the fastest first.
+        batches: batch sizes; the largest is for errors and FID.
+        modes: in which levels are timed; sampling: those for samplers, the fastest first.
         images, reference_steps: of errors, in fp32.
-        rounds: how often a sampler, or a training, is timed.
-        alone, together: the samplers. cost: what budgets count.
-        fid_images, fid_steps: of FID; samplers of more steps are left out.
-        parallel, parallel_modes: sizes of a batch, and modes, of parallel midpoints.
-        blocks, midpoints, most: of parallel midpoints, and the most steps of what they are compared with.
-        trained, train_modes, train_batch, train_steps, train_images, workers: of the throughput of training.
-        folder: samples in a folder.
+        rounds: how often a sampler, or training, is timed.
+        alone, together: the samplers. cost: unit of budgets.
+        fid_images, fid_steps: of FID; samplers with more steps are left out.
+        parallel, parallel_modes: batch sizes and modes of parallel midpoints.
+        blocks, midpoints, most: of parallel midpoints, and the most steps of their rivals.
+        trained, train_modes, train_batch, train_steps, train_images, workers: of training throughput.
+        folder: samples per folder.
     """
 
     levels: tuple[str, ...] = ("xs", "s", "m", "l", "xl")
@@ -100,7 +100,7 @@ SMALL = Scale(
     rounds=1,
     alone=(("ddpm", None, (4, 8)), (UNIPC, None, (4,))),
     together=(("hindsight", "ddpm", None, (8,), (1 / 2,)), ("jump", "ddpm", None, (8,), (3 / 4,))),
-    cost="flops",  # which are always the same
+    cost="flops",  # the same on every machine
     fid_images=2,
     fid_steps=4,
     parallel=(1,),

@@ -1,19 +1,19 @@
-"""Classifier-free guidance on a conditional family of digits: how often a classifier sees the label, and FID, by scale.
+"""Classifier-free guidance on a conditional family of digits: accuracy of a classifier, and FID, by scale.
 
     python train.py experiment=digits_labels
     python benchmarks/guidance.py runs/digits_labels/family
 
-The largest level alone, and a plan that shares the work at the same cost in FLOPs. Sample i is of class i modulo 10,
-from the same noise at every scale. The classifier is scikit-learn's SVC, trained on all real digits; beside it stands
-what it makes of real ones that it was not trained on. FID is `fid_random256` against all 1,797 digits. Every guided
-family is calibrated for itself, once, and its calibration kept beside the family.
+The largest level alone, and a plan at the same cost in FLOPs. Sample i has class i modulo 10, from the same noise at
+every scale. The classifier is scikit-learn's SVC, trained on all real digits; also given is its accuracy on held-out
+real digits. FID is `fid_random256` against all 1,797 digits. Every guided family is calibrated once, and its
+calibration is saved beside the family.
 
-Writes `guidance.json` into --out and a figure, `docs/guidance.png` by default.
+Writes `guidance.json` to --out and a figure, `docs/guidance.png` by default.
 """
 
 from __future__ import annotations
 
-import mlem as mlem  # before torch, whose threads shall not spin
+import mlem as mlem  # before torch, so that its threads do not spin
 
 # isort: split
 import argparse
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder of guidance.json")
     parser.add_argument("--figure", type=Path, default=Path(__file__).parents[1] / "docs" / "guidance.png")
     options = parser.parse_args(arguments)
-    warnings.filterwarnings("ignore", category=FewImagesWarning)  # the count stands in the caption
+    warnings.filterwarnings("ignore", category=FewImagesWarning)  # the caption has the count
     family, begin = Family.load(options.family), time.perf_counter()
     rows: list[dict[str, Any]] = []
     for scale in options.scales:
@@ -92,7 +92,7 @@ def measure(family: Family, scale: float, samples: int, images: int) -> list[dic
 
 
 def calibrated(family: Family, images: int) -> Family:
-    """The family, with a calibration of its own, which is kept where the family is."""
+    """The family with its own calibration, saved beside it."""
     if not family.fitted.has("calibration"):
         family.fitted = Fitted(calibration=calibrate(family, images=images, times=24))
         if family.folder is not None:
@@ -122,18 +122,18 @@ def classifier(held_out: int = 0) -> Any:
 
 
 def features(pixels: np.ndarray) -> np.ndarray:
-    """Images (N, 8, 8, 1) uint8 as scikit-learn has them, (N, 64) in [0, 16]."""
+    """Images (N, 8, 8, 1) uint8 in scikit-learn's form, (N, 64) in [0, 16]."""
     return pixels.reshape(len(pixels), -1) / (255 / 16)
 
 
 def agreement(x: Tensor, labels: Tensor) -> float:
-    """Share of the samples (N, 1, 8, 8) in which the classifier sees their label."""
+    """Share of the samples (N, 1, 8, 8) whose label the classifier recognises."""
     seen = classifier().predict(features(quantise(x).permute(0, 2, 3, 1).numpy()))
     return float((seen == labels.numpy()).mean())
 
 
 def held_out_agreement() -> float:
-    """Share of the last real digits in which a classifier that was trained on the others sees their label."""
+    """Share of the last real digits recognised by a classifier trained on the others."""
     pixels, labels = real_digits()
     return float(classifier(HELD_OUT).score(features(pixels[-HELD_OUT:]), labels[-HELD_OUT:]))
 
@@ -147,13 +147,13 @@ def fid(x: Tensor) -> float:
 
 
 def draw(rows: Sequence[dict[str, Any]], real: float, path: Path, family: Family, samples: int) -> None:
-    """Agreement and FID against the scale, a line for each sampler; bars are one standard error."""
+    """Agreement and FID against the scale, one line per sampler; bars are one standard error."""
     steps = ", ".join(f"{level.name} {level.measured.get('steps', '?')}" for level in family.levels)
     caption = (
-        f"{family.data}, {samples} samples at each scale, seed 0; {SOLVER}, {round(STEPS * BUDGET)} steps, and a plan "
+        f"{family.data}, {samples} samples per scale, seed 0; {SOLVER}, {round(STEPS * BUDGET)} steps, and a plan "
         f"of {STEPS} at the same FLOPs; training steps: {steps}; bars: one standard error"
     )
-    figure, (left, right) = panels("scale of guidance", ["label seen, percent", "fid_random256"], caption)
+    figure, (left, right) = panels("guidance scale", ["label recognised [%]", "fid_random256"], caption)
     for name, colour, (marker, line) in zip(
         dict.fromkeys(row["sampler"] for row in rows), COLOURS, STYLES, strict=False
     ):

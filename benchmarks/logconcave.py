@@ -1,4 +1,4 @@
-"""Gradients to a fixed Wasserstein-2 distance against dimension: randomized midpoint beside underdamped Langevin.
+"""Gradients to a fixed Wasserstein-2 distance against dimension: randomized midpoint and underdamped Langevin.
 
     python benchmarks/logconcave.py [--quick] [--out benchmarks]
 
@@ -6,15 +6,15 @@ The distance is fixed in units of x, the same at every dimension d. That is the 
 are then O~(d^(1/2)) (score frozen over a step) and O~(d^(1/3)) (randomized midpoint). Divided by sqrt(d) there would be
 nothing to see: on a target with independent coordinates the scaled distance of the first method has no d in it at all.
 
-**Law.** Target N(0, I), friction 2, from x = 0 and v ~ N(0, I). Both methods are linear there and keep the law of x
-invariant under rotations, so it is N(0, S I): S a number for the frozen score, and for the randomized midpoint a random
-number, a function of the midpoints, which are shared by all coordinates of a chain. Between such laws W2 is that of the
-radii, in one dimension: nothing is bounded, and no x is drawn. S is carried step by step through the library's own
-steps, for 4096 draws of midpoints; its mean over the draws is replaced by the exact one. `step`: gradients in a unit of
-time when the law no longer changes; `run`: gradients from the start until W2 <= eps for good, with the best step.
-`covariance`: the same for the randomized midpoint as if its law were N(0, E[S] I). That is what one sees in the
-covariance alone, or with a midpoint for each coordinate: E[S] - 1 falls as h^3 on every Gaussian, which would give
-d^(1/6). The true law has d^(1/3), because S, common to all coordinates, strays by h^(3/2).
+**Law.** Target N(0, I), friction 2, from x = 0 and v ~ N(0, I). Both methods are linear there and keep the distribution
+of x rotation invariant, so it is N(0, S I): S a number for the frozen score, and for the randomized midpoint a random
+number, a function of the midpoints, which all coordinates of a chain share. Between such distributions W2 is that of
+the radii, in one dimension: no bounds are used, and no x is drawn. S is computed with the library's own steps, for 4096
+draws of midpoints; its mean over the draws is replaced by the exact one. `step`: gradients per unit of time in
+stationarity; `run`: gradients from the start until W2 <= eps for good, with the best step. `covariance`: the same for
+the randomized midpoint as if its distribution were N(0, E[S] I). That is what the covariance alone shows, or one
+midpoint per coordinate: E[S] - 1 falls as h^3 on every Gaussian, which would give d^(1/6). The true distribution has
+d^(1/3), because S, common to all coordinates, fluctuates by h^(3/2).
 
 **Path.** A target that is neither Gaussian nor a product, `V(x) = |x|^2 / 2 + sum_i sqrt(1 + (x_i - x_{i+1})^2)`
 (cyclic, m = 1, L = 5, friction 2 sqrt(L)). The distance is the root mean square of |x - x*| at time 4, x* on the same
@@ -22,15 +22,15 @@ Brownian path from the same start by the randomized midpoint in steps of 1/64. I
 at that time from above, and is what the theorems bound; W2 itself may fall faster. Starts are 48 steps of 1/8 old.
 
 Exponents are slopes of log cost on log d. Intervals are 95 percent percentiles of a bootstrap over draws (Law, step) or
-over chains (Path); they hold the sampling error alone. The frozen score has none in Law: nothing is drawn. `run` is in
-whole steps, and has the logarithm that O~ hides: a time ln(sqrt(d) / eps), which adds 0.095 to the exponents here.
+over chains (Path); they cover only the sampling error. The frozen score has none in Law: nothing is drawn. `run` is in
+whole steps, and includes the logarithm hidden by O~: a time ln(sqrt(d) / eps), which adds 0.095 to the exponents here.
 
-Writes `logconcave.json` into --out and, unless --quick, `docs/logconcave.png`.
+Writes `logconcave.json` to --out and, unless --quick, `docs/logconcave.png`.
 """
 
 from __future__ import annotations
 
-import mlem as mlem  # before torch, whose threads shall not spin
+import mlem as mlem  # before torch, so that its threads do not spin
 
 # isort: split
 import argparse
@@ -53,7 +53,11 @@ from mlem.noise import NoiseStream
 METHODS = ("underdamped", "randomized midpoint")
 GRADIENTS = {"underdamped": 1, "randomized midpoint": 2, "covariance": 2}
 THEORY = {"underdamped": "1/2", "randomized midpoint": "1/3", "covariance": "1/6"}
-COLOURS = {"underdamped": "#000000", "randomized midpoint": "#0072B2", "covariance": "#999999"}
+LOOKS = {
+    "underdamped": {"color": "#000000", "marker": "o", "linestyle": "-"},
+    "randomized midpoint": {"color": "#0072B2", "marker": "s", "linestyle": "--"},
+    "covariance": {"color": "#999999", "marker": "^", "linestyle": ":"},
+}
 REPLICATES = 100
 
 
@@ -305,7 +309,7 @@ def path_errors(d: int, chains: int) -> dict[str, np.ndarray]:
 
 
 def measure_path(dimensions: Sequence[int], least: int) -> list[dict[str, Any]]:
-    """A row for each method; at least `least` chains, more where d is small."""
+    """One row per method; at least `least` chains, more for small d."""
     steps = [FINE * 2.0**j for j in range(1, LEVELS + 1)]
     costs: dict[str, list[list[float]]] = {method: [] for method in METHODS}
     errors: dict[str, list[list[float]]] = {method: [] for method in METHODS}
@@ -355,12 +359,12 @@ def report(rows: list[dict[str, Any]]) -> None:
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Cost against dimension, a panel for each measurement."""
+    """Cost against dimension, one panel per measurement."""
     from matplotlib.figure import Figure
 
     panels = {
-        "law, step": ("Gaussian, exact law", f"gradients per unit of time at W2 = {LAW_EPS}"),
-        "law, run": ("Gaussian, exact law, from the mode", f"gradients to W2 = {LAW_EPS}"),
+        "law, step": ("Gaussian, exact distribution", f"gradients per unit of time at W2 = {LAW_EPS}"),
+        "law, run": ("Gaussian, exact distribution, from the mode", f"gradients to W2 = {LAW_EPS}"),
         "path, step": ("not Gaussian, shared path", f"gradients per unit of time at distance {PATH_EPS}"),
     }
     figure = Figure(figsize=(11, 3.8), dpi=150, layout="constrained")
@@ -368,9 +372,8 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         for row in (row for row in rows if row["what"] == what):
             name = "midpoint, covariance alone" if row["method"] == "covariance" else row["method"]
             interval = "" if row["interval"] is None else " ({:.2f} to {:.2f})".format(*row["interval"])
-            colour = COLOURS[row["method"]]
             line = f"{name}: {row['slope']:.2f}{interval}"
-            axes.loglog(row["d"], row["cost"], color=colour, marker="o", markersize=3, label=line)
+            axes.loglog(row["d"], row["cost"], markersize=4, label=line, **LOOKS[row["method"]])
         axes.set_title(title, fontsize="medium", loc="left")
         axes.set_xlabel("dimension d")
         axes.set_ylabel(label)

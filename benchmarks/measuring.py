@@ -1,4 +1,4 @@
-"""What the benchmarks share: how rounds are summed up."""
+"""Shared by the benchmarks: the summary of rounds."""
 
 from __future__ import annotations
 

@@ -1,34 +1,34 @@
-"""Randomized midpoints on mixtures with exact scores: closeness in law at equal evaluations, and parallel rounds.
+"""Randomized midpoints on mixtures with exact scores: accuracy in distribution at equal evaluations, parallel rounds.
 
     python benchmarks/midpoints.py [--quick] [--out benchmarks] [--only corrector|parallel]
 
-**corrector.** Mixtures of three well-separated Gaussians in d = 2, 16 and 64 (weights 0.2, 0.3, 0.5, deviations 0.2,
-means in random directions at distance 3 from 0, no two of them nearer to each other), sampled at 50, 100 and 200
-evaluations per sample. Two distances, both sliced Wasserstein-2 (root mean square over random directions):
+**corrector.** Mixtures of three well-separated Gaussians in d = 2, 16 and 64 (weights 0.2, 0.3, 0.5, standard
+deviations 0.2, means in random directions at distance 3 from 0 and at least 3 from each other), sampled at 50, 100 and
+200 evaluations per sample. Two distances, both sliced Wasserstein-2 (root mean square over random directions):
 
-- to the law: against the exact quantiles of the projected mixture. Its floor is that of as many exact samples, of which
-  there is a row: the weights of far modes fluctuate, and that alone is a distance;
-- to the ODE: against a tight solution of the ODE from the same starting noise, so that those fluctuations are on both
-  sides. Only for ODE solvers: there it is free of the floor.
+- to the law: against the exact quantiles of the projected mixture. Its floor is the distance of as many exact samples,
+  which has its own row: the weights of distant modes fluctuate, which alone makes a distance;
+- to the ODE: against an accurate solution of the ODE from the same starting noise, so that those fluctuations cancel.
+  Only for ODE solvers, and free of the floor.
 
 Every solver runs on its default grid, on the common grid even in t, and on the best of four grids, chosen for each
-solver, d and number of evaluations by a pilot run with another seed, by the distance to the ODE's solution; of
+solver, d and number of evaluations by a pilot run with another seed, by the distance to the ODE's solution; for
 predictor_corrector the pilot also chooses the corrector's time and step. The tables have the best; all rows are in the
-JSON. A solver that cannot spend the evaluations exactly stays below. predictor_corrector also has its modes' weights.
+JSON. A solver that cannot use the evaluations exactly uses fewer. predictor_corrector also reports its modes' weights.
 
-**parallel.** Rounds (network calls one after another) that parallel midpoints need to come within a fixed Euclidean
-distance of a tight solution of the ODE, root mean square over samples, against the dimension: the distance is the same
-in every dimension, so each coordinate has to be better the more there are. The best of a small search over blocks,
-midpoints, window, tolerance and grid. Beside it the evaluations that sequential solvers need for the same, each on its
-best of three grids. Data: three modes with means at distance 1 and deviations 0.5: they overlap, since between modes
-far apart, a sample that changes sides makes an error of the size of the data, in any solver.
+**parallel.** Rounds (sequential network calls) in which parallel midpoints come within a fixed Euclidean distance of an
+accurate solution of the ODE, root mean square over samples, against the dimension: the distance is the same in every
+dimension, so more coordinates must each be more accurate. The best of a small search over blocks, midpoints, window,
+tolerance and grid. Also the evaluations that sequential solvers need for the same, each on its best of three grids.
+Data: three modes with means at distance 1 and standard deviations 0.5: they overlap, since between distant modes a
+sample that changes sides makes an error of the size of the data, in any solver.
 
-Writes `midpoints.json` into --out and, unless --quick, `docs/midpoints.png`.
+Writes `midpoints.json` to --out and, unless --quick, `docs/midpoints.png`.
 """
 
 from __future__ import annotations
 
-import mlem as mlem  # before torch, whose threads shall not spin
+import mlem as mlem  # before torch, so that its threads do not spin
 
 # isort: split
 import argparse
@@ -45,6 +45,7 @@ from mlem.files import atomic_write, read_json, write_json
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "os^DvPX"
+LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), "-")
 
 
 def main() -> None:
@@ -97,7 +98,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
 
 
 def _distances(panels: Any, corrector: dict[str, Any]) -> None:
-    """To the law and to the ODE's solution, a panel each."""
+    """One panel each for the distance to the distribution and to the ODE's solution."""
     d = max(row["d"] for row in corrector["rows"])
     asked = sorted({row["asked"] for row in corrector["rows"]})
     for axes, against in zip(panels, ("to the law", "to the ODE"), strict=True):
@@ -107,6 +108,7 @@ def _distances(panels: Any, corrector: dict[str, Any]) -> None:
                 continue
             means, spreads = ([f(row[against]) for row in rows] for f in (np.mean, lambda x: np.std(x, ddof=1)))
             style = {"color": COLOURS[number], "marker": MARKERS[number], "markersize": 4, "capsize": 2}
+            style["linestyle"] = LINES[number]
             calls = [row["evaluations"] for row in rows]
             axes.errorbar(calls, means, yerr=spreads, elinewidth=0.8, label=method, **style)
         axes.set(xscale="log", yscale="log", xlabel="evaluations per sample")
@@ -114,7 +116,7 @@ def _distances(panels: Any, corrector: dict[str, Any]) -> None:
         axes.set_xticks([], minor=True)
     floor = next(floor["to the law"] for floor in corrector["floors"] if floor["d"] == d)
     panels[0].axhspan(min(floor), max(floor), color="0.85", label="exact samples, lowest to highest")
-    panels[0].set_ylabel("sliced W2 to the law [units of the data]")
+    panels[0].set_ylabel("sliced W2 to the distribution [units of the data]")
     panels[1].set_ylabel("sliced W2 to the ODE's solution [units of the data]")
     settings = corrector["settings"]
     panels[0].set_title(
@@ -126,19 +128,20 @@ def _distances(panels: Any, corrector: dict[str, Any]) -> None:
 
 
 def _rounds(axes: Any, parallel: dict[str, Any]) -> None:
-    """Calls one after another against the dimension."""
+    """Sequential calls against the dimension."""
     rows = parallel["rows"]
     dimensions = [row["d"] for row in rows]
     for solver in SEQUENTIAL:
         place = list(METHODS).index(solver)
         counts = [row[solver]["evaluations"] for row in rows]
-        axes.loglog(dimensions, counts, color=COLOURS[place], marker=MARKERS[place], markersize=4, label=solver)
+        look = {"color": COLOURS[place], "marker": MARKERS[place], "linestyle": LINES[place], "markersize": 4}
+        axes.loglog(dimensions, counts, label=solver, **look)
     rounds = [row["parallel_midpoint"]["rounds"] for row in rows]
     axes.loglog(dimensions, rounds, color="#000000", marker="X", label="parallel_midpoint")
     fit = parallel["fits"]["log^2 d"]
     line = [fit["a"] + fit["b"] * math.log(d) ** 2 for d in dimensions]
     axes.loglog(dimensions, line, color="0.5", linestyle=":", label=f"{fit['a']:.1f} + {fit['b']:.3f} ln² d")
-    axes.set(xlabel="dimension d", ylabel="calls one after another")
+    axes.set(xlabel="dimension d", ylabel="sequential calls")
     axes.set_xticks(dimensions, [str(d) for d in dimensions])
     axes.set_xticks([], minor=True)
     axes.set_title(

@@ -1,4 +1,4 @@
-"""The first half of midpoints.py: closeness in law at equal evaluations."""
+"""The first half of midpoints.py: accuracy in distribution at equal evaluations."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ GRIDS = ("uniform", "log_snr", "karras", "ou_halving")
 COMMON = "uniform"
 PILOT = 1000  # the seed of pilot runs
 CORRECTORS = ((1.0, 0.25), (0.5, 0.25), (0.5, 0.5))
-"""(time, step) of the corrector that the pilot chooses from."""
+"""(time, step) of the corrector, among which the pilot chooses."""
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "ddim": ("ddim", {}),
     "randomized_midpoint": ("randomized_midpoint", {}),
@@ -30,7 +30,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def steps_within(solver: Solver, grid: str, evaluations: int) -> int:
-    """The most steps that cost at most so many evaluations."""
+    """The most steps with at most this many evaluations."""
     count = evaluations
     while count > 1 and solver.evaluations(GridPoint.of(COSINE, solver.grid(COSINE, count, grid))) > evaluations:
         count -= 1
@@ -115,7 +115,7 @@ def claims(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def report_corrector(found: dict[str, Any]) -> None:
-    """One table for each distance, mean and standard deviation over seeds; the claim; the weights."""
+    """Print one table per distance, mean and standard deviation over seeds; the claim; the weights."""
     from rich.console import Console
     from rich.table import Table
 

@@ -43,7 +43,7 @@ class Distance:
         return torch.cat(squares).mean().sqrt().item()
 
     def sequential(self, solver: str, steps: int, grid: str) -> float:
-        """The error of so many steps."""
+        """The error of this many steps."""
         return self.to([self.problem.run(solver, steps, batch, 0, grid).x for batch in self.batches])
 
     def parallel(self, solver: Solver, steps: int, grid: str, most: float) -> tuple[float, float, float]:
@@ -81,7 +81,7 @@ def fewest(error: Callable[[int], float], guess: int) -> int:
 
 
 def needed(errors: Distance, solver: str, guess: int) -> dict[str, Any]:
-    """The fewest steps of a sequential solver, and its evaluations, on its best grid."""
+    """The fewest steps of a sequential solver, with its evaluations, on its best grid."""
     per_step = {"randomized_midpoint": 2, "heun": 2}.get(solver, 1)
     best: tuple[float, str] = (math.inf, "")
     for grid in ("uniform", "log_snr", "karras"):
@@ -121,7 +121,7 @@ def measure_parallel(
     midpoints: Sequence[int],
     tolerances: Sequence[float],
 ) -> dict[str, Any]:
-    """Rows of the second table, and fits of rounds to the dimension; at most so many batches."""
+    """Rows of the second table, and fits of rounds to the dimension; at most this many batches."""
     begin, rows = time.perf_counter(), []
     guesses = dict.fromkeys(SEQUENTIAL, 8)
     for d in dimensions:

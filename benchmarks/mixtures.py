@@ -24,7 +24,7 @@ SHORT = {"uniform": "t", "log_snr": "snr", "karras": "karras", "ou_halving": "ou
 
 
 class Problem:
-    """A mixture of round Gaussians in d dimensions: its denoiser, its exact samples, its projections."""
+    """A mixture of isotropic Gaussians in d dimensions: its denoiser, exact samples and projections."""
 
     def __init__(self, dimension: int, distance: float, deviation: float, apart: float = 0.0) -> None:
         """apart: the least distance between two means, in units of theirs from 0."""
@@ -59,7 +59,7 @@ class Problem:
         return (x @ self._slices.T).sort(0).values
 
     def quantiles(self, count: int) -> Tensor:
-        """What `slices` of `count` samples would be if they were the exact quantiles."""
+        """The `slices` of `count` samples at the exact quantiles."""
         middles, levels = (self.means @ self._slices.T).numpy(), (np.arange(count) + 0.5) / count
         found = []
         for column in middles.T:
@@ -69,7 +69,7 @@ class Problem:
         return torch.from_numpy(np.stack(found, 1))
 
     def weights(self, x: Tensor) -> Tensor:
-        """The share of samples nearest to each mean, as deviations from WEIGHTS in standard errors: (3,)."""
+        """The share of samples nearest to each mean, as differences from WEIGHTS in standard errors: (3,)."""
         share = torch.bincount(torch.cdist(x, self.means).argmin(1), minlength=3) / len(x)
         return (share - WEIGHTS) / (WEIGHTS * (1 - WEIGHTS) / len(x)).sqrt()
 

@@ -1,16 +1,16 @@
-"""Error against cost on a trained family: every level alone, and plans that share the work. Writes a figure and JSON.
+"""Error against cost on a trained family: every level alone, and multilevel plans. Writes a figure and JSON.
 
     python train.py experiment=dead_leaves16
     python benchmarks/multilevel.py runs/dead_leaves16/family
 
 Every sampler starts from the same noise and reads the same Brownian path as a many-step reference of the largest level.
-Cost is counted in FLOPs, in evaluations of the largest level; wall time stands beside it. Rows are kept as they come
-(`benchmarks/multilevel.json`): a run that was cut off goes on where it was.
+Cost is measured in FLOPs, in units of an evaluation of the largest level; wall-clock time is also given. Rows are saved
+immediately (`benchmarks/multilevel.json`), so an interrupted run continues.
 """
 
 from __future__ import annotations
 
-import mlem as mlem  # before torch, whose threads shall not spin
+import mlem as mlem  # before torch, so that its threads do not spin
 
 # isort: split
 import argparse
@@ -28,7 +28,7 @@ from mlem.sampling import Sampler
 
 
 def ratios(comparison: Comparison, kind: str, ours: str, theirs: Any, draws: int = 400) -> list[dict[str, float]]:
-    """Cost of theirs over cost of ours at equal error, with a 95 percent interval over images."""
+    """Their cost over ours at equal error, with a 95 percent interval over images."""
     mine = settings([row for row in comparison.rows if row["key"][0] == kind and row["key"][1] == ours])
     others = settings([row for row in comparison.rows if row["key"][0] == kind and theirs(row["key"])])
     random = np.random.default_rng(0)
@@ -87,7 +87,7 @@ PAIRS = (
 
 
 def paired(comparison: Comparison, rounds: int) -> list[dict[str, Any]]:
-    """Wall time of PAIRS, run in turns on one batch: time of the level alone over time of the plan."""
+    """Wall-clock time of PAIRS, run in turns on one batch: time of the level alone over time of the plan."""
     found = []
     for kind, (solver, grid, steps), (same, plan_grid, plan_steps, spent) in PAIRS if rounds else ():
         spec = PlanSpec(budget=spent / plan_steps, cost="flops")
@@ -136,10 +136,10 @@ def draw(comparison: Comparison, path: Path) -> None:
                 bars = [np.std(row["image_mse"], ddof=1) / math.sqrt(len(row["image_mse"])) for row in points]
                 places = [row["cost"] for row in points], [row["mse"] for row in points]
                 style = {"color": colour, "markersize": 4, "elinewidth": 0.6}
-                axes.errorbar(*places, bars, fmt=marker, label=f"levels together: {name}", **style)
+                axes.errorbar(*places, bars, fmt=marker, label=f"plan: {name}", **style)
         solver, steps, _ = KINDS[kind]
         top = comparison.family.level().name
-        axes.set(xscale="log", yscale="log", xlabel=f"cost of a sample [evaluations of level {top}, by FLOPs]")
+        axes.set(xscale="log", yscale="log", xlabel=f"cost per sample [evaluations of level {top}, by FLOPs]")
         axes.set_ylabel("mean squared error to the reference")
         title = {"sde": "SDE", "ode": "ODE"}[kind]
         axes.set_title(f"{title}; reference: {solver}, level {top}, {steps} steps, same noise", fontsize=9)
@@ -150,14 +150,14 @@ def draw(comparison: Comparison, path: Path) -> None:
     figure.suptitle(
         f"{comparison.family.data}, levels {names} (FLOPs {ratios_}), {comparison.about['images']} images, seed 0; "
         f"{comparison.about['device']}; alone: the best grid; bars: one standard error over images; "
-        "a point a draw of coins",
+        "one point per draw of coins",
         fontsize=9,
     )
     figure.savefig(path)
 
 
 def _draw_levels(axes: Any, comparison: Comparison, kind: str) -> None:
-    """A line for each solver and level alone: the best of its grids at every cost."""
+    """One line per solver and single level: the best of its grids at every cost."""
     plain: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in comparison.rows:
         if row["key"][:2] == [kind, "plain"]:
@@ -166,7 +166,9 @@ def _draw_levels(axes: Any, comparison: Comparison, kind: str) -> None:
         costs, errors = frontier(settings(rows))
         shade = "0.2" if level == comparison.family.level().name else "0.75"
         label = f"level {level} alone: {solver}"
-        axes.plot(np.exp(costs), np.exp(errors), LINES[solver], color=shade, linewidth=1, label=label)
+        names = comparison.family.names
+        width = 1 + 0.7 * (len(names) - 1 - names.index(level))  # the smaller the level, the thicker
+        axes.plot(np.exp(costs), np.exp(errors), LINES[solver], color=shade, linewidth=width, label=label)
 
 
 def main() -> None:

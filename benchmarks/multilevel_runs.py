@@ -1,4 +1,4 @@
-"""The runs of `multilevel.py`: which samplers, at which costs, and their rows. A run that was cut off goes on."""
+"""The runs of `multilevel.py`: which samplers, at which costs, and their rows. An interrupted run continues."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ HELD: dict[str, list[tuple[str, str, int, int]]] = {
 
 
 class Comparison:
-    """Runs samplers on fixed images and keeps a row for each."""
+    """Runs samplers on fixed images and keeps one row for each."""
 
     def __init__(self, folder: Path, images: int, batch_size: int, out: Path, device: str) -> None:
         self.family, self.out, self.device = Family.load(folder), out, device
@@ -127,7 +127,7 @@ class Comparison:
 
 
 def write_rows(path: Path, found: dict[str, Any]) -> None:
-    """JSON with a line for each row of its lists: indented, the errors of the images would take one each."""
+    """JSON with one line per row of its lists: plain indentation would give each image error its own line."""
     parts = []
     for name, value in found.items():
         lines = [json.dumps(one, allow_nan=False) for one in value] if isinstance(value, list) else []

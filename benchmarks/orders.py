@@ -21,7 +21,7 @@ Writes `orders.json` into --out and, unless --quick, `docs/orders.png`.
 
 from __future__ import annotations
 
-import mlem as mlem  # before torch, whose threads shall not spin
+import mlem as mlem  # before torch, so that its threads do not spin
 
 # isort: split
 import argparse

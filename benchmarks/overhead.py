@@ -1,19 +1,19 @@
-"""What the framework costs beside the network, as ratios measured side by side in one process.
+"""The overhead of the framework over the network, as ratios measured side by side in one process.
 
     python benchmarks/overhead.py
 
-1. Time of sampling outside the network: dead leaves 32x32, level m, batch 32, 50 steps.
+1. Sampling time outside the network: dead leaves 32x32, level m, batch 32, 50 steps.
 2. DDIM-50 against diffusers' own DDIMPipeline with the same UNet: as diffusers loads it, and with its weights in
-   channels_last, as ours are.
+   channels_last, like ours.
 3. Training steps per second against a bare PyTorch loop that does the same work.
 
-Each pair alternates, so that a slow spell of the machine falls on both sides; printed are the median of the
-per-round figures and their range. Run it on a machine that does nothing else.
+Each pair alternates, so that slow spells of the machine affect both sides; it prints the median of the per-round
+figures and their range. Run it on an idle machine.
 """
 
 from __future__ import annotations
 
-import mlem as mlem  # before torch, whose threads shall not spin
+import mlem as mlem  # before torch, so that its threads do not spin
 
 # isort: split
 import argparse
@@ -96,7 +96,7 @@ def _outside(level: Level, solver: str, rounds: int) -> list[float]:
 
 
 def _against_pipeline(level: Level, device: str, rounds: int) -> dict[str, list[float]]:
-    """Seconds for a batch, each round: ours, and the pipeline's with the UNet in both memory formats."""
+    """Seconds per batch, each round: ours, and the pipeline's with the UNet in both memory formats."""
     from diffusers.models.unets.unet_2d import UNet2DModel
 
     sampler = Sampler(level, solver="ddim", steps=STEPS, grid="trailing")
@@ -130,7 +130,7 @@ def _pipeline(network: Any, device: str) -> Callable[[], Any]:
 
 @dataclass(frozen=True)
 class Training:
-    """What is trained, and how: size of the UNet, batch, device, precision, whether compiled, processes that read."""
+    """The training: size of the UNet, batch, device, precision, whether compiled, reader processes."""
 
     size: str = "m"
     batch: int = BATCH
@@ -140,7 +140,7 @@ class Training:
     workers: int = 0
 
     def rates(self, shards: Shards, rounds: int, steps: int) -> tuple[list[float], list[float]]:
-        """Steps per second over those of the bare loop, and steps per second, each round: the sides take turns."""
+        """Steps per second relative to the bare loop, and absolute, for each round; the two sides alternate."""
         pairs = []
         for number in range(rounds):
             sides = (self._lightning_rate, self._bare_rate)

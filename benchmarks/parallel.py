@@ -1,20 +1,20 @@
-"""Wall time of parallel midpoints against sequential solvers at equal error, on a trained family's largest level.
+"""Wall-clock time of parallel midpoints against sequential solvers at equal error, on a family's largest level.
 
     python benchmarks/parallel.py FAMILY [--batches 1 4 16] [--device cuda] [--out parallel.json]
 
 Errors are mean squared errors per pixel to a run of DPM-Solver++ 2M in many steps from the same noise, over as many
 images as the largest batch has. A sequential solver gets the fewest steps (to 3 percent, on its best of three grids)
-whose error is at most that of the parallel one. Then both run in turns, several rounds for each batch size; printed are
-medians of seconds and, with lowest and highest, of the ratio of the two within a round. Rounds are network calls one
-after another; calls are evaluations per image. Parallel midpoints trade calls for rounds: they win where a larger batch
-takes no longer, on a GPU with few images, and lose on a CPU.
+whose error is at most that of the parallel one. Then both run in turns, several rounds per batch size; it prints
+medians of seconds and, with lowest and highest, of the ratio of the two within a round. Rounds are sequential network
+calls; calls are evaluations per image. Parallel midpoints trade calls for rounds: they win if a larger batch takes no
+longer, on a GPU with few images, and lose on a CPU.
 
-Writes JSON only where --out says.
+Writes JSON only with --out.
 """
 
 from __future__ import annotations
 
-import mlem as mlem  # before torch, whose threads shall not spin
+import mlem as mlem  # before torch, so that its threads do not spin
 
 # isort: split
 import argparse
@@ -89,19 +89,19 @@ class Comparison:
         return (self._sampler(solver, steps, grid).run(range(self.images)).x - self._truth).square().mean().item()
 
     def equal(self, ours: ParallelMidpoint, blocks: int, grid: str, most: int) -> dict[str, Run]:
-        """Runs of the same error: parallel midpoints, and every sequential solver that comes to it in `most` steps."""
+        """Runs of equal error: parallel midpoints, and every sequential solver that reaches it in `most` steps."""
         runs: dict[str, Run] = {"parallel_midpoint": (ours, blocks, grid)}
         error = self.error(*runs["parallel_midpoint"])
         for solver in SEQUENTIAL:
             found = self.fewest(solver, error, most)
             if found is None:
-                print(f"{solver} does not come to {error:.2e} in {most} steps on any grid: left out")
+                print(f"{solver} does not reach {error:.2e} in {most} steps on any grid: left out")
             else:
                 runs[solver] = (solver, *found)
         return runs
 
     def fewest(self, solver: str, error: float, most: int) -> tuple[int, str] | None:
-        """The fewest steps, and the grid, with at most this error; None where `most` are too few."""
+        """The fewest steps, and the grid, with at most this error; None if `most` are too few."""
         best: tuple[int, str] | None = None
         for grid in GRIDS:
             low, high = 0, 4
@@ -122,7 +122,7 @@ class Comparison:
         return best
 
     def timed(self, runs: dict[str, Run], batch: int, rounds: int) -> list[dict[str, Any]]:
-        """A row for each run with this batch size; the order of the runs changes from round to round."""
+        """One row per run with this batch size; the order of runs changes from round to round."""
         seconds: dict[str, list[float]] = {name: [] for name in runs}
         ledgers = {name: self._sampler(*run).run(range(batch)).ledger for name, run in runs.items()}
         names = list(runs)

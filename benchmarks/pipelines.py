@@ -1,16 +1,16 @@
-"""What acceleration does to a pipeline of diffusers: error and seconds, beside `sample()` under the same plan.
+"""Acceleration of a diffusers pipeline: error and seconds, compared with `sample()` under the same plan.
 
     python benchmarks/pipelines.py FAMILY [--steps 16 32] [--budgets 0.35 0.5] [--rounds 5] [--out FILE]
 
-Of a trained family, the largest level becomes the network of a DDPMPipeline with a DPMSolverMultistepScheduler (a
-DDIMPipeline takes DDIM alone), the others its small networks. On the same noise: the mean squared error to 400 steps of
-the largest level alone, of the pipeline as it was, of the accelerated one, and of `sample()` under the plan that was
-made; and seconds of each, in turns. Run it on a machine that does nothing else.
+The largest level of a trained family becomes the network of a DDPMPipeline with a DPMSolverMultistepScheduler (a
+DDIMPipeline takes only DDIM), the others its small networks. On the same noise: the mean squared error to 400 steps of
+the largest level alone, of the original pipeline, of the accelerated one, and of `sample()` under the same plan; and
+seconds of each, in turns. Run it on an idle machine.
 """
 
 from __future__ import annotations
 
-import mlem as mlem  # before torch, whose threads shall not spin
+import mlem as mlem  # before torch, so that its threads do not spin
 
 # isort: split
 import argparse
@@ -49,7 +49,7 @@ def pipeline_of(family: Family) -> Any:
 
 
 def run_pipeline(pipe: Any, steps: int) -> tuple[Tensor, float]:
-    """Pictures (B, C, H, W) in [0, 1], and seconds."""
+    """Images (B, C, H, W) in [0, 1], and seconds."""
     begin = time.perf_counter()
     generator = torch.Generator().manual_seed(0)
     found = pipe(batch_size=BATCH, num_inference_steps=steps, generator=generator, output_type="np").images
@@ -57,7 +57,7 @@ def run_pipeline(pipe: Any, steps: int) -> tuple[Tensor, float]:
 
 
 def run_sampler(sampler: Sampler) -> tuple[Tensor, float]:
-    """The same of `sample()`."""
+    """The same for `sample()`."""
     begin = time.perf_counter()
     found = sampler.run(range(BATCH)).x
     return (found / 2 + 0.5).clamp(0, 1), time.perf_counter() - begin

@@ -1,15 +1,15 @@
-"""Puts a trained family into the package, in half precision and calibrated: `Family.load("pretrained:NAME")`.
+"""Adds a trained family to the package, in half precision and calibrated: `Family.load("pretrained:NAME")`.
 
     python train.py experiment=dead_leaves16_xl
     python benchmarks/pretrained.py runs/dead_leaves16_xl/family dead_leaves16 --levels xs m l
 
-Weights are rounded to float16 and computed with in float32. Calibrate on an idle machine: the seconds are kept, and
-measured again on machines of another kind.
+Weights are rounded to float16 and used in float32. Calibrate on an idle machine: the seconds are stored, and measured
+again on other machines.
 """
 
 from __future__ import annotations
 
-import mlem as mlem  # before torch, whose threads shall not spin
+import mlem as mlem  # before torch, so that its threads do not spin
 
 # isort: split
 import argparse

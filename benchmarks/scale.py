@@ -1,14 +1,14 @@
-"""What making a folder of 2,000 samples costs beside the network: files, checksums, manifest, packs.
+"""The overhead of a folder of 2,000 samples over the network: files, checksums, manifest, packs.
 
     python benchmarks/scale.py
 
-Level s, 16x16 RGB, untrained, DDIM in 20 steps, batch 100, one rank. `outside` is all the wall time from the empty
-folder to the manifest that is not in the network, by the ledger: the solver's own arithmetic and noise too.
+Level s, 16x16 RGB, untrained, DDIM in 20 steps, batch 100, one rank. `outside` is all wall-clock time from the empty
+folder to the manifest outside the network, by the ledger, including the solver's arithmetic and noise.
 """
 
 from __future__ import annotations
 
-import mlem as mlem  # before torch, whose threads shall not spin
+import mlem as mlem  # before torch, so that its threads do not spin
 
 # isort: split
 import argparse
@@ -58,7 +58,7 @@ def _seconds(work: Callable[[], Any]) -> float:
 
 
 def folder_round(sampler: Sampler, count: int, batch: int) -> dict[str, float]:
-    """A folder of `count` samples, from nothing to the manifest: shares of its time, and what else there is to do."""
+    """A folder of `count` samples, from empty to the manifest: shares of its time, and times of further work."""
     with tempfile.TemporaryDirectory() as place:
         folder, indices = Path(place) / "samples", range(count)
         begin = time.perf_counter()

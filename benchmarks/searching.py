@@ -1,14 +1,14 @@
-"""How long the search for a plan takes, and how good a plan is predicted to be.
+"""The time of the search for a plan, and the predicted error of the plan.
 
     python benchmarks/searching.py [FAMILY ...] [--out FILE] [--against FILE]
 
-On families of two levels in closed form, whose costs are 1 : 16, and of four, 1 : 4 : 16 : 64, and on calibrated
-families that are named. With `--against`, what an earlier run predicted stands beside it: the ratio of the errors.
+For families in closed form, of two levels with costs 1 : 16 and of four with 1 : 4 : 16 : 64, and for the calibrated
+families named. With `--against`, also the ratio of errors to those predicted in an earlier run.
 """
 
 from __future__ import annotations
 
-import mlem as mlem  # before torch, whose threads shall not spin
+import mlem as mlem  # before torch, so that its threads do not spin
 
 # isort: split
 import argparse
@@ -31,7 +31,7 @@ BUDGETS = (0.15, 0.25, 0.5)
 
 
 def row_of(name: str, family: Family, solver_name: str, steps: int, budget: float) -> dict[str, Any]:
-    """One search: its time, the levels and the cost of its plan, and what error is predicted of it."""
+    """One search: its time, and the levels, cost and predicted error of its plan."""
     solver = make_solver(solver_name)
     grid = solver.grid(family.schedule, steps, None)
     begin = time.perf_counter()

@@ -26,9 +26,9 @@ WIDTH = 512
 
 
 class Waves(nn.Module):
-    """The exact noise estimate of a mixture, and waves: an error that stays bounded, as those of networks do.
+    """The exact noise estimate of a mixture, plus waves: an error that stays bounded, like those of networks.
 
-    work: products with a square matrix of WIDTH a call, which take the time that networks would.
+    work: products with a square matrix of WIDTH per call, which take as long as networks would.
     """
 
     mixing: Tensor
@@ -66,7 +66,7 @@ def synthetic(name: str, *, working: bool = False) -> Family:
 
 
 def measured(family: Family) -> Family:
-    """The family, calibrated, its costs taken for seconds."""
+    """The family, calibrated, with costs used as seconds."""
     found = measure(
         [one.denoiser for one in family.levels], COSINE, (3,), reserved_indices("calibration", 128), times=24
     )

@@ -9,13 +9,13 @@ error is the root mean square over paths of the distance at time 1 to Euler-Maru
 the finest run, on the same Brownian path. Nothing is searched for: eps fixes the levels and probabilities
 (`mlem.multilevel.theory`) and the step, eps/2. Euler-Maruyama (EM) runs the top level alone.
 
-Weights are collected: F = sum_k w_k f^k, w_k = B_k/p_k - B_{k+1}/p_{k+1}, and f^k is paid for where w_k is not 0.
-Intervals are 95 percent percentiles of a bootstrap over paths, the same paths for all runs; they hold the sampling
+Weights are collected: F = sum_k w_k f^k, w_k = B_k/p_k - B_{k+1}/p_{k+1}, and f^k counts as evaluated where w_k is not
+0. Intervals are 95 percent percentiles of a bootstrap over paths, the same paths for all runs; they cover the sampling
 error of the slope, not its approach to the limit.
 
-Second, the limit of small steps at fixed rates p_k / eta. The base level runs once in every step, so its cost grows as
-the step falls: that is no part of the theorem's statement, and it is listed in a column of its own. The other column
-is the cost of all the levels above it, all with p < 1. The error there is the distance to Euler-Maruyama with f in the
+Second, the limit of small steps at fixed rates p_k / eta. The base level runs in every step, so its cost grows as the
+step falls: that is not part of the theorem's statement, and has its own column. The other column is the cost of all the
+levels above it, all with p < 1. The error there is the distance to Euler-Maruyama with f in the
 same steps, what multilevel adds. Cost at equal error: cost (error / error of the first row)^gamma, as a ratio.
 
 Writes `theory.json` into --out and, unless --quick, `docs/theory.png`.
@@ -23,7 +23,7 @@ Writes `theory.json` into --out and, unless --quick, `docs/theory.png`.
 
 from __future__ import annotations
 
-import mlem as mlem  # before torch, whose threads shall not spin
+import mlem as mlem  # before torch, so that its threads do not spin
 
 # isort: split
 import argparse
@@ -48,7 +48,11 @@ LIPSCHITZ, LENGTH = 0.5, 1.0
 METHODS = ("EM", "bernoulli", "systematic")
 FINER = 32  # steps of the reference in one step of the finest run
 CHUNK = 250  # paths whose coins are in memory at once
-COLOURS = {"EM": "#000000", "bernoulli": "#D55E00", "systematic": "#0072B2"}
+LOOKS = {
+    "EM": {"color": "#000000", "marker": "o", "linestyle": "-"},
+    "bernoulli": {"color": "#D55E00", "marker": "s", "linestyle": "--"},
+    "systematic": {"color": "#0072B2", "marker": "^", "linestyle": ":"},
+}
 
 
 def main() -> None:
@@ -252,7 +256,7 @@ def gain(em: dict[str, Any], row: dict[str, Any]) -> float:
 
 
 def draw(slopes: list[dict[str, Any]], path: Path, caption: str) -> None:
-    """Cost against error, a panel for each gamma."""
+    """Cost against error, one panel per gamma."""
     from matplotlib.figure import Figure
 
     gammas = list(dict.fromkeys(row["gamma"] for row in slopes))
@@ -262,7 +266,7 @@ def draw(slopes: list[dict[str, Any]], path: Path, caption: str) -> None:
         for row in (row for row in slopes if row["gamma"] == gamma):
             low, high = row["interval"]
             label = f"{row['method']}: {row['slope']:.2f} ({low:.2f} to {high:.2f})"
-            axes.loglog(row["error"], row["cost"], color=COLOURS[row["method"]], marker="o", markersize=3, label=label)
+            axes.loglog(row["error"], row["cost"], markersize=4, label=label, **LOOKS[row["method"]])
         axes.set_title(rf"$\gamma$ = {gamma:g}", fontsize="medium", loc="left")
         axes.set_xlabel("root-mean-square error")
         axes.grid(which="major", color="0.9")

@@ -1,21 +1,21 @@
-"""Whether a redesign moved a number: hashes of samples, plans, training, fits, scores and the report.
+"""Whether refactoring changed a number: hashes of samples, plans, training, fits, scores and the report.
 
-    python benchmarks/unchanged.py record DIR      # with the code before
-    python benchmarks/unchanged.py compare DIR     # with the code after: a table; exit status 1 where anything differs
+    python benchmarks/unchanged.py record DIR      # with the old code
+    python benchmarks/unchanged.py compare DIR     # with the new code: a table; exit status 1 if anything differs
 
 `record` trains, fits and samples a tiny family of digits and keeps it in DIR with all hashes. `compare` does the same
 in a temporary folder. Every check but training starts from the family in DIR, so that one difference does not hide
-others; with `--own` from what this code trains and fits, for code that refuses the files in DIR.
+others; with `--own`, from the family that this code trains and fits, for code that rejects the files in DIR.
 
-Only what a redesign keeps is used: the names that `mlem` exports, the commands, and the files that they write. Each
-item has two hashes: of its numbers in order, and of its text, keys included, so that a renamed key changes the second
-alone. Measured times, versions and dates are left out. Both sides must run on one machine, in one thread: other
-processors and versions of torch round differently. About three minutes. `diff DIR/text.json DIR/now.json` shows more.
+It uses only what refactoring keeps: the names exported by `mlem`, the commands, and the files they write. Each item
+has two hashes: of its numbers in order, and of its text, keys included, so that a renamed key changes only the second.
+Measured times, versions and dates are left out. Both sides must run on one machine, in one thread: other processors
+and versions of torch round differently. About three minutes. `diff DIR/text.json DIR/now.json` shows more.
 """
 
 from __future__ import annotations
 
-import mlem as mlem  # before torch, whose threads shall not spin
+import mlem as mlem  # before torch, so that its threads do not spin
 
 # isort: split
 import argparse

@@ -1,4 +1,4 @@
-"""Docstrings of this house as Google's form has them, for the reference.
+"""Converts our docstrings to Google style, for the reference.
 
 Here `a, b: ...` describes two arguments at once, `Returns: ...` or `Raises: ...` is one sentence, and fields of a
 NamedTuple are arguments.

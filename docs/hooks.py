@@ -58,7 +58,7 @@ class _Name(InlineProcessor):
 
 
 def on_env(env: Any, config: Any, files: Any) -> None:
-    """Every public name of a module in the reference has its place there."""
+    """Check that every public name of a module in the reference has an entry."""
     for module, names in documented().items():
         for name in names:
             try:
@@ -81,7 +81,7 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def _of_notebook(text: str) -> str:
-    """The cells of a notebook and what they gave, as Markdown."""
+    """The cells of a notebook and their outputs, as Markdown."""
     parts: list[str] = []
     for cell in json.loads(text)["cells"]:
         source = "".join(cell["source"])

@@ -1,4 +1,4 @@
-"""Public names and where the reference has them, read from files: nothing is imported."""
+"""Public names and their places in the reference, read from files without importing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 def public_names(module: str) -> list[str]:
-    """`__all__` of a module or package; empty where it has none."""
+    """`__all__` of a module or package; empty if it has none."""
     path = REPOSITORY.joinpath(*module.split("."))
     file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
     for node in ast.parse(file.read_text()).body:
@@ -30,9 +30,9 @@ def documented() -> dict[str, list[str]]:
 
 
 def identifiers() -> dict[str, str]:
-    """What pages and docstrings call a thing -> what the reference calls it.
+    """Name in pages and docstrings -> identifier in the reference.
 
-    By their full names all modules and public names; those of `mlem` and classes, unless there are two, by their own.
+    All modules and public names by full name; those of `mlem` and unambiguous classes also by short name.
     """
     full = {f"{module}.{name}": name for module, names in documented().items() for name in names}
     several = Counter(full.values())

@@ -1,8 +1,8 @@
-"""Guidance by a gradient (Dhariwal and Nichol, arXiv:2105.05233): samples are pushed to where a loss is small.
+"""Gradient guidance (Dhariwal and Nichol, arXiv:2105.05233): samples are pushed towards a small loss.
 
     python examples/gradient_guidance.py runs/demo/family
 
-Here the loss asks for bright pictures; any differentiable function of the noisy picture will do.
+Here the loss favours bright images; any differentiable function of the noisy image will do.
 """
 
 import sys
@@ -17,13 +17,13 @@ from mlem.sampling import Step
 
 
 def guided(family: Family, loss: Callable[[Tensor], Tensor], scale: float = 1.0, count: int = 16) -> Tensor:
-    """Samples (count, C, H, W) pushed downhill; loss: noisy pictures (B, C, H, W) -> (B,)."""
+    """Samples (count, C, H, W) pushed downhill; loss: noisy images (B, C, H, W) -> (B,)."""
 
     def revise(step: Step) -> Tensor:
         with torch.inference_mode(False), torch.enable_grad():
             x = step.x.clone().requires_grad_()
             slope = torch.autograd.grad(loss(x).sum(), x)[0]
-        # as strong as the noise that is left
+        # in proportion to the remaining noise
         return step.x - scale * (step.point.alpha * step.point.kappa) ** 2 * slope
 
     return sample(family, solver="ddim", steps=64, indices=range(count), revise=revise).x

@@ -1,4 +1,4 @@
-"""Image-to-image (SDEdit, arXiv:2108.01073): a picture gets noise up to time t, and is sampled from there.
+"""Image-to-image (SDEdit, arXiv:2108.01073): add noise to an image up to time t, and sample from there.
 
 python examples/image_to_image.py runs/demo/family picture.png [t]
 """
@@ -15,7 +15,7 @@ from mlem.sampling import noised
 
 
 def variations(family: Family, picture: Tensor, t: float = 0.5, count: int = 16) -> Tensor:
-    """Variations of a picture (C, H, W) in [-1, 1]: (count, C, H, W). The larger t, the further away."""
+    """Variations of an image (C, H, W) in [-1, 1]: (count, C, H, W). Larger t gives larger changes."""
     grid = TimeGrid.make("log_snr", family.schedule, 32).below(t)
     start = noised(picture[None], family.schedule, t)
     return sample(family, solver="dpm_solver_pp", grid=grid, indices=range(count), start=start).x

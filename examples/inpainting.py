@@ -1,8 +1,8 @@
-"""Inpainting by replacement (RePaint without its resampling, arXiv:2201.09865): what is known is put back every step.
+"""Inpainting by replacement (RePaint without its resampling, arXiv:2201.09865): restore the known part at every step.
 
     python examples/inpainting.py runs/demo/family picture.png
 
-The upper half of the picture is kept, the lower half is made.
+The upper half of the image is kept, the lower half is generated.
 """
 
 import sys
@@ -18,7 +18,7 @@ from mlem.sampling import Step
 
 
 def inpaint(family: Family, picture: Tensor, known: Tensor, count: int = 16) -> Tensor:
-    """Pictures (count, C, H, W) that agree with a picture (C, H, W) in [-1, 1] where `known` (C, H, W) is true."""
+    """Images (count, C, H, W) that agree with an image (C, H, W) in [-1, 1] where `known` (C, H, W) is true."""
     noise = torch.randn(picture.shape, generator=torch.Generator().manual_seed(0))
 
     def revise(step: Step) -> Tensor:

@@ -1,8 +1,8 @@
-"""A pipeline of diffusers, from its folder, accelerated by a smaller network: what it cost, and how near it stays.
+"""A diffusers pipeline, from its folder, accelerated by a smaller network: cost and difference to the original.
 
     python examples/pipeline.py PIPELINE SMALL "a lighthouse in a storm" [STEPS]
 
-PIPELINE and SMALL are folders that diffusers wrote: a pipeline, and a smaller model or pipeline of the same latents.
+PIPELINE and SMALL are folders saved by diffusers: a pipeline, and a smaller model or pipeline for the same latents.
 """
 
 import sys
@@ -16,7 +16,7 @@ import mlem
 
 
 def compare(pipe: Any, small: str, steps: int, **inputs: Any) -> dict[str, float]:
-    """Seconds with and without, and the mean squared difference of the pictures over their mean square."""
+    """Seconds with and without acceleration, and the mean squared difference of the images over their mean square."""
 
     def run() -> tuple[torch.Tensor, float]:
         begin = time.perf_counter()

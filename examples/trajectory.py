@@ -1,4 +1,4 @@
-"""The way from noise to a picture: what the samples look like after every eighth step.
+"""From noise to image: the samples after every eighth step.
 
 python examples/trajectory.py runs/demo/family
 """
@@ -14,7 +14,7 @@ from mlem.sampling import Step
 
 
 def way(family: Family, count: int = 8, steps: int = 64, every: int = 8) -> Tensor:
-    """The samples on their way: (steps / every, count, C, H, W)."""
+    """The samples along the trajectory: (steps / every, count, C, H, W)."""
     seen: list[Tensor] = []
 
     def watch(step: Step) -> None:

@@ -167,7 +167,7 @@ MISTAKES = {
         ("data=null", f"data=null: there is no such data; there are: {', '.join(DATASETS)}"),
         ("experiment=error_vs_time", "is one of sample.py: python sample.py experiment=error_vs_time"),
         ("experiment=dmo", "experiment=dmo: there is no such experiment; did you mean demo?"),
-        ("eval=benchmark", "eval=benchmark: train.py has no eval=, it is of sample.py; leave it out"),
+        ("eval=benchmark", "eval=benchmark: train.py has no eval=, it belongs to sample.py; leave it out"),
         ("+training.step=5", "+training.step=5: there is no such option; did you mean training.steps? (+ adds only to"),
         ("+foo.bar=3", "+foo.bar=3: there is no such option (+ adds only to schedule, data.options, sampler.options)"),
         ("++training={stpes: 3}", "there is no such option; did you mean training.steps?"),
@@ -203,7 +203,7 @@ MISTAKES = {
         ("callbacks=x", "callbacks must be a list"),
         ("schedule=diffusers", "schedule.file must be given: add schedule.file=..."),
         ("seed=${nothing}", "nothing"),
-        ("model=[", "model=[: cannot be read"),
+        ("model=[", "model=[: cannot be parsed"),
         ("-x", "-x: there is no such flag"),
     ],
     "sample": [

@@ -116,7 +116,7 @@ def test_folders_are_scored_against_a_cached_reference(weights: Path, tmp_path: 
     scores = json.loads((tmp_path / "scores/metrics.json").read_text())["scores"]
     assert [score["name"] for score in scores] == [f"fd_{name}@12", f"kid_{name}@12"]
     printed = run_in(tmp_path, lambda: run_here("sample", "eval=ref", *options))
-    assert f"reference statistics are there already ({name}, 24 images of dead_leaves" in printed
+    assert f"reference statistics already exist ({name}, 24 images of dead_leaves" in printed
 
 
 def _edit(folder: Path, **values: object) -> None:

@@ -66,10 +66,10 @@ def same(one: dict[str, Any], two: dict[str, Any]) -> None:
 def test_the_reference_is_computed_once(here: Path, capsys: pytest.CaptureFixture) -> None:
     for state, options in (
         ("computed", FEW),
-        ("are there already", FEW),
+        ("already exist", FEW),
         ("computed", ["metric.reference=301"]),  # fid_random256 by default
         ("computed", [*FEW, "metric.kid=true"]),  # which needs the features too
-        ("are there already", FEW),
+        ("already exist", FEW),
     ):
         run_here("sample", "eval=ref", "trainer=cpu", *options)
         assert f"reference statistics {state} (random256, 30" in capsys.readouterr().out
@@ -171,7 +171,7 @@ def test_other_images_are_named(tmp_path: Path) -> None:
         read_pixels(path)
     (exif := Image.Exif())[0x0112] = 6
     Image.new("L", (8, 8)).save(path := tmp_path / "turned.png", exif=exif)
-    with pytest.raises(ValueError, match=r"turned\.png is L 8x8 turned by EXIF, not grey or RGB; convert it"):
+    with pytest.raises(ValueError, match=r"turned\.png is L 8x8 rotated by EXIF, not grey or RGB; convert it"):
         read_pixels(path)
     Image.new("L", (8, 8)).save(tmp_path / "jpeg.png", format="JPEG")
     with pytest.raises(ValueError, match=r"jpeg\.png cannot be read as a PNG"):

@@ -105,7 +105,7 @@ def test_a_calibration_that_is_kept_says_how_to_have_another(capsys: pytest.Capt
     _say_other_options(job("train", *TRAIN, *changed).calibration, found, FAMILY)
     assert capsys.readouterr().out == (
         "runs/digits/family/calibration.json is kept (calibration.images 2 there, 3 now; calibration.batch_sizes [64] "
-        "there, [8, 64] now); to have it anew: python -m mlem.multilevel calibrate runs/digits/family --images 3 "
+        "there, [8, 64] now); to renew it: python -m mlem.multilevel calibrate runs/digits/family --images 3 "
         "--times 4 --reference-steps 20 --batch-sizes 8 64, then this again\n"
     )
 

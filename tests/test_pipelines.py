@@ -192,7 +192,7 @@ def test_a_calibration_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     (tmp_path / "file").touch()
     with (
         mlem.accelerate(pipe, small=tiny.small(), plan=held(), cache=tmp_path / "file", **QUICK),
-        pytest.warns(UserWarning, match=r"the calibration is not kept: .*cache= names another folder"),
+        pytest.warns(UserWarning, match=r"the calibration is not saved: .*cache= names another folder"),
     ):
         pictures(tiny, pipe)
 

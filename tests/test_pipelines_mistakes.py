@@ -38,12 +38,12 @@ def _mistakes() -> dict[str, tuple[str, dict[str, Any], str]]:
         "levels": (
             sd,
             {"plan": Plan.given(torch.ones(5, 3))},
-            r"the plan is for 3 levels \(unnamed\), and the n",
+            r"the plan is for 3 levels \(unnamed\), but the n",
         ),
         "names": (
             sd,
             {"plan": Plan.given(torch.ones(5, 2), levels=("xs", "l"))},
-            r"the plan is for 2 levels \(xs, l\), and the networks here are small, large",
+            r"the plan is for 2 levels \(xs, l\), but the networks here are small, large",
         ),
         "solver": (
             sd,
@@ -53,14 +53,14 @@ def _mistakes() -> dict[str, tuple[str, dict[str, Any], str]]:
         "prediction": (
             "DDPMPipeline",
             {"small": _named("xs", prediction="v")},
-            r"level xs predicts v under .*take",
+            r"level xs predicts v under .*use",
         ),
         "noise": (
             "DDPMPipeline",
             {"small": _named("xs", mlem.NoiseSchedule.cosine())},
-            r"level xs predicts eps under .*take one",
+            r"level xs predicts eps under .*use one",
         ),
-        "neither": (sd, {"plan": None}, r"^give one of budget= and plan=, such as budget=0\.4$"),
+        "neither": (sd, {"plan": None}, r"^pass one of budget= and plan=, such as budget=0\.4$"),
         "coins": (
             sd,
             {"plan": Family.plan(probabilities=(1.0, 0.001), estimator="jump")},

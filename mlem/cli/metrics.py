@@ -36,7 +36,7 @@ def measure_reference(job: Sample) -> None:
         if not reference_path(measure.cache, measure.fid, measure.key).is_file():
             raise ValueError(f"nothing could be written to metric.cache={measure.cache}; name another folder")
         what = f"{measure.fid.protocol}, {measure.key['count']} images of {measure.key['data']}"
-        state = "exist" if measure.cached else "computed"
+        state = "already exist" if measure.cached else "computed"
         print(f"reference statistics {state} ({what}): {reference_path(measure.cache, measure.fid, measure.key)}")
 
 

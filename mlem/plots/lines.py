@@ -35,13 +35,13 @@ def curves(
     figure, axes = figure_with_axes(xlabel, ylabel, caption)
     if logarithmic:
         axes.set_yscale("log", nonpositive="mask")
-    # seven colours, then the same seven in another line style
-    looks = [(colour, line) for _, line in STYLES for colour in COLOURS]
-    for (name, (x, y)), (colour, line) in zip(lines.items(), cycle(looks), strict=False):
+    # colour and line style both change, so that lines can be told apart in grey
+    looks = [(COLOURS[i], STYLES[(i + shift) % 7]) for shift in range(7) for i in range(7)]
+    for (name, (x, y)), (colour, (marker, line)) in zip(lines.items(), cycle(looks), strict=False):
         if len(x) != len(y):
             raise ValueError(f"line {name!r} needs as many x as y, got {len(x)} and {len(y)}")
-        marker = "o" if len(x) < 30 else None
-        axes.plot(x, y, color=colour, linestyle=line, marker=marker, markersize=3, label=plain(name))
+        shown = marker if len(x) < 30 else None
+        axes.plot(x, y, color=colour, linestyle=line, marker=shown, markersize=3, label=plain(name))
     figure.legend(loc="outside right upper", frameon=False)
     save(figure, path)
 
@@ -61,13 +61,15 @@ def error_by_noise_level(
         raise ValueError("error_by_noise_level has nothing to draw: no curves")
     figure, axes = figure_with_axes(_LOG_SNR, "mean squared error of the noise estimate", caption)
     axes.set(yscale="log")
-    for (level, curve), colour in zip(curves.items(), cycle(COLOURS), strict=False):
+    looks = zip(cycle(COLOURS), cycle(STYLES), strict=False)
+    for (level, curve), (colour, (marker, line)) in zip(curves.items(), looks, strict=False):
         log_snr, error = (np.asarray(values, dtype=float) for values in curve)
         if log_snr.shape != error.shape or log_snr.ndim != 1 or not all(positive(value) for value in error):
             shapes = f"log_snr {log_snr.shape}, error {error.shape}"
             raise ValueError(f"curve {level!r} needs two equally long lists and errors above 0, got {shapes}")
         order = log_snr.argsort()
-        axes.plot(log_snr[order], error[order], color=colour, marker="o", markersize=3, label=str(level))
+        look: dict[str, Any] = {"color": colour, "marker": marker, "linestyle": line, "markersize": 4}
+        axes.plot(log_snr[order], error[order], **look, label=str(level))
     figure.legend(title="level", loc="outside right upper", frameon=False)
     save(figure, path)
 
@@ -91,11 +93,13 @@ def probabilities(
     order = at.argsort()
     figure, axes = figure_with_axes(_LOG_SNR, "probability $p_k$", caption)
     axes.set(ylim=(-0.02, 1.02))
-    for (level, curve), colour in zip(curves.items(), cycle(COLOURS), strict=False):
+    looks = zip(cycle(COLOURS), cycle(STYLES), strict=False)
+    for (level, curve), (colour, (marker, _)) in zip(curves.items(), looks, strict=False):
+        look: dict[str, Any] = {"color": colour, "marker": marker, "markersize": 4, "markevery": 0.1}
         for p, line in zip((np.asarray(values, dtype=float) for values in curve), ("--", "-"), strict=True):
             if p.shape != at.shape or not bool(((p >= 0) & (p <= 1)).all()):
                 raise ValueError(f"curve {level!r} needs values in [0, 1] of shape {at.shape}, got shape {p.shape}")
-            axes.plot(at[order], p[order], color=colour, linestyle=line, label=str(level) if line == "-" else None)
+            axes.plot(at[order], p[order], linestyle=line, label=str(level) if line == "-" else None, **look)
     levels, names = axes.get_legend_handles_labels()
     figure.legend(levels, names, title="level", loc="outside right upper", frameon=False)
     handles = [legend_key("before", "0.3", "", "--"), legend_key("after", "0.3", "", "-")]

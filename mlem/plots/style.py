@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "COLOURS",
+    "FILLS",
     "STYLES",
     "figure_with_axes",
     "in_digits",
@@ -45,6 +46,8 @@ STYLES = (
     ("X", (0, (1, 1))),
 )
 """Marker and line style."""
+FILLS = ("full", "none", "left", "right", "top", "bottom")
+"""How markers are filled, where colour must also be told apart in grey."""
 
 
 def figure_with_axes(xlabel: str, ylabel: str, caption: str) -> tuple[Figure, Axes]:
