@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 import subprocess
@@ -104,7 +105,7 @@ def test_options_describe_themselves() -> None:
     for one in fields(PlanSpec):
         assert one.metadata["help"]
         assert one.metadata["value"]
-        assert f"        {one.name}: " in str(PlanSpec.__doc__)
+        assert f"\n    {one.name}: " in str(inspect.getdoc(PlanSpec))
     choices = {one.name: one.metadata["choices"] for one in fields(PlanSpec)}
     assert choices["coins"] == tuple(COINS)
     assert choices["estimator"] == tuple(name for name in ESTIMATORS if name != "forecast")  # made by hand alone
