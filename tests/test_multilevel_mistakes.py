@@ -50,7 +50,7 @@ def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, *opt
             ("budget=0.001",),
             "budget=0.001 of 50 evaluations is 0.05 evaluations of the largest level, and ",
         ),
-        (("budget=0.5", "mse=0.1"), "give one of budget, mse and delta, got budget and mse"),
+        (("budget=0.5", "mse=0.1"), "give only one of budget, mse and delta, got budget and mse"),
         (("budget=0.5", "levels=[xs,zz]"), "level must be one of xs, s, got 'zz'"),
         (
             ("budget=0.5", "model=unet_xs"),

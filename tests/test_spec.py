@@ -39,8 +39,8 @@ COSINE = NoiseSchedule.cosine()
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"budget": 0.5, "mse": 0.1}, "give one of budget, mse and delta, got budget and mse"),
-        ({"budget": 0.5, "delta": 0.1}, "give one of budget, mse and delta, got budget and delta"),
+        ({"budget": 0.5, "mse": 0.1}, "give only one of budget, mse and delta, got budget and mse"),
+        ({"budget": 0.5, "delta": 0.1}, "give only one of budget, mse and delta, got budget and delta"),
         ({"budget": 0.0}, "budget must be in (0, 1], a share of the largest level's cost, got 0.0"),
         ({"budget": 1.5}, "budget must be in (0, 1], a share of the largest level's cost, got 1.5"),
         ({"mse": 0.0}, "mse must be positive, got 0.0"),
