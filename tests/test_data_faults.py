@@ -136,7 +136,7 @@ def test_memory_that_cannot_be_written_is_left_out(folder):
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ('"format": 1', '"format": 99', "format is 99, this version reads 1"),
+        ('"format": 1', '"format": 99', "format is 99, but this version reads 1"),
         ('"shards"', '"chards"', r"is not a manifest \(KeyError\('shards'\)\)"),
         ('"count": 30', '"count": 31', "count is 31, its shards hold 30"),
         ('"file": "shard-000000.tar"', '"file": "../shard-000000.tar"', "is not the name of a shard"),
