@@ -48,7 +48,7 @@ def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, *opt
         (("budget=2",), "budget must be in (0, 1], a share of the largest level's cost, got 2"),
         (
             ("budget=0.001",),
-            "budget=0.001 of 50 evaluations is 0.05 evaluations of the largest level, and ",
+            "budget=0.001 of 50 evaluations is 0.05 evaluations of the largest level, but ",
         ),
         (("budget=0.5", "mse=0.1"), "give only one of budget, mse and delta, got budget and mse"),
         (("budget=0.5", "levels=[xs,zz]"), "level must be one of xs, s, got 'zz'"),
