@@ -1,41 +1,55 @@
-"""The gain by coefficients: the sigmoid closest to the calibrated law, against the laws predicted to be best.
+"""What coefficients are worth: the calibrated law as near as a sigmoid comes, the laws predicted best, learned ones.
 
-    python benchmarks/coefficients.py FAMILY ... [--budgets 0.2 0.35 0.5] [--images 64] [--out FILE]
+    python benchmarks/coefficients.py FAMILY ... [--budgets 0.2 0.35 0.5] [--images 64] [--updates 8] [--out FILE]
 
-For calibrated families, at equal expected cost in FLOPs: the mean squared error to 500 steps of the largest level, on
-samples not used for fitting, each with its own coins, from the same uniform numbers for every law. Also the free
-allocation of the calibration, which is not a sigmoid. Intervals are over images: 95 percent of the difference.
+Of calibrated families, that begin at equal expected cost by FLOPs: the objective, which is the mean squared error to
+many steps of the largest level plus lambda times the cost, of samples that nothing was fitted to, with coins of their
+own, from the same uniform numbers for every law. The learned laws begin at the predicted best with knots and are
+updated on trajectories with Bernoulli coins, as by `python train.py model=coefficients`, from several seeds. Beside
+them the free allocation of the calibration, which is no sigmoid.
+
+Intervals are 95 percent of the difference, over images (each with its own draws) and, of learned laws, over seeds: the
+half widths of both, that of the seeds by Student's t, are added as squares. Rows that the file has are not run again.
 """
 
 from __future__ import annotations
 
-import mlem as mlem  # before torch, so that its threads do not spin
+import mlem as mlem  # before torch, whose threads shall not spin
 
 # isort: split
 import argparse
 import json
+import logging
+import math
+import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
+from scipy.stats import t as student
 from torch import Tensor
 
 from mlem.conditions import conditions_of
 from mlem.family import Family
-from mlem.files import write_json
+from mlem.files import read_object, write_json
 from mlem.multilevel.learning import Objective, first_coefficients, frozen, interval, nearest_coefficients
 from mlem.multilevel.planner import make_plan
 from mlem.multilevel.spec import PlanSpec
 from mlem.noise import reserved_indices
 from mlem.provenance import processor
 from mlem.solvers import make_solver
+from mlem.training.coefficients import CoefficientsModule, Fit, replicates
 
 CASES = (("ddpm", "log_snr"), ("ddim", "log_snr"))
 COINS = ("bernoulli", "systematic")
-STEPS, REFERENCE, PLANS, BATCH, KNOTS = 32, 500, 4, 16, 4
+STEPS, PLANS, BATCH, KNOTS = 32, 4, 64, 4
+BEFORE, START = "nearest", "knots"
+"""The laws that learned ones are compared with: the fit of the calibrated one, and where learning begins."""
 
 
-def objective_of(family: Family, solver: str, grid: str, knots: int = 0) -> Objective:
+def objective_of(family: Family, solver: str, grid: str, knots: int = 0, seed: int = 0) -> Objective:
     """J of the family with this solver."""
     method = make_solver(solver)
     flops = torch.tensor([level.flops for level in family.levels], dtype=torch.float64)
@@ -46,13 +60,14 @@ def objective_of(family: Family, solver: str, grid: str, knots: int = 0) -> Obje
         method,
         method.grid(family.schedule, STEPS, grid),
         flops / flops[-1],
+        seed=seed,
         conditions=lambda indices: conditions_of(family.levels, None, indices),
         knots=knots,
     )
 
 
 class FreeLaw(Objective):
-    """An objective whose probabilities are a fixed table, independent of theta."""
+    """An objective whose probabilities are a table, whatever theta is."""
 
     table: Tensor
 
@@ -60,59 +75,138 @@ class FreeLaw(Objective):
         return self.table
 
 
-def rows_of(family: Family, solver: str, grid: str, budgets: list[float], images: int) -> list[dict[str, Any]]:
-    """One row per budget and kind of coins."""
-    problem, bent = (objective_of(family, solver, grid, knots) for knots in (0, KNOTS))
-    index = reserved_indices("judging", images)
-    with torch.no_grad():
-        truth = torch.cat([problem.reference(part, REFERENCE) for part in index.split(BATCH)])
-    rows: list[dict[str, Any]] = []
-    for budget in budgets:
-        best, best_bent = (
-            first_coefficients(family, problem.solver, problem.grid, budget, knots) for knots in (0, KNOTS)
-        )
+class Judge:
+    """The held-out images of a family and solver with their references, and the learning on others."""
+
+    def __init__(self, family: Family, solver: str, grid: str, options: argparse.Namespace) -> None:
+        self._family, self._options = family, options
+        self._of = partial(objective_of, family, solver, grid)
+        self.plain, self.bent = self._of(0), self._of(KNOTS)
+        self._index = reserved_indices("judging", options.images)
+        with torch.no_grad():
+            parts = self._index.split(BATCH)
+            self._truth = torch.cat([self.plain.reference(part, options.reference) for part in parts])
+
+    def laws(self, budget: float) -> dict[str, tuple[Objective, Tensor]]:
+        """The laws that no network is evaluated for, by name."""
+        family, problem = self._family, self.plain
         nearest = nearest_coefficients(family, problem.solver, problem.grid, budget)
         for _ in range(100):  # at the same cost: all betas alike
             nearest[-1] += (budget - problem.cost(nearest)) / problem.cost_gradient(nearest)[-1].sum()
+        best, bent = (first_coefficients(family, problem.solver, problem.grid, budget, knots) for knots in (0, KNOTS))
         free = FreeLaw.__new__(FreeLaw)
         vars(free).update(vars(problem))
         spec = PlanSpec(budget=budget, estimator="jump", coins="bernoulli", cost="flops", levels=tuple(family.names))
         free.table = make_plan(spec, family, problem.solver, problem.grid).probabilities
-        laws = {"nearest": (problem, nearest), "sigmoid": (problem, best), "knots": (bent, best_bent)}
-        laws["free"] = (free, best)
-        for coins in COINS:
-            errors = {name: held_out(law, theta, coins, index, truth) for name, (law, theta) in laws.items()}
-            row: dict[str, Any] = {"family": family.data, "solver": solver, "budget": budget, "coins": coins}
-            row |= {f"mse of {name}": float(f"{found.mean():.4g}") for name, found in errors.items()}
-            for name in ("sigmoid", "knots"):
-                change, half = interval(errors[name] - errors["nearest"])
-                row |= {f"change of {name}": float(f"{change:.3g}"), f"half width of {name}": float(f"{half:.2g}")}
-            row["cost"] = {name: round(law.cost(theta).item(), 4) for name, (law, theta) in laws.items()}
-            rows.append(row)
-            print(json.dumps(row), flush=True)
+        return {BEFORE: (problem, nearest), "sigmoid": (problem, best), START: (self.bent, bent), "free": (free, best)}
+
+    def learn(self, start: Tensor, nearest: Tensor) -> tuple[float, list[Tensor]]:
+        """lambda, measured as the command does, and theta learned from each seed."""
+        options, weight, found = self._options, None, list[Tensor]()
+        for seed in range(options.seeds):
+            problem = self._of(KNOTS, seed)
+            fit = Fit(
+                images=options.learned_from,
+                batch_size=options.batch,
+                draws=4,
+                updates=options.updates,
+                learning_rate=options.rate,
+                tangents="reverse",
+                held_out=options.images,
+                reference_steps=options.reference,
+                weight=weight,
+            )
+            module = CoefficientsModule(problem, start, nearest, fit, self._family.names)
+            trainer = pl.Trainer(
+                max_steps=options.updates,
+                max_epochs=-1,
+                accelerator="cpu",
+                logger=False,
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+            )
+            trainer.fit(module)
+            weight = module.weight.item()
+            found.append(module.theta)
+        assert weight is not None
+        return weight, found
+
+    def errors(self, law: Objective, theta: Tensor, coins: str) -> Tensor:
+        """Of the held-out images: (N,)."""
+        parts = zip(self._index.split(BATCH), self._truth.split(BATCH), strict=True)
+        found = [law.held_out(theta, coins, some, due, self._options.plans) for some, due in parts]
+        return torch.cat(found)
+
+
+def rows_of(judge: Judge, about: dict[str, Any], budget: float) -> list[dict[str, Any]]:
+    """A row for each kind of coins."""
+    laws = judge.laws(budget)
+    weight, learned = judge.learn(laws[START][1], laws[BEFORE][1])
+    rows: list[dict[str, Any]] = []
+    for coins in COINS:
+        errors = {name: judge.errors(law, theta, coins)[None] for name, (law, theta) in laws.items()}
+        errors["learned"] = torch.stack([judge.errors(judge.bent, theta, coins) for theta in learned])
+        costs = {name: law.cost(theta)[None] for name, (law, theta) in laws.items()}
+        costs["learned"] = torch.stack([judge.bent.cost(theta) for theta in learned])
+        worth = {name: found + weight * costs[name][:, None] for name, found in errors.items()}
+        row = about | {"budget": budget, "coins": coins, "lambda": float(f"{weight:.4g}")}
+        row |= {f"mse of {name}": float(f"{found.mean():.4g}") for name, found in errors.items()}
+        row |= {f"objective of {name}": float(f"{found.mean():.4g}") for name, found in worth.items()}
+        for name, since in (("sigmoid", BEFORE), (START, BEFORE), ("free", BEFORE), ("learned", BEFORE)):
+            row |= changed(f"{name} - {since}", worth[name] - worth[since])
+        row |= changed(f"learned - {START}", worth["learned"] - worth[START])
+        row["cost"] = {name: [round(one, 4) for one in found.tolist()] for name, found in costs.items()}
+        rows.append(row)
+        print(json.dumps(row), flush=True)
     return rows
 
 
-def held_out(law: Objective, theta: Tensor, coins: str, index: Tensor, truth: Tensor) -> Tensor:
-    """Errors (N,)."""
-    parts = zip(index.split(BATCH), truth.split(BATCH), strict=True)
-    return torch.cat([law.held_out(theta, coins, some, due, PLANS) for some, due in parts])
+def changed(name: str, differences: Tensor) -> dict[str, Any]:
+    """The mean of differences (seeds, images), and half of its 95 percent interval."""
+    mean, half = interval(differences.mean(0))
+    seeds = len(differences)
+    if seeds > 1:
+        spread = student.ppf(0.975, seeds - 1) * differences.mean(1).std().item() / math.sqrt(seeds)
+        half = math.hypot(half, spread)
+    return {name: float(f"{mean:.3g}"), f"{name}, half width": float(f"{half:.2g}")}
+
+
+def options_of() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("families", nargs="+", type=Path, help="calibrated families: folders, or pretrained:NAME")
+    parser.add_argument("--budgets", type=float, nargs="+", default=[0.2, 0.35, 0.5])
+    parser.add_argument("--images", type=int, default=64, help="held-out ones")
+    parser.add_argument("--plans", type=int, default=PLANS, help="draws of the coins for each")
+    parser.add_argument("--reference", type=int, default=500, help="steps")
+    parser.add_argument("--learned-from", type=int, default=64, help="images, in turn")
+    parser.add_argument("--batch", type=int, default=32, help="images in an update, with four draws each")
+    parser.add_argument("--updates", type=int, default=8)
+    parser.add_argument("--rate", type=float, default=0.02)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
+    return parser.parse_args()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("families", nargs="+", type=Path, help="folders of calibrated families")
-    parser.add_argument("--budgets", type=float, nargs="+", default=[0.2, 0.35, 0.5])
-    parser.add_argument("--images", type=int, default=64)
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("coefficients.json"))
-    options = parser.parse_args()
-    rows: list[dict[str, Any]] = []
+    options = options_of()
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module="lightning")
+    rows: list[dict[str, Any]] = read_object(options.out)["rows"] if options.out.exists() else []
+    kept = ("images", "plans", "reference", "learned_from", "batch", "updates", "rate", "seeds")
+    settings = {name.replace("_", " "): getattr(options, name) for name in kept}
     for folder in options.families:
         family = Family.load(folder)
         for solver, grid in CASES:
-            rows += rows_of(family, solver, grid, options.budgets, options.images)
-    about = {"machine": processor(), "images": options.images, "steps": STEPS, "plans": PLANS, "knots": KNOTS}
-    write_json(options.out, about | {"reference steps": REFERENCE, "rows": rows})
+            about = {"family": family.data, "levels": len(family.levels), "solver": solver} | settings
+            judge: Judge | None = None
+            for budget in options.budgets:
+                asked = about | {"budget": budget}
+                if any(row.items() >= asked.items() for row in rows):
+                    continue
+                judge = judge or Judge(family, solver, grid, options)
+                rows += rows_of(judge, about, budget)
+                write_json(options.out, {"machine": processor(), "steps": STEPS, "knots": KNOTS, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -24,7 +24,9 @@ from mlem.multilevel.learning import (
     first_order,
     frozen,
     interval,
+    law_path,
     nearest_coefficients,
+    optimal_path,
 )
 from mlem.multilevel.learning import objective as learning
 from mlem.multilevel.learning.chance import Draws, segments
@@ -367,8 +369,29 @@ def test_learning_begins_near_what_the_budget_buys() -> None:
     calibrated = first_coefficients(ours, make_solver("ddpm"), log_snr(32), 0.3)
     assert problem.cost(calibrated).item() == pytest.approx(0.3, abs=1e-6)
     assert (calibrated[0] != theta[0]).all()
+    path = law_path(ours, make_solver("ddpm"), log_snr(32), points=6)
+    assert len(path) > 3
+    assert all(after.cost > before.cost and after.error < before.error for before, after in itertools.pairwise(path))
     with pytest.raises(ValueError, match=r"budget=0\.001"):
         first_coefficients(ours, make_solver("ddpm"), log_snr(32), 0.001)
+
+
+@pytest.mark.parametrize("knots", [0, 2])
+def test_the_path_is_the_least_error_plus_lambda_cost(knots: int) -> None:
+    """Each point for its own lambda, against the others and against what is near; lambda is the slope of the curve."""
+    problem = objective(3, 24, knots=knots)
+    worth = torch.stack([torch.linspace(1, 9, 24).square(), torch.linspace(3, 1, 24)], 1).double()
+    start = torch.tensor([*[[0.0, 0.0]] * (1 + knots), [-0.5, -1.5]], dtype=torch.float64)
+    path = optimal_path(problem, worth, start, [0.5, 0.2, 0.3, 0.302, 0.7])
+    assert [round(point.cost, 5) for point in path] == [0.2, 0.3, 0.302, 0.5, 0.7]
+    for point in path:
+        best = point.error + point.weight * point.cost
+        assert all(other.error + point.weight * other.cost >= best for other in path)
+        for seed in range(20):
+            torch.manual_seed(seed)
+            near = point.theta + 0.05 * torch.randn_like(start)
+            assert predicted_variance(problem, near, worth) + point.weight * problem.cost(near) > best
+    assert (path[1].error - path[2].error) / 0.002 == pytest.approx((path[1].weight + path[2].weight) / 2, rel=1e-2)
 
 
 def test_the_start_is_where_no_other_law_of_the_same_cost_is_predicted_to_err_less() -> None:

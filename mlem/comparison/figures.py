@@ -108,6 +108,7 @@ def coupled_errors(
     path: str | os.PathLike[str],
     caption: str,
     pictures: Mapping[str, tuple[Row | None, Image]],
+    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]] | None = None,
 ) -> None:
     """Error against time and FLOPs: samplers of one level as lines, levels together as points, the best ones large.
 
@@ -117,6 +118,7 @@ def coupled_errors(
         path: of the PNG.
         caption: data set, number of samples, steps of the reference, seeds, device.
         pictures: "A: words" or a name -> the row that it belongs to, or None, and its samples.
+        curves: name -> FLOPs and predicted errors, above 0.
 
     Raises:
         ValueError: for no rows, and for values that a logarithm cannot show.
@@ -138,6 +140,13 @@ def coupled_errors(
         _coupled_panel(axes, rows, best, cost, _MSE)
         for letter, row in letters.items():
             axes.annotate(letter, (cost(row), row.mse), (4, 5), textcoords="offset points", fontweight="bold")
+    for name, (flops, errors) in (curves or {}).items():
+        axes = figure.axes[1]
+        limits = axes.get_xlim(), axes.get_ylim()  # of what was measured
+        look = {"color": "black", "linestyle": ":", "linewidth": 1}
+        axes.plot([1e-6 * one for one in flops], errors, **look)
+        axes.set(xlim=limits[0], ylim=limits[1])
+        figure.axes[0].plot([], [], label=name, **look)
     figure.axes[0].legend(fontsize="x-small", frameon=False)
     figure.suptitle(fill(caption, 170), fontsize="small", x=0.01, ha="left", color="0.3")
     strips = grid[2].subgridspec(max(1, len(pictures)), 1)

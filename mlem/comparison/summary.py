@@ -16,11 +16,15 @@ from mlem.comparison.figures import coupled_errors, similarity_vs_time
 from mlem.comparison.row import Row
 from mlem.comparison.setup import Run
 from mlem.images import image_grid
+from mlem.multilevel.learning import law_path
+from mlem.multilevel.predict import Predictor
 
 __all__ = ["best_trials", "draw", "ratios", "settings"]
 
 COSTS: dict[str, Callable[[Row], float]] = {"time": lambda row: row.seconds, "FLOPs": lambda row: row.flops}
 """What cost is counted in."""
+KNOTS = 4
+"""Of the laws whose predicted errors are drawn, as in `configs/model/coefficients.yaml`."""
 
 
 def settings(rows: Sequence[Row], cost: Callable[[Row], float]) -> list[Setting]:
@@ -104,9 +108,27 @@ def draw(comparison: Comparison, runs: Sequence[Run], path: Path, shown: int) ->
         caption = f"{comparison.caption}; bars: one standard error over images"
         caption += f"; {trials} trials of the coins, the best by these images large" if trials > 1 else ""
         suffix = "" if len(references) == 1 else f"_{name}"
-        coupled_errors(rows, best, path.with_name(f"{path.stem}{suffix}.png"), caption, pictures)
+        place = path.with_name(f"{path.stem}{suffix}.png")
+        coupled_errors(rows, best, place, caption, pictures, _predicted(comparison, [run for run, _ in pairs]))
         if any(math.isfinite(row.psnr) for row in rows):
             similarity_vs_time(rows, best, path.with_name(f"similarity_vs_time{suffix}.png"), caption)
+
+
+def _predicted(comparison: Comparison, runs: Sequence[Run]) -> dict[str, tuple[list[float], list[float]]]:
+    """FLOPs and predicted errors of the best laws for Bernoulli coins, where the first such run has its steps."""
+    family = comparison.family
+    drawn = [run for run in runs if run.plan is not None and run.row.delta is not None]
+    if not drawn or not family.fitted.has("calibration"):
+        return {}
+    run = drawn[0]
+    grid = run.solver.grid(family.schedule, run.row.steps, run.grid)
+    predictor = Predictor(family.fitted.calibration_for(family), family.schedule, run.solver, grid)
+    if (rest := predictor.discretisation) is None:
+        return {}
+    whole = predictor.rows * family.level().flops
+    points = law_path(family, run.solver, grid, KNOTS)
+    name = f"best laws, predicted, {run.row.steps} steps"
+    return {name: ([point.cost * whole for point in points], [point.error + rest for point in points])}
 
 
 def _pictures(

@@ -7,6 +7,8 @@ a calibration. It is smooth in alpha and beta, and so is the expected cost.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from torch import Tensor
 
 from mlem.multilevel.learning.law import Law
 
-__all__ = ["least_variance", "predicted_variance"]
+__all__ = ["PathPoint", "least_variance", "optimal_path", "predicted_variance"]
 
 _STEEP, _FAR = 10.0, 15.0
 """Bounds of |alpha| and |beta|: beyond them a sigmoid is a step, or 0 or 1."""
@@ -26,6 +28,49 @@ _EXACT = 1e-6
 def predicted_variance(law: Law, theta: Tensor, worth: Tensor) -> Tensor:
     """The mean squared error that the coins add; worth: (R, K - 1), V. Differentiable in theta (2 + knots, K - 1)."""
     return (worth * (1 / law.probabilities(theta)[:, 1:] - 1)).sum()
+
+
+@dataclass(frozen=True)
+class PathPoint:
+    """A law that no other of its form is predicted to beat at its cost.
+
+    Attributes:
+        cost: expected, as a share of the largest level's.
+        error: the mean squared error that the coins are predicted to add.
+        weight: lambda, for which the law minimises `error + lambda cost`; the slope of the curve.
+        theta: (2 + knots, K - 1).
+    """
+
+    cost: float
+    error: float
+    weight: float
+    theta: Tensor
+
+
+def optimal_path(law: Law, worth: Tensor, start: Tensor, costs: Sequence[float]) -> list[PathPoint]:
+    """The laws of least `predicted_variance` at each of these costs, ascending: all minima of `error + lambda cost`.
+
+    start: as for `least_variance`; each law is found from its neighbour's, beginning at the cost nearest to that of
+    start. A cost that the form of the law cannot have is left out.
+    """
+    costs, spent = sorted(costs), law.cost(start).item()
+    middle = min(range(len(costs)), key=lambda i: abs(costs[i] - spent))
+    points: dict[float, PathPoint] = {}
+    for side in (costs[middle:], costs[:middle][::-1]):
+        theta = points[costs[middle]].theta if costs[middle] in points else start
+        for cost in side:
+            theta = least_variance(law, worth, theta, cost)
+            if abs(law.cost(theta).item() - cost) < _EXACT:
+                points[cost] = _point(law, theta, worth)
+    return [points[cost] for cost in costs if cost in points]
+
+
+def _point(law: Law, theta: Tensor, worth: Tensor) -> PathPoint:
+    theta = theta.detach().requires_grad_()
+    error, cost = predicted_variance(law, theta, worth), law.cost(theta)
+    by, price = (torch.autograd.grad(value, theta)[0].flatten() for value in (error, cost))
+    weight = -(by @ price / (price @ price)).item()
+    return PathPoint(cost.item(), error.item(), weight, theta.detach())
 
 
 def least_variance(law: Law, worth: Tensor, start: Tensor, cost: float) -> Tensor:

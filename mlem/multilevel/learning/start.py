@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import torch
 from torch import Tensor, nn
@@ -12,13 +13,13 @@ from mlem.family import Family
 from mlem.grids import TimeGrid
 from mlem.multilevel.coefficients import Coefficients
 from mlem.multilevel.learning.law import Law
-from mlem.multilevel.learning.optimum import least_variance
+from mlem.multilevel.learning.optimum import PathPoint, least_variance, optimal_path
 from mlem.multilevel.planner import make_plan
 from mlem.multilevel.predict import Predictor
 from mlem.multilevel.spec import PlanSpec
 from mlem.solvers import GridPoint, Solver, quadrature_weights
 
-__all__ = ["LARGEST", "first_coefficients", "frozen", "nearest_coefficients"]
+__all__ = ["LARGEST", "first_coefficients", "frozen", "law_path", "nearest_coefficients"]
 
 LARGEST = 0.99
 """Upper bound of p_k for the nearest coefficients: a certain coin gives no gradient."""
@@ -64,12 +65,30 @@ def first_coefficients(family: Family, solver: Solver, grid: TimeGrid, budget: f
     nearest = nearest_coefficients(family, solver, grid, budget, knots)
     if not family.fitted.has("calibration"):
         return nearest
+    return _rounded(least_variance(*_law(family, solver, grid, knots), nearest, budget))
+
+
+def law_path(family: Family, solver: Solver, grid: TimeGrid, knots: int = 0, points: int = 16) -> list[PathPoint]:
+    """The predicted errors of the best laws against their costs, without any network: a curve of its own.
+
+    At costs even in their logarithm, from little above the first level's to little below the largest's; those that
+    the form of the law cannot have are left out. Raises ValueError for a family without a calibration.
+    """
+    law, worth = _law(family, solver, grid, knots)
+    least, most = (law.costs[0] / law.costs[-1]).item(), 0.95
+    middle = math.sqrt(least * most)
+    costs = torch.linspace(math.log(1.1 * least), math.log(most), points, dtype=torch.float64).exp().tolist()
+    start = nearest_coefficients(family, solver, grid, middle, knots)
+    return optimal_path(law, worth, start, costs)
+
+
+def _law(family: Family, solver: Solver, grid: TimeGrid, knots: int) -> tuple[Law, Tensor]:
+    """The law, and the errors (R, K - 1) from losing each correction alone."""
     predictor = Predictor(family.fitted.calibration_for(family), family.schedule, solver, grid)
     *corrections, _ = predictor.groups(family.names)
     worth = torch.stack([predictor.worth(one).square() for one in corrections], 1)
     flops = torch.tensor([level.flops for level in family.levels], dtype=torch.float64)
-    law = Law(family.schedule, _times(family, solver, grid), flops / flops[-1], seed=0, knots=knots)
-    return _rounded(least_variance(law, worth, nearest, budget))
+    return Law(family.schedule, _times(family, solver, grid), flops / flops[-1], seed=0, knots=knots), worth
 
 
 def _rounded(theta: Tensor) -> Tensor:
