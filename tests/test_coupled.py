@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import math
 import shutil
 import signal
@@ -18,11 +19,12 @@ from mlem.comparison.coupled import Comparison, read_rows
 from mlem.comparison.entry import Entry
 from mlem.comparison.equal_error import Setting, cost_at, cost_ratio
 from mlem.comparison.row import KEY, MULTILEVEL, Row
-from mlem.comparison.summary import best_trials
+from mlem.comparison.summary import best_trials, predicted_curve
 from mlem.family import Family
 from mlem.files import read_json
 from mlem.level import Level
 from mlem.metrics import pathwise_error
+from mlem.multilevel.calibrate import calibrate
 from mlem.multilevel.coefficients import Coefficients
 from mlem.multilevel.fitted import Fitted
 from mlem.multilevel.plan import Plan
@@ -124,6 +126,24 @@ def test_figure_and_summary(measured: tuple[Path, str]) -> None:
     # two errors (between those of 2, 4 and 6 steps), two laws, the mean and the best of two trials
     assert [row["coins"] for row in summary["ratios"]] == ["mean", "mean", "best of 2", "best of 2"] * 2
     assert list(summary["ratios"][0]["against"]) == ["time, largest", "time, any", "FLOPs, largest", "FLOPs, any"]
+
+
+def test_the_best_laws_are_predicted_where_a_calibration_allows(family: Path, tmp_path: Path) -> None:
+    ours = Family.load(family / "runs/tiny/family")
+    plan = PlanSpec(budget=0.5, probabilities="theory", estimator="jump", coins="bernoulli", cost="flops")
+    entry = Entry("ddpm", (6,), name="ML-EM", spec=plan, deltas=(0.0,), trials=1)
+    comparison = Comparison(ours, range(2), tmp_path, reference_steps=9)
+    runs = comparison.runs(entry)
+    assert predicted_curve(comparison, runs) == {}
+    calibration = calibrate(ours, images=2, times=4)
+    ours.fitted = Fitted(calibration)
+    assert predicted_curve(comparison, runs) == {}  # without the solver's own error
+    ours.fitted = Fitted(replace(calibration, discretisation={"ddpm/uniform": {6: 0.01}}))
+    ((name, (flops, errors)),) = predicted_curve(comparison, runs).items()
+    assert name == "best laws, predicted, 6 steps"
+    assert all(a < b < 6 * ours.level().flops for a, b in itertools.pairwise(flops))
+    assert all(a > b > 0.01 for a, b in itertools.pairwise(errors))
+    assert predicted_curve(comparison, [replace(run, plan=None) for run in runs]) == {}
 
 
 def test_schedulers_of_diffusers_have_rows_if_they_share_the_path(family: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from mlem.comparison.figures import error_vs_time, quality_vs_evaluations, similarity_vs_time
+from mlem.comparison.figures import coupled_errors, error_vs_time, quality_vs_evaluations, similarity_vs_time
 from mlem.comparison.row import MULTILEVEL, Row
 from mlem.plots import error_by_noise_level, probabilities, scaling_law
 
@@ -116,6 +116,19 @@ def test_similarity_and_distance_stand_beside_the_error_where_they_were_measured
     for axes, (value, count) in zip(panels[1:], ((0.25, 3), (2.0, 4)), strict=True):
         lines = [container.lines[0] for container in axes.containers]
         assert [y for line in lines for y in line.get_ydata()] == [value] * count
+
+
+def test_a_predicted_curve_leaves_the_axes_to_what_was_measured(monkeypatch):
+    rows = [replace(row, flops=1e6 * row.steps) for row in ROWS[:2]]
+
+    def drawn(curves):
+        return figure_of(monkeypatch, lambda: coupled_errors(rows, [], "x.png", "digits", {}, curves))
+
+    without, figure = drawn(None).axes[1], drawn({"predicted": ([1e6, 1e9], [1e3, 1e-9])})
+    axes = figure.axes[1]
+    assert (axes.get_xlim(), axes.get_ylim()) == (without.get_xlim(), without.get_ylim())
+    assert [list(values) for values in axes.lines[-1].get_data()] == [[1.0, 1000.0], [1e3, 1e-9]]
+    assert "predicted" in [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
 
 
 def test_similarity_against_time(monkeypatch, tmp_path):

@@ -19,7 +19,7 @@ from mlem.images import image_grid
 from mlem.multilevel.learning import law_path
 from mlem.multilevel.predict import Predictor
 
-__all__ = ["best_trials", "draw", "ratios", "settings"]
+__all__ = ["best_trials", "draw", "predicted_curve", "ratios", "settings"]
 
 COSTS: dict[str, Callable[[Row], float]] = {"time": lambda row: row.seconds, "FLOPs": lambda row: row.flops}
 """What cost is counted in."""
@@ -109,12 +109,12 @@ def draw(comparison: Comparison, runs: Sequence[Run], path: Path, shown: int) ->
         caption += f"; {trials} trials of the coins, the best by these images large" if trials > 1 else ""
         suffix = "" if len(references) == 1 else f"_{name}"
         place = path.with_name(f"{path.stem}{suffix}.png")
-        coupled_errors(rows, best, place, caption, pictures, _predicted(comparison, [run for run, _ in pairs]))
+        coupled_errors(rows, best, place, caption, pictures, predicted_curve(comparison, [run for run, _ in pairs]))
         if any(math.isfinite(row.psnr) for row in rows):
             similarity_vs_time(rows, best, path.with_name(f"similarity_vs_time{suffix}.png"), caption)
 
 
-def _predicted(comparison: Comparison, runs: Sequence[Run]) -> dict[str, tuple[list[float], list[float]]]:
+def predicted_curve(comparison: Comparison, runs: Sequence[Run]) -> dict[str, tuple[list[float], list[float]]]:
     """FLOPs and predicted errors of the best laws for Bernoulli coins, where the first such run has its steps."""
     family = comparison.family
     drawn = [run for run in runs if run.plan is not None and run.row.delta is not None]
