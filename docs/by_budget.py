@@ -66,10 +66,10 @@ def figure(family: Family, budget: float) -> str:
     assert sampler.plan is not None
     calls = Calls.of("plan", sampler.plan, family.names, sampler.solver, sampler.points)
     assert calls is not None
-    share, error = f"{budget:.0%}".replace("%", " percent"), sampler.plan.about["predicted_mse"]
+    share = f"{budget:.0%}".replace("%", " percent")
     words = (
         f"Calls at each of {len(calls.times)} evaluations, from noise to picture, for {share} of what {largest} costs "
-        f"at every one: {calls.text.removeprefix('plan: ')}. Predicted error {error:.1e}."
+        f"at every one: {calls.text.removeprefix('plan: ')}."
     )
     width, height = LEFT + WIDTH * len(calls.times), ROW * len(family.names) + HEIGHT + 34
     kinds = ", ".join(f"{kind} for {name}" for name, (kind, _) in zip(family.names, LINES, strict=True))

@@ -203,7 +203,7 @@ def test_files_that_are_no_plan(tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     for other, found in (({"format": 7}, "format 7"), ({}, "format None")):
         path.write_text(json.dumps(other))
-        with pytest.raises(ValueError, match=rf"^{path} has {found}, but this version reads 1; draw it again: python -m "):
+        with pytest.raises(ValueError, match=rf"^{path} has {found}, but this version reads 1; draw it again: "):
             Plan.load(path)
     path.write_text("[]")
     with pytest.raises(ValueError, match=rf"^{path} holds a JSON list, not an object; restore it or delete it"):

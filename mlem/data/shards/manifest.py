@@ -74,7 +74,9 @@ class Manifest:
         value = read_json(path)
         if not isinstance(value, dict) or value.get("format") != _FORMAT:
             found = value.get("format") if isinstance(value, dict) else type(value).__name__
-            raise ValueError(f"{path}: format is {found!r}, but this version reads {_FORMAT}; prepare the data set again")
+            raise ValueError(
+                f"{path}: format is {found!r}, but this version reads {_FORMAT}; prepare the data set again"
+            )
         try:
             records = tuple(
                 ShardRecord(str(r["file"]), int(r["count"]), int(r["bytes"]), str(r["sha256"])) for r in value["shards"]
