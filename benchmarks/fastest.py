@@ -204,14 +204,17 @@ GROUPS = {
     "hindsight": ("hindsight",),
     "hindsight, DeepCache": ("hindsight", "hindsight, DeepCache"),
     "switch": ("switch",),
-    "any plan": ("hindsight", "switch"),
+    "multilevel": ("hindsight", "hindsight, DeepCache", "recommended"),
 }
+"""What is compared with all others; of the recommended rows those that run several levels."""
 OTHERS = ("fewer steps", "fewer steps, diffusers", "T-Stitch", "large-small-large", "forecast", "DeepCache")
 
 
 def settings(rows: list[dict[str, Any]], groups: tuple[str, ...]) -> list[Setting]:
     """Curves of these groups, in wall seconds an image."""
-    chosen = [row for row in rows if row["key"][0] in groups]
+    chosen = [
+        row for row in rows if row["key"][0] in groups and (row["key"][0] != "recommended" or len(row["calls"]) > 1)
+    ]
     return [Setting(np.array([np.mean(row["seconds"])]), np.array([row["image_mse"]])) for row in chosen]
 
 
@@ -222,7 +225,7 @@ def summary(rows: Rows, targets: Sequence[float]) -> list[dict[str, Any]]:
         if name == "recommended":
             continue
         for rivals in (OTHERS, (*OTHERS, "switch")):
-            if not name.startswith("hindsight") and "switch" in rivals:
+            if name == "switch" and "switch" in rivals:
                 continue
             theirs, ours = settings(rows.rows, rivals), settings(rows.rows, groups)
             found = cost_ratio(theirs, ours, target, np.random.default_rng(0), draws=400)
