@@ -150,7 +150,7 @@ def test_schedulers_of_diffusers_have_rows_if_they_share_the_path(family: Path, 
     comparison = Comparison(Family.load(family / "runs/tiny/family"), range(2), tmp_path, reference_steps=9)
     comparison.measure(comparison.runs(Entry("diffusers:UniPCMultistepScheduler", (3,), levels=("xs",))))
     assert [(row.solver, row.grid) for row in comparison.rows] == [("diffusers:UniPCMultistepScheduler", "diffusers")]
-    with pytest.raises(ValueError, match="DDPMScheduler shares a law with its reference, not a path"):
+    with pytest.raises(ValueError, match="DDPMScheduler shares only its distribution with its reference"):
         comparison.runs(Entry("diffusers:DDPMScheduler", (3,)))
 
 
@@ -215,7 +215,7 @@ def test_a_flipped_digit_of_a_row_is_noticed(measured: tuple[Path, str], tmp_pat
         (["eval.samplers=[{name: a}]"], r"eval.samplers\[0\] must be \{name: text, solver: name"),
         (["eval.samplers=[{name: a, solver: ddmp, steps: [2]}]"], r"eval.samplers\[0\]: .*did you mean ddpm"),
         (["eval.samplers=[{name: a, solver: ddpm, steps: 2}]"], r"eval.samplers\[0\].steps must be a list"),
-        (["eval.samplers=[{name: a, solver: ddpm, steps: [2], trials: 2}]"], "deltas and trials are of coins"),
+        (["eval.samplers=[{name: a, solver: ddpm, steps: [2], trials: 2}]"], "deltas and trials need coins"),
         (
             ["eval.samplers=[{name: a, solver: ddpm, steps: [2], trials: 2, plan: {budget: 0.5}}]"],
             "add estimator: jump",
@@ -275,7 +275,7 @@ def test_options_of_samples_are_refused(family: Path, option: str, says: str, mo
 
 def test_a_solver_without_a_path_is_refused(family: Path, tmp_path: Path) -> None:
     comparison = Comparison(Family.load(family / "runs/tiny/family"), range(2), tmp_path)
-    with pytest.raises(ValueError, match="predictor_corrector shares a law with its reference"):
+    with pytest.raises(ValueError, match="predictor_corrector shares only its distribution with its reference"):
         comparison.runs(Entry("predictor_corrector", (3,)))
 
 

@@ -338,8 +338,8 @@ def test_what_cannot_reuse_features_is_told_so() -> None:
     [
         ({"every": 0}, "every of reuse must be a whole number >= 1, got 0"),
         ({"every": 2, "branch": -1}, "branch of reuse must be a whole number >= 0, got -1"),
-        (3, "reuse must be {every: n} and, where wanted, branch: n, got 3"),
-        ({"branch": 1}, "reuse must be {every: n} and, where wanted, branch: n, got {'branch': 1}"),
+        (3, "reuse must be {every: n}, optionally with branch: n, got 3"),
+        ({"branch": 1}, "reuse must be {every: n}, optionally with branch: n, got {'branch': 1}"),
     ],
 )
 def test_a_list_of_samplers_says_what_is_wrong_with_a_reuse(wrong: Any, message: str) -> None:

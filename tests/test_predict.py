@@ -240,7 +240,9 @@ def test_the_solvers_error_is_a_power_law_and_pilots_correct_a_plans() -> None:
     corrected = Predictor(replace(by.calibration, pilots=pilots), COSINE, by.solver, by.grid)
     assert corrected.error(one) == pytest.approx(2 * said)  # halfway, in logarithms, between 1 and 4 times as much
     assert corrected.error(every(4, 32, estimator="hindsight")) == by.error(every(4, 32, estimator="hindsight"))
-    with pytest.raises(ValueError, match=r"^the error of heun/log_snr was not measured; choose of ddpm/uniform, ddim"):
+    with pytest.raises(
+        ValueError, match=r"^the error of heun/log_snr was not measured; choose from ddpm/uniform, ddim"
+    ):
         predictor("heun", 8).total(every(2, 15, estimator="held"))
 
 

@@ -64,5 +64,5 @@ def test_the_page_on_python(capsys: pytest.CaptureFixture[str]) -> None:
     for block in blocks("docs/python.md")[:2]:  # the other one runs in test_your_own_family.py
         exec(compile(block, "docs/python.md", "exec"), names)
     assert names["images"].shape == (16, 3, 16, 16)
-    assert re.search(r"^level l: \d+ calls an image, ", capsys.readouterr().out, re.MULTILINE)
+    assert re.search(r"^level l: \d+ calls per image, ", capsys.readouterr().out, re.MULTILINE)
     assert names["result"].ledger.levels.keys() >= {"xs", "l"}

@@ -97,13 +97,13 @@ def test_a_family_from_another_machine_is_timed_here(waves: Family) -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({}, r"takes mse=, the error that is allowed, or seconds= an image; give one of them$"),
-        ({"mse": 1e-3, "seconds": 1.0}, r"; give one of them$"),
+        ({}, r"takes mse=, the allowed error, or seconds=, per image; pass one of them$"),
+        ({"mse": 1e-3, "seconds": 1.0}, r"; pass one of them$"),
         ({"mse": 0.0}, r"^mse must be a number > 0, got 0\.0$"),
         ({"seconds": float("nan")}, r"^seconds must be a number > 0, got nan$"),
         ({"mse": 1e-3, "kind": "pde"}, r"^kind must be one of ode, sde, got .pde.; did you mean sde\?$"),
-        ({"mse": 1e-30}, r"^mse=1e-30: nothing reaches it for sure in 1000 steps, where .* are left; allow more"),
-        ({"seconds": 0.5}, r"^seconds=0\.5 an image: a step of 1 takes 1; allow more$"),
+        ({"mse": 1e-30}, r"^mse=1e-30: nothing surely reaches it in 1000 steps, where .* remains; allow more"),
+        ({"seconds": 0.5}, r"^seconds=0\.5 per image: a step of 1 takes 1; allow more$"),
     ],
 )
 def test_mistakes_get_one_line(waves: Family, options: dict[str, Any], says: str) -> None:
@@ -113,7 +113,7 @@ def test_mistakes_get_one_line(waves: Family, options: dict[str, Any], says: str
 
 def test_a_calibration_without_pilots_is_refused(waves: Family) -> None:
     of = Family(waves.levels, Fitted(replace(waves.fitted.calibration_for(waves), discretisation={}, stderr={})))
-    with pytest.raises(ValueError, match=r"^no error of an ODE solver was measured of this family: python -m mlem\."):
+    with pytest.raises(ValueError, match=r"^no error of an ODE solver was measured for this family: python -m mlem\."):
         of.recommend(mse=1e-3)
 
 

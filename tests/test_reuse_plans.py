@@ -75,7 +75,7 @@ def test_seconds_count_whole_evaluations_and_those_on_kept_features(known: Calib
 
 def test_what_was_not_measured_is_refused(family: Family, known: Calibration) -> None:
     for one, reuse in ((known, Reuse(7, 1)), (known, Reuse(2, 0)), (replace(known, shallow={64: {}}), TWO)):
-        with pytest.raises(ValueError, match=rf"^no reuse of features \({reuse}\) was measured of this family; "):
+        with pytest.raises(ValueError, match=rf"^reuse of features \({reuse}\) was not measured for this family; "):
             one.reusing(reuse)
 
 

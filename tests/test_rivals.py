@@ -186,7 +186,7 @@ def test_the_command_writes_rows_figure_and_recommendation(made: tuple[Path, str
     assert (folder / "fastest.png").exists()
     assert not (folder / "summary.json").exists()  # whose ratios are of eval=benchmark
     assert f"recommended: {found.recommendation.text}" in printed
-    assert "left out: the recommendation for 1e-09: mse=1e-09: nothing reaches it for sure" in printed
+    assert "left out: the recommendation for 1e-09: mse=1e-09: nothing surely reaches it" in printed
     assert "left out: DeepCache, every 2, branch 2, parallel_midpoint: " in printed
     rows = (folder / "runs.csv").read_text()
     again = run_in(tmp_path, lambda: run_here("sample", *COMMAND))
@@ -201,12 +201,12 @@ def test_the_command_writes_rows_figure_and_recommendation(made: tuple[Path, str
         ({"running": [["xs", 1.5], ["s", -0.5]]}, "the shares of running must be above 0 and add up to 1, got [1.5, "),
         ({"running": "xs"}, "running must be a list of [level, share], got xs"),
         ({"running": [["xs", "half"]]}, "running must be a list of [level, share], such as [xs, 0.5], got ['xs', 'ha"),
-        ({"forecast": {"order": 1}}, "forecast must be {every: n} and, where wanted, order: n, got {'order': 1}"),
+        ({"forecast": {"order": 1}}, "forecast must be {every: n}, optionally with order: n, got {'order': 1}"),
         ({"forecast": {"every": 0}}, "every of forecast must be a whole number >= 1, got 0"),
         ({"forecast": {"every": 2, "order": 3}}, "order of forecast must be one of 0, 1, 2, got 3"),
         (
             {"forecast": {"every": 2}, "plan": {"budget": 0.5}},
-            "each of plan and forecast says what runs; give one of them",
+            "each of plan and forecast says what runs; use only one",
         ),
     ],
     ids=str,

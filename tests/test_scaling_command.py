@@ -67,7 +67,7 @@ def test_errors_that_do_not_level_off_are_warned_of(folder: Path, tmp_path: Path
     fits = scaling_fits(family, np.array([0.19, 0.16, 0.12])[:, None] * images, replicates=100)
     (said,) = draw_scaling(family, fits, 200, tmp_path / "law.png")
     assert said.startswith("warning: scaling law")
-    assert said.endswith("; but the floor may be 0, its bound, and then this gamma says little")
+    assert said.endswith("; but the floor is at its bound, 0, so this gamma says little")
 
 
 @pytest.mark.parametrize(("gamma", "warns"), [(1.5, True), (4.0, False)])
@@ -78,7 +78,7 @@ def test_a_small_gamma_is_warned_of(folder: Path, tmp_path: Path, gamma: float, 
     fits = scaling_fits(family, (0.1 + (costs / costs[0]) ** (-2 / gamma))[:, None] * images, replicates=100)
     (said,) = draw_scaling(family, fits, 200, tmp_path / "law.png")
     assert said.startswith("warning: scaling law") == warns
-    assert "the floor may be 0" not in said
+    assert "the floor is at its bound" not in said
     plain = plain_fits(fits, family.names)["denoising error - floor"]
     assert plain["gamma"] == pytest.approx(gamma, rel=0.5)
     assert plain["gamma_plotted"] == plain["gamma"] / 2

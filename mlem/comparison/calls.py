@@ -23,20 +23,19 @@ __all__ = ["CALLS", "FIGURES", "Calls", "draw_calls", "read_calls", "write_calls
 
 CALLS = "calls.json"
 FIGURES = ("calls_along_trajectory", "plan_probabilities")
-"""Names of the figures that `draw_calls` makes."""
+"""Names of the figures made by `draw_calls`."""
 
 
 @dataclass(frozen=True)
 class Calls:
-    """The calls of one plan; R evaluations of the denoiser, from noise to picture, K levels.
+    """The calls of one plan; R evaluations of the denoiser, from noise to image, K levels.
 
     Args:
         name: of the sampler, in words.
         levels: names, cheapest first.
         times: (R,), t of each evaluation, in [0, 1].
         runs: (R, K), how often each level is called.
-        probabilities: (R, K), p_k; where no coin is tossed, one over the distance between two measurements of a
-            correction.
+        probabilities: (R, K), p_k; without coins, one over the distance between two measurements of a correction.
     """
 
     name: str
@@ -47,13 +46,13 @@ class Calls:
 
     @staticmethod
     def of(name: str, plan: Plan, names: Sequence[str], solver: Solver, points: GridPoints) -> Calls | None:
-        """Those of a plan; None where every sample tosses coins of its own.
+        """The calls of a plan; None if every sample tosses its own coins.
 
         Args:
             name: in words.
             plan: for this solver and these points.
             names: of the family's levels.
-            solver, points: that it is followed with.
+            solver, points: of sampling.
         """
         from mlem.solvers import quadrature_weights
 
@@ -66,7 +65,7 @@ class Calls:
 
     @property
     def text(self) -> str:
-        """Words for who cannot see the figure: where each level is called, evaluations counted from 1."""
+        """Text alternative of the figure: where each level is called, evaluations counted from 1."""
         return f"{self.name}: " + "; ".join(self._level(*one) for one in enumerate(self.levels))
 
     def _level(self, number: int, name: str) -> str:
@@ -77,7 +76,7 @@ class Calls:
 
     @staticmethod
     def from_json(plain: Mapping[str, Any]) -> Calls:
-        """What `asdict` made. Raises KeyError, TypeError or ValueError for other data."""
+        """Calls from the result of `asdict`. Raises KeyError, TypeError or ValueError for other data."""
         found = Calls(
             str(plain["name"]),
             tuple(map(str, plain["levels"])),
@@ -93,7 +92,7 @@ class Calls:
 
 
 def _rates(measured: Sequence[Sequence[bool]]) -> list[list[float]]:
-    """One over the distance to the next measurement, from each on; 0 before the first."""
+    """One over the distance to the next measurement, starting at each; 0 before the first."""
     columns = []
     for column in zip(*measured, strict=True):
         at = [row for row, here in enumerate(column) if here]
@@ -120,7 +119,7 @@ def write_calls(path: str | os.PathLike[str], calls: Sequence[Calls]) -> None:
 
 
 def read_calls(path: Path) -> list[Calls]:
-    """What `write_calls` wrote, or nothing where there is no file. Raises ValueError that names a damaged one."""
+    """Calls written by `write_calls`; empty without a file. Raises ValueError naming a damaged one."""
     if not path.exists():
         return []
     found = read_object(path)

@@ -1,8 +1,8 @@
-"""Samplers side by side: from the same noise and Brownian path, against a many-step run of the largest level.
+"""Comparison of samplers from the same noise and Brownian path, against a many-step run of the largest level.
 
-One CSV with a row for each run, rewritten whole after every run: what is in it is not run again.
+One CSV with one row per run, rewritten after every run: existing rows are not run again.
 
-folder/settings.json           what all rows share; others are refused
+folder/settings.json           what all rows share; other settings are rejected
 folder/reference_ddpm.safetensors   the many-step samples
 folder/runs.csv                the rows
 """
@@ -37,7 +37,7 @@ __all__ = ["Comparison", "read_rows"]
 
 
 class Comparison:
-    """Runs samplers on fixed images and keeps a row for each.
+    """Runs samplers on fixed images and keeps one row for each.
 
     Args:
         family: its largest level gives the reference, by each solver's `reference`.
@@ -45,13 +45,13 @@ class Comparison:
         folder: for the rows and references.
         reference_steps: of the references.
         seed: of the noise.
-        batch_size: images in a batch.
+        batch_size: images per batch.
         device: where networks run.
         precision: of the networks, as in `Sampler`.
-        measure: FID and its like; None for the error alone.
+        measure: FID and similar; None for the error alone.
 
     Raises:
-        ValueError: for fewer than two images, and where the folder holds rows of other settings.
+        ValueError: fewer than two images, or the folder holds rows of other settings.
     """
 
     def __init__(
@@ -101,12 +101,12 @@ class Comparison:
         for run in found:
             if not run.solver.coupled:
                 raise ValueError(
-                    f"solver {run.solver.name} shares a law with its reference, not a path: its error means nothing"
+                    f"solver {run.solver.name} shares only its distribution with its reference: its error means nothing"
                 )
         return found
 
     def row(self, run: Run) -> Row | None:
-        """What was measured of this run, or None."""
+        """The row of this run, or None."""
         return next((row for row in self.rows if row.key == run.row.key), None)
 
     def missing(self, runs: Sequence[Run]) -> list[Run]:
@@ -115,14 +115,14 @@ class Comparison:
         return [run for run in runs if run.row.key not in known]
 
     def cost(self, runs: Sequence[Run]) -> float:
-        """The work left for `measure`, in evaluations of the largest level for an image."""
+        """The remaining work of `measure`, in evaluations of the largest level per image."""
         missing = self.missing(runs)
         references = {run.solver.reference for run in missing}
         todo = [name for name in references if name not in self._truths and not self._reference(name).exists()]
         return sum(run.cost for run in missing) + self.setup.reference_steps * len(todo)
 
     def measure(self, runs: Sequence[Run], progress: Callable[[float], None] = lambda cost: None) -> None:
-        """Add the rows that are missing. progress: called with the cost of each piece of work, in all `cost(runs)`."""
+        """Add the missing rows. progress: called with the cost of each piece of work, `cost(runs)` in total."""
         missing = self.missing(runs)
         if missing:
             self.setup.warm_up()
@@ -133,7 +133,7 @@ class Comparison:
             progress(run.cost)
 
     def pictures(self, run: Run | str, count: int) -> Tensor:
-        """The first images of a run, or of the reference that is named: (count, C, H, W)."""
+        """The first images of a run, or of the named reference: (count, C, H, W)."""
         if isinstance(run, str):
             return self.setup.pictures(self.truth(run)[:count])
         return self.setup.pictures(self.setup.sampler(run).run(self.setup.blocks[0]).x[:count])
@@ -161,14 +161,14 @@ class Comparison:
             tally.add(block, self.setup.truth(expected))
         row, found = tally.row(), {}
         for name, values in tally.image_values.items():
-            # all values are here: more exact than sums over batches
+            # from all values: more accurate than sums over batches
             found[name], found[f"{name}_stderr"] = mean_error(values)
             found[f"image_{name}"] = tuple(float(f"{value:.6g}") for value in values.tolist())
         return replace(row, calls={name: row.calls.get(name, 0.0) for name in self.family.names}, **found)
 
     @cached_property
     def caption(self) -> str:
-        """What a figure of these rows must say."""
+        """The caption of figures of these rows."""
         device = self.setup.device.type
         threads = f", {torch.get_num_threads()} threads" if device == "cpu" else ""
         return f"{self.setup.caption}; {device}{threads}, batch {len(self.setup.blocks[0])}"
@@ -184,11 +184,11 @@ def _csv(rows: Sequence[Row]) -> str:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of a CSV. Raises ValueError for a file that is none of ours."""
+    """The rows of a CSV. Raises ValueError for any other file."""
     with open(path, encoding="utf-8", newline="") as file:
         plain = list(csv.DictReader(file))
     if not plain or not {*KEY, "mse", "image_mse"} <= plain[0].keys():
-        raise ValueError(f"{path} holds no measurements of ours; delete it, or choose another out=")
+        raise ValueError(f"{path} holds no measurements by mlem; delete it, or choose another out=")
     try:
         return [Row.from_csv(cells) for cells in plain]
     except (TypeError, ValueError, KeyError, AttributeError) as error:

@@ -1,4 +1,4 @@
-"""One entry in a list of samplers, as `evaluation.samplers` and `eval.samplers` of the config hold them."""
+"""One entry in a list of samplers, such as `evaluation.samplers` and `eval.samplers` in a config."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ class Entry:
         solver: its name.
         steps: numbers of steps, at least one.
         grid: name of a time grid; None for the solver's own choice.
-        spec: how levels share the work; None: every level by itself.
+        spec: specification of a plan; None: every level alone.
         options: of the solver.
-        name: in figures and tables; None for `label`'s own words.
-        levels: which levels run by themselves, "smallest" and "largest" among them; None for all. Only without plan.
+        name: in figures and tables; None: from `label`.
+        levels: the levels that run alone, by name or "smallest" and "largest"; None for all. Only without plan.
         deltas: shifts of the logits of p_k, one plan each; None for the plan as it is. Only with coins.
         trials: replicates of the coins; None for the plan's own coins. Only with coins.
         reuse: of deep features, by the largest level, under a plan too, or by each of `levels`.
-        made: a plan, or how it is laid down, in the place of `spec`.
-        rival: the kind of sampler that it is one of, such as T-Stitch; "" for a kind of its own.
+        made: a plan, or a handmade layout, instead of `spec`.
+        rival: the kind of sampler, such as T-Stitch; "" for a kind of its own.
 
     Raises:
-        ValueError: for no steps, and for options that do not go together.
+        ValueError: no steps, or options that exclude each other.
     """
 
     solver: str
@@ -63,11 +63,11 @@ class Entry:
             raise ValueError(f"evaluation of {self.solver} needs at least one step count")
         tosses = self.deltas is not None or self.trials is not None
         if tosses and self.spec is None:
-            raise ValueError("deltas and trials are of coins: add plan={...}, or leave them out")
+            raise ValueError("deltas and trials need coins: add plan={...}, or leave them out")
         if tosses and self.spec is not None and ESTIMATORS[self.spec.estimator].holds:
             raise ValueError("deltas and trials toss coins: add estimator: jump to its plan")
         if self.planned and self.levels is not None:
-            raise ValueError("levels is of levels that run alone; of a plan, write plan={levels: [..]}")
+            raise ValueError("levels= is for levels that run alone; for a plan, write plan={levels: [..]}")
 
     @property
     def planned(self) -> bool:
@@ -76,14 +76,14 @@ class Entry:
 
     @property
     def detail(self) -> str:
-        """What tells it apart from others of its rival, beside solver, grid and steps."""
+        """Its difference to others of its rival, besides solver, grid and steps."""
         parts = [self.made.detail if isinstance(self.made, Handmade) else self.target]
         parts += [] if self.reuse is None else [str(self.reuse)]
         return ", ".join(filter(None, parts))
 
     @property
     def label(self) -> str:
-        """The name, or else the rival, or else all that is not the default, except steps and target."""
+        """The name, or else the rival, or else all non-default options except steps and target."""
         if self.name is not None:
             return self.name
         if self.rival:
@@ -104,7 +104,7 @@ class Entry:
 
     @property
     def method(self) -> str:
-        """The solver with its options, such as heun(order=2), and what is reused."""
+        """The solver with its options, such as heun(order=2), and the reuse."""
         options = ", ".join(f"{key}={value}" for key, value in self._settings.items())
         return f"{self.solver}({options})" if options else self.solver
 
@@ -116,35 +116,35 @@ class Entry:
 
     @property
     def target(self) -> str:
-        """What the plan is made for, such as budget0.25, with the unit unless that is seconds; "" for no target."""
+        """The plan's target, such as budget0.25, with the unit unless that is seconds; "" for none."""
         if self.spec is None:
             return ""
         target = "".join(f"{name}{v:g}" for name in TARGETS if (v := getattr(self.spec, name)) is not None)
         return f"{target}_{self.spec.cost}" if target and self.spec.cost != PlanSpec.cost else target
 
     def missing(self, family: Family) -> str | None:
-        """What must be fitted to the family first, "coefficients" or "calibration"; None for nothing."""
+        """The fit that the family lacks, "coefficients" or "calibration"; None if nothing."""
         law = self.spec.probabilities if self.spec is not None else None
         needed = _NEEDS.get(law) if isinstance(law, str) else None
         return needed if needed is not None and not family.fitted.has(needed) else None
 
     @classmethod
     def from_options(cls, options: Any, where: str, *, named: bool = False) -> Entry:
-        """The entry that a config describes.
+        """The entry described by a config.
 
         Args:
-            options: plain data; a mapping with solver, steps and, where wanted, grid, options, plan, reuse.
-            where: begins every message, such as evaluation.samplers[0].
-            named: the entry has a name or a rival too and, where wanted, levels, deltas, trials.
+            options: plain data; a mapping with solver, steps and optionally grid, options, plan, reuse.
+            where: prefix of messages, such as evaluation.samplers[0].
+            named: the entry also has a name or a rival and optionally levels, deltas, trials.
 
         Raises:
-            ValueError: for what is missing, unknown, or of the wrong kind.
+            ValueError: names what is missing, unknown, or of the wrong kind.
         """
         _check_keys(options, where, named)
         given = {key: value for key, value in options.items() if value is not None}
         _check_kinds(given, where)
         if len(plans := [key for key in _PLANS if key in given]) > 1:
-            raise ValueError(f"{where}: each of {' and '.join(plans)} says what runs; give one of them")
+            raise ValueError(f"{where}: each of {' and '.join(plans)} says what runs; use only one")
         spec = PlanSpec.from_options(given["plan"], f"{where}.plan: ") if "plan" in given else None
         own: dict[str, Any] = {name: str(given[name]) for name in ("name", "rival") if name in given}
         own["trials"] = given.get("trials")
@@ -167,13 +167,13 @@ def _check_keys(options: Any, where: str, named: bool) -> None:
     first = "name: text, " if named else ""
     others = f"{', '.join(_NAMED)}: .." if named else ", ".join(_KEYS.values())
     raise ValueError(
-        f"{where} must be {{{first}solver: name, steps: [n, ..], and, where wanted, {others}}}, got {options}"
+        f"{where} must be {{{first}solver: name, steps: [n, ..]}}, optionally with {others}, got {options}"
     )
 
 
 def _reuse(options: Any) -> Reuse:
     if not isinstance(options, dict) or not {"every"} <= {*options} <= {"every", "branch"}:
-        raise ValueError(f"reuse must be {{every: n}} and, where wanted, branch: n, got {options}")
+        raise ValueError(f"reuse must be {{every: n}}, optionally with branch: n, got {options}")
     return Reuse(**options)
 
 
@@ -193,7 +193,7 @@ def _check_kinds(given: Mapping[str, Any], where: str) -> None:
 
 
 def refuse_duplicates(entries: Sequence[Entry]) -> None:
-    """Raise ValueError for a sampler that is listed twice: its pictures and metrics would share a name."""
+    """Raise ValueError for a sampler that is listed twice: its images and metrics would share a name."""
     seen: dict[tuple[str, int, str], int] = {}
     for number, entry in enumerate(entries):
         for steps in entry.steps:

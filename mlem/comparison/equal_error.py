@@ -1,8 +1,8 @@
-"""What the same error costs: curves of error against cost, and their ratio with a bootstrap interval.
+"""Cost at equal error: curves of error against cost, and their ratio with a bootstrap interval.
 
-Images are resampled, and the replicates of the coins too: all images share their coins, so replicates differ however
+Images are resampled, and also the replicates of the coins: all images share their coins, so replicates differ however
 many images there are. With few replicates the interval is somewhat short (about 85 percent instead of 95 with 5 to
-15), and with one it holds for these coins.
+15), and with one it is for these coins only.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Setting:
     errors: np.ndarray
 
     def mean(self, weights: np.ndarray, coins: np.ndarray | None = None) -> tuple[float, float]:
-        """Cost and error on average over the replicates.
+        """Cost and error, averaged over replicates.
 
         Args:
             weights: of the images, (N,).
@@ -43,9 +43,9 @@ class Setting:
         return self.costs[drawn].mean(), (self.errors[drawn] @ weights).mean() / weights.sum()
 
     def best(self, weights: np.ndarray) -> tuple[float, float]:
-        """Cost and error of the best replicate: each half of the images is judged by the other half's choice.
+        """Cost and error of the best replicate, chosen by one half of the images and evaluated on the other, both ways.
 
-        Images that both chose and judged would flatter the choice. Replicates are never resampled here: a plan is
+        Choosing and evaluating on the same images would be biased. Replicates are never resampled here: a plan is
         memorised with its coins.
         """
         even = np.arange(len(weights)) % 2 == 0
@@ -59,7 +59,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Ratio:
-    """Their cost over ours at equal error. NaN where a curve does not reach that error.
+    """Their cost over ours at equal error. NaN if a curve does not reach that error.
 
     Attributes:
         error: mean squared error at which costs are compared.
@@ -67,7 +67,7 @@ class Ratio:
         ratio: theirs over ours.
         low: beginning of the 95 percent interval of the ratio.
         high: its end.
-        share: of the bootstrap, in which both curves reach the error; the interval is over these.
+        share: of bootstrap samples in which both curves reach the error; the interval is over these.
     """
 
     error: float
@@ -88,14 +88,14 @@ class Ratio:
 
     @staticmethod
     def from_dict(plain: Mapping[str, Any]) -> Ratio:
-        """What `to_dict` gave; what is missing is NaN."""
+        """The ratio from `to_dict`; missing values are NaN."""
         values = {name: plain.get(name) for name in ("error", "cost", "ratio", "low", "high", "share")}
         return Ratio(**{name: math.nan if value is None else float(value) for name, value in values.items()})
 
 
 @dataclass(frozen=True)
 class Advantage:
-    """What single levels cost over what a sampler with a plan costs, at equal error: an entry of `summary.json`.
+    """Cost of single levels over that of a sampler with a plan, at equal error: an entry of `summary.json`.
 
     Attributes:
         sampler: its name.
@@ -124,7 +124,7 @@ class Advantage:
 
     @staticmethod
     def from_dict(plain: Mapping[str, Any], where: str = "summary.json") -> Advantage:
-        """What `to_dict` gave. Raises ValueError that names `where` for other data."""
+        """The advantage from `to_dict`. Raises ValueError naming `where` for other data."""
         with damaged(where):
             against = {name: Ratio.from_dict(ratio) for name, ratio in plain["against"].items()}
             return Advantage(plain["sampler"], plain["solver"], plain["coins"], float(plain["mse"]), against)
@@ -136,7 +136,7 @@ def frontier(
     best: bool = False,
     coins: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Logs of cost and error, both (M,), of the points that no other beats in both; cost rises, error falls.
+    """Logs of cost and error, both (M,), of the Pareto-optimal points; cost rises, error falls.
 
     Args:
         weights: of the images; None: equal.
@@ -147,7 +147,7 @@ def frontier(
     points = sorted(setting.best(weights) if best else setting.mean(weights, coins) for setting in settings)
     kept: list[tuple[float, float]] = []
     for cost, error in points:
-        if error > 0 and (not kept or error < kept[-1][1]):  # the reference itself, of no error, is no point
+        if error > 0 and (not kept or error < kept[-1][1]):  # skip the reference itself, which has no error
             kept.append((cost, error))
     costs, errors = np.log(np.asarray(kept).reshape(-1, 2)).T
     return costs, errors
@@ -176,7 +176,7 @@ def cost_ratio(
     best: bool = False,
     draws: int = 400,
 ) -> Ratio:
-    """Cost of theirs over cost of ours at this error. Images are resampled for both together: they share their noise.
+    """Their cost over ours at this error. Images are resampled for both together, as they share their noise.
 
     Args:
         random: of the bootstrap.
@@ -191,6 +191,6 @@ def cost_ratio(
         coins = random.random(most)
         again.append(cost_at(theirs, error, weights, coins=coins) / cost_at(ours, error, weights, best, coins))
     ratio, known = cost_at(theirs, error) / cost, np.isfinite(again)
-    there = known.any() and math.isfinite(ratio)  # an interval of the luckier resamplings alone would mislead
+    there = known.any() and math.isfinite(ratio)  # an interval over only the luckier resamplings would mislead
     low, high = np.nanpercentile(again, (2.5, 97.5)) if there else (math.nan, math.nan)
     return Ratio(error, cost, ratio, float(low), float(high), float(known.mean()))

@@ -1,7 +1,6 @@
-"""`fastest.json`: error and seconds of every rival on one family, beside what mlem recommends.
+"""`fastest.json`: error and seconds of every rival on one family, and of mlem's recommendations.
 
-Lives here: the file, as dataclasses, and what can be asked of it. What the rivals are stands in `rivals.py`, how they
-are measured in `coupled.py`.
+This is the file as dataclasses, with queries. `rivals.py` has the rivals, `coupled.py` the measurement.
 """
 
 from __future__ import annotations
@@ -17,25 +16,25 @@ __all__ = ["NAME", "RECOMMENDED", "Advice", "Alternative", "Fastest", "Measured"
 
 NAME = "fastest.json"
 RECOMMENDED = "recommended"
-"""The rival that mlem's own advice is."""
+"""The rival name of mlem's own recommendations."""
 FORMAT = 1
 _REMEDY = "measure it again: python sample.py eval=rivals"
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One way to sample, as it was measured.
+    """Measurements of one sampler.
 
     Args:
-        group: the rival, such as "T-Stitch"; "recommended" is what mlem advises for each target.
+        group: the rival, such as "T-Stitch"; "recommended" is mlem's recommendation for each target.
         solver: its name, with its options.
         grid: name of the time grid.
         steps: of the solver.
-        detail: what tells it apart within the group, such as "every 3, order 2"; may be empty.
-        seconds: wall time an image, on average.
+        detail: distinguishes it within the group, such as "every 3, order 2"; may be empty.
+        seconds: mean wall-clock time per image.
         mse: mean squared error per pixel to the many-step run of the largest level from the same noise.
         mse_stderr: standard error of `mse` over images.
-        calls: name of a level -> its network calls an image.
+        calls: name of a level -> its network calls per image.
     """
 
     group: str
@@ -56,13 +55,13 @@ class Measured:
 
 @dataclass(frozen=True)
 class Alternative:
-    """One way to sample, as it is predicted.
+    """Predictions for one sampler.
 
     Args:
         text: solver, steps, grid and levels, in words.
         mse: predicted mean squared error.
-        interval: 95 percent, of that.
-        seconds: predicted wall time an image.
+        interval: 95 percent interval of `mse`.
+        seconds: predicted wall-clock time per image.
     """
 
     text: str
@@ -76,7 +75,7 @@ class Advice(Alternative):
     """What mlem recommends for one target.
 
     Args:
-        target: the mean squared error that was asked for.
+        target: the requested mean squared error.
         why: one line.
         options: of `sample`, as plain data: solver, steps, grid, and level or the levels of a plan.
         alternatives: the best of other kinds, best first.
@@ -90,12 +89,12 @@ class Advice(Alternative):
 
 @dataclass(frozen=True)
 class Fastest:
-    """What a run of all rivals came to.
+    """The results of a run of all rivals.
 
     Args:
-        about: family, its source, kind, images, batch_size, machine, reference, and a caption of all of it.
-        rows: everything that was measured.
-        recommendation: for the middle one of the targets; None where nothing could be recommended.
+        about: family, its source, kind, images, batch_size, machine, reference, and a caption.
+        rows: all measurements.
+        recommendation: for the middle one of the targets; None if there is none.
         targets: mean squared errors at which seconds are compared, falling.
     """
 
@@ -105,17 +104,17 @@ class Fastest:
     targets: tuple[float, ...]
 
     def best(self, target: float, groups: Sequence[str] | None = None) -> Measured | None:
-        """The row of least seconds whose measured error is at most `target`; None where there is none.
+        """The fastest row with a measured error of at most `target`; None if there is none.
 
         Args:
-            groups: that count; None: all.
+            groups: to consider; None: all.
         """
         good = [row for row in self.rows if row.mse <= target and (groups is None or row.group in groups)]
         return min(good, key=lambda row: row.seconds, default=None)
 
     @property
     def groups(self) -> list[str]:
-        """The rivals that have a row, in the order of the rows."""
+        """The rivals with a row, in the order of the rows."""
         return list(dict.fromkeys(row.group for row in self.rows))
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -124,7 +123,7 @@ class Fastest:
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> Fastest:
-        """What `save` wrote. Raises ValueError that names the file for other data."""
+        """The result written by `save`. Raises ValueError naming the file for other data."""
         where, plain = os.fspath(path), read_object(path)
         check_format(plain, FORMAT, where, _REMEDY)
         with damaged(where, _REMEDY):
@@ -138,7 +137,7 @@ class Fastest:
 
 
 def advice_from_json(plain: Mapping[str, Any]) -> Advice:
-    """Advice of a file. Raises KeyError, TypeError or ValueError for other data."""
+    """Advice from a file. Raises KeyError, TypeError or ValueError for other data."""
     others = tuple(Alternative(**_with_interval(other)) for other in plain["alternatives"])
     return replace(Advice(**_with_interval(plain)), alternatives=others)
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlem.comparison.fastest import Fastest, Measured
 from mlem.comparison.row import Row
-from mlem.plots.style import COLOURS, STYLES, figure_with_axes, in_digits, legend_key, panels, positive, save
+from mlem.plots.style import COLOURS, FILLS, STYLES, figure_with_axes, in_digits, legend_key, panels, positive, save
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,11 +23,11 @@ __all__ = ["coupled_errors", "error_vs_time", "quality_vs_evaluations", "rivals_
 
 @dataclass(frozen=True)
 class _Quality:
-    """What a y axis shows.
+    """A quantity on a y axis.
 
     Attributes:
         label: of the axis.
-        of: of a row, with its standard error; NaN for what was not measured.
+        of: value of a row, with its standard error; NaN if not measured.
         scale: of the axis.
     """
 
@@ -36,7 +36,7 @@ class _Quality:
     scale: str = "log"
 
     def shows(self, row: Row) -> bool:
-        """Whether the axis has a place for this row."""
+        """Whether the axis can show this row."""
         value, _ = self.of(row)
         return positive(value) if self.scale == "log" else math.isfinite(value)
 
@@ -47,7 +47,9 @@ _SSIM = _Quality("1 - SSIM to the reference", lambda row: (1 - row.ssim, row.ssi
 
 
 def error_vs_time(rows: Sequence[Row], path: str | os.PathLike[str], caption: str) -> None:
-    """Error to the reference against time per image, log-log: colours are levels, markers and lines are samplers.
+    """Error to the reference against time per image, log-log.
+
+    Colours and the fill of markers are levels, markers and lines are samplers.
 
     Args:
         rows: those of one level and sampler are joined in the order of steps; bars are one standard error.
@@ -55,18 +57,19 @@ def error_vs_time(rows: Sequence[Row], path: str | os.PathLike[str], caption: st
         caption: data set, number of samples, steps of the reference, seeds, device.
 
     Raises:
-        ValueError: for no rows, and for values that a logarithm cannot show.
+        ValueError: no rows, or values that are not positive.
     """
     _refuse_empty(rows, "error_vs_time")
     for row in rows:
         if not (positive(row.seconds) and positive(row.mse) and row.mse_stderr >= 0):
             raise ValueError(f"error_vs_time needs seconds and mse above 0 and a standard error, got {row}")
-    colours = dict(zip(dict.fromkeys(row.level for row in rows), cycle(COLOURS), strict=False))
+    looks = zip(cycle(COLOURS), cycle(FILLS), strict=False)
+    levels = dict(zip(dict.fromkeys(row.level for row in rows), looks, strict=False))
     styles = dict(zip(dict.fromkeys(row.sampler for row in rows), cycle(STYLES), strict=False))
     figure, axes = figure_with_axes("time per image [ms]", _MSE.label, caption)
     axes.set(xscale="log", yscale="log")
     in_digits(axes.xaxis)
-    for level, colour in colours.items():
+    for level, (colour, filled) in levels.items():
         for sampler, (marker, line) in styles.items():
             points = sorted(_of(rows, level, sampler), key=lambda row: row.steps)
             axes.errorbar(
@@ -75,11 +78,13 @@ def error_vs_time(rows: Sequence[Row], path: str | os.PathLike[str], caption: st
                 yerr=[row.mse_stderr for row in points],
                 color=colour,
                 marker=marker,
+                fillstyle=filled,
+                markerfacecoloralt="white",
                 linestyle=line,
                 capsize=2,
                 elinewidth=0.8,
             )
-    handles = [legend_key(level, colour, "", "-") for level, colour in colours.items()]
+    handles = [legend_key(level, colour, "o", "-", filled) for level, (colour, filled) in levels.items()]
     figure.legend(handles=handles, title="level", loc="outside right upper", frameon=False)
     handles = [legend_key(sampler, "0.3", marker, line) for sampler, (marker, line) in styles.items()]
     figure.legend(handles=handles, title="sampler", loc="outside right lower", frameon=False)
@@ -96,10 +101,10 @@ def _refuse_empty(rows: Sequence[Row], figure: str) -> None:
 
 
 _COSTS: tuple[tuple[str, Callable[[Row], float]], ...] = (
-    ("time [ms] per image", lambda row: 1e3 * row.seconds),
+    ("time per image [ms]", lambda row: 1e3 * row.seconds),
     ("MFLOPs per image", lambda row: 1e-6 * row.flops),
 )
-"""The panels of `coupled_errors`: label of the x axis, and what is on it."""
+"""The panels of `coupled_errors`: label and value of the x axis."""
 
 
 def coupled_errors(
@@ -110,18 +115,18 @@ def coupled_errors(
     pictures: Mapping[str, tuple[Row | None, Image]],
     curves: Mapping[str, tuple[Sequence[float], Sequence[float]]] | None = None,
 ) -> None:
-    """Error against time and FLOPs: samplers of one level as lines, levels together as points, the best ones large.
+    """Error against time and FLOPs: single levels as lines, plans as points, the best ones large.
 
     Args:
         rows: those of one level and sampler are joined in the order of steps.
-        best: of the rows with a plan, those that are marked, and joined in the order of steps and delta.
+        best: the rows with a plan that are marked, and joined in the order of steps and delta.
         path: of the PNG.
         caption: data set, number of samples, steps of the reference, seeds, device.
-        pictures: "A: words" or a name -> the row that it belongs to, or None, and its samples.
+        pictures: "A: words" or a name -> its row, or None, and its samples.
         curves: name -> FLOPs and predicted errors, above 0.
 
     Raises:
-        ValueError: for no rows, and for values that a logarithm cannot show.
+        ValueError: no rows, or values that are not positive.
     """
     _refuse_empty(rows, "coupled_errors")
     for row in rows:
@@ -159,7 +164,7 @@ def coupled_errors(
 
 
 def similarity_vs_time(rows: Sequence[Row], best: Sequence[Row], path: str | os.PathLike[str], caption: str) -> None:
-    """PSNR and 1 - SSIM to the reference against time, drawn and refused as the error in `coupled_errors`."""
+    """PSNR and 1 - SSIM to the reference against time, like the error in `coupled_errors`."""
     rows, best = ([row for row in some if _PSNR.shows(row) and _SSIM.shows(row)] for some in (rows, best))
     _refuse_empty(rows, "similarity_vs_time")
     (label, cost), *_ = _COSTS
@@ -175,7 +180,7 @@ def similarity_vs_time(rows: Sequence[Row], best: Sequence[Row], path: str | os.
 def _coupled_panel(
     axes: Axes, rows: Sequence[Row], best: Sequence[Row], cost: Callable[[Row], float], quality: _Quality
 ) -> None:
-    """Lines of levels alone and points of levels that share the work, against `cost`."""
+    """Lines of single levels and points of plans, against `cost`."""
     several = len({row.solver for row in rows}) > 1
 
     def named(name: str, solver: str) -> str:
@@ -204,15 +209,15 @@ def _coupled_panel(
 
 
 def quality_vs_evaluations(rows: Sequence[Row], path: str | os.PathLike[str], caption: str) -> None:
-    """Error and SSIM to the reference, and FID, where measured, against network evaluations (NFE) of an image.
+    """Error and SSIM to the reference, and FID if measured, against network evaluations (NFE) per image.
 
     Args:
-        rows: those of the last level that runs alone are drawn, a line for each sampler.
+        rows: those of the last level that runs alone are drawn, one line per sampler.
         path: of the PNG.
         caption: as for `error_vs_time`.
 
     Raises:
-        ValueError: for no rows, and for none of a level that runs alone.
+        ValueError: no rows, or none of a level that runs alone.
     """
     _refuse_empty(rows, "quality_vs_evaluations")
     alone = [row.level for row in rows if not row.shared]
@@ -220,7 +225,7 @@ def quality_vs_evaluations(rows: Sequence[Row], path: str | os.PathLike[str], ca
         raise ValueError("quality_vs_evaluations has nothing to draw: no level runs alone")
     largest = alone[-1]
     rows = [row for row in rows if row.level == largest]
-    qualities = [_MSE, *([_SSIM] if any(map(_SSIM.shows, rows)) else [])]  # PSNR would be the error once more
+    qualities = [_MSE, *([_SSIM] if any(map(_SSIM.shows, rows)) else [])]  # PSNR would repeat the error
     if (fid := rows[0].frechet) is not None:
         qualities.append(_Quality(fid, lambda row: (row.scores.get(fid, math.nan), math.nan)))
     labels = [quality.label for quality in qualities]
@@ -243,18 +248,18 @@ def quality_vs_evaluations(rows: Sequence[Row], path: str | os.PathLike[str], ca
 
 
 _OURS = ("hindsight", "hindsight on kept features", "recommended")
-"""Rivals that are drawn bold, the last one black and starred."""
+"""Rivals drawn in bold, the last one as black stars."""
 _MARKERS = "osDv^Pp<>d*"
 
 
 def rivals_vs_time(found: Fastest, path: str | os.PathLike[str]) -> None:
-    """Error against time of every rival, log-log: its rows as points, those that none of its own beats as a line.
+    """Error against time of every rival, log-log: its rows as points, the Pareto-optimal ones as a line.
 
-    Rivals differ in marker and line, so that they can be told apart in grey; those of mlem are bold. Dotted: the
-    targets; what errs ten times the largest of them is left out.
+    Rivals differ in marker and line, to be told apart in grey; mlem's are bold. Dotted: the targets; errors above ten
+    times the largest target are left out.
 
     Raises:
-        ValueError: for no row that it can show.
+        ValueError: there is no row to show.
     """
     most = 10 * max(found.targets, default=math.inf)
     rows = [row for row in found.rows if positive(row.seconds) and positive(row.mse) and row.mse <= most]
@@ -278,7 +283,7 @@ def rivals_vs_time(found: Fastest, path: str | os.PathLike[str]) -> None:
 
 
 def _unbeaten(rows: Sequence[Measured]) -> list[Measured]:
-    """Those that no other beats in both, by time."""
+    """The Pareto-optimal rows, by time."""
     kept: list[Measured] = []
     for row in sorted(rows, key=lambda one: (one.seconds, one.mse)):
         if not kept or row.mse < kept[-1].mse:

@@ -1,4 +1,4 @@
-"""Plans that are laid down by hand, for any family and any number of evaluations: no calibration is needed for them."""
+"""Handmade plans, for any family and any number of evaluations, without calibration."""
 
 from __future__ import annotations
 
@@ -17,34 +17,34 @@ from mlem.multilevel.plan import Plan
 __all__ = ["Forecast", "Handmade", "Windows", "handmade", "level_name"]
 
 SMALLEST, LARGEST = "smallest", "largest"
-"""Stand for levels of any family."""
+"""Stand for levels in any family."""
 
 
 def level_name(family: Family, name: str) -> str:
-    """The level that is meant: itself, or of "smallest" and "largest". Raises ValueError for one that there is not."""
+    """The level called `name`, or "smallest" or "largest". Raises ValueError for an unknown one."""
     known = {SMALLEST: family.names[0], LARGEST: family.names[-1]}
     return family.level(name if name in family.names else known.get(name, name)).name
 
 
 class Handmade(ABC):
-    """How a plan is laid down."""
+    """The layout of a plan."""
 
     @property
     @abstractmethod
     def detail(self) -> str:
-        """Tells it apart from others of its class, in words."""
+        """Its options, in words."""
 
     @abstractmethod
     def plan(self, family: Family, evaluations: int) -> Plan:
-        """The plan for so many evaluations. Raises ValueError for levels that the family does not have."""
+        """The plan for this many evaluations. Raises ValueError for levels that the family lacks."""
 
 
 @dataclass(frozen=True)
 class Windows(Handmade):
-    """Levels one after another: with the small one first T-Stitch, arXiv:2402.14167, in the middle arXiv:2512.24724.
+    """Levels one after another: T-Stitch (arXiv:2402.14167) if the small one is first; in the middle, arXiv:2512.24724.
 
     Args:
-        windows: name of a level, or "smallest" or "largest", and its share of the evaluations, in their order.
+        windows: name of a level, or "smallest" or "largest", and its share of the evaluations, in order.
 
     Raises:
         ValueError: shares that are not positive or do not add up to 1.
@@ -72,7 +72,7 @@ class Windows(Handmade):
 
 @dataclass(frozen=True)
 class Forecast(Handmade):
-    """The largest level alone, its outputs extrapolated in between: TaylorSeer, arXiv:2503.06923, for the output.
+    """The largest level alone, its output extrapolated in between: TaylorSeer, arXiv:2503.06923, on the output.
 
     Args:
         every: N: it runs at evaluations 0, N, 2 N, ..
@@ -100,12 +100,12 @@ class Forecast(Handmade):
 
 
 def handmade(options: dict[str, Any]) -> Handmade:
-    """The plan that `running` or `forecast` of a config describes. Raises ValueError for other data."""
+    """The plan described by `running` or `forecast` of a config. Raises ValueError for other data."""
     if "running" in options:
         return Windows(tuple(_window(window) for window in _list(options["running"])))
     given = options["forecast"]
     if not isinstance(given, dict) or not {"every"} <= {*given} <= {"every", "order"}:
-        raise ValueError(f"forecast must be {{every: n}} and, where wanted, order: n, got {given}")
+        raise ValueError(f"forecast must be {{every: n}}, optionally with order: n, got {given}")
     return Forecast(**given)
 
 

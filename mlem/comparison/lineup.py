@@ -1,9 +1,9 @@
-"""All samplers in one pass over the images, and the folder that shows how they did.
+"""All samplers in one pass over the images, and the folder of their results.
 
 folder/evaluation.json          the rows
-folder/calls.json               which levels run along a trajectory, of those with a plan
+folder/calls.json               which levels run along a trajectory, for samplers with a plan
 folder/grids/NAME.png           samples of each
-folder/strips/NAME.png          the first of them in a row, and of the references: reference_SOLVER.png
+folder/strips/NAME.png          the first of them in a strip, and of the references: reference_SOLVER.png
 folder/error_vs_time.png, quality_vs_evaluations.png
 """
 
@@ -29,17 +29,17 @@ __all__ = ["FIGURES", "STRIP", "Lineup", "write_evaluation"]
 FIGURES = ("error_vs_time", "quality_vs_evaluations")
 """Names of the figures in the folder."""
 STRIP = 8
-"""How many samples a strip shows at most: those with the same indices, and so from the same noise, in every strip."""
+"""Most samples per strip; every strip shows the same indices, and so the same noise."""
 
 
 class Lineup:
-    """Runs all samplers on each batch, against references that are kept for that batch alone.
+    """Runs all samplers on each batch, against references that are kept only for that batch.
 
-    Every level runs what has no plan; then the family runs what has one, if it has several levels. Raises ValueError
-    that names the entry for what does not fit the family or the solver.
+    Every level runs the entries without a plan; then the family runs those with one, if it has several levels. Raises
+    ValueError naming an entry that does not fit the family or the solver.
 
     Attributes:
-        tallies: one for each run; empty for plans alone and a family of one level.
+        tallies: one per run; empty if there are only plans and a family of one level.
     """
 
     def __init__(self, setup: Setup, entries: Sequence[Entry]) -> None:
@@ -71,12 +71,12 @@ class Lineup:
         return [tally.row(total) for tally in self.tallies]
 
     def pictures(self) -> dict[str, Tensor]:
-        """The first samples of each, as pictures, by `Row.picture`."""
+        """The first samples of each, as images, by `Row.picture`."""
         found = self._first | {tally.run.row.picture: tally.first for tally in self.tallies}
         return {name: self._setup.pictures(samples) for name, samples in found.items() if samples is not None}
 
     def calls(self) -> list[Calls]:
-        """Which levels run along a trajectory, of the runs with a plan."""
+        """Which levels run along a trajectory, for runs with a plan."""
         runs = [tally.run for tally in self.tallies if tally.run.plan is not None]
         found = [self._calls(run) for run in runs]
         return [one for one in found if one is not None]
@@ -92,12 +92,12 @@ class Lineup:
 def write_evaluation(
     folder: Path, rows: Sequence[Row], pictures: Mapping[str, Tensor], calls: Sequence[Calls], caption: str
 ) -> None:
-    """Write the rows, pictures of each, and the figures that there is something to draw for.
+    """Write the rows, images of each, and the figures that have data.
 
     Args:
         folder: for all of it.
         rows: the results.
-        pictures: by `Row.picture`; and those of the references, of which there are strips alone.
+        pictures: by `Row.picture`; and those of the references, which get only strips.
         calls: of the rows with a plan.
         caption: of rows and figures.
     """
@@ -108,7 +108,7 @@ def write_evaluation(
     if calls or (folder / CALLS).exists():
         write_calls(folder / CALLS, calls)
     write_record(folder / "evaluation.json", {"caption": caption, "rows": [row.to_json() for row in rows]})
-    # the reference itself, of no error, has no place on a logarithmic axis
+    # the reference itself, without error, cannot be on a logarithmic axis
     if drawable := [row for row in rows if row.mse > 0]:
         error_vs_time(drawable, folder / "error_vs_time.png", caption)
     if any(not row.shared for row in rows):

@@ -1,6 +1,6 @@
-"""What is recommended for a family, written beside its run: `recommendation.json`, with the calls of its plans.
+"""The recommendation for a family, saved beside its run: `recommendation.json`, with the calls of its plans.
 
-Reading it back needs no torch. What every rival was measured to take stands in `fastest.py`.
+Reading it back needs no torch. `fastest.py` has the measurements of all rivals.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ __all__ = ["NAME", "Recommended", "renew", "source_of"]
 
 NAME = "recommendation.json"
 TARGETS = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
-"""Mean squared errors: something is recommended for the first one that is reached."""
+"""Mean squared errors; the recommendation is for the first one that can be reached."""
 
 
 @dataclass(frozen=True)
 class Recommended:
-    """What is recommended for a family, or why nothing is.
+    """The recommendation for a family, or why there is none.
 
     Args:
-        advice: None where nothing reaches a target.
-        why_not: one line; "" where there is advice.
-        calls: of the plans in the advice, that of the recommended one first.
-        source: hash of what it follows from.
-        machine: whose seconds count.
+        advice: None if nothing reaches a target.
+        why_not: one line; "" if there is advice.
+        calls: of the plans in the advice, the recommended one first.
+        source: hash of its inputs.
+        machine: on which the seconds hold.
     """
 
     advice: Advice | None
@@ -50,7 +50,7 @@ class Recommended:
 
     @staticmethod
     def load(path: Path) -> Recommended:
-        """What `save` wrote. Raises ValueError that names the file for other data."""
+        """The result written by `save`. Raises ValueError naming the file for other data."""
         plain = read_object(path)
         with damaged(path):
             return Recommended(
@@ -63,16 +63,16 @@ class Recommended:
 
 
 def renew(folder: Path, family: Family | None = None) -> Recommended | None:
-    """What is recommended for the family of a run folder, as it stands there, or found now and written there.
+    """The recommendation for the family of a run folder, read from there if current, else found and saved.
 
     Args:
         folder: with `family/` in it.
-        family: that of the folder, on the device that counts; None: it is read.
+        family: of the folder, on the device of interest; None: read it.
 
-    Returns: None where the family is not calibrated.
+    Returns: None if the family is not calibrated.
 
     Raises:
-        ValueError: a file is damaged; it is named.
+        ValueError: names a damaged file.
     """
     known, source = folder / NAME, source_of(folder / "family")
     if source is None:
@@ -90,9 +90,9 @@ def renew(folder: Path, family: Family | None = None) -> Recommended | None:
 
 
 def source_of(family: Path) -> str | None:
-    """Hash of what a recommendation follows from; None where the family is not calibrated.
+    """Hash of the inputs of a recommendation; None if the family is not calibrated.
 
-    That is the calibration, and the levels, each of which names the hash of its weights.
+    These are the calibration, and the levels with the hashes of their weights.
     """
     if not (family / "calibration.json").is_file():
         return None
@@ -103,14 +103,14 @@ def source_of(family: Path) -> str | None:
 
 
 def _recommended(family: Family, source: str) -> Recommended:
-    """What reaches the least of TARGETS fastest, on the device where the networks are."""
+    """The fastest way to the smallest possible of TARGETS, on the device of the networks."""
     from mlem.comparison.rivals import advice_of
 
     why_not = ""
     for target in TARGETS:
         try:
             found = family.recommend(mse=target)
-        except ValueError as error:  # the largest target says best what is wrong
+        except ValueError as error:  # the error for the largest target is the most informative
             why_not = str(error)
             continue
         machine = family.fitted.calibration_for(family).about.get("machine", "")

@@ -1,4 +1,4 @@
-"""What is recommended for a list of errors, measured beside its rivals, and what came of all of them."""
+"""Recommendations for a list of errors, measured together with their rivals, and the results."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["advice_of", "fastest", "recommended"]
 
 
 def recommended(choice: Recommendation, target: float) -> Entry:
-    """What is recommended for this error, as an entry of a comparison."""
+    """The recommendation for this error, as an entry of a comparison."""
     own: dict[str, Any] = {"levels": (choice.level,)} if choice.plan is None else {"made": choice.plan}
     name = f"{RECOMMENDED}, mse {target:g}"
     return Entry(choice.solver, (choice.steps,), choice.grid, name=name, rival=RECOMMENDED, **own)
@@ -32,7 +32,7 @@ def fastest(
     kind: str,
     source: str,
 ) -> Fastest:
-    """The rows of these runs, beside the recommendation for the middle one of the targets that has any.
+    """The rows of these runs, with the recommendation for the middle one of the targets that have one.
 
     Args:
         advice: by target.
@@ -56,13 +56,13 @@ def fastest(
 def _measured(run: Run, row: Row) -> Measured:
     group = row.rival or row.sampler
     detail = row.sampler.removeprefix(group).removeprefix(", ")
-    solver = run.solver.name if run.reuse is not None else row.solver  # whose name says what is reused
+    solver = run.solver.name if run.reuse is not None else row.solver  # its name includes the reuse
     calls = {name: count for name, count in row.calls.items() if count > 0}
     return Measured(group, solver, row.grid, row.steps, detail, row.seconds, row.mse, row.mse_stderr, calls)
 
 
 def advice_of(choice: Recommendation, target: float) -> Advice:
-    """What is recommended for this error, as plain data."""
+    """The recommendation for this error, as plain data."""
     own = choice.options
     options: dict[str, Any] = {name: value for name, value in own.items() if not isinstance(value, Plan)}
     if choice.plan is not None:

@@ -1,6 +1,6 @@
 """The result of one sampler: a row of `evaluation.json` and of `runs.csv`.
 
-Lives here: `Row`, and how it becomes JSON and CSV and back. Knows nothing of how it was measured.
+Here are `Row` and its conversion to JSON and CSV and back, independent of how it was measured.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from mlem.files import CHECKSUM, checksum, damaged
 __all__ = ["KEY", "MULTILEVEL", "Row"]
 
 MULTILEVEL = "mlem"
-"""Stands for a level's name where several share the work."""
+"""Replaces the level's name for plans."""
 KEY = ("sampler", "solver", "levels", "steps", "grid", "coins", "plan", "delta", "trial")
-"""The attributes, and columns of the CSV, that tell runs apart."""
+"""The attributes, and columns of the CSV, that identify a run."""
 _JSON = {
     "level": "level",
     "sampler": "sampler",
@@ -40,13 +40,13 @@ _JSON = {
 """Attribute -> key; all other keys are scores."""
 _CSV = {"flops": "flops", "network_seconds": "network_seconds", "seconds": "wall_seconds"}
 _CSV |= {"mse": "mse", "mse_stderr": "mse_stderr"}
-"""Attribute -> column, beside KEY, `calls_LEVEL`, the scores and those below."""
+"""Attribute -> column, besides KEY, `calls_LEVEL`, the scores and those below."""
 _SIMILARITY = ("psnr", "psnr_stderr", "ssim", "ssim_stderr")
 """Attributes, and columns that older files lack."""
 _IMAGES = ("image_mse", "image_psnr", "image_ssim")
-"""Attributes, and columns, with a number of each image; older files have the first alone."""
+"""Attributes, and columns, with a number per image; older files have only the first."""
 _RIVAL = "rival"
-"""Attribute, and column of files with a row that has one."""
+"""Attribute, and column in files where some row has one."""
 _SPREAD = "_std"
 
 
@@ -54,8 +54,8 @@ _SPREAD = "_std"
 class Row:
     """One sampler at one number of steps. Costs are per image; NaN means not measured, or not in the file.
 
-    Errors and similarities are to the reference, means over images; NaN for a solver that shares a law with it, not a
-    path. Similarities are of pictures, and NaN where samples cannot be shown.
+    Errors and similarities are to the reference, means over images; NaN for a solver that shares only its distribution
+    with it. Similarities are of images, and NaN if samples cannot be shown.
 
     Attributes:
         sampler: its name in figures and metrics.
@@ -64,27 +64,27 @@ class Row:
         levels: names of all levels that may run, joined by "+".
         solver: its name and options.
         grid: name of the time grid.
-        coins: how the plan tosses coins; "" where it tosses none.
-        plan: hash of the plan before `delta`; "" for a level alone.
-        target: what the plan was made for, such as "budget0.25"; "" for no target.
-        rival: the kind of sampler that it is one of, such as T-Stitch; "" for a kind of its own.
-        reference: the solver whose many-step run `mse` is to; "" for none.
+        coins: kind of the plan's coins; "" for none.
+        plan: hash of the plan before `delta`; "" for a single level.
+        target: of the plan, such as "budget0.25"; "" for none.
+        rival: the kind of sampler, such as T-Stitch; "" for a kind of its own.
+        reference: the solver of the reference of `mse`; "" for none.
         delta: added to the logits of p_k; None for the plan as it is.
         trial: replicate of the coins; None for the plan's own coins.
         calls: network evaluations (NFE) of each level.
-        evaluations: network evaluations of all levels together.
-        rounds: network calls one after another.
+        evaluations: network evaluations, summed over levels.
+        rounds: sequential network calls.
         flops: of the networks.
-        seconds: wall time.
+        seconds: wall-clock time.
         network_seconds: time in the networks.
         mse: mean squared error.
         mse_stderr: standard error of `mse` over images.
-        psnr: peak signal-to-noise ratio in dB; infinite where a picture is that of the reference.
+        psnr: peak signal-to-noise ratio in dB; infinite if an image equals the reference.
         psnr_stderr: standard error of `psnr` over images.
         ssim: structural similarity, at most 1.
         ssim_stderr: standard error of `ssim` over images.
-        scores: FID and its like, named by protocol and count; `NAME_std` is the spread of NAME.
-        image_mse: error of each image, to six digits; () where it is not kept.
+        scores: FID and similar, named by protocol and count; `NAME_std` is the spread of NAME.
+        image_mse: error of each image, to six digits; () if not kept.
         image_psnr: PSNR of each image, likewise.
         image_ssim: SSIM of each image, likewise.
     """
@@ -121,12 +121,12 @@ class Row:
 
     @property
     def shared(self) -> bool:
-        """Whether levels share the work under a plan."""
+        """Whether several levels run under a plan."""
         return self.level == MULTILEVEL
 
     @property
     def key(self) -> tuple[str | int | float | None, ...]:
-        """Tells runs apart: the attributes in KEY."""
+        """Identity of a run: the attributes in KEY."""
         return tuple(getattr(self, name) for name in KEY)
 
     @property
@@ -141,12 +141,12 @@ class Row:
 
     @property
     def frechet(self) -> str | None:
-        """Name of the score that is a Frechet distance, such as fid_random256@2000; None where it was not measured."""
+        """Name of the score that is a Frechet distance, such as fid_random256@2000; None if not measured."""
         return next((name for name in self.scores if name.startswith(("fid_", "fd_"))), None)
 
     @property
     def picture(self) -> str:
-        """Name of the file that shows samples, without its suffix."""
+        """Name of the file with samples, without its suffix."""
         return f"{self.level}_{self.sampler}_{self.point}"
 
     def metrics(self) -> dict[str, float]:
@@ -165,7 +165,7 @@ class Row:
 
     @staticmethod
     def from_json(plain: Mapping[str, Any], where: str = "evaluation.json") -> Row:
-        """The row that `to_json` wrote, of older versions too. Raises ValueError that names `where` for other data."""
+        """The row written by `to_json`, also of older versions. Raises ValueError naming `where` for other data."""
         with damaged(where):
             needed = {name: plain[name] for name in ("sampler", "steps", "level")}
             known: dict[str, Any] = {name: plain[key] for name, key in _JSON.items() if key in plain}
@@ -188,7 +188,7 @@ class Row:
 
     @staticmethod
     def from_csv(cells: Mapping[str, str]) -> Row:
-        """The row that `to_csv` wrote, of older versions too. Raises KeyError or ValueError for other cells."""
+        """The row written by `to_csv`, also of older versions. Raises KeyError or ValueError for other cells."""
         cells = {name: cell for name, cell in cells.items() if cell or name != _RIVAL}
         if CHECKSUM in cells and cells.pop(CHECKSUM) != checksum(cells):
             raise ValueError(f"a row differs from its {CHECKSUM}")

@@ -1,4 +1,4 @@
-"""The scaling law of a trained family ([J], Fig. 2): both fits, a figure, and plain words."""
+"""The scaling law of a trained family ([J], Fig. 2): both fits, a figure, and a text summary."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ def held_out_errors(
     Args:
         family: of K levels.
         images: (N, C, H, W), in [-1, 1].
-        index: (N,); it keys the noise, as in the test of a family after training.
+        index: (N,); keys the noise, as in the test of a family after training.
         seed: of the noise.
-        batch_size: images in a batch.
-        labels: (N,), where images have them.
+        batch_size: images per batch.
+        labels: (N,), if images have them.
     """
     whole = {"image": images, "index": index} | ({} if labels is None else {"label": labels})
     table = []
@@ -56,19 +56,19 @@ def held_out_errors(
 
 
 def costs_of(family: Family, unit: str) -> list[float]:
-    """FLOPs or seconds of an image, for each level. Raises ValueError where seconds were not measured."""
+    """FLOPs or seconds per image of each level. Raises ValueError if seconds were not measured."""
     if unit == "flops":
         return [float(level.flops) for level in family.levels]
     missing = [level.name for level in family.levels if "seconds" not in level.measured]
     if missing:
-        raise ValueError(f"level {missing[0]} was not timed in training; take cost=flops")
+        raise ValueError(f"level {missing[0]} was not timed in training; use cost=flops")
     return [float(level.measured["seconds"]) for level in family.levels]
 
 
 def scaling_fits(
     family: Family, errors: np.ndarray, unit: str = "flops", replicates: int = 1000
 ) -> dict[str, ScalingFit]:
-    """Floor and gamma jointly, from `held_out_errors`; and gamma from the calibrated differences of levels, if any.
+    """Floor and gamma jointly, from `held_out_errors`; and gamma from the calibrated level differences, if any.
 
     Raises ValueError for fewer than 3 levels.
     """
@@ -83,7 +83,7 @@ def scaling_fits(
 def draw_scaling(
     family: Family, fits: dict[str, ScalingFit], images: int, path: Path, unit: str = "flops"
 ) -> list[str]:
-    """Draw the fits. Returns a line for each, which begins with "warning: " where gamma is not above 2."""
+    """Draw the fits. Returns one line each, starting with "warning: " if gamma is not above 2."""
     steps = ", ".join(f"{level.name} {level.measured.get('steps', '?')}" for level in family.levels)
     caption = f"{family.data}, {images} held-out images; training steps: {steps}; 95 percent bootstrap bands"
     words = {"flops": "FLOPs", "seconds": "seconds"}[unit]
@@ -93,7 +93,7 @@ def draw_scaling(
         # the errors do not level off: a floor and a power law cannot be distinguished
         bounded = name == ERRORS and fit.floor_interval[0] < 1e-3 * fit.values.min()
         warning = "" if 2 < fit.gamma < np.inf and not bounded else "warning: "
-        doubt = "; but the floor may be 0, its bound, and then this gamma says little" if bounded else ""
+        doubt = "; but the floor is at its bound, 0, so this gamma says little" if bounded else ""
         lines.append(f"{warning}scaling law, {name}: {fit.verdict}{doubt}")
     return lines
 

@@ -1,4 +1,4 @@
-"""What the samplers of a comparison share, and the runs that an entry stands for."""
+"""What the samplers of a comparison share, and the runs of an entry."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ class Run:
     """A sampler at one number of steps, to be measured.
 
     Attributes:
-        row: names and settings; nothing is measured in it yet.
+        row: names and settings, without measurements.
         solver: with its options.
         grid: name of the time grid; None for the solver's own choice.
         plan: what runs at each evaluation; None: the level `row.level` runs whole at all of them.
-        cost: of an image, in evaluations of the largest level by FLOPs.
+        cost: per image, in evaluations of the largest level by FLOPs.
         reuse: of the deep features of that level.
     """
 
@@ -59,7 +59,7 @@ class Truth:
 
     Attributes:
         x: (B, *shape).
-        pictures: what they show, (B, C, H, W); None where the family has no `comparable` pictures.
+        pictures: the images, (B, C, H, W); None if the family has no `comparable` images.
     """
 
     x: Tensor
@@ -77,7 +77,7 @@ class Setup:
         reference_steps: of the references.
         device: where networks run.
         precision: of the networks, as in `Sampler`.
-        measure: FID and its like; None for the error alone.
+        measure: FID and similar; None for the error alone.
     """
 
     family: Family
@@ -115,7 +115,7 @@ class Setup:
     def _alone(self, entry: Entry, solver: Solver, grid: TimeGrid, row: Row) -> Iterator[Run]:
         evaluations = solver.evaluations(GridPoint.of(self.family.schedule, grid))
         if entry.reuse is not None and not solver.sequential:
-            raise ValueError(f"{solver.name} solves for many times at once: leave reuse out")
+            raise ValueError(f"{solver.name} solves for many times at once: leave out reuse")
         names = self.family.names if entry.reuse is None else self.family.names[-1:]
         for name in [level_name(self.family, one) for one in entry.levels or names]:
             level = self.family.level(name)
@@ -157,12 +157,12 @@ class Setup:
         return self._bind(model, run.solver, run.row.steps, run.grid, run.plan, run.reuse)
 
     def reference(self, solver: str) -> Sampler:
-        """The many-step sampler of the largest level that errors of runs with this `solver.reference` are to."""
+        """The many-step sampler of the largest level, the reference for runs with this `solver.reference`."""
         return self._bind(self.family.level(), solver, self.reference_steps)
 
     @property
     def comparable(self) -> bool:
-        """Whether samples are pictures, or a decoder makes them, large enough for `mlem.metrics.ssim`."""
+        """Whether samples are images, directly or decoded, large enough for `mlem.metrics.ssim`."""
         decoder, shape = self.family.decoder, self.family.shape
         if decoder is not None:
             shape = decoder.picture_shape(shape)
@@ -171,11 +171,11 @@ class Setup:
         return len(shape) == 3 and min(shape[1:]) >= SMALLEST
 
     def truth(self, x: Tensor) -> Truth:
-        """These samples (B, *shape) of the reference, as others are measured against them."""
+        """These samples (B, *shape) of the reference, for comparison."""
         return Truth(x, self.family.pictures(x.to(self.device)) if self.comparable else None)
 
     def pictures(self, samples: Tensor) -> Tensor:
-        """What samples (B, *shape) show, on the CPU; see `Family.pictures`."""
+        """The images of samples (B, *shape), on the CPU; see `Family.pictures`."""
         return self.family.pictures(samples.to(self.device)).cpu()
 
     def warm_up(self) -> None:

@@ -1,4 +1,4 @@
-"""What came of a comparison: ratios of costs at equal error, and the figure."""
+"""The summary of a comparison: cost ratios at equal error, and the figure."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from mlem.multilevel.predict import Predictor
 __all__ = ["best_trials", "draw", "predicted_curve", "ratios", "settings"]
 
 COSTS: dict[str, Callable[[Row], float]] = {"time": lambda row: row.seconds, "FLOPs": lambda row: row.flops}
-"""What cost is counted in."""
+"""The units of cost."""
 KNOTS = 4
-"""Of the laws whose predicted errors are drawn, as in `configs/model/coefficients.yaml`."""
+"""Of the laws with predicted errors in the figure, as in `configs/model/coefficients.yaml`."""
 
 
 def settings(rows: Sequence[Row], cost: Callable[[Row], float]) -> list[Setting]:
-    """Rows that differ in nothing but the trial are replicates of one setting. cost: of a row."""
+    """Rows that differ only in the trial are replicates of one setting. cost: of a row."""
     return [
         Setting(np.array([cost(row) for row in group]), np.array([row.image_mse for row in group]))
         for group in _replicates(rows)
@@ -36,7 +36,7 @@ def settings(rows: Sequence[Row], cost: Callable[[Row], float]) -> list[Setting]
 
 
 def best_trials(rows: Sequence[Row]) -> list[Row]:
-    """The best replicate of each setting: rows that differ in the trial alone, the smallest error over all images."""
+    """The best replicate of each setting: among rows that differ only in the trial, the smallest error over images."""
     return [min(group, key=lambda row: row.mse) for group in _replicates(rows)]
 
 
@@ -52,14 +52,14 @@ def _trials(rows: Sequence[Row]) -> int:
 
 
 def ratios(comparison: Comparison, runs: Sequence[Run], draws: int = 400) -> list[Advantage]:
-    """For each sampler with a plan or a reuse: what single levels cost over what it costs, at equal error.
+    """For each sampler with a plan or reuse: cost of single levels over its cost, at equal error.
 
-    The errors lie half-way, in the logarithm, between those of the largest level alone in its numbers of steps. Single
-    levels are the largest one, and whichever is best; replicates of coins count on average, and the best of each
+    The errors are half-way, in the logarithm, between those of the largest level alone in its numbers of steps. Single
+    levels are the largest one, and whichever is best; replicates of coins count by their mean, and by the best of each
     setting.
 
     Args:
-        runs: those that are compared; what has no row is left out.
+        runs: to compare; runs without a row are left out.
         draws: of the bootstrap.
     """
     table = []
@@ -94,11 +94,11 @@ def _advantage(
 
 
 def draw(comparison: Comparison, runs: Sequence[Run], path: Path, shown: int) -> None:
-    """Two figures for each reference: errors in `path`, `similarity_vs_time.png` beside it; several: names added."""
+    """Two figures per reference: errors in `path`, `similarity_vs_time.png` beside it; several have names added."""
     references = list(dict.fromkeys(run.solver.reference for run in runs))
     for name in references:
         pairs = [(run, row) for run in runs if run.solver.reference == name and (row := comparison.row(run))]
-        pairs = [(run, row) for run, row in pairs if row.mse > 0]  # the reference itself has no place on a log axis
+        pairs = [(run, row) for run, row in pairs if row.mse > 0]  # the reference itself cannot be on a log axis
         if not pairs:
             continue
         rows = [row for _, row in pairs]
@@ -134,7 +134,7 @@ def predicted_curve(comparison: Comparison, runs: Sequence[Run]) -> dict[str, tu
 def _pictures(
     comparison: Comparison, reference: str, pairs: Sequence[tuple[Run, Row]], best: Sequence[Row], shown: int
 ) -> dict[str, tuple[Row | None, Image]]:
-    """Samples of the reference and of the rows that are `selected`, by the words above them."""
+    """Samples of the reference and of the `selected` rows, by their titles."""
     columns = min(shown, len(comparison.setup.blocks[0]))
     pictures: dict[str, tuple[Row | None, Image]] = {
         "reference": (None, image_grid(comparison.pictures(reference, columns), columns))
@@ -149,10 +149,10 @@ def _pictures(
 def selected(
     comparison: Comparison, pairs: Sequence[tuple[Run, Row]], best: Sequence[Row]
 ) -> Sequence[tuple[Run, Row]]:
-    """Whose samples are shown.
+    """The rows whose samples are shown.
 
-    The largest level in its two smallest numbers of steps, then of every sampler with coins the best trial whose cost
-    is nearest to the first of these.
+    The largest level in its two smallest numbers of steps, then, for every sampler with coins, the best trial with the
+    cost closest to the first of these.
     """
     top = comparison.family.level().name
     alone = sorted((row.steps, i) for i, (run, row) in enumerate(pairs) if run.alone and row.levels == top)

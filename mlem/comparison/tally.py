@@ -1,4 +1,4 @@
-"""Measuring one run: samples batch by batch, sums of error, scores and costs, and the row that they come to."""
+"""Measuring one run: samples batch by batch, sums of error, scores and costs, and the resulting row."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from mlem.metrics import ImageMean, PathwiseError, psnr, ssim
 __all__ = ["SHOWN", "Tally"]
 
 SHOWN = 64
-"""How many samples a picture shows at most."""
+"""Most samples per image grid."""
 
 
 class Tally:
-    """What one run has come to so far, on this rank.
+    """The measurements of one run so far, on this rank.
 
     Attributes:
-        run: what is measured.
+        run: being measured.
         coupled: whether it shares its path with a reference, and so has an error.
         first: up to SHOWN samples of the first batch, (B, *shape), on the CPU; None before it.
     """
@@ -39,7 +39,7 @@ class Tally:
         self._fid = None if setup.measure is None else setup.measure.start(setup.device)
 
     def add(self, block: Sequence[int], truth: Truth | None) -> None:
-        """Sample this batch. truth: of the same images, where the run is `coupled`."""
+        """Sample this batch. truth: of the same images, if the run is `coupled`."""
         result = self._sampler.run(block)
         self._ledger.add(result.ledger)
         if truth is not None:
@@ -57,7 +57,7 @@ class Tally:
 
     @property
     def image_values(self) -> dict[str, Tensor]:
-        """mse, psnr and ssim of each image that this rank has sampled: (N,), float64, on the CPU."""
+        """mse, psnr and ssim of each image sampled by this rank: (N,), float64, on the CPU."""
         return {name: torch.cat([values.cpu() for values in mean.values]) for name, mean in self._means.items()}
 
     def row(self, total: Callable[[Tensor], Tensor] = lambda sums: sums) -> Row:

@@ -1,4 +1,4 @@
-"""What a calibration knows of a family: costs, differences between levels, and how corrections reach a sample."""
+"""Calibration data: costs of levels, differences between them, and the effect of corrections on a sample."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ __all__ = ["COMMAND", "Calibration", "LinearResponse"]
 FORMAT = 1
 KINDS = ("ode", "sde")
 COMMAND = "python -m mlem.multilevel calibrate FAMILY"
-"""What to run where there is no calibration that fits."""
+"""The command to run if no calibration fits."""
 _REMEDY = f"calibrate again: {COMMAND}"
 
 
 @dataclass(frozen=True)
 class LinearResponse:
-    """How corrections count, for the ODE or the SDE; T times, C corrections (`f^2 - f^1` first).
+    """The effect of corrections, for the ODE or the SDE; T times, C corrections (`f^2 - f^1` first).
 
     Args:
         inner: (C, T, C, T), mean over images and pixels of `q_k(t) q_l(t')`, where `q = u / gain`.
         gain: (C, T), root mean square of u over that of the correction in v.
-        roughness: (C,), from 0 (smooth in time) to 1 (a Brownian path): what the corrections do between two times.
+        roughness: (C,), from 0 (smooth in time) to 1 (a Brownian path), of the corrections between two times.
     """
 
     inner: Tensor
@@ -46,7 +46,7 @@ class LinearResponse:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What was measured of a family.
+    """Measurements of a family.
 
     Args:
         names: of the levels, cheapest first.
@@ -54,18 +54,18 @@ class Calibration:
         seconds: batch size -> seconds per image of one evaluation of each level.
         log_snr: (T,), rising.
         differences: (T, K, K), E|f^j - f^k|^2 per pixel.
-        image_differences: (K-1, B), of neighbours, the mean over times and both trajectories of each starting noise.
+        image_differences: (K-1, B), of neighbours, averaged over times and both trajectories of each starting noise.
         responses: "ode" and "sde".
         about: number of images, seed, device, hash of the weights; plain data.
         discretisation: "solver/grid" -> {steps: mean squared error of the largest level}.
-        pilots: "sde/hindsight", "ddpm/hindsight" and so on -> of each plan the predicted and the measured error, and,
-            unless it was calibrated before these were kept, the standard error of the latter and the steps.
-        outside: batch size -> seconds per image that a step takes outside the networks, for "ode" and "sde".
+        pilots: "sde/hindsight", "ddpm/hindsight" and so on -> predicted and measured error of each plan, and, except in
+            old calibrations, the standard error of the latter and the steps.
+        outside: batch size -> seconds per image and step outside the networks, for "ode" and "sde".
         stderr: like `discretisation`, the standard errors of these over images.
         trimmed: like `discretisation`, without the worst twentieth of the images, at least one of them.
-        shallow: batch size -> {branch: seconds per image of an evaluation of the largest level on kept deep features};
-            empty for a network that cannot reuse them. What was measured with a `Reuse` has its words behind the name,
-            such as "unipc/uniform/every 2, branch 1".
+        shallow: batch size -> {branch: seconds per image of an evaluation of the largest level on reused features};
+            empty for a network that cannot reuse them. Measurements with a `Reuse` have it as suffix, such as
+            "unipc/uniform/every 2, branch 1".
     """
 
     names: tuple[str, ...]
@@ -91,7 +91,7 @@ class Calibration:
 
         Args:
             unit: "seconds" or "flops".
-            batch_size: seconds are those at the measured batch size nearest to it.
+            batch_size: seconds are those at the closest measured batch size.
 
         Raises:
             ValueError: the unit is unknown.
@@ -104,12 +104,12 @@ class Calibration:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Tells these apart from others: 16 hexadecimal digits."""
+        """Identifies the calibration: 16 hexadecimal digits."""
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
 
     @property
     def uncertainty(self) -> float | None:
-        """The largest standard error of a measured error of the solvers, as a share of it; None: they were not kept."""
+        """The largest relative standard error of a measured solver error; None if not recorded."""
         shares = [
             stderr / self.discretisation[name][steps]
             for name, errors in self.stderr.items()
@@ -118,11 +118,11 @@ class Calibration:
         return max(shares, default=None)
 
     def outside_cost(self, kind: str, unit: str = "seconds", batch_size: int = 64) -> float:
-        """What a step costs outside the networks, when one evaluation of the largest level costs 1.
+        """Cost of a step outside the networks, in evaluations of the largest level.
 
         Args:
             kind: "ode" or "sde".
-            unit: "seconds" or "flops", of which there are none.
+            unit: "seconds" or "flops", which are 0.
             batch_size: as for `costs`.
         """
         near = self._nearest(batch_size)
@@ -133,10 +133,10 @@ class Calibration:
     def predicted_seconds(
         self, calls: Mapping[str, float], steps: int, kind: str, batch_size: int = 64, reuse: Reuse | None = None
     ) -> float:
-        """Wall seconds per image of a run.
+        """Wall-clock seconds per image of a run.
 
         Args:
-            calls: of each level, for one image.
+            calls: of each level, per image.
             steps: of the solver.
             kind: "ode" or "sde".
             batch_size: as for `costs`.
@@ -150,17 +150,17 @@ class Calibration:
         return inside + (steps * self.outside[near][kind] if near in self.outside else 0.0)
 
     def reusing(self, reuse: Reuse) -> Calibration:
-        """As planning sees the family when its largest level reuses deep features: cheaper calls, and what that adds.
+        """The calibration for plans whose largest level reuses deep features: cheaper calls, additional error.
 
-        Pilots with "/reuse" behind their name have the predicted error, and what was measured with reuse over what was
-        measured without.
+        Pilots with "/reuse" after their name have the predicted error, and the ratio of the errors measured with and
+        without reuse.
 
         Raises: ValueError if that was not measured.
         """
         own = f"/{reuse}"
         names = [name.removesuffix(own) for name in self.pilots if name.endswith(own)]
         if not names or any(reuse.branch not in each for each in (self.shallow or {0: {}}).values()):
-            raise ValueError(f"no reuse of features ({reuse}) was measured of this family; {_REMEDY}")
+            raise ValueError(f"reuse of features ({reuse}) was not measured for this family; {_REMEDY}")
         seconds = {
             size: (*each[:-1], (each[-1] + (reuse.every - 1) * self.shallow[size][reuse.branch]) / reuse.every)
             for size, each in self.seconds.items()
@@ -175,7 +175,7 @@ class Calibration:
         return replace(self, seconds=seconds, pilots=self.pilots | pilots)
 
     def _nearest(self, batch_size: int) -> int:
-        """The measured batch size that is nearest."""
+        """The closest measured batch size."""
         return min(self.seconds, key=lambda size: abs(math.log(size / batch_size)))
 
     def to_dict(self) -> dict[str, Any]:
@@ -186,7 +186,7 @@ class Calibration:
 
     @staticmethod
     def from_dict(plain: dict[str, Any], where: str = "the calibration") -> Calibration:
-        """The calibration that `to_dict` described. Raises ValueError, which names `where`, for other data."""
+        """The calibration described by `to_dict`. Raises ValueError naming `where` for other data."""
         check_format(plain, FORMAT, where, _REMEDY)
 
         def tensor(values: Any) -> Tensor:
@@ -210,7 +210,7 @@ class Calibration:
                 dict(plain["about"]),
                 {name: by_number(errors) for name, errors in plain["discretisation"].items()},
                 {name: [[*map(float, pair)] for pair in pairs] for name, pairs in plain["pilots"].items()},
-                # in calibrations of before it was measured there is none
+                # missing in old calibrations
                 {
                     int(size): {kind: float(one[kind]) for kind in KINDS}
                     for size, one in plain.get("outside", {}).items()
@@ -223,7 +223,7 @@ class Calibration:
         return found
 
     def _check_shapes(self) -> None:
-        """Raise ValueError where tables do not fit together."""
+        """Raise ValueError if tables do not fit together."""
         levels, times = len(self.names), len(self.log_snr)
         shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
             "flops": ((len(self.flops),), (levels,)),
@@ -243,7 +243,7 @@ class Calibration:
 
 
 def _in_float64(one: Calibration | LinearResponse, *names: str) -> None:
-    """What is measured in the dtype and layout of the networks is predicted from as if it were read from a file."""
+    """Convert fields to float64 and standard layout, so that predictions are the same as after reading from a file."""
     for name in names:
         object.__setattr__(one, name, torch.as_tensor(getattr(one, name), dtype=torch.float64).detach().contiguous())
 

@@ -1,4 +1,4 @@
-"""Ways to sample, as they are predicted."""
+"""Candidates for sampling, with their predictions."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ WIDE = 1.96
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to sample; `sample(family, **candidate.options)` goes it.
+    """One way to sample; `sample(family, **candidate.options)` runs it.
 
     Args:
-        solver, steps, grid: as `sample` has them.
+        solver, steps, grid: as in `sample`.
         level: the level that runs alone; None: the plan runs several.
         plan: None: one level runs alone.
         reuse: of the deep features of the largest level; None: it runs whole.
         predicted_mse: mean squared error per pixel to the many-step run of the largest level from the same noise.
-        interval: 95 percent, of that.
-        predicted_seconds: wall seconds an image, in batches of the size that was asked for.
-        extrapolated: whether its steps are fewer or more than any that were measured.
+        interval: 95 percent interval of `predicted_mse`.
+        predicted_seconds: wall-clock seconds per image, at the requested batch size.
+        extrapolated: whether its number of steps is outside the measured range.
     """
 
     solver: str
@@ -51,7 +51,7 @@ class Candidate:
 
     @property
     def upper_mse(self) -> float:
-        """The error that it stays below nine times in ten."""
+        """The error below which it stays nine times in ten."""
         return self.predicted_mse * (self.interval[1] / self.predicted_mse) ** (SURE / WIDE)
 
     def __str__(self) -> str:

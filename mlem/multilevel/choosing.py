@@ -1,4 +1,4 @@
-"""Candidates of a recommendation: what each takes and errs, as calibration and pilots say."""
+"""Candidates of a recommendation: their times and errors, predicted from calibration and pilots."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ __all__ = ["Choosing", "Way"]
 
 @dataclass(frozen=True)
 class Way:
-    """How the largest level runs, and the family as planning sees it then; reuse: None, whole."""
+    """How the largest level runs, and the family and calibration for planning then; reuse: None, whole."""
 
     family: Family
     calibration: Calibration
@@ -38,7 +38,7 @@ class Way:
 
 @dataclass
 class Choosing:
-    """A family, what is asked, and the candidates that were found."""
+    """A family, a request, and the candidates found."""
 
     family: Family
     target: float
@@ -54,33 +54,33 @@ class Choosing:
         self._seconds = {name: self.seconds({name: 1.0}, 0) for name in family.names}
         self.outside = self.seconds({}, 1)
         if next(self.methods(), None) is None:
-            raise ValueError(f"no error of an {self.kind.upper()} solver was measured of this family: {COMMAND}")
+            raise ValueError(f"no error of an {self.kind.upper()} solver was measured for this family: {COMMAND}")
 
     def _reusing(self) -> Iterator[Way]:
-        """Ways to reuse deep features of the largest level, those that were measured."""
+        """The measured ways to reuse deep features of the largest level."""
         for reuse in REUSES:
             with suppress(ValueError):
                 seen = seen_reusing(self.family, reuse)
                 yield Way(seen, seen.fitted.calibration_for(seen), reuse)
 
     def methods(self) -> Iterator[tuple[Solver, str]]:
-        """Solvers of the kind, and the grids that they were measured on."""
+        """Solvers of the kind, and the grids on which they were measured."""
         for key in self.calibration.discretisation:
             name, _, grid = key.rpartition("/")
             if name in SOLVERS and SOLVERS[name].stochastic == (self.kind == "sde"):
                 yield make_solver(name), grid
 
     def piloted(self) -> Iterator[tuple[Solver, str]]:
-        """Those on which it is known how far predictions of plans are off."""
+        """Solvers and grids with pilots."""
         known = {(name, grid) for name, grid, *_ in PILOTS}
         return ((solver, grid) for solver, grid in self.methods() if (solver.name, grid) in known)
 
     def seconds(self, calls: Mapping[str, float], steps: int, reuse: Reuse | None = None) -> float:
-        """Wall seconds an image."""
+        """Wall-clock seconds per image."""
         return self.calibration.predicted_seconds(calls, steps, self.kind, self.batch_size, reuse)
 
     def step_seconds(self, level: str) -> float:
-        """Wall seconds an image of a step of this level alone."""
+        """Wall-clock seconds per image of a step of this level alone."""
         return self._seconds[level] + self.outside
 
     def grid(self, solver: Solver, grid: str, steps: int) -> TimeGrid:
@@ -100,20 +100,20 @@ class Choosing:
         return self.add(solver, grid, steps, errors, self.seconds({level: by.rows}, steps), level=level)
 
     def reused(self) -> None:
-        """The largest level alone, its features reused, in the steps that were measured: between them errors jump."""
+        """The largest level alone with reuse, in the measured numbers of steps: between them errors jump."""
         level, known = self.family.names[-1], self.calibration.discretisation
         for (solver, grid), way in itertools.product(self.piloted(), self.ways):
             key = f"{solver.name}/{grid}/{way.reuse}"
             for steps, error in known.get(key, {}).items():
                 by = self.predictor(solver, grid, steps)
-                # a few images may say that it errs less than the whole network
+                # on a few images its error may seem smaller than that of the whole network
                 spread = max(self.calibration.stderr[key][steps] / error, by.discretisation_spread)
                 errors = max(error, by.discretisation or 0.0), spread
                 seconds = self.seconds({level: float(steps)}, steps, way.reuse)
                 self.add(solver, grid, steps, errors, seconds, level=level, reuse=way.reuse)
 
     def planned(self, solver: Solver, grid: str, steps: int, spec: PlanSpec, way: Way) -> Candidate | None:
-        """A plan; None where no plan costs so little."""
+        """A plan; None if no plan is that cheap."""
         points = GridPoint.of(self.family.schedule, self.grid(solver, grid, steps))
         try:
             plan = found_plan(spec, way.family, solver, points)
@@ -151,7 +151,7 @@ class Choosing:
     def spec(
         self, estimator: str, seconds: float, steps: int, way: Way, levels: tuple[str, ...] | None = None
     ) -> PlanSpec | None:
-        """A plan of so many wall seconds an image in so many steps; None where that is no share of the largest."""
+        """A plan of these seconds per image and these steps; None if that is not a share of the largest level."""
         top = {self.family.names[-1]: 1.0}
         budget = seconds / (steps * way.calibration.predicted_seconds(top, 1, self.kind, self.batch_size))
         if not 0 < budget <= 1:
@@ -159,7 +159,7 @@ class Choosing:
         return PlanSpec(budget=budget, estimator=estimator, batch_size=self.batch_size, levels=levels)
 
     def recommendation(self, order: list[Candidate], met: str, missed: str) -> Recommendation:
-        """The first of these, the others of other kinds behind it."""
+        """The first of these, with the others of other kinds as alternatives."""
         best, others, kinds = order[0], list[Candidate](), set[tuple[object, ...]]()
         for one in order:
             key = (one.solver, one.level, one.reuse is None, None if one.plan is None else one.plan.estimator)
@@ -178,7 +178,7 @@ class Choosing:
         ratio = self._seconds[top] / self._seconds[self.family.names[0]]
         levels = f"a call of {top} takes {ratio:.3g} times as long as one of {self.family.names[0]}"
         if best.plan is None and best.level == top and best.reuse is None:
-            return f"{top} alone {met}: {levels}, and no plan that was found does better"
+            return f"{top} alone {met}: {levels}, and no plan found is better"
         if plain is None:
             return f"{missed}: {levels}"
         if best.predicted_seconds < 0.99 * plain.predicted_seconds:

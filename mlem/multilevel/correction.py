@@ -1,9 +1,9 @@
-"""What pilot runs say of predictions: by which factor a predicted error is off, and how sure that is.
+"""The correction of predictions by pilot runs: a factor on predicted errors, with its uncertainty.
 
 The logarithm of measured over predicted is a Gaussian process in the logarithms of the predicted error and of the
-number of steps: a line, which with few pilots stays near a constant factor, and a bend; how much it bends and how far
-pilots scatter is averaged over, by evidence (Rasmussen and Williams, Gaussian Processes for Machine Learning, chapters
-2 and 5). What reused features add to that is an error of its own, so that its share rises where the rest is small.
+number of steps: a line, which with few pilots stays near a constant factor, and a bend. The sizes of the bend and of
+the pilots' scatter are averaged over, weighted by evidence (Rasmussen and Williams, Gaussian Processes for Machine
+Learning, chapters 2 and 5). Reuse of features adds a separate error, whose share rises where the rest is small.
 """
 
 from __future__ import annotations
@@ -27,27 +27,27 @@ PILOTS = (
 )
 """Solver, grid, steps and order of held corrections of the pilot plans."""
 RECOMMENDED = ("hindsight", "switch")
-"""Estimators of the plans that are recommended: what most pilots are of."""
+"""Estimators of recommended plans, and of most pilots."""
 REUSES = (Reuse(2, 1), Reuse(3, 1), Reuse(5, 1))
-"""Of the deep features of the largest level, where it is a UNet: what pilots are run with too."""
+"""Kinds of reuse with which pilots also run, if the largest level is a UNet."""
 
 PRIOR = (2.0, 0.2, 0.2)
-"""Standard deviations, before any pilot is seen, of the constant and of both slopes."""
+"""Prior standard deviations of the constant and of both slopes."""
 LENGTHS = (1.5, 0.7)
-"""Of the bend: how far apart, in both logarithms, pilots still tell of each other."""
+"""Correlation lengths of the bend, in both logarithms."""
 BENDS = (0.3, 1.0)
-"""Standard deviations of the bend that are tried."""
+"""Candidate standard deviations of the bend."""
 SCATTERS = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
-"""Standard deviations of pilots about it that are tried."""
+"""Candidate standard deviations of pilots around it."""
 UNKNOWN = 1.0
-"""Of a prediction without pilots."""
+"""Standard deviation of a prediction without pilots."""
 
 
 Floats = NDArray[np.float64]
 
 
 class Factor(NamedTuple):
-    """What a predicted error is to be multiplied with, and the standard error of its logarithm."""
+    """The factor on a predicted error, and the standard error of its logarithm."""
 
     factor: float
     spread: float
@@ -57,7 +57,7 @@ def correction(pilots: Sequence[Sequence[float]], error: float, steps: int) -> F
     """The factor at a predicted error.
 
     Args:
-        pilots: predicted and measured error, and where they are known standard error of the measured one and steps.
+        pilots: predicted and measured error, and, if known, standard error of the measured one and steps.
         error: predicted, > 0.
         steps: of the solver.
     """
@@ -66,7 +66,7 @@ def correction(pilots: Sequence[Sequence[float]], error: float, steps: int) -> F
     predicted, measured = (np.log([row[k] for row in pilots]) for k in (0, 1))
     ratios = measured - predicted
     if len(pilots) < 5 or any(len(row) < 4 for row in pilots):
-        # between the pilots nearest to that error on either side
+        # between the pilots closest to that error on either side
         spread = float(np.std(ratios)) if len(pilots) > 1 else UNKNOWN
         return Factor(math.exp(np.interp(math.log(error), predicted, ratios)), max(SCATTERS[0], spread))
     places = np.stack([predicted, np.log([row[3] for row in pilots])], 1)
@@ -77,20 +77,20 @@ def correction(pilots: Sequence[Sequence[float]], error: float, steps: int) -> F
     weights /= weights.sum()
     mean = float(weights @ means)
     variance = float(weights @ (variances + (means - mean) ** 2))
-    # the images are the same for all pilots, so that their chance does not average out
+    # all pilots share their images, so that error does not average out
     images = float(np.mean([(row[2] / row[1]) ** 2 for row in pilots]))
     return Factor(math.exp(mean), math.sqrt(variance + images))
 
 
 def reuse_factor(pilots: Sequence[Sequence[float]], error: float) -> Factor:
-    """What reused features multiply an error with.
+    """The factor of reused features on an error.
 
-    Between the pilots nearest on either side, of which none with a smaller error may have a smaller factor; below them
-    all the error that is added stays.
+    Interpolated between the closest pilots on either side; the factor never rises with the error, and below all pilots
+    the resulting error is constant.
 
     Args:
-        pilots: error as predicted without reuse, and the factor, rising in the error.
-        error: as predicted without reuse, > 0.
+        pilots: predicted error without reuse, and the factor, in ascending order of the error.
+        error: predicted without reuse, > 0.
     """
     places, added = (np.log([row[k] for row in pilots]) for k in (0, 1))
     added = np.maximum.accumulate(np.maximum(added, 0.0)[::-1])[::-1]
@@ -102,7 +102,7 @@ def reuse_factor(pilots: Sequence[Sequence[float]], error: float) -> Factor:
 
 
 def _fits(places: Floats, ratios: Floats, here: Floats) -> Iterator[tuple[float, float, float]]:
-    """For each bend and scatter how likely they make the ratios, log evidence, and mean and variance here.
+    """For each bend and scatter, the log evidence of the ratios, and the mean and variance here.
 
     places: (P, 2). ratios: (P,). here: (1, 2).
     """

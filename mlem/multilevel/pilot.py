@@ -1,4 +1,4 @@
-"""Pilot runs: what linear response leaves out of a calibration is measured on a few plans, and so is discretisation."""
+"""Pilot runs measure, on a few plans, what linear response neglects, and discretisation errors."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from mlem.trajectory import samples
 __all__ = ["ESTIMATORS", "SPENT", "STEPS", "discretisations", "pilot", "possible"]
 
 STEPS: dict[str, tuple[int, ...]] = {"ode": (4, 6, 8, 12, 16, 24, 32, 48, 64), "sde": (8, 16, 32, 64, 128)}
-"""At these step counts."""
+"""Step counts of discretisation errors."""
 SPENT = (3.0, 6.0, 12.0, 24.0)
 """Their costs, in evaluations of the largest level by FLOPs."""
 ESTIMATORS = (
@@ -56,11 +56,11 @@ def pilot(
     """The calibration with `discretisation` and `pilots`.
 
     Args:
-        images: samples, which neither calibration nor a user sees.
-        reference_steps: steps of the run that they are compared with.
+        images: number of samples, used neither in calibration nor by users.
+        reference_steps: steps of the reference.
         device: where the family's networks are moved, and stay.
         conditions: of the samples; by default classes take turns.
-        progress: told what is being measured.
+        progress: called with a description of each measurement.
     """
     check_whole("reference_steps", reference_steps, most=MOST_STEPS)
     networks = torch.nn.ModuleList(level.network for level in family.levels).to(device)
@@ -72,7 +72,7 @@ def pilot(
             key = f"{name}/{grid}" + _words(reuse)
             progress(f"discretisation error of {name} on the {grid} grid{'' if reuse is None else f', reuse {reuse}'}")
             found = {steps: runs.errors(make_solver(name), grid, steps, reuse) for steps in STEPS[_kind(name)]}
-            # the reference itself is no measurement of its error
+            # the reference itself does not measure its error
             found = {steps: each for steps, each in found.items() if each.mean() > 0}
             errors[key] = {steps: each.mean().item() for steps, each in found.items()}
             stderr[key] = {steps: _stderr(each) for steps, each in found.items()}
@@ -86,7 +86,7 @@ def pilot(
                 spec = PlanSpec(budget=1.0, estimator=estimator, coins=coins, order=order, cost="flops")
                 recommended = estimator in RECOMMENDED
                 reuses = (None, *possible(family)) if recommended else (None,)
-                # with few of them, those of one solver say less than those of all
+                # few pilots of one solver are less informative than those of all
                 keys = pilot_keys(make_solver(name), estimator, coins)[0 if recommended else 1 :]
                 for steps in counts if recommended else counts[-1:]:
                     for reuse, rows in _pilots(runs, spec, make_solver(name), grid, steps, draws, reuses).items():
@@ -102,17 +102,17 @@ def _kind(solver: str) -> str:
 
 
 def _words(reuse: Reuse | None) -> str:
-    """Behind the name of what was measured."""
+    """Suffix of the names of measurements."""
     return "" if reuse is None else f"/{reuse}"
 
 
 def possible(family: Family) -> list[Reuse]:
-    """Of `REUSES`, those that the largest level can do."""
+    """Those of `REUSES` that the largest level supports."""
     return [reuse for reuse in REUSES if can_reuse(family.level(), reuse)]
 
 
 def _alone(family: Family) -> Iterator[tuple[str, str, Reuse | None]]:
-    """Solver and grid of what the largest level runs alone; reusing its features on those of the pilots."""
+    """Solvers and grids for the largest level alone; with reuse, those of the pilots."""
     for name, grid in discretisations():
         yield name, grid, None
     for reuse in possible(family):
@@ -121,7 +121,7 @@ def _alone(family: Family) -> Iterator[tuple[str, str, Reuse | None]]:
 
 
 def discretisations() -> list[tuple[str, str]]:
-    """Solvers and grids whose error on the largest level is measured, SDE solvers first: what each says of itself."""
+    """Solvers and grids whose error on the largest level is measured, as declared by each solver, SDE solvers first."""
     solvers = sorted(SOLVERS.items(), key=lambda item: not item[1].stochastic)
     return [(name, grid) for name, solver in solvers for grid in solver.measured_grids]
 
@@ -137,12 +137,12 @@ class _Runs:
         self._made: dict[tuple[str, str | None, int, Reuse | None], Tensor] = {}
 
     def errors(self, solver: Solver, grid: str, steps: int, reuse: Reuse | None = None) -> Tensor:
-        """Mean squared errors of the images by the largest level, to the many-step run: (B,)."""
+        """Mean squared errors per image of the largest level, to the reference: (B,)."""
         truth = self._alone(make_solver(solver.reference), None, self._reference_steps)
         return (self._alone(solver, grid, steps, reuse) - truth).square().flatten(1).mean(1)
 
     def added(self, solver: Solver, grid: str, steps: int, plan: Plan, reuse: Reuse | None = None) -> Tensor:
-        """What a plan adds to that, mean squared difference to the largest level in as many steps: (B,)."""
+        """The error added by a plan, mean squared difference to the largest level in as many steps: (B,)."""
         points = self._points(solver, grid, steps)
         family = self.family if reuse is None else self.family.reusing(reuse)
         x = plan_samples(family, plan, solver, points, self._index, self._seed, self._conditions)
@@ -175,9 +175,9 @@ def _trimmed(errors: Tensor) -> float:
 def _pilots(
     runs: _Runs, spec: PlanSpec, solver: Solver, grid: str, steps: int, draws: int, reuses: Sequence[Reuse | None]
 ) -> dict[Reuse | None, list[list[float]]]:
-    """At each cost that a plan can have, rising: what it adds as predicted by linear response, and as measured.
+    """At each possible cost, rising: the added error as predicted by linear response, and as measured.
 
-    Then the standard error of what was measured, and the steps; measured with features reused in each of these ways.
+    Then the standard error of the measured one, and the steps; measured with each of these kinds of reuse.
     """
     family = runs.family
     times = solver.grid(family.schedule, steps, grid)
@@ -191,10 +191,10 @@ def _pilots(
                 make_plan(replace(spec, budget=spent / steps, seed=seed), family, solver, times)
                 for seed in range(draws)
             ]
-        except ValueError:  # a family whose cheapest level costs more than that
+        except ValueError:  # the cheapest level of this family costs more than that
             continue
         predicted = sum(map(predictor.response_error, plans)) / draws
-        if predicted <= 0:  # a plan that runs all there is adds nothing
+        if predicted <= 0:  # a plan that runs everything adds nothing
             continue
         for reuse in reuses:
             measured = torch.stack([runs.added(solver, grid, steps, plan, reuse) for plan in plans]).mean(0)

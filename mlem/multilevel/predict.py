@@ -1,8 +1,8 @@
 """The mean squared error of a plan, predicted from a calibration.
 
-To first order a plan's error is linear in what the corrections add to a sample: for correction k, the sum over rows of
-`d_k(i) q_k(i)`, with `q_k` the calibrated vectors and d what stands in for the correction, less the correction
-itself, times the weight `s_i` of row i. The mean square is a quadratic form in d; its matrix stands in `covariance.py`.
+To first order a plan's error is linear in the effects of corrections on a sample: for correction k, the sum over rows
+of `d_k(i) q_k(i)`, with `q_k` the calibrated vectors and d the stand-in minus the correction, times the weight `s_i` of
+row i. The mean square is a quadratic form in d; its matrix is in `covariance.py`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ __all__ = ["Predictor", "pilot_keys"]
 
 
 class Predictor:
-    """What a calibration says of plans for one solver on one grid; R rows, C corrections of the whole family."""
+    """Predictions from a calibration for plans of one solver on one grid; R rows, C corrections of the whole family."""
 
     def __init__(self, calibration: Calibration, schedule: NoiseSchedule, solver: Solver, grid: TimeGrid) -> None:
         self.calibration, self.solver, self.grid = calibration, solver, grid
@@ -42,14 +42,14 @@ class Predictor:
         """-ln kappa at each row: (R,)."""
         found = calibration.responses[_kind(solver)]
         knots = calibration.log_snr / 2
-        # what a row's noise estimate adds in a step reaches the sample from the end of that step on
+        # the contribution of a row in a step propagates to the sample from the end of that step
         added = torch.stack(entered)[:, : len(rows)]
         added = added.diff(dim=0, prepend=torch.zeros_like(added[:1]))
         ends = -torch.tensor([point.kappa for point in points[1:]], dtype=torch.float64).log()
         reach = found.gain / torch.sigmoid(-calibration.log_snr).sqrt()  # gain over sigma
         reach = torch.exp(reach.log() @ torch.from_numpy(knot_weights(ends.numpy(), knots.numpy())).T)  # (C, steps)
         self.scale = reach @ added * torch.tensor([point.alpha for point in rows], dtype=torch.float64)
-        """How a unit of error in q at each row reaches the sample: (C, R)."""
+        """Effect on the sample of a unit error in q at each row: (C, R)."""
         self.covariance = CorrectionCovariance(self.times.numpy(), knots.numpy(), found)
         """Mean of `q_k(i) q_l(j)` per pixel."""
         self._at_same_row = torch.from_numpy(self.covariance.at_same_row())
@@ -71,7 +71,7 @@ class Predictor:
 
     @property
     def discretisation_spread(self) -> float:
-        """Standard error of the logarithm of `discretisation`, over the images that it was measured on."""
+        """Standard error of the logarithm of `discretisation`, over the images of its measurement."""
         name = f"{self.solver.name}/{self.grid.name}"
         found, stderr = self.calibration.discretisation.get(name, {}), self.calibration.stderr.get(name)
         if not stderr:
@@ -80,15 +80,15 @@ class Predictor:
         return stderr[near] / found[near]
 
     def error(self, plan: Plan) -> float:
-        """Mean squared error per pixel that the plan adds to the solver's: linear response, corrected by pilots."""
+        """Mean squared error per pixel that the plan adds to the solver's, by linear response corrected by pilots."""
         error = self.response_error(plan)
         return error * self._factor(error, plan).factor
 
     def response_error(self, plan: Plan) -> float:
         """`error` by linear response alone.
 
-        Coins that rows toss independently: on average over them. Systematic ones: of this plan, and where samples toss
-        their own on average over 256 of them. Raises ValueError where the first level does not always run.
+        For coins independent between rows, the mean over coins. For systematic ones, of this plan, or, if samples toss
+        their own, the mean over 256 of them. Raises ValueError if the first level does not always run.
         """
         if bool((plan.probabilities[:, 0] < 1).any()):
             raise ValueError("only a plan whose first level always runs can be predicted; give it probability 1")
@@ -102,11 +102,11 @@ class Predictor:
         return max(0.0, self.energy(torch.stack([self._deviations(one) for one in plans])).mean().item())
 
     def choice(self, plan: Plan) -> float:
-        """What to compare plans on different levels by: coins by their variance, so that no lucky draw wins."""
+        """The criterion between plans on different levels: for coins the variance, so that no lucky draw wins."""
         return self.response_error(plan) if plan.holds or plan.coins not in COINS else self.variance(plan)
 
     def _factor(self, error: float, plan: Plan) -> Factor:
-        """Measured over predicted, as pilots say."""
+        """Measured over predicted, from pilots."""
         if error <= 0:
             return Factor(1.0, 0.0)
         keys, known = pilot_keys(self.solver, plan.estimator, plan.coins), self.calibration.pilots
@@ -118,11 +118,12 @@ class Predictor:
         return Factor(found.factor * more.factor, math.hypot(found.spread, more.spread))
 
     def total(self, plan: Plan) -> float:
-        """`error` plus `discretisation`. Raises ValueError where that was not measured."""
+        """`error` plus `discretisation`. Raises ValueError if that was not measured."""
         discretisation = self.discretisation
         if discretisation is None:
             measured = ", ".join(self.calibration.discretisation)
-            raise ValueError(f"the error of {self.solver.name}/{self.grid.name} was not measured; choose of {measured}")
+            name = f"{self.solver.name}/{self.grid.name}"
+            raise ValueError(f"the error of {name} was not measured; choose from {measured}")
         return self.error(plan) + discretisation
 
     def spread(self, plan: Plan | None = None) -> float:
@@ -135,7 +136,7 @@ class Predictor:
         return (error * factor.spread + alone * self.discretisation_spread) / (error + alone)
 
     def variance(self, plan: Plan) -> float:
-        """`response_error` on average over coins, as if rows tossed independently, plus what missing levels cost.
+        """Mean of `response_error` over coins, as if rows were independent, plus the error of missing levels.
 
         `sum_k Var(count_k / p_k) s^2 V_k`, and twice the covariances of the coins of different levels.
         """
@@ -151,7 +152,7 @@ class Predictor:
         return total
 
     def allocation(self, levels: Sequence[str], costs: Tensor) -> Tensor:
-        """`s sqrt(V_k / c_k)`, to be scaled: (R, K), the first column 1. costs: (K,) of all levels of the family."""
+        """`s sqrt(V_k / c_k)`, unscaled: (R, K), the first column 1. costs: (K,) of all levels of the family."""
         names = self.calibration.names
         own = costs[[names.index(name) for name in levels]]
         both = own[1:] + own[:-1]  # a coin makes both ends of its correction run
@@ -161,11 +162,11 @@ class Predictor:
         return table
 
     def worth(self, corrections: Sequence[int]) -> Tensor:
-        """Root of what missing these corrections at one row alone would cost: (R,)."""
+        """Root of the error from missing these corrections at a single row: (R,)."""
         return self._products(corrections, corrections).sqrt()
 
     def _products(self, corrections: Sequence[int], others: Sequence[int]) -> Tensor:
-        """Mean product of what missing these and those corrections at one row alone does to a sample: (R,)."""
+        """Mean product of the effects of missing these and those corrections at a single row: (R,)."""
         inner = self._at_same_row[list(corrections)][:, list(others)]  # (c, d, R)
         return torch.einsum("cr,cdr,dr->r", self.scale[list(corrections)], inner, self.scale[list(others)])
 
@@ -179,7 +180,7 @@ class Predictor:
         return torch.as_tensor(self.covariance.energy(deviations.numpy()))
 
     def groups(self, levels: Sequence[str]) -> list[list[int]]:
-        """Which corrections of the family each one of a plan on `levels` stands for; those it lacks come last."""
+        """The corrections of the family covered by each correction of a plan on `levels`; missing ones come last."""
         places = [self.calibration.names.index(name) for name in levels or self.calibration.names]
         between = [list(range(low, high)) for low, high in itertools.pairwise(places)]
         return [*between, list(range(places[-1], len(self.calibration.names) - 1))]
@@ -197,7 +198,7 @@ class Predictor:
 
 
 def pilot_keys(solver: Solver, estimator: str, coins: str | None) -> tuple[str, str]:
-    """The names under which a calibration keeps pilots of such plans: of this solver, and of all of its kind."""
+    """The names of pilots of such plans in a calibration: of this solver, and of all of its kind."""
     tossed = [] if coins is None or ESTIMATORS[estimator].searched else [COINS[coins].pilot]
     own, kind = ("/".join([name, estimator, *tossed]) for name in (solver.name, _kind(solver)))
     return own, kind

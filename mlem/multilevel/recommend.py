@@ -1,10 +1,9 @@
 """What to run: the fastest way to an error, or the least error in a time.
 
-Candidates are every solver and grid whose error was measured, in as many steps or more: the largest level alone, and,
-on those that pilots were run on, plans on every subset of levels, each with the deep features of the largest level
-reused or not. Errors are those of the calibration, and the upper end of their interval is what counts; seconds are
-those of a call of each level as the loop makes it, and of a step outside. A plan is searched for only where it may be
-faster than the best that is known.
+Candidates are all solvers and grids with a measured error, in as many steps or more: the largest level alone, and, on
+those with pilots, plans on every subset of levels, each with or without reuse of the largest level's deep features.
+Errors come from the calibration, and the upper end of their interval counts; seconds are those of calls of the levels
+in the loop, and of steps outside. A plan is searched for only if it may be faster than the best known candidate.
 """
 
 from __future__ import annotations
@@ -30,17 +29,17 @@ __all__ = ["recommend"]
 MOST_STEPS = 1000
 """Of a candidate."""
 SHARES = (0.4, 0.6, 0.2, 0.8)
-"""Shares of the error that may be the solver's own, in the order in which they are tried; the rest is the plan's."""
+"""Shares of the error allowed to the solver, in the order tried; the rest is the plan's."""
 BEST = 3
-"""Estimators and ways to run the largest level that are tried on after the first share or number of steps."""
+"""How many pairs of estimator and way to run the largest level are kept after the first share or number of steps."""
 LONGER = (2.0, 1.0, 1.5, 3.0, 4.0, 6.0)
-"""How many times as many steps as the largest level alone could take a plan is tried with."""
+"""Steps tried for plans, relative to those of the largest level alone."""
 WORTH = 1.03
-"""Times as long as it takes for which a plan of several levels counts: to gain less it is not worth the trouble."""
+"""Factor on the time of multilevel plans in comparisons: a smaller gain is not worth the trouble."""
 NEAR = 1.25
-"""Plans are searched for on solvers and grids that need so many times the steps of the best at most."""
+"""Plans are searched for on solvers and grids that need at most this many times the steps of the best."""
 HALVINGS = 5
-"""Of the interval in which the budget of a plan is looked for."""
+"""Bisections of the interval in which the budget of a plan is searched."""
 
 
 def recommend(
@@ -53,19 +52,19 @@ def recommend(
 ) -> Recommendation:
     """The fastest way to an error, or the least error in a time, on this machine.
 
-    Where the family was calibrated on another machine, its levels are timed here first, which takes seconds.
+    If the family was calibrated on another machine, its levels are first timed here, which takes seconds.
 
     Args:
         mse: mean squared error per pixel to the many-step run of the largest level from the same noise, > 0.
-        seconds: wall seconds an image, > 0; one of the two is given.
-        kind: "ode" or "sde": what is solved.
-        batch_size: images in a batch.
+        seconds: wall-clock seconds per image, > 0; exactly one of the two is given.
+        kind: "ode" or "sde".
+        batch_size: images per batch.
 
     Raises:
-        ValueError: no target or two, the family is not calibrated, or nothing reaches the target.
+        ValueError: not exactly one target, an uncalibrated family, or nothing reaches the target.
     """
     if (mse is None) == (seconds is None):
-        raise ValueError("recommend() takes mse=, the error that is allowed, or seconds= an image; give one of them")
+        raise ValueError("recommend() takes mse=, the allowed error, or seconds=, per image; pass one of them")
     name, target = ("mse", mse) if mse is not None else ("seconds", seconds)
     if target is None or not 0 < target < math.inf:
         raise ValueError(f"{name} must be a number > 0, got {target!r}")
@@ -75,7 +74,7 @@ def recommend(
 
 
 def _best(tried: Sequence[tuple[str, Way]], good: Sequence[Candidate]) -> list[tuple[str, Way]]:
-    """Of estimators and ways those whose plans come first among good candidates, the best first."""
+    """The estimators and ways whose plans come first among good candidates, best first."""
     order = [(one.plan.estimator, one.reuse) if one.plan else None for one in good]
 
     def place(one: tuple[str, Way]) -> int:
@@ -104,7 +103,7 @@ class _ForError(Choosing):
             errors = [by.discretisation_at(MOST_STEPS) for by in self._longest()]
             least = min(error for error in errors if error is not None)
             raise ValueError(
-                f"mse={self.target:g}: nothing reaches it for sure in {MOST_STEPS} steps, where {least:.2g} are left; "
+                f"mse={self.target:g}: nothing surely reaches it in {MOST_STEPS} steps, where {least:.2g} remains; "
                 "allow more, or calibrate on more images"
             )
         return self.recommendation(good, "is fastest", "the largest level alone does not reach it")
@@ -116,7 +115,7 @@ class _ForError(Choosing):
         return [one for one in self.found if one.upper_mse <= self.target]
 
     def _steps(self, solver: Solver, grid: str, error: float, sure: bool) -> int | None:
-        """The fewest steps of the largest level to this error; sure: for the upper end; None: too many."""
+        """The fewest steps of the largest level to this error; sure: to its upper end; None: too many."""
         known = self.measured(solver, grid)
         by = self.predictor(solver, grid, known[0])
         margin = math.exp(SURE * by.discretisation_spread) if sure else 1.0
@@ -124,7 +123,7 @@ class _ForError(Choosing):
         def reached(steps: int) -> bool:
             return (by.discretisation_at(steps) or 0.0) * margin <= error
 
-        # between two measured counts errors fall or rise; over all of them they need not fall
+        # between two measured counts errors are monotone; over all of them they need not fall
         high = next((steps for steps in (*known, MOST_STEPS) if reached(steps)), None)
         if high is None:
             return None
@@ -140,14 +139,14 @@ class _ForError(Choosing):
             steps += 1
 
     def _best_methods(self, error: float) -> list[tuple[Solver, str, int]]:
-        """Solvers and grids that come to this error in few steps, and how many."""
+        """Solvers and grids that reach this error in few steps, and how many."""
         found = [(solver, grid, self._steps(solver, grid, error, sure=False)) for solver, grid in self.piloted()]
         known = [(solver, grid, steps) for solver, grid, steps in found if steps is not None]
         fewest = min((steps for _, _, steps in known), default=0)
         return [(solver, grid, steps) for solver, grid, steps in known if steps <= NEAR * fewest]
 
     def _searched(self, solver: Solver, grid: str, steps: int, estimator: str, way: Way) -> None:
-        """Plans in so many steps, the cheaper the better: on the levels of the first, then once more on any."""
+        """Plans in this many steps, as cheap as possible: on the levels of the first, then once more on any."""
         best = min((one.predicted_seconds for one in self._reaching()), default=math.inf)
         high = min(best, steps * self.step_seconds(self.family.names[-1]))
         low = steps * self.step_seconds(self.family.names[0])
@@ -187,18 +186,18 @@ class _ForTime(Choosing):
         good = self._in_time()
         if not good:
             raise ValueError(
-                f"seconds={self.target:g} an image: a step of {self.family.names[0]} takes "
+                f"seconds={self.target:g} per image: a step of {self.family.names[0]} takes "
                 f"{self.step_seconds(self.family.names[0]):.2g}; allow more"
             )
         return self.recommendation(good, "errs least", "the largest level alone takes longer")
 
     def _in_time(self) -> list[Candidate]:
-        """Candidates that take no longer, those that err least first."""
+        """Candidates that take no longer, by ascending error."""
         good = [one for one in self.found if one.predicted_seconds <= 1.0001 * self.target]
         return sorted(good, key=lambda one: one.upper_mse)
 
     def _best_methods(self, steps: int) -> list[tuple[Solver, str]]:
-        """Solvers and grids that err little in so many steps."""
+        """Solvers and grids with small errors in this many steps."""
         errors = {
             (solver, grid): self.predictor(solver, grid, steps).discretisation or 0.0 for solver, grid in self.piloted()
         }

@@ -1,4 +1,4 @@
-"""How long levels take as sampling runs them, and how long a step takes outside of them."""
+"""Wall-clock time of levels as sampling runs them, and of a step outside them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ __all__ = ["time_levels", "time_shallow", "timed_here", "timed_on"]
 
 REPEATS = 3
 CALLS, STEPS, SHALLOW = 2, 16, 4
-"""Calls of a level in each repeat, steps of the run that shows what is spent outside, and calls on kept features."""
+"""Calls of a level per repeat, steps of the run that times what is outside, and calls on reused features."""
 SOLVERS = dict(zip(KINDS, ("ddim", "ddpm"), strict=True))
 
 
@@ -39,14 +39,14 @@ def time_levels(
 ) -> tuple[tuple[float, ...], dict[str, float]]:
     """Medians over short runs of the levels, one after another, in batches of `batch_size` samples.
 
-    The networks are taken as they are: on `device`, in the mode in which they are to be timed.
+    Networks must already be on `device`, in the mode to be timed.
 
     Returns: seconds per image of one evaluation of each level, and of one step outside the networks, by kind.
     """
     index = reserved_indices("calibration", batch_size, device)
     seconds: list[float] = []
     for level in family.levels:
-        _run(level, "ddim", 1, index, conditions)  # the first call of all is slow
+        _run(level, "ddim", 1, index, conditions)  # the very first call is slow
         networks = [_run(level, "ddim", CALLS, index, conditions)[0] for _ in range(REPEATS)]
         seconds.append(statistics.median(networks) / CALLS / batch_size)
     outside: dict[str, float] = {}
@@ -60,9 +60,9 @@ def time_levels(
 def time_shallow(
     family: Family, batch_size: int, device: torch.device, conditions: ConditionSource | None = None
 ) -> dict[int, float]:
-    """Seconds per image of an evaluation of the largest level on kept deep features, by branch; medians.
+    """Median seconds per image of an evaluation of the largest level on reused deep features, by branch.
 
-    Empty for a network that cannot reuse its features. The rest is as for `time_levels`.
+    Empty for a network that cannot reuse features. Otherwise like `time_levels`.
     """
     index, found = reserved_indices("calibration", batch_size, device), dict[int, float]()
     for branch in sorted({reuse.branch for reuse in REUSES}):
@@ -82,16 +82,16 @@ def time_shallow(
 
 
 def timed_on(device: torch.device) -> str:
-    """What the times of levels depend on beside batch size and network."""
+    """What the times of levels depend on, besides batch size and network."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{processor()}, {torch.get_num_threads()} threads"
 
 
 def timed_here(family: Family, calibration: Calibration, batch_size: int) -> Calibration:
-    """The calibration with times of this machine: its own, or where it is of another one, measured now.
+    """The calibration with times on this machine: its own, or measured now if it is from another one.
 
-    Calibrations from before machines were noted stay as they are.
+    Old calibrations without a machine are returned unchanged.
     """
     place = next(family.level().network.parameters(), torch.empty(0)).device
     if calibration.about.get("machine", here := timed_on(place)) == here:
@@ -109,7 +109,7 @@ def timed_here(family: Family, calibration: Calibration, batch_size: int) -> Cal
 def _run(
     level: Level, solver: str, steps: int, index: Tensor, conditions: ConditionSource | None
 ) -> tuple[float, float]:
-    """Seconds of a run in the network and outside of it."""
+    """Seconds of a run in the network and outside it."""
     meter = Meter(level.network, level.flops)
     schedule = level.denoiser.schedule
     points = GridPoint.of(schedule, make_solver(solver).grid(schedule, steps, "log_snr"))

@@ -72,11 +72,13 @@ def panels(xlabel: str, ylabels: Sequence[str], caption: str) -> tuple[Figure, l
     return figure, found
 
 
-def legend_key(label: str, colour: str, marker: str, line: Any) -> Line2D:
-    """A legend entry without a line in the figure. line: a matplotlib line style."""
+def legend_key(label: str, colour: str, marker: str, line: Any, filled: Any = "full") -> Line2D:
+    """A legend entry without a line in the figure. line: a matplotlib line style; filled: one of FILLS."""
     from matplotlib.lines import Line2D
 
-    return Line2D([], [], color=colour, marker=marker, linestyle=line, label=label)
+    line2d = Line2D([], [], color=colour, marker=marker, linestyle=line, label=label, markerfacecoloralt="white")
+    line2d.set_fillstyle(filled)
+    return line2d
 
 
 def in_digits(axis: Axis) -> None:

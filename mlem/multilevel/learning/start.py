@@ -69,9 +69,9 @@ def first_coefficients(family: Family, solver: Solver, grid: TimeGrid, budget: f
 
 
 def law_path(family: Family, solver: Solver, grid: TimeGrid, knots: int = 0, points: int = 16) -> list[PathPoint]:
-    """The predicted errors of the best laws against their costs, without any network: a curve of its own.
+    """The predicted errors of the best laws against their costs, without any network.
 
-    At costs even in their logarithm, from little above the first level's to little below the largest's; those that
+    At costs evenly spaced in the logarithm, from slightly above the first level's to 0.95 of the largest's; those that
     the form of the law cannot have are left out. Raises ValueError for a family without a calibration.
     """
     law, worth = _law(family, solver, grid, knots)
