@@ -172,7 +172,7 @@ def luminance(colour: str) -> float:
 def test_it_begins_with_what_to_run(opened: Any) -> None:
     lines = opened.locator("main").inner_text().splitlines()
     first, second = [line for line in lines if line][1:3]  # below the title
-    assert first == f"Run {ADVICE.text}: 12.5 ms an image for a mean squared error of at most 0.001."
+    assert first == f"Run {ADVICE.text}: 12.5 ms per image for a mean squared error of at most 0.001."
     assert second.startswith("python sample.py family=")
     assert second.endswith("/family sampler=auto mse=0.001")
     head = opened.locator(".advice")
