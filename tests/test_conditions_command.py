@@ -155,7 +155,7 @@ def test_calibrations_and_memorised_plans_take_conditions_of_a_file(
 
 
 MISTAKES = {
-    "labels=1,11": r"labels must be in [0, 10], 10 for no class, got 11",
+    "labels=1,11": r"labels must be in [0, 10], 10 meaning no class, got 11",
     "labels=x": "labels must be ranges such as 0-63 or 0-9,20",
     "guidance.weak=s": "guidance.weak=s needs a scale: add guidance.scale=2",
     "guidance.scale=2 guidance.weak=m": "guidance: weak=m must be the cheapest level, s",

@@ -361,7 +361,7 @@ def test_delta_shifts_logits() -> None:
     expected = torch.tensor([[1.0, 0.8, 1.0], [1.0, 0.5, 4 / 13]], dtype=torch.float64)
     assert torch.allclose(again.probabilities, expected, atol=1e-7)
     assert (again.seed, again.levels, again.coins) == (7, plan.levels, "bernoulli")
-    with pytest.raises(ValueError, match="hindsight tosses no coins"):
+    with pytest.raises(ValueError, match="hindsight has no coins to toss again"):
         Plan.given(torch.ones(2, 3)).redrawn()
 
 

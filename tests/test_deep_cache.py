@@ -307,7 +307,7 @@ def mistakes() -> dict[str, tuple[Any, dict[str, Any]]]:
     transformer = Level("d", dit("s", SHAPE), cosine, SHAPE, conditions={"class_labels": 1})
     unknown = Level("k", UNet2DModel(**SMALL | {"norm_num_groups": 1}, **skipping), cosine, SHAPE, flops=1)
     return {
-        "features are reused in a UNet2DModel or a UNet2DConditionModel or a PatchUNet2DModel, and this is a "
+        "features are reused in a UNet2DModel or a UNet2DConditionModel or a PatchUNet2DModel, but this is a "
         "DiTTransformer2DModel; leave out reuse": (transformer, {}),
         "features are reused in a UNet of DownBlock2D, AttnDownBlock2D, CrossAttnDownBlock2D, but this one has a "
         "SkipDownBlock2D; leave out reuse": (unknown, {}),

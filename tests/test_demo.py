@@ -108,8 +108,8 @@ def test_the_first_tutorial_runs(
     with Image.open("levels.png") as image:
         assert image.width > 3 * image.height  # 8 columns, 2 levels
     *compared, smallest, largest = capsys.readouterr().out.splitlines()
-    assert re.fullmatch(r"all levels: error \S+, \d+ MFLOPs an image, calls: xs \d+, s \d+", compared[0])
-    assert re.fullmatch(r"the largest: error \S+, \d+ MFLOPs an image, calls: s 13", compared[2])
+    assert re.fullmatch(r"all levels: error \S+, \d+ MFLOPs per image, calls: xs \d+, s \d+", compared[0])
+    assert re.fullmatch(r"the largest: error \S+, \d+ MFLOPs per image, calls: s 13", compared[2])
     assert re.fullmatch(r" xs [1-9]{32}", smallest)
     assert re.fullmatch(r"  s 1[.1-9]{31}", largest)
 

@@ -119,7 +119,7 @@ def test_a_reference_cache_that_cannot_be_written_is_done_without(tmp_path: Path
     (tmp_path / "cache").touch()  # a file in the place of the folder: root may write into any folder
     images = (torch.arange(300 * 64).view(300, 1, 8, 8) % 251).to(torch.uint8)
     fid, key = FID(), {"data": "test", "count": 300}
-    with pytest.warns(UserWarning, match=r"not kept \(.*/cache/.* cannot be written .*metric.cache=FOLDER keeps"):
+    with pytest.warns(UserWarning, match=r"not cached \(.*/cache/.* cannot be written .*metric.cache=FOLDER keeps"):
         assert not reference_statistics([(range(300), images)], fid, tmp_path / "cache", key)
     assert fid.metric.real_features_num_samples == 300
 
@@ -132,7 +132,7 @@ def test_statistics_that_are_all_that_is_asked_must_be_written(
     options = ("eval=ref", "trainer=cpu", "metric=fid_random256", f"metric.cache={tmp_path}/cache")
     with (
         pytest.raises(ValueError, match=r"nothing could be written to metric.cache=.*; name another folder"),
-        pytest.warns(UserWarning, match="not kept"),
+        pytest.warns(UserWarning, match="not cached"),
     ):
         run_here("sample", *options)
 

@@ -250,7 +250,7 @@ def test_memorise_keeps_the_best_plan(
     assert about["chosen_mse"] > 0
     assert 0 < about["judged_mse"] < about["others_mse"] + 3 * about["others_spread"]
     assert f"best of 4 draws: mean squared error {about['chosen_mse']:.3g} on the 2 images" in printed
-    assert f"on 2 others {about['judged_mse']:.3g}, where all draws have {about['others_mse']:.3g} ±" in printed
+    assert f"{about['judged_mse']:.3g} on 2 others, where all draws have {about['others_mse']:.3g} ±" in printed
     common = ("trainer=cpu", f"family={family}", "sampler=mlem", "steps=8", "seeds=0-1")
     run_here("sample", *common, "plan=best", f"out={out}")
     assert calls(out) == dict(zip(("xs", "s"), Plan.load(family / "plans/best.json").calls.tolist(), strict=True))
@@ -278,7 +278,7 @@ def test_the_mlem_samplers_print_the_calls_of_each_level(
     steps = configure("sample", f"sampler={sampler}").steps
     flops = sum(count * family.level(name).flops for name, count in found.items()) / family.level().flops
     assert flops <= budget * steps
-    assert f"in all {flops:.4g} evaluations of level s by FLOPs; it alone would make {steps}" in printed
+    assert f"total {flops:.4g} evaluations of level s by FLOPs; it alone would make {steps}" in printed
     assert re.search(
         r"predicted mean squared error \S+; \w+ with level s alone in \d+ steps, at the same cost", printed
     )

@@ -121,7 +121,7 @@ def test_a_family_of_own_networks_is_calibrated_and_sampled_with_hindsight(
 
 def test_without_network_one_line_says_what_to_pass(tmp_path: Path) -> None:
     pair("tokens").save(tmp_path)
-    says = rf"^{tmp_path}/level_s holds a network of class '{__name__}.Perceptron', and only UNet2DModel, .* are built "
+    says = rf"^{tmp_path}/level_s holds a network of class '{__name__}.Perceptron', but only UNet2DModel, .* are built "
     with pytest.raises(
         ValueError, match=says + r"from a file; build it and pass it: Level.load\('.*level_s', network=...\)$"
     ):
@@ -146,7 +146,7 @@ def test_a_name_in_a_file_builds_and_imports_nothing(tmp_path: Path, monkeypatch
     for name in ("mlem_hostile.Network", "UNet1DModel", "os.system", "../UNet2DModel", None, ["UNet2DModel"]):
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(config | {"_class_name": name}))
-        with pytest.raises(ValueError, match=r"and only UNet2DModel, .* are built from a file"):
+        with pytest.raises(ValueError, match=r"but only UNet2DModel, .* are built from a file"):
             Level.load(folder)
     assert "mlem_hostile" not in sys.modules
 
@@ -176,7 +176,7 @@ def test_a_diffusers_model_off_the_list_is_saved_as_diffusers_does(tmp_path: Pat
 def test_flops_that_torch_cannot_count_are_asked_for(tmp_path: Path) -> None:
     level = Level("tiny", Shrinking(), COSINE, (4,))
     with pytest.raises(
-        ValueError, match=r"^torch counts no FLOPs in level tiny \(Shrinking\); say .* Level\(..., flops=\)$"
+        ValueError, match=r"^torch counts no FLOPs in level tiny \(Shrinking\); give .* Level\(..., flops=\)$"
     ):
         level.save(tmp_path)
     assert not list(tmp_path.iterdir())
