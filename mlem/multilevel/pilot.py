@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -18,15 +18,15 @@ from mlem.multilevel.fitted import Fitted
 from mlem.multilevel.plan import Plan
 from mlem.multilevel.planner import make_plan
 from mlem.multilevel.predict import Predictor, pilot_keys
-from mlem.multilevel.probes import plan_samples
+from mlem.multilevel.probes import plan_samples, start_caches
 from mlem.multilevel.spec import PlanSpec
 from mlem.networks import Reuse, evaluating
 from mlem.noise import reserved_indices
-from mlem.reusing import can_reuse, reusing
+from mlem.reusing import can_reuse
 from mlem.solvers import SOLVERS, GridPoint, GridPoints, Solver, make_solver
 from mlem.trajectory import samples
 
-__all__ = ["ESTIMATORS", "SPENT", "STEPS", "discretisations", "pilot", "possible"]
+__all__ = ["ESTIMATORS", "SPENT", "STEPS", "discretisations", "pilot"]
 
 STEPS: dict[str, tuple[int, ...]] = {"ode": (4, 6, 8, 12, 16, 24, 32, 48, 64), "sde": (8, 16, 32, 64, 128)}
 """Step counts of discretisation errors."""
@@ -68,7 +68,7 @@ def pilot(
     with torch.inference_mode(), evaluating(networks):
         runs = _Runs(family, reserved_indices("pilots", images, device), reference_steps, seed, conditions)
         errors, stderr, trimmed = (dict[str, dict[int, float]]() for _ in range(3))
-        for name, grid, reuse in _alone(family):
+        for name, grid, reuse in _alone(runs.families):
             key = f"{name}/{grid}" + _words(reuse)
             progress(f"discretisation error of {name} on the {grid} grid{'' if reuse is None else f', reuse {reuse}'}")
             found = {steps: runs.errors(make_solver(name), grid, steps, reuse) for steps in STEPS[_kind(name)]}
@@ -85,7 +85,7 @@ def pilot(
                 progress(f"pilot plans: {name}, {estimator} {coins or ''}")
                 spec = PlanSpec(budget=1.0, estimator=estimator, coins=coins, order=order, cost="flops")
                 recommended = estimator in RECOMMENDED
-                reuses = (None, *possible(family)) if recommended else (None,)
+                reuses = [*runs.families] if recommended else [None]
                 # few pilots of one solver are less informative than those of all
                 keys = pilot_keys(make_solver(name), estimator, coins)[0 if recommended else 1 :]
                 for steps in counts if recommended else counts[-1:]:
@@ -106,16 +106,11 @@ def _words(reuse: Reuse | None) -> str:
     return "" if reuse is None else f"/{reuse}"
 
 
-def possible(family: Family) -> list[Reuse]:
-    """Those of `REUSES` that the largest level supports."""
-    return [reuse for reuse in REUSES if can_reuse(family.level(), reuse)]
-
-
-def _alone(family: Family) -> Iterator[tuple[str, str, Reuse | None]]:
+def _alone(reuses: Iterable[Reuse | None]) -> Iterator[tuple[str, str, Reuse | None]]:
     """Solvers and grids for the largest level alone; with reuse, those of the pilots."""
     for name, grid in discretisations():
         yield name, grid, None
-    for reuse in possible(family):
+    for reuse in filter(None, reuses):
         for name, grid, *_ in PILOTS:
             yield name, grid, reuse
 
@@ -134,6 +129,9 @@ class _Runs:
     ) -> None:
         self.family, self._index, self._reference_steps, self._seed = family, index, reference_steps, seed
         self._conditions = conditions
+        self.families: dict[Reuse | None, Family] = {None: family}
+        """The family, and with each supported reuse of features by its largest level."""
+        self.families |= {reuse: family.reusing(reuse) for reuse in REUSES if can_reuse(family.level(), reuse)}
         self._made: dict[tuple[str, str | None, int, Reuse | None], Tensor] = {}
 
     def errors(self, solver: Solver, grid: str, steps: int, reuse: Reuse | None = None) -> Tensor:
@@ -144,16 +142,16 @@ class _Runs:
     def added(self, solver: Solver, grid: str, steps: int, plan: Plan, reuse: Reuse | None = None) -> Tensor:
         """The error added by a plan, mean squared difference to the largest level in as many steps: (B,)."""
         points = self._points(solver, grid, steps)
-        family = self.family if reuse is None else self.family.reusing(reuse)
-        x = plan_samples(family, plan, solver, points, self._index, self._seed, self._conditions)
+        x = plan_samples(self.families[reuse], plan, solver, points, self._index, self._seed, self._conditions)
         return (x - self._alone(solver, grid, steps)).square().flatten(1).mean(1)
 
     def _alone(self, solver: Solver, grid: str | None, steps: int, reuse: Reuse | None = None) -> Tensor:
         """The samples of the largest level, made once."""
         key = (solver.name, grid, steps, reuse)
         if key not in self._made:
-            level = self.family.level() if reuse is None else reusing(self.family.level(), reuse).level
-            denoiser = level.denoiser_for(self._index, self._conditions)
+            family = self.families[reuse]
+            start_caches(family)
+            denoiser = family.level().denoiser_for(self._index, self._conditions)
             points = self._points(solver, grid, steps)
             self._made[key] = samples(denoiser, solver, points, self.family.shape, self._index, self._seed)
         return self._made[key]

@@ -16,7 +16,14 @@ from mlem.trajectory import starting_noise, trajectory
 if TYPE_CHECKING:
     from mlem.family import Family
 
-__all__ = ["plan_samples"]
+__all__ = ["plan_samples", "start_caches"]
+
+
+def start_caches(family: Family) -> None:
+    """Begin a trajectory: no level reuses features of the previous one."""
+    for level in family.levels:
+        if (cache := deep_cache_in(level.network)) is not None:
+            cache.start()
 
 
 def plan_samples(
@@ -29,9 +36,7 @@ def plan_samples(
     conditions: ConditionSource | None = None,
 ) -> Tensor:
     """The samples of a family under a plan with these indices (B,): (B, *shape), float64."""
-    for level in family.levels:
-        if (cache := deep_cache_in(level.network)) is not None:
-            cache.start()
+    start_caches(family)
     weights: list[float] = quadrature_weights(solver, points.schedule, points)[0].tolist()
     run = MultilevelDenoiser(family, plan).begin(indices, weights, conditions)
     x_T = starting_noise(seed, indices, family.shape)
