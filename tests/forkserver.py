@@ -89,9 +89,8 @@ class Forked:
             told: dict[int, bytes] = {self._out: b"", self._err: b""}
             still = set(told)
             if not self._read(told, still, math.inf if timeout is None else timeout):
-                for pid in (*children(self.pid), self.pid):
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(pid, signal.SIGABRT)
+                for pid in (self.pid, *children(self.pid)):
+                    _abort(pid)
                 self._read(told, still, 10)
                 raise AssertionError(f"{self.args} not over after {timeout} s: {told[self._err].decode()}")
             self._texts = told[self._out].decode(), told[self._err].decode()
@@ -120,6 +119,15 @@ class Forked:
 
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
+
+
+def _abort(pid: int) -> None:
+    """End a process, which says where it stands, and wait for that, so that no two speak at once."""
+    with contextlib.suppress(ProcessLookupError):
+        ending = os.pidfd_open(pid)
+        os.kill(pid, signal.SIGABRT)
+        select.select([ending], [], [], 10)
+        os.close(ending)
 
 
 def children(pid: int) -> list[int]:

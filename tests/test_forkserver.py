@@ -28,4 +28,4 @@ def test_what_takes_too_long_says_where_it_and_its_children_stand(tmp_path: Path
     wait_until((tmp_path / "there").exists, process)
     with pytest.raises(AssertionError, match=r"waiting\.py'\] not over after 0 s: ") as said:
         process.communicate(timeout=0)
-    assert re.findall(r" in (first|second)$", str(said.value), re.MULTILINE) == ["second", "first"]
+    assert re.findall(r" in (first|second)$", str(said.value), re.MULTILINE) == ["first", "second"]
