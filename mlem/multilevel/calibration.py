@@ -59,7 +59,7 @@ class Calibration:
         about: number of images, seed, device, hash of the weights; plain data.
         discretisation: "solver/grid" -> {steps: mean squared error of the largest level}.
         pilots: "sde/hindsight", "ddpm/hindsight" and so on -> predicted and measured error of each plan, and, except in
-            old calibrations, the standard error of the latter and the steps.
+            old calibrations, the standard error of the latter, the steps, and the trimmed mean.
         outside: batch size -> seconds per image and step outside the networks, for "ode" and "sde".
         stderr: like `discretisation`, the standard errors of these over images.
         trimmed: like `discretisation`, without the worst twentieth of the images, at least one of them.

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from mlem.grids import TimeGrid
+from mlem.multilevel.alone import error_alone
 from mlem.multilevel.calibration import COMMAND, Calibration
 from mlem.multilevel.candidate import WIDE, Candidate, Recommendation
 from mlem.multilevel.correction import PILOTS, REUSES
@@ -104,11 +105,11 @@ class Choosing:
         level, known = self.family.names[-1], self.calibration.discretisation
         for (solver, grid), way in itertools.product(self.piloted(), self.ways):
             key = f"{solver.name}/{grid}/{way.reuse}"
-            for steps, error in known.get(key, {}).items():
-                by = self.predictor(solver, grid, steps)
+            for steps in known.get(key, {}):
+                by, found = self.predictor(solver, grid, steps), error_alone(self.calibration, key, steps)
+                assert found is not None
                 # on a few images its error may seem smaller than that of the whole network
-                spread = max(self.calibration.stderr[key][steps] / error, by.discretisation_spread)
-                errors = max(error, by.discretisation or 0.0), spread
+                errors = max(found.error, by.discretisation or 0.0), max(found.spread, by.discretisation_spread)
                 seconds = self.seconds({level: float(steps)}, steps, way.reuse)
                 self.add(solver, grid, steps, errors, seconds, level=level, reuse=way.reuse)
 

@@ -1,9 +1,13 @@
 """The correction of predictions by pilot runs: a factor on predicted errors, with its uncertainty.
 
-The logarithm of measured over predicted is a Gaussian process in the logarithms of the predicted error and of the
-number of steps: a line, which with few pilots stays near a constant factor, and a bend. The sizes of the bend and of
-the pilots' scatter are averaged over, weighted by evidence (Rasmussen and Williams, Gaussian Processes for Machine
-Learning, chapters 2 and 5). Reuse of features adds a separate error, whose share rises where the rest is small.
+The logarithm of measured over predicted, both without the worst images, is a Gaussian process in the logarithms of the
+predicted error and of the number of steps: a line, which with few pilots stays near a constant factor, and a bend. The
+sizes of the bend and of the pilots' scatter are averaged over, weighted by evidence (Rasmussen and Williams, Gaussian
+Processes for Machine Learning, chapters 2 and 5). Reuse of features adds a separate error, whose share rises where the
+rest is small.
+
+What happens to one image in a hundred is seen in one measurement and not in the next, so the share of the worst images
+in a mean is that of similar measurements together: see `tail`.
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ from numpy.typing import NDArray
 
 from mlem.networks import Reuse
 
-__all__ = ["PILOTS", "RECOMMENDED", "REUSES", "UNKNOWN", "Factor", "correction", "reuse_factor"]
+__all__ = ["PILOTS", "RECOMMENDED", "REUSES", "UNKNOWN", "Factor", "correction", "reuse_factor", "tail"]
 
 PILOTS = (
     ("ddpm", "uniform", (32, 64, 128), 0),
@@ -57,12 +61,20 @@ def correction(pilots: Sequence[Sequence[float]], error: float, steps: int) -> F
     """The factor at a predicted error.
 
     Args:
-        pilots: predicted and measured error, and, if known, standard error of the measured one and steps.
+        pilots: predicted and measured error, and, if known, standard error of the measured one, steps, and its trimmed
+            mean.
         error: predicted, > 0.
         steps: of the solver.
     """
     if not pilots:
         return Factor(1.0, UNKNOWN)
+    if all(len(row) > 4 for row in pilots):
+        places = np.log([[row[0], row[3]] for row in pilots])
+        heavy = tail(
+            [row[1] for row in pilots], [row[4] for row in pilots], (places - np.log([error, steps])) / LENGTHS
+        )
+        found = correction([[row[0], row[4], *row[2:4]] for row in pilots], error, steps)
+        return Factor(found.factor * heavy.factor, math.hypot(found.spread, heavy.spread))
     predicted, measured = (np.log([row[k] for row in pilots]) for k in (0, 1))
     ratios = measured - predicted
     if len(pilots) < 5 or any(len(row) < 4 for row in pilots):
@@ -80,6 +92,22 @@ def correction(pilots: Sequence[Sequence[float]], error: float, steps: int) -> F
     # all pilots share their images, so that error does not average out
     images = float(np.mean([(row[2] / row[1]) ** 2 for row in pilots]))
     return Factor(math.exp(mean), math.sqrt(variance + images))
+
+
+def tail(means: Sequence[float], trimmed: Sequence[float], distances: Floats) -> Factor:
+    """Mean over trimmed mean, and the standard deviation of its logarithm, of measurements near by.
+
+    Args:
+        means: (N,), over images.
+        trimmed: (N,), without the worst images.
+        distances: (N,) or (N, D), of each measurement, in correlation lengths.
+    """
+    ratios = np.divide(means, trimmed)
+    squares = np.square(distances.reshape(len(ratios), -1)).sum(1)
+    weights = np.exp((squares.min() - squares) / 2)  # far from all, the nearest
+    weights /= weights.sum()
+    factor = float(weights @ ratios)
+    return Factor(factor, math.sqrt(weights @ np.square(np.log(ratios / factor))))
 
 
 def reuse_factor(pilots: Sequence[Sequence[float]], error: float) -> Factor:

@@ -28,7 +28,7 @@ from mlem.trajectory import samples
 
 __all__ = ["ESTIMATORS", "SPENT", "STEPS", "discretisations", "pilot"]
 
-STEPS: dict[str, tuple[int, ...]] = {"ode": (4, 6, 8, 12, 16, 24, 32, 48, 64), "sde": (8, 16, 32, 64, 128)}
+STEPS: dict[str, tuple[int, ...]] = {"ode": (4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64), "sde": (8, 16, 32, 64, 128)}
 """Step counts of discretisation errors."""
 SPENT = (3.0, 6.0, 12.0, 24.0)
 """Their costs, in evaluations of the largest level by FLOPs."""
@@ -175,7 +175,7 @@ def _pilots(
 ) -> dict[Reuse | None, list[list[float]]]:
     """At each possible cost, rising: the added error as predicted by linear response, and as measured.
 
-    Then the standard error of the measured one, and the steps; measured with each of these kinds of reuse.
+    Then the standard error of the measured one, the steps, and its trimmed mean; with each of these kinds of reuse.
     """
     family = runs.family
     times = solver.grid(family.schedule, steps, grid)
@@ -196,5 +196,6 @@ def _pilots(
             continue
         for reuse in reuses:
             measured = torch.stack([runs.added(solver, grid, steps, plan, reuse) for plan in plans]).mean(0)
-            found[reuse].append([predicted, measured.mean().item(), _stderr(measured), float(steps)])
+            mean = measured.mean().item()
+            found[reuse].append([predicted, mean, _stderr(measured), float(steps), _trimmed(measured)])
     return found

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mlem.grids import TimeGrid
+from mlem.multilevel.alone import Alone, error_alone
 from mlem.multilevel.calibration import Calibration
 from mlem.multilevel.coins import COINS
 from mlem.multilevel.correction import UNKNOWN, Factor, correction, reuse_factor
@@ -61,23 +62,22 @@ class Predictor:
 
     @property
     def discretisation(self) -> float | None:
-        """Mean squared error of the largest level at every row, by a power law between the measured step counts."""
+        """Mean squared error of the largest level at every row; None if this solver and grid were not measured."""
         return self.discretisation_at(self.grid.steps)
 
     def discretisation_at(self, steps: int) -> float | None:
         """The same for another number of steps on this kind of grid."""
-        found = self.calibration.discretisation.get(f"{self.solver.name}/{self.grid.name}")
-        return None if found is None else _power_law(found, steps)
+        found = self._alone(steps)
+        return None if found is None else found.error
 
     @property
     def discretisation_spread(self) -> float:
-        """Standard error of the logarithm of `discretisation`, over the images of its measurement."""
-        name = f"{self.solver.name}/{self.grid.name}"
-        found, stderr = self.calibration.discretisation.get(name, {}), self.calibration.stderr.get(name)
-        if not stderr:
-            return UNKNOWN
-        near = min(stderr, key=lambda steps: abs(math.log(steps / self.grid.steps)))
-        return stderr[near] / found[near]
+        """Standard error of the logarithm of `discretisation`."""
+        found = self._alone(self.grid.steps)
+        return UNKNOWN if found is None else found.spread
+
+    def _alone(self, steps: int) -> Alone | None:
+        return error_alone(self.calibration, f"{self.solver.name}/{self.grid.name}", steps)
 
     def error(self, plan: Plan) -> float:
         """Mean squared error per pixel that the plan adds to the solver's, by linear response corrected by pilots."""
@@ -206,12 +206,3 @@ def pilot_keys(solver: Solver, estimator: str, coins: str | None) -> tuple[str, 
 
 def _kind(solver: Solver) -> str:
     return "sde" if solver.stochastic else "ode"
-
-
-def _power_law(points: dict[int, float], steps: int) -> float:
-    """Between two measured step counts, and beyond them, a straight line in the logarithms."""
-    counts = sorted(points)
-    high = min(max(1, sum(count < steps for count in counts)), len(counts) - 1)
-    a, b = counts[high - 1], counts[high]
-    slope = math.log(points[b] / points[a]) / math.log(b / a)
-    return points[a] * (steps / a) ** slope
