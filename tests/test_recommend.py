@@ -5,14 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from mlem import Family, Sampler, sample
 from mlem.multilevel import pilot as pilot_module
+from mlem.multilevel.alone import error_alone
 from mlem.multilevel.calibration import Calibration
-from mlem.multilevel.candidate import Candidate
-from mlem.multilevel.correction import correction, reuse_factor
+from mlem.multilevel.candidate import WIDE, Candidate
+from mlem.multilevel.correction import correction, reuse_factor, tail
 from mlem.multilevel.fitted import Fitted
 from mlem.multilevel.timing import timed_on
 from tests.waves import family
@@ -156,3 +158,44 @@ def test_what_reuse_adds_is_an_error_of_its_own() -> None:
     lucky = [[1e-5, 0.5], *pilots[1:3], [1e-2, 0.9]]
     assert reuse_factor(lucky, 1e-5).factor == pytest.approx(2)
     assert reuse_factor(lucky, 1e-2).factor == 1
+
+
+def test_what_one_image_in_many_does_is_shared_by_measurements_near_by() -> None:
+    near, far = np.zeros(3), np.array([0.0, 0.0, 30.0])
+    factor, spread = tail([1.0, 1.0, 4.0], [1.0, 1.0, 1.0], near)
+    assert factor == pytest.approx(2)
+    assert spread == pytest.approx(np.log(2))  # each is that far from 2
+    assert tail([1.0, 1.0, 4.0], [1.0, 1.0, 1.0], far) == pytest.approx((1, 0))
+    assert tail([2.0], [1.0], np.array([30.0])) == pytest.approx((2, 0))  # the nearest, however far
+    pilots = [[10.0**-n, 2 * 10.0**-n, 10.0**-n / 100, 24.0] for n in range(2, 8)]
+    heavy = [[*row, row[1] / (6 if number % 2 else 1)] for number, row in enumerate(pilots)]
+    light = [[*row, row[1]] for row in pilots]
+    assert correction(light, 1e-4, 24) == pytest.approx(correction(pilots, 1e-4, 24))
+    assert correction(heavy, 1e-4, 24).spread > 2 * correction(light, 1e-4, 24).spread
+
+
+def test_errors_of_many_images_lie_in_the_interval_of_few(waves: Family) -> None:
+    """One image in twenty errs up to a hundred times as much, of which one set of 64 images sees more than another."""
+    known, random = waves.fitted.calibration_for(waves), np.random.default_rng(0)
+    counts, inside = (8, 10, 12, 14, 16), []
+    for _ in range(100):
+        errors = {steps: random.exponential(size=64) * 100 ** (random.random(64) < 0.05) for steps in counts}
+        measured = {steps: float(each.mean()) for steps, each in errors.items()}
+        stderr = {steps: float(each.std()) / 8 for steps, each in errors.items()}
+        trimmed = {steps: float(np.sort(each)[:60].mean()) for steps, each in errors.items()}
+        names = {"discretisation": {"a/b": measured}, "stderr": {"a/b": stderr}, "trimmed": {"a/b": trimmed}}
+        found = error_alone(replace(known, **names), "a/b", 12)
+        assert found is not None
+        others = random.exponential(size=64) * 100 ** (random.random(64) < 0.05)
+        inside.append(abs(np.log(others.mean() / found.error)) < WIDE * found.spread)
+    assert np.mean(inside) > 0.9  # 0.66 for a mean and twice its own standard error
+
+
+def test_between_measured_steps_an_error_is_less_sure(waves: Family) -> None:
+    known = waves.fitted.calibration_for(waves)
+    sure, between = (error_alone(known, "unipc/uniform", steps) for steps in (12, 13))
+    assert sure is not None
+    assert between is not None
+    assert between.spread > sure.spread
+    assert between.error < sure.error
+    assert error_alone(known, "unipc/karras", 12) is None

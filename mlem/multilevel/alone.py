@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mlem.multilevel.calibration import Calibration
-from mlem.multilevel.correction import LENGTHS, UNKNOWN, tail
+from mlem.multilevel.correction import LENGTHS, OTHERS, UNKNOWN, tail
 
 __all__ = ["Alone", "error_alone"]
 
@@ -17,7 +17,7 @@ BETWEEN = 0.08
 
 
 class Alone(NamedTuple):
-    """A mean squared error, and the standard error of its logarithm."""
+    """A mean squared error, and the standard deviation of its logarithm over sets of as many other images."""
 
     error: float
     spread: float
@@ -43,7 +43,7 @@ def error_alone(calibration: Calibration, name: str, steps: int) -> Alone | None
     distances = np.log(np.divide(counts, steps)) / LENGTHS[1]
     heavy = tail([measured[count] for count in counts], [kept[count] for count in counts], distances)
     near = counts[int(np.abs(distances).argmin())]
-    images = stderr[near] / measured[near] if stderr else UNKNOWN
+    images = OTHERS * stderr[near] / measured[near] if stderr else UNKNOWN
     apart = 0.0 if steps in measured else BETWEEN
     return Alone(_power_law(kept, steps) * heavy.factor, math.hypot(images, heavy.spread, apart))
 

@@ -26,7 +26,7 @@ class Candidate:
         plan: None: one level runs alone.
         reuse: of the deep features of the largest level; None: it runs whole.
         predicted_mse: mean squared error per pixel to the many-step run of the largest level from the same noise.
-        interval: 95 percent interval of `predicted_mse`.
+        interval: in which the error over as many images as were measured lies 95 times in 100.
         predicted_seconds: wall-clock seconds per image, at the requested batch size.
         extrapolated: whether its number of steps is outside the measured range.
     """

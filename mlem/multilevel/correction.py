@@ -22,7 +22,18 @@ from numpy.typing import NDArray
 
 from mlem.networks import Reuse
 
-__all__ = ["PILOTS", "RECOMMENDED", "REUSES", "UNKNOWN", "Factor", "correction", "reuse_factor", "tail"]
+__all__ = [
+    "LENGTHS",
+    "OTHERS",
+    "PILOTS",
+    "RECOMMENDED",
+    "REUSES",
+    "UNKNOWN",
+    "Factor",
+    "correction",
+    "reuse_factor",
+    "tail",
+]
 
 PILOTS = (
     ("ddpm", "uniform", (32, 64, 128), 0),
@@ -43,6 +54,8 @@ BENDS = (0.3, 1.0)
 """Candidate standard deviations of the bend."""
 SCATTERS = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
 """Candidate standard deviations of pilots around it."""
+OTHERS = math.sqrt(2)
+"""Standard deviation of the difference between the means of two equal sets of images, in standard errors of one."""
 UNKNOWN = 1.0
 """Standard deviation of a prediction without pilots."""
 
@@ -51,7 +64,7 @@ Floats = NDArray[np.float64]
 
 
 class Factor(NamedTuple):
-    """The factor on a predicted error, and the standard error of its logarithm."""
+    """The factor on a predicted error, and the standard deviation of its logarithm, over as many other images."""
 
     factor: float
     spread: float
@@ -90,7 +103,7 @@ def correction(pilots: Sequence[Sequence[float]], error: float, steps: int) -> F
     mean = float(weights @ means)
     variance = float(weights @ (variances + (means - mean) ** 2))
     # all pilots share their images, so that error does not average out
-    images = float(np.mean([(row[2] / row[1]) ** 2 for row in pilots]))
+    images = OTHERS**2 * float(np.mean([(row[2] / row[1]) ** 2 for row in pilots]))
     return Factor(math.exp(mean), math.sqrt(variance + images))
 
 
