@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 import warnings
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -20,18 +21,17 @@ from mlem.cli.paths import family_folder
 from mlem.cli.ranks import world_size_of
 from mlem.cli.resume import changes, check_resume, note_settings, resume_point
 from mlem.cli.schema import Learning, Train
-from mlem.conditions import conditions_of
 from mlem.family import Family
 from mlem.files import clear_leftovers, first_process, folder_lock, read_object, write_record
+from mlem.grids import TimeGrid
 from mlem.multilevel.coefficients import Coefficients
 from mlem.multilevel.fitted import Fitted
 from mlem.multilevel.learning import (
     Objective,
-    Response,
     first_coefficients,
     first_order,
-    frozen,
     nearest_coefficients,
+    objective_for,
 )
 from mlem.plots import probabilities as probabilities_figure
 from mlem.report import write_report
@@ -56,12 +56,13 @@ def learn_coefficients(job: Train, options: Learning) -> None:
     check_resume(job.resume, [folder])
     where = family_folder(job.family, job.root, job.data)
     family = Family.load(where)
-    objective = _objective(options, family, job.seed)
-    start, nearest = (
-        find(family, objective.solver, objective.grid, options.budget, options.knots)
-        for find in (first_coefficients, nearest_coefficients)
-    )
-    module = CoefficientsModule(objective, start, nearest, fit, family.names)
+    solver, grid = _solver_and_grid(options, family)
+    levels, start = first_coefficients(family, solver, grid, options.budget, options.knots)
+    nearest = nearest_coefficients(family, solver, grid, options.budget, options.knots, levels)
+    objective = objective_for(family, solver, grid, levels, seed=job.seed, coins=options.coins, knots=options.knots)
+    module = CoefficientsModule(objective, start, nearest, fit, list(levels))
+    if first_process():
+        print(_chosen(family, levels), flush=True)
     if job.dry_run:
         print(OmegaConf.to_yaml(OmegaConf.create(job.told)))
         _say_duration(where, module)
@@ -122,26 +123,18 @@ def _solver(name: str) -> Solver:
         raise ValueError(f"model.{error}") from error
 
 
-def _objective(options: Learning, family: Family, seed: int) -> Objective:
+def _solver_and_grid(options: Learning, family: Family) -> tuple[Solver, TimeGrid]:
     solver = _solver(options.solver)
     try:
-        grid = solver.grid(family.schedule, options.steps, options.grid)
+        return solver, solver.grid(family.schedule, options.steps, options.grid)
     except ValueError as error:
         raise ValueError(f"model.{error}") from error
-    flops = torch.tensor([level.flops for level in family.levels], dtype=torch.float64)
-    return Objective(
-        frozen(family),
-        family.schedule,
-        family.shape,
-        solver,
-        grid,
-        flops / flops[-1],
-        seed=seed,
-        coins=options.coins,
-        response=Response.of(family, solver, grid),
-        conditions=lambda indices: conditions_of(family.levels, None, indices),
-        knots=options.knots,
-    )
+
+
+def _chosen(family: Family, levels: Sequence[str]) -> str:
+    """The levels for which coefficients are learned, and why these."""
+    best = f", predicted the best of {', '.join(family.names)}" if family.fitted.has("calibration") else ""
+    return f"coefficients: for levels {', '.join(levels)}{best}"
 
 
 def _settings(job: Train, family: Family, start: Tensor, world_size: int) -> dict[str, Any]:
@@ -188,7 +181,7 @@ def _learn(
         _log(trainer, judged)
         learned = module.objective.coefficients(module.theta)
         about = _about(module, family) | {"held_out": judged, "seconds": seconds}
-        plain = Coefficients(learned.alpha, learned.beta, tuple(family.names), about).to_dict()
+        plain = Coefficients(learned.alpha, learned.beta, tuple(module.names), about).to_dict()
         write_record(folder / "coefficients.json", plain)
     trainer.strategy.barrier("coefficients written")
     return trainer.loggers
@@ -234,7 +227,7 @@ def _hand_over(folder: Path, family: Family, where: Path, objective: Objective, 
         for one in (objective.coefficients(nearest), learned)
     )
     log_snr = family.schedule.log_snr(torch.tensor(objective.times, dtype=torch.float64)).tolist()
-    curves = {name: (before[k], after[k]) for k, name in enumerate(family.names) if k}
+    curves = {name: (before[k], after[k]) for k, name in enumerate(learned.levels) if k}
     solver = f"{objective.solver.name}, {objective.grid.steps} steps, {objective.grid.name} grid"
     caption = f"{family.data}: learned for {solver}, {learned.about['updates']} updates, seed {objective.seed}"
     probabilities_figure(log_snr, curves, folder / "probabilities.png", caption)

@@ -4,7 +4,13 @@ from mlem.multilevel.learning.objective import TANGENTS, GradientEstimate, Objec
 from mlem.multilevel.learning.optimum import PathPoint, optimal_path
 from mlem.multilevel.learning.response import Response
 from mlem.multilevel.learning.reverse import first_order
-from mlem.multilevel.learning.start import first_coefficients, frozen, law_path, nearest_coefficients
+from mlem.multilevel.learning.start import (
+    first_coefficients,
+    frozen,
+    law_path,
+    nearest_coefficients,
+    objective_for,
+)
 
 __all__ = [
     "TANGENTS",
@@ -18,5 +24,6 @@ __all__ = [
     "interval",
     "law_path",
     "nearest_coefficients",
+    "objective_for",
     "optimal_path",
 ]

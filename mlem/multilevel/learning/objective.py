@@ -42,7 +42,7 @@ from mlem.schedule import NoiseSchedule
 from mlem.solvers import EvaluationPoint, GridPoint, Solver, make_solver, model_input, quadrature_weights
 from mlem.trajectory import samples, starting_noise, trajectory
 
-__all__ = ["TANGENTS", "GradientEstimate", "Objective", "interval"]
+__all__ = ["TANGENTS", "GradientEstimate", "Objective", "interval", "refuse_one_level"]
 
 LEAST_FALL = 0.1
 """Least change of the coins' error for a shift of all beta: below it, kinks of systematic coins hide the trend."""
@@ -96,10 +96,7 @@ class Objective(Law):
         conditions: Callable[[Tensor], Sequence[Conditions]] | None = None,
         knots: int = 0,
     ) -> None:
-        if len(denoisers) < 2:
-            raise ValueError(
-                "coefficients need several levels, but this family has one; train another: model.levels=[xs,s]"
-            )
+        refuse_one_level(len(denoisers))
         if coins not in CHANCES:
             raise ValueError(f"coins must be one of {', '.join(CHANCES)} for learning, got {coins!r}")
         self.points = GridPoint.of(schedule, grid)
@@ -327,6 +324,14 @@ class Objective(Law):
                 weights = self.weights(counts, p).to(truth.device)
                 found.append(self.errors(weights, counts, indices[:, None], truth[:, None])[:, 0].cpu())
         return torch.stack(found).mean(0)
+
+
+def refuse_one_level(count: int) -> None:
+    """Raise ValueError for a single level."""
+    if count < 2:
+        raise ValueError(
+            "coefficients need several levels, but this family has one; train another: model.levels=[xs,s]"
+        )
 
 
 def interval(values: Tensor) -> tuple[float, float]:

@@ -39,12 +39,14 @@ class PathPoint:
         error: the mean squared error that the coins are predicted to add.
         weight: lambda, for which the law minimises `error + lambda cost`; the slope of the curve.
         theta: (2 + knots, K - 1).
+        levels: the names of its levels, cheapest first; empty if they have none.
     """
 
     cost: float
     error: float
     weight: float
     theta: Tensor
+    levels: tuple[str, ...] = ()
 
 
 def optimal_path(law: Law, worth: Tensor, start: Tensor, costs: Sequence[float]) -> list[PathPoint]:

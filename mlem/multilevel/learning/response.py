@@ -6,6 +6,8 @@ calibration (`mlem.multilevel.predict`). Both parts of its gradient have known m
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -23,20 +25,24 @@ LEAST_DRAWS = 4
 
 
 class Response:
-    """The quadratic form; matrix: (C, R, C, R), C corrections of all levels of a family, R rows."""
+    """The quadratic form; matrix: (C, R, C, R), C corrections between the levels in use, R rows."""
 
     def __init__(self, matrix: Tensor) -> None:
         self.matrix = matrix
 
     @staticmethod
-    def of(family: Family, solver: Solver, grid: TimeGrid) -> Response | None:
-        """The response from the family's calibration; None without one."""
+    def of(family: Family, solver: Solver, grid: TimeGrid, levels: Sequence[str] = ()) -> Response | None:
+        """The response from the family's calibration, for these levels or all; None without a calibration."""
         if not family.fitted.has("calibration"):
             return None
         predictor = Predictor(family.fitted.calibration_for(family), family.schedule, solver, grid)
         scale = predictor.scale
         block = predictor.covariance.block(np.arange(len(scale)), np.arange(predictor.rows))
-        return Response(torch.from_numpy(block) * scale[:, :, None, None] * scale)
+        matrix = torch.from_numpy(block) * scale[:, :, None, None] * scale
+        # a correction between two levels in use covers all corrections between them
+        *groups, _ = predictor.groups(levels)
+        matrix = torch.stack([matrix[group].sum(0) for group in groups])
+        return Response(torch.stack([matrix[:, :, group].sum(2) for group in groups], 2))
 
     def __call__(self, counts: Tensor, p: Tensor) -> Tensor:
         """r of counts (.., R, K): (..)."""

@@ -1,38 +1,52 @@
-"""The starting point of learning: copies of the levels for forward mode, and the first coefficients."""
+"""The starting point of learning: the levels to learn for, the first coefficients, and the objective of a family.
+
+Levels that are not worth their cost are left out, as by a calibrated plan: among the subsets that contain the largest
+level, the one whose best law is predicted to err least at the cost asked for. No network is evaluated.
+"""
 
 from __future__ import annotations
 
 import copy
+import itertools
 import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
+from mlem.conditions import conditions_of
 from mlem.denoiser import NetworkDenoiser
 from mlem.family import Family
 from mlem.grids import TimeGrid
 from mlem.multilevel.coefficients import Coefficients
 from mlem.multilevel.learning.law import Law
-from mlem.multilevel.learning.optimum import PathPoint, least_variance, optimal_path
+from mlem.multilevel.learning.objective import Objective, refuse_one_level
+from mlem.multilevel.learning.optimum import PathPoint, least_variance, optimal_path, predicted_variance
+from mlem.multilevel.learning.response import Response
 from mlem.multilevel.planner import make_plan
 from mlem.multilevel.predict import Predictor
 from mlem.multilevel.spec import PlanSpec
 from mlem.solvers import GridPoint, Solver, quadrature_weights
 
-__all__ = ["LARGEST", "first_coefficients", "frozen", "law_path", "nearest_coefficients"]
+__all__ = ["LARGEST", "first_coefficients", "frozen", "law_path", "nearest_coefficients", "objective_for"]
 
 LARGEST = 0.99
 """Upper bound of p_k for the nearest coefficients: a certain coin gives no gradient."""
+_EXACT = 1e-4
+"""Tolerance on the cost of laws that are compared."""
 
 
-def frozen(family: Family, device: str | torch.device = "cpu") -> list[NetworkDenoiser]:
-    """Copies of the levels for forward mode: in eval mode, without gradients, and in contiguous memory format.
+def frozen(
+    family: Family, device: str | torch.device = "cpu", levels: Sequence[str] | None = None
+) -> list[NetworkDenoiser]:
+    """Copies of these levels, or all, for forward mode: in eval mode, without gradients, in contiguous memory format.
 
     (torch's group norm has no forward mode in channels_last, or for transposed tensors from attention.) The family's
     own networks stay as they are.
     """
     denoisers: list[NetworkDenoiser] = []
-    for level in family.levels:
+    for level in map(family.level, levels or family.names):
         network = copy.deepcopy(level.network).eval().requires_grad_(False)
         network.to(device=device, memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
         for part in network.modules():
@@ -42,14 +56,54 @@ def frozen(family: Family, device: str | torch.device = "cpu") -> list[NetworkDe
     return denoisers
 
 
-def nearest_coefficients(family: Family, solver: Solver, grid: TimeGrid, budget: float, knots: int = 0) -> Tensor:
+def objective_for(
+    family: Family,
+    solver: Solver,
+    grid: TimeGrid,
+    levels: Sequence[str],
+    *,
+    seed: int = 0,
+    coins: str = "bernoulli",
+    knots: int = 0,
+) -> Objective:
+    """J for these levels of a family, in FLOPs, with linear response as the control variate if it is calibrated."""
+    used = [family.level(name) for name in levels]
+    return Objective(
+        frozen(family, levels=levels),
+        family.schedule,
+        family.shape,
+        solver,
+        grid,
+        _flops(family, levels),
+        seed=seed,
+        coins=coins,
+        response=Response.of(family, solver, grid, levels),
+        conditions=lambda indices: conditions_of(used, None, indices),
+        knots=knots,
+    )
+
+
+def nearest_coefficients(
+    family: Family,
+    solver: Solver,
+    grid: TimeGrid,
+    budget: float,
+    knots: int = 0,
+    levels: Sequence[str] | None = None,
+) -> Tensor:
     """theta (2 + knots, K - 1) closest, in the logit, to the probabilities for `budget`.
 
-    These are the calibrated ones, or those of theory for an uncalibrated family. budget: share of the largest level's
-    cost, in (0, 1], in FLOPs. Raises ValueError if it is too small.
+    These are the calibrated ones, or those of theory for an uncalibrated family.
+
+    Args:
+        budget: share of the largest level's cost, in (0, 1], in FLOPs.
+        levels: K names, cheapest first; None: all.
+
+    Raises:
+        ValueError: the budget is too small.
     """
     law = "calibrated" if family.fitted.has("calibration") else "theory"
-    names = tuple(family.names)
+    names = tuple(levels or family.names)
     spec = PlanSpec(budget=budget, probabilities=law, estimator="jump", coins="bernoulli", cost="flops", levels=names)
     table = make_plan(spec, family, solver, grid).probabilities.clone()
     table[:, 1:].clamp_(max=LARGEST)
@@ -57,38 +111,69 @@ def nearest_coefficients(family: Family, solver: Solver, grid: TimeGrid, budget:
     return _rounded(torch.cat([alpha.view(len(beta), -1)[1:].T, beta[None, 1:]]))
 
 
-def first_coefficients(family: Family, solver: Solver, grid: TimeGrid, budget: float, knots: int = 0) -> Tensor:
-    """The start of learning, theta (2 + knots, K - 1): least predicted error at the cost `budget`.
+def first_coefficients(
+    family: Family, solver: Solver, grid: TimeGrid, budget: float, knots: int = 0
+) -> tuple[tuple[str, ...], Tensor]:
+    """The start of learning, of least predicted error at the cost `budget`: names of levels, and their theta.
 
-    For an uncalibrated family, `nearest_coefficients`. Arguments and errors as there.
+    For an uncalibrated family all levels, and `nearest_coefficients`. Arguments and errors as there, and ValueError for
+    a family of one level.
     """
-    nearest = nearest_coefficients(family, solver, grid, budget, knots)
+    refuse_one_level(len(family.names))
+    names = tuple(family.names)
     if not family.fitted.has("calibration"):
-        return nearest
-    return _rounded(least_variance(*_law(family, solver, grid, knots), nearest, budget))
+        return names, nearest_coefficients(family, solver, grid, budget, knots)
+    found: list[tuple[float, float, tuple[str, ...], Tensor]] = []
+    for levels, law, worth in _laws(family, solver, grid, knots):
+        if levels != names and (law.costs[0] / law.costs[-1]).item() >= budget:
+            continue
+        nearest = nearest_coefficients(family, solver, grid, budget, knots, levels)
+        theta = least_variance(law, worth, nearest, budget)
+        missed = max(_EXACT, abs(law.cost(theta).item() - budget))  # not every law can have every cost
+        found.append((missed, predicted_variance(law, theta, worth).item(), levels, theta))
+    _, _, levels, theta = min(found, key=lambda one: one[:2])
+    return levels, _rounded(theta)
 
 
 def law_path(family: Family, solver: Solver, grid: TimeGrid, knots: int = 0, points: int = 16) -> list[PathPoint]:
-    """The predicted errors of the best laws against their costs, without any network.
+    """The predicted errors of the best laws against their costs, each on its best levels, without any network.
 
     At costs evenly spaced in the logarithm, from slightly above the first level's to 0.95 of the largest's; those that
     the form of the law cannot have are left out. Raises ValueError for a family without a calibration.
     """
-    law, worth = _law(family, solver, grid, knots)
-    least, most = (law.costs[0] / law.costs[-1]).item(), 0.95
-    middle = math.sqrt(least * most)
-    costs = torch.linspace(math.log(1.1 * least), math.log(most), points, dtype=torch.float64).exp().tolist()
-    start = nearest_coefficients(family, solver, grid, middle, knots)
-    return optimal_path(law, worth, start, costs)
+    refuse_one_level(len(family.names))
+    most, costs, best = 0.95, list[float](), dict[float, PathPoint]()
+    for levels, law, worth in _laws(family, solver, grid, knots):
+        least = (law.costs[0] / law.costs[-1]).item()
+        if not costs:  # of all levels, whose first is the cheapest
+            costs = torch.linspace(math.log(1.1 * least), math.log(most), points, dtype=torch.float64).exp().tolist()
+        start = nearest_coefficients(family, solver, grid, math.sqrt(least * most), knots, levels)
+        for point in optimal_path(law, worth, start, [cost for cost in costs if cost > least]):
+            place = min(costs, key=lambda cost: abs(cost - point.cost))
+            if place not in best or point.error < best[place].error:
+                best[place] = replace(point, levels=levels)
+    return [best[cost] for cost in costs if cost in best]
 
 
-def _law(family: Family, solver: Solver, grid: TimeGrid, knots: int) -> tuple[Law, Tensor]:
-    """The law, and the errors (R, K - 1) from losing each correction alone."""
+def _laws(family: Family, solver: Solver, grid: TimeGrid, knots: int) -> Iterator[tuple[tuple[str, ...], Law, Tensor]]:
+    """The sets of levels with the largest, all of them first, their laws, and the errors (R, K - 1) from losing each
+    correction alone.
+    """
     predictor = Predictor(family.fitted.calibration_for(family), family.schedule, solver, grid)
-    *corrections, _ = predictor.groups(family.names)
-    worth = torch.stack([predictor.worth(one).square() for one in corrections], 1)
-    flops = torch.tensor([level.flops for level in family.levels], dtype=torch.float64)
-    return Law(family.schedule, _times(family, solver, grid), flops / flops[-1], seed=0, knots=knots), worth
+    times = _times(family, solver, grid)
+    *smaller, largest = family.names
+    for size in range(len(smaller), 0, -1):
+        for part in itertools.combinations(smaller, size):
+            levels = (*part, largest)
+            *corrections, _ = predictor.groups(levels)
+            worth = torch.stack([predictor.worth(one).square() for one in corrections], 1)
+            yield levels, Law(family.schedule, times, _flops(family, levels), seed=0, knots=knots), worth
+
+
+def _flops(family: Family, levels: Sequence[str]) -> Tensor:
+    """Costs of one evaluation of these levels, the last of which is 1."""
+    flops = torch.tensor([family.level(name).flops for name in levels], dtype=torch.float64)
+    return flops / flops[-1]
 
 
 def _rounded(theta: Tensor) -> Tensor:
