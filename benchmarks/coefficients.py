@@ -5,8 +5,9 @@
 Of calibrated families, that begin at equal expected cost by FLOPs: the objective, which is the mean squared error to
 many steps of the largest level plus lambda times the cost, of samples that nothing was fitted to, with coins of their
 own, from the same uniform numbers for every law. The learned laws begin at the predicted best with knots and are
-updated on trajectories with Bernoulli coins, as by `python train.py model=coefficients`, from several seeds. Beside
-them the free allocation of the calibration, which is no sigmoid.
+updated on trajectories with Bernoulli coins, as by `python train.py model=coefficients`, from several seeds, and go
+back to the start where that is not clearly better on samples of their own. All are for the levels that are predicted
+best; beside them the best law of all levels, and the free allocation of the calibration, which is no sigmoid.
 
 Intervals are 95 percent of the difference, over images (each with its own draws) and, of learned laws, over seeds: the
 half widths of both, that of the seeds by Student's t, are added as squares. Rows that the file has are not run again.
@@ -22,19 +23,19 @@ import json
 import logging
 import math
 import warnings
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import torch
 from scipy.stats import t as student
 from torch import Tensor
 
-from mlem.conditions import conditions_of
 from mlem.family import Family
 from mlem.files import read_object, write_json
-from mlem.multilevel.learning import Objective, first_coefficients, frozen, interval, nearest_coefficients
+from mlem.multilevel.learning import Objective, first_coefficients, interval, nearest_coefficients, objective_for
 from mlem.multilevel.planner import make_plan
 from mlem.multilevel.spec import PlanSpec
 from mlem.noise import reserved_indices
@@ -47,23 +48,20 @@ COINS = ("bernoulli", "systematic")
 STEPS, PLANS, BATCH, KNOTS = 32, 4, 64, 4
 BEFORE, START = "nearest", "knots"
 """The laws that learned ones are compared with: the fit of the calibrated one, and where learning begins."""
+ALL = "all levels"
+COMPARED = (
+    *((name, BEFORE) for name in ("sigmoid", START, "free", "learned")),
+    *((name, START) for name in ("updated", "learned", "free")),
+    (START, ALL),
+)
+"""Pairs whose difference is reported."""
 
 
-def objective_of(family: Family, solver: str, grid: str, knots: int = 0, seed: int = 0) -> Objective:
-    """J of the family with this solver."""
-    method = make_solver(solver)
-    flops = torch.tensor([level.flops for level in family.levels], dtype=torch.float64)
-    return Objective(
-        frozen(family),
-        family.schedule,
-        family.shape,
-        method,
-        method.grid(family.schedule, STEPS, grid),
-        flops / flops[-1],
-        seed=seed,
-        conditions=lambda indices: conditions_of(family.levels, None, indices),
-        knots=knots,
-    )
+class Learned(NamedTuple):
+    """theta after the updates of a seed, and whether they are better than none."""
+
+    updated: Tensor
+    kept: bool
 
 
 class FreeLaw(Objective):
@@ -80,31 +78,40 @@ class Judge:
 
     def __init__(self, family: Family, solver: str, grid: str, options: argparse.Namespace) -> None:
         self._family, self._options = family, options
-        self._of = partial(objective_of, family, solver, grid)
-        self.plain, self.bent = self._of(0), self._of(KNOTS)
+        self._solver = make_solver(solver)
+        self._grid = self._solver.grid(family.schedule, STEPS, grid)
+        self._of = partial(objective_for, family, self._solver, self._grid)
         self._index = reserved_indices("judging", options.images)
         with torch.no_grad():
-            parts = self._index.split(BATCH)
-            self._truth = torch.cat([self.plain.reference(part, options.reference) for part in parts])
+            largest, parts = self._of(family.names), self._index.split(BATCH)
+            self._truth = torch.cat([largest.reference(part, options.reference) for part in parts])
 
-    def laws(self, budget: float) -> dict[str, tuple[Objective, Tensor]]:
-        """The laws that no network is evaluated for, by name."""
-        family, problem = self._family, self.plain
-        nearest = nearest_coefficients(family, problem.solver, problem.grid, budget)
+    def laws(self, budget: float) -> tuple[tuple[str, ...], dict[str, tuple[Objective, Tensor]]]:
+        """The levels predicted best, and the laws that no network is evaluated for, by name."""
+        family, asked = self._family, (self._family, self._solver, self._grid, budget)
+        levels, bent = first_coefficients(*asked, KNOTS)
+        plain = self._of(levels)
+        nearest = nearest_coefficients(*asked, levels=levels)
         for _ in range(100):  # at the same cost: all betas alike
-            nearest[-1] += (budget - problem.cost(nearest)) / problem.cost_gradient(nearest)[-1].sum()
-        best, bent = (first_coefficients(family, problem.solver, problem.grid, budget, knots) for knots in (0, KNOTS))
+            nearest[-1] += (budget - plain.cost(nearest)) / plain.cost_gradient(nearest)[-1].sum()
+        spec = PlanSpec(budget=budget, estimator="jump", coins="bernoulli", cost="flops")
+        plan = make_plan(spec, family, self._solver, self._grid)
         free = FreeLaw.__new__(FreeLaw)
-        vars(free).update(vars(problem))
-        spec = PlanSpec(budget=budget, estimator="jump", coins="bernoulli", cost="flops", levels=tuple(family.names))
-        free.table = make_plan(spec, family, problem.solver, problem.grid).probabilities
-        return {BEFORE: (problem, nearest), "sigmoid": (problem, best), START: (self.bent, bent), "free": (free, best)}
+        vars(free).update(vars(self._of(plan.levels or family.names)))
+        free.table = plan.probabilities
+        return levels, {
+            BEFORE: (plain, nearest),
+            "sigmoid": (plain, first_coefficients(*asked, levels=levels)[1]),
+            START: (self._of(levels, knots=KNOTS), bent),
+            ALL: (self._of(family.names, knots=KNOTS), first_coefficients(*asked, KNOTS, family.names)[1]),
+            "free": (free, bent),
+        }
 
-    def learn(self, start: Tensor, nearest: Tensor) -> tuple[float, list[Tensor]]:
-        """lambda, measured as the command does, and theta learned from each seed."""
-        options, weight, found = self._options, None, list[Tensor]()
+    def learn(self, levels: Sequence[str], start: Tensor, nearest: Tensor) -> tuple[float, list[Learned]]:
+        """lambda, measured as the command does, and what is learned from each seed."""
+        options, weight, found = self._options, None, list[Learned]()
         for seed in range(options.seeds):
-            problem = self._of(KNOTS, seed)
+            problem = self._of(levels, seed=seed, knots=KNOTS)
             fit = Fit(
                 images=options.learned_from,
                 batch_size=options.batch,
@@ -116,7 +123,7 @@ class Judge:
                 reference_steps=options.reference,
                 weight=weight,
             )
-            module = CoefficientsModule(problem, start, nearest, fit, self._family.names)
+            module = CoefficientsModule(problem, start, nearest, fit, list(levels))
             trainer = pl.Trainer(
                 max_steps=options.updates,
                 max_epochs=-1,
@@ -127,8 +134,8 @@ class Judge:
                 enable_model_summary=False,
             )
             trainer.fit(module)
-            weight = module.weight.item()
-            found.append(module.theta)
+            weight, updated = module.weight.item(), module.theta
+            found.append(Learned(updated, module.settle()["kept"]))
         assert weight is not None
         return weight, found
 
@@ -141,21 +148,25 @@ class Judge:
 
 def rows_of(judge: Judge, about: dict[str, Any], budget: float) -> list[dict[str, Any]]:
     """A row for each kind of coins."""
-    laws = judge.laws(budget)
-    weight, learned = judge.learn(laws[START][1], laws[BEFORE][1])
+    levels, laws = judge.laws(budget)
+    bent, start = laws[START]
+    weight, learned = judge.learn(levels, start, laws[BEFORE][1])
     rows: list[dict[str, Any]] = []
     for coins in COINS:
         errors = {name: judge.errors(law, theta, coins)[None] for name, (law, theta) in laws.items()}
-        errors["learned"] = torch.stack([judge.errors(judge.bent, theta, coins) for theta in learned])
         costs = {name: law.cost(theta)[None] for name, (law, theta) in laws.items()}
-        costs["learned"] = torch.stack([judge.bent.cost(theta) for theta in learned])
+        errors["updated"] = torch.stack([judge.errors(bent, one.updated, coins) for one in learned])
+        costs["updated"] = torch.stack([bent.cost(one.updated) for one in learned])
+        kept = torch.tensor([one.kept for one in learned])[:, None]
+        errors["learned"] = torch.where(kept, errors["updated"], errors[START])
+        costs["learned"] = torch.where(kept[:, 0], costs["updated"], costs[START])
         worth = {name: found + weight * costs[name][:, None] for name, found in errors.items()}
-        row = about | {"budget": budget, "coins": coins, "lambda": float(f"{weight:.4g}")}
+        row = about | {"budget": budget, "coins": coins, "for": list(levels), "lambda": float(f"{weight:.4g}")}
+        row |= {"kept": kept[:, 0].tolist()}
         row |= {f"mse of {name}": float(f"{found.mean():.4g}") for name, found in errors.items()}
         row |= {f"objective of {name}": float(f"{found.mean():.4g}") for name, found in worth.items()}
-        for name, since in (("sigmoid", BEFORE), (START, BEFORE), ("free", BEFORE), ("learned", BEFORE)):
+        for name, since in COMPARED:
             row |= changed(f"{name} - {since}", worth[name] - worth[since])
-        row |= changed(f"learned - {START}", worth["learned"] - worth[START])
         row["cost"] = {name: [round(one, 4) for one in found.tolist()] for name, found in costs.items()}
         rows.append(row)
         print(json.dumps(row), flush=True)

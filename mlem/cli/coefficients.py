@@ -57,7 +57,7 @@ def learn_coefficients(job: Train, options: Learning) -> None:
     where = family_folder(job.family, job.root, job.data)
     family = Family.load(where)
     solver, grid = _solver_and_grid(options, family)
-    levels, start = first_coefficients(family, solver, grid, options.budget, options.knots)
+    levels, start = first_coefficients(family, solver, grid, options.budget, options.knots, coins=options.coins)
     nearest = nearest_coefficients(family, solver, grid, options.budget, options.knots, levels)
     objective = objective_for(family, solver, grid, levels, seed=job.seed, coins=options.coins, knots=options.knots)
     module = CoefficientsModule(objective, start, nearest, fit, list(levels))
@@ -176,11 +176,12 @@ def _learn(
         print(f"coefficients: resuming from {checkpoint}", flush=True)
     trainer.fit(module, ckpt_path=checkpoint, weights_only=True)
     seconds = checkpoints.seconds
+    settled = module.settle()
     judged = module.judge()
     if trainer.is_global_zero:
         _log(trainer, judged)
         learned = module.objective.coefficients(module.theta)
-        about = _about(module, family) | {"held_out": judged, "seconds": seconds}
+        about = _about(module, family) | {"validated": settled, "held_out": judged, "seconds": seconds}
         plain = Coefficients(learned.alpha, learned.beta, tuple(module.names), about).to_dict()
         write_record(folder / "coefficients.json", plain)
     trainer.strategy.barrier("coefficients written")
@@ -231,7 +232,7 @@ def _hand_over(folder: Path, family: Family, where: Path, objective: Objective, 
     solver = f"{objective.solver.name}, {objective.grid.steps} steps, {objective.grid.name} grid"
     caption = f"{family.data}: learned for {solver}, {learned.about['updates']} updates, seed {objective.seed}"
     probabilities_figure(log_snr, curves, folder / "probabilities.png", caption)
-    print(_outcome(learned.about["held_out"]), flush=True)
+    print(f"{_kept(learned.about)}\n{_outcome(learned.about['held_out'])}", flush=True)
     print(
         f"{'coefficients':38s}{where / 'coefficients.json'}\n{'p_k(t)':38s}{folder / 'probabilities.png'}", flush=True
     )
@@ -244,6 +245,14 @@ def _put_beside(family: Path, learned: Coefficients, kept: Path) -> None:
         Fitted(coefficients=learned).save(family)
     except OSError as error:
         warnings.warn(f"{error}; or copy {kept} into a copy of the family, family=COPY", stacklevel=3)
+
+
+def _kept(about: dict[str, Any]) -> str:
+    found = about["validated"]
+    return (
+        f"coefficients: {about['updates']} updates {'kept' if found['kept'] else 'dropped'}: they change the objective "
+        f"by {found['objective']:.2g} ± {found['half_width']:.1g} (95 percent, {about['held_out']['samples']} samples)"
+    )
 
 
 def _outcome(judged: dict[str, Any]) -> str:
@@ -273,7 +282,7 @@ def _say_duration(where: Path, module: CoefficientsModule) -> None:
         objective.estimate(module.first, objective.draw(module.first, 0, fit.draws), indices, plain, 1.0, directions)
     seconds = time.perf_counter() - begin
     learned_from = once if fit.tangents == "reverse" else once + reference
-    references = (fit.images * learned_from + fit.held_out * reference) / fit.batch_size
+    references = (fit.images * learned_from + 2 * fit.held_out * reference) / fit.batch_size
     minutes = (fit.updates * seconds + references) / 60
     print(
         f"coefficients of {where}: {module.first.numel()} numbers, {seconds:.2f} s per step, about {minutes:.1f} "

@@ -7,7 +7,7 @@ mean gradient is that of one rank.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from mlem.training.progress import BarProgress, LineProgress
 
 __all__ = [
     "HELD_OUT",
+    "KINDS",
     "PLANS",
     "TIMES",
     "TRAINING",
@@ -39,6 +40,8 @@ TIMES = (0.05, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95)
 """Times at which p_k is logged."""
 PLANS = 4
 """Plans per held-out sample."""
+KINDS = ("systematic", "bernoulli")
+"""The coins with which laws are compared."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class Fit:
         updates: optimizer steps.
         learning_rate: of the first step; it decays to zero.
         tangents: "reverse", "exact" or "random".
-        held_out: samples for the final evaluation.
+        held_out: samples for the final evaluation, and as many others to accept or drop the updates.
         reference_steps: of the many-step run.
         weight: of the cost; None: chosen to keep the cost near its value at the start.
         log_every: steps between lines of progress.
@@ -226,23 +229,11 @@ class CoefficientsModule(pl.LightningModule):
         so samples are independent: `half_width` is half of a 95 % interval; `change` (after minus before) and `learned`
         (after minus start) are paired differences. Plain numbers.
         """
-        count, ranks = self.fit_options.held_out, self.trainer.world_size
-        indices = torch.arange(HELD_OUT + self.trainer.global_rank, HELD_OUT + count, ranks, device=self._home)
         thetas = {"before": self.nearest, "start": self.first, "after": self.theta}
-        weight = self.weight.item()
-        kinds = ("systematic", "bernoulli")
-        columns = [[] for _ in range(len(kinds) * len(thetas))]
-        for block in indices.split(self.fit_options.batch_size):
-            with torch.no_grad():
-                truth = self.objective.reference(block, self.fit_options.reference_steps)
-            pairs = [(coins, theta) for coins in kinds for theta in thetas.values()]
-            for column, (coins, theta) in zip(columns, pairs, strict=True):
-                column.append(self.objective.held_out(theta, coins, block, truth, PLANS))
-        mine = torch.stack([torch.cat(column) for column in columns], 1)
-        errors = _gathered(mine, ranks).view(count, len(kinds), len(thetas))
+        weight, errors = self.weight.item(), self._errors(HELD_OUT, list(thetas.values()))
         costs = {name: self.objective.cost(theta).item() for name, theta in thetas.items()}
-        judged: dict[str, Any] = {"samples": count, "plans": PLANS, "weight": weight}
-        for number, coins in enumerate(kinds):
+        judged: dict[str, Any] = {"samples": len(errors), "plans": PLANS, "weight": weight}
+        for number, coins in enumerate(KINDS):
             judged[coins] = {}
             for place, (name, cost) in enumerate(costs.items()):
                 mse, half = interval(errors[:, number, place])
@@ -252,6 +243,37 @@ class CoefficientsModule(pl.LightningModule):
                 change += weight * (costs["after"] - costs[since])
                 judged[coins][name] = {"objective": change, "half_width": half}
         return judged
+
+    def settle(self) -> dict[str, Any]:
+        """Return to the start unless the updates lower the objective; every rank must call it, before `judge`.
+
+        They do if the 95 % interval of the change lies below 0, on as many samples as `judge` has, which are neither
+        learned from nor held out, and over both kinds of coins. Returns the change, its `half_width`, and whether the
+        updates are `kept`. Plain numbers.
+        """
+        theta, weight = self.theta, self.weight.item()
+        errors = self._errors(TRAINING + self.fit_options.images, [self.first, theta]).mean(1)
+        change, half = interval(errors[:, 1] - errors[:, 0])
+        change += weight * (self.objective.cost(theta) - self.objective.cost(self.first)).item()
+        if not (kept := change + half < 0):
+            with torch.no_grad():
+                self.alpha.copy_(self.first[:-1].view_as(self.alpha))
+                self.beta.copy_(self.first[-1])
+        return {"objective": change, "half_width": half, "kept": kept}
+
+    def _errors(self, first: int, thetas: Sequence[Tensor]) -> Tensor:
+        """Errors of these laws on `held_out` samples from this index on, of all ranks: (N, kinds, laws)."""
+        count, ranks = self.fit_options.held_out, self.trainer.world_size
+        indices = torch.arange(first + self.trainer.global_rank, first + count, ranks, device=self._home)
+        pairs = [(coins, theta) for coins in KINDS for theta in thetas]
+        columns: list[list[Tensor]] = [[] for _ in pairs]
+        for block in indices.split(self.fit_options.batch_size):
+            with torch.no_grad():
+                truth = self.objective.reference(block, self.fit_options.reference_steps)
+            for column, (coins, theta) in zip(columns, pairs, strict=True):
+                column.append(self.objective.held_out(theta, coins, block, truth, PLANS))
+        mine = torch.stack([torch.cat(column) for column in columns], 1)
+        return _gathered(mine, ranks).view(count, len(KINDS), len(thetas))
 
 
 def replicates(

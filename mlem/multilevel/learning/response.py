@@ -36,6 +36,11 @@ class Response:
         if not family.fitted.has("calibration"):
             return None
         predictor = Predictor(family.fitted.calibration_for(family), family.schedule, solver, grid)
+        return Response.predicted(predictor, levels)
+
+    @staticmethod
+    def predicted(predictor: Predictor, levels: Sequence[str] = ()) -> Response:
+        """The response for these levels, or all."""
         scale = predictor.scale
         block = predictor.covariance.block(np.arange(len(scale)), np.arange(predictor.rows))
         matrix = torch.from_numpy(block) * scale[:, :, None, None] * scale

@@ -20,6 +20,7 @@ from mlem.denoiser import NetworkDenoiser
 from mlem.family import Family
 from mlem.grids import TimeGrid
 from mlem.multilevel.coefficients import Coefficients
+from mlem.multilevel.learning.chance import CHANCES
 from mlem.multilevel.learning.law import Law
 from mlem.multilevel.learning.objective import Objective, refuse_one_level
 from mlem.multilevel.learning.optimum import PathPoint, least_variance, optimal_path, predicted_variance
@@ -112,41 +113,57 @@ def nearest_coefficients(
 
 
 def first_coefficients(
-    family: Family, solver: Solver, grid: TimeGrid, budget: float, knots: int = 0
+    family: Family,
+    solver: Solver,
+    grid: TimeGrid,
+    budget: float,
+    knots: int = 0,
+    levels: Sequence[str] | None = None,
+    coins: str = "bernoulli",
 ) -> tuple[tuple[str, ...], Tensor]:
     """The start of learning, of least predicted error at the cost `budget`: names of levels, and their theta.
 
-    For an uncalibrated family all levels, and `nearest_coefficients`. Arguments and errors as there, and ValueError for
-    a family of one level.
+    Args:
+        budget: share of the largest level's cost, in (0, 1], in FLOPs.
+        levels: names, cheapest first; None: the subset with the largest level that is predicted best, or, for an
+            uncalibrated family, all.
+        coins: for which subsets are compared.
+
+    Raises:
+        ValueError: the budget is too small, or the family has one level.
     """
     refuse_one_level(len(family.names))
-    names = tuple(family.names)
+    asked, names = (family, solver, grid, budget, knots), tuple(family.names)
     if not family.fitted.has("calibration"):
-        return names, nearest_coefficients(family, solver, grid, budget, knots)
+        names = tuple(levels or names)
+        return names, nearest_coefficients(*asked, names)
+    predictor = Predictor(family.fitted.calibration_for(family), family.schedule, solver, grid)
     found: list[tuple[float, float, tuple[str, ...], Tensor]] = []
-    for levels, law, worth in _laws(family, solver, grid, knots):
-        if levels != names and (law.costs[0] / law.costs[-1]).item() >= budget:
+    for subset in _subsets(names) if levels is None else [tuple(levels)]:
+        law, worth = _law(family, predictor, subset, knots)
+        if subset != names and law.costs[0].item() >= budget:
             continue
-        nearest = nearest_coefficients(family, solver, grid, budget, knots, levels)
-        theta = least_variance(law, worth, nearest, budget)
+        theta = least_variance(law, worth, nearest_coefficients(*asked, subset), budget)
         missed = max(_EXACT, abs(law.cost(theta).item() - budget))  # not every law can have every cost
-        found.append((missed, predicted_variance(law, theta, worth).item(), levels, theta))
-    _, _, levels, theta = min(found, key=lambda one: one[:2])
-    return levels, _rounded(theta)
+        found.append((missed, _predicted(law, theta, worth, predictor, subset, coins), subset, theta))
+    _, _, best, theta = min(found, key=lambda one: one[:2])
+    return best, _rounded(theta)
 
 
 def law_path(family: Family, solver: Solver, grid: TimeGrid, knots: int = 0, points: int = 16) -> list[PathPoint]:
     """The predicted errors of the best laws against their costs, each on its best levels, without any network.
 
     At costs evenly spaced in the logarithm, from slightly above the first level's to 0.95 of the largest's; those that
-    the form of the law cannot have are left out. Raises ValueError for a family without a calibration.
+    the form of the law cannot have are left out. Raises ValueError for a family without a calibration, or of one level.
     """
     refuse_one_level(len(family.names))
-    most, costs, best = 0.95, list[float](), dict[float, PathPoint]()
-    for levels, law, worth in _laws(family, solver, grid, knots):
-        least = (law.costs[0] / law.costs[-1]).item()
-        if not costs:  # of all levels, whose first is the cheapest
-            costs = torch.linspace(math.log(1.1 * least), math.log(most), points, dtype=torch.float64).exp().tolist()
+    predictor = Predictor(family.fitted.calibration_for(family), family.schedule, solver, grid)
+    most, best = 0.95, dict[float, PathPoint]()
+    ends = math.log(1.1 * _flops(family, family.names)[0].item()), math.log(most)
+    costs = torch.linspace(*ends, points, dtype=torch.float64).exp().tolist()
+    for levels in _subsets(family.names):
+        law, worth = _law(family, predictor, levels, knots)
+        least = law.costs[0].item()
         start = nearest_coefficients(family, solver, grid, math.sqrt(least * most), knots, levels)
         for point in optimal_path(law, worth, start, [cost for cost in costs if cost > least]):
             place = min(costs, key=lambda cost: abs(cost - point.cost))
@@ -155,19 +172,28 @@ def law_path(family: Family, solver: Solver, grid: TimeGrid, knots: int = 0, poi
     return [best[cost] for cost in costs if cost in best]
 
 
-def _laws(family: Family, solver: Solver, grid: TimeGrid, knots: int) -> Iterator[tuple[tuple[str, ...], Law, Tensor]]:
-    """The sets of levels with the largest, all of them first, their laws, and the errors (R, K - 1) from losing each
-    correction alone.
-    """
-    predictor = Predictor(family.fitted.calibration_for(family), family.schedule, solver, grid)
-    times = _times(family, solver, grid)
-    *smaller, largest = family.names
+def _subsets(names: Sequence[str]) -> Iterator[tuple[str, ...]]:
+    """The sets of at least two levels with the largest, all of them first."""
+    *smaller, largest = names
     for size in range(len(smaller), 0, -1):
-        for part in itertools.combinations(smaller, size):
-            levels = (*part, largest)
-            *corrections, _ = predictor.groups(levels)
-            worth = torch.stack([predictor.worth(one).square() for one in corrections], 1)
-            yield levels, Law(family.schedule, times, _flops(family, levels), seed=0, knots=knots), worth
+        yield from ((*part, largest) for part in itertools.combinations(smaller, size))
+
+
+def _law(family: Family, predictor: Predictor, levels: Sequence[str], knots: int) -> tuple[Law, Tensor]:
+    """The law of these levels, and the errors (R, K - 1) from losing each correction alone."""
+    *corrections, _ = predictor.groups(levels)
+    worth = torch.stack([predictor.worth(one).square() for one in corrections], 1)
+    times = [point.t for point in predictor.evaluations]
+    return Law(family.schedule, times, _flops(family, levels), seed=0, knots=knots), worth
+
+
+def _predicted(
+    law: Law, theta: Tensor, worth: Tensor, predictor: Predictor, levels: Sequence[str], coins: str
+) -> float:
+    """The error that these coins are predicted to add on average."""
+    if coins == "bernoulli":
+        return predicted_variance(law, theta, worth).item()
+    return CHANCES[coins](0).expected(law, theta, Response.predicted(predictor, levels).matrix)[0].item()
 
 
 def _flops(family: Family, levels: Sequence[str]) -> Tensor:
