@@ -23,7 +23,7 @@ from mlem.multilevel.coefficients import Coefficients
 from mlem.multilevel.learning.chance import CHANCES
 from mlem.multilevel.learning.law import Law
 from mlem.multilevel.learning.objective import Objective, refuse_one_level
-from mlem.multilevel.learning.optimum import PathPoint, least_variance, optimal_path, predicted_variance
+from mlem.multilevel.learning.optimum import PathPoint, least_variance, optimal_path
 from mlem.multilevel.learning.response import Response
 from mlem.multilevel.planner import make_plan
 from mlem.multilevel.predict import Predictor
@@ -145,7 +145,7 @@ def first_coefficients(
             continue
         theta = least_variance(law, worth, nearest_coefficients(*asked, subset), budget)
         missed = max(_EXACT, abs(law.cost(theta).item() - budget))  # not every law can have every cost
-        found.append((missed, _predicted(law, theta, worth, predictor, subset, coins), subset, theta))
+        found.append((missed, _predicted(law, theta, predictor, subset, coins), subset, theta))
     _, _, best, theta = min(found, key=lambda one: one[:2])
     return best, _rounded(theta)
 
@@ -187,13 +187,10 @@ def _law(family: Family, predictor: Predictor, levels: Sequence[str], knots: int
     return Law(family.schedule, times, _flops(family, levels), seed=0, knots=knots), worth
 
 
-def _predicted(
-    law: Law, theta: Tensor, worth: Tensor, predictor: Predictor, levels: Sequence[str], coins: str
-) -> float:
+def _predicted(law: Law, theta: Tensor, predictor: Predictor, levels: Sequence[str], coins: str) -> float:
     """The error that these coins are predicted to add on average."""
-    if coins == "bernoulli":
-        return predicted_variance(law, theta, worth).item()
-    return CHANCES[coins](0).expected(law, theta, Response.predicted(predictor, levels).matrix)[0].item()
+    response = Response.predicted(predictor, levels)
+    return CHANCES[coins](law.seed).expected(law, theta, response.matrix)[0].item()
 
 
 def _flops(family: Family, levels: Sequence[str]) -> Tensor:
