@@ -45,7 +45,7 @@ from mlem.training.coefficients import CoefficientsModule, Fit
 
 CASES = (("ddpm", "log_snr"), ("ddim", "log_snr"))
 COINS = ("bernoulli", "systematic")
-STEPS, PLANS, BATCH, KNOTS = 32, 4, 64, 4
+STEPS, PLANS, BATCH, KNOTS = 32, 4, 64, 8
 BEFORE, START = "nearest", "knots"
 """The laws that learned ones are compared with: the fit of the calibrated one, and where learning begins."""
 ALL = "all levels"

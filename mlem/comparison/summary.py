@@ -23,7 +23,7 @@ __all__ = ["best_trials", "draw", "predicted_curve", "ratios", "settings"]
 
 COSTS: dict[str, Callable[[Row], float]] = {"time": lambda row: row.seconds, "FLOPs": lambda row: row.flops}
 """The units of cost."""
-KNOTS = 4
+KNOTS = 8
 """Of the laws with predicted errors in the figure, as in `configs/model/coefficients.yaml`."""
 
 

@@ -19,7 +19,7 @@ from mlem.multilevel.learning.law import Law
 
 __all__ = ["PathPoint", "least_variance", "optimal_path", "predicted_variance"]
 
-_STEEP, _FAR = 10.0, 15.0
+_STEEP, _FAR = 40.0, 60.0
 """Bounds of |alpha| and |beta|: beyond them a sigmoid is a step, or 0 or 1."""
 _EXACT = 1e-6
 """Tolerance on the cost."""

@@ -132,7 +132,7 @@ def first_coefficients(
     Raises:
         ValueError: the budget is too small, or the family has one level.
     """
-    refuse_one_level(len(family.names))
+    refuse_one_level(len(levels or family.names))
     asked, names = (family, solver, grid, budget, knots), tuple(family.names)
     if not family.fitted.has("calibration"):
         names = tuple(levels or names)
@@ -141,7 +141,7 @@ def first_coefficients(
     found: list[tuple[float, float, tuple[str, ...], Tensor]] = []
     for subset in _subsets(names) if levels is None else [tuple(levels)]:
         law, worth = _law(family, predictor, subset, knots)
-        if subset != names and law.costs[0].item() >= budget:
+        if levels is None and subset != names and law.costs[0].item() >= budget:
             continue
         theta = least_variance(law, worth, nearest_coefficients(*asked, subset), budget)
         missed = max(_EXACT, abs(law.cost(theta).item() - budget))  # not every law can have every cost
@@ -164,8 +164,10 @@ def law_path(family: Family, solver: Solver, grid: TimeGrid, knots: int = 0, poi
     for levels in _subsets(family.names):
         law, worth = _law(family, predictor, levels, knots)
         least = law.costs[0].item()
+        if not (within := [cost for cost in costs if cost > least]):
+            continue
         start = nearest_coefficients(family, solver, grid, math.sqrt(least * most), knots, levels)
-        for point in optimal_path(law, worth, start, [cost for cost in costs if cost > least]):
+        for point in optimal_path(law, worth, start, within):
             place = min(costs, key=lambda cost: abs(cost - point.cost))
             if place not in best or point.error < best[place].error:
                 best[place] = replace(point, levels=levels)
