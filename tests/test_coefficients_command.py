@@ -26,7 +26,7 @@ from mlem.sampling import Sampler
 from mlem.schedule import NoiseSchedule
 from mlem.training.coefficients import CoefficientsModule, Fit, replicates
 from tests.commands import configure, execute, metrics, reached, run_here, start, succeed_ranks, wait_until
-from tests.test_learn import objective
+from tests.test_learn import calibrated_family, objective
 
 OPTIONS = (
     "model=coefficients",
@@ -84,7 +84,7 @@ def test_the_command_learns_and_hands_over(learned: tuple[Path, str]) -> None:
     found = _learned(folder)
     about, held_out = found["about"], found["about"]["held_out"]
     assert found["levels"] == ["xs", "s"]
-    assert (found["alpha"][0], found["beta"][0]) == ([0.0] * 5, 40.0)
+    assert (found["alpha"][0], found["beta"][0]) == ([0.0] * 9, 40.0)
     assert (about["solver"], about["steps"], about["grid"], about["reference_steps"]) == ("ddpm", 4, "log_snr", 6)
     assert about["log_snr"][0] < about["log_snr"][1]
     assert about["lambda"] > 0
@@ -94,7 +94,9 @@ def test_the_command_learns_and_hands_over(learned: tuple[Path, str]) -> None:
         assert one["before"]["cost"] == pytest.approx(0.6, abs=1e-6)
         change = one["after"]["objective"] - one["before"]["objective"]
         assert one["change"]["objective"] == pytest.approx(change, abs=1e-9)
-        assert one["change"]["half_width"] > 0
+        learned = one["after"]["objective"] - one["start"]["objective"]
+        assert one["learned"]["objective"] == pytest.approx(learned, abs=1e-9)
+        assert (one["learned"]["half_width"] > 0) is about["validated"]["kept"]
         assert one["after"]["objective"] == one["after"]["mse"] + about["lambda"] * one["after"]["cost"]
     line = next(line for line in printed.splitlines() if line.startswith("coefficients: objective"))
     assert f"{held_out['systematic']['after']['objective']:.4g}" in line
@@ -228,6 +230,46 @@ def test_ranks_take_different_samples_and_share_their_coins() -> None:
     assert sorted([*one.tolist(), *two.tolist()]) == shares(1)[0].tolist()
 
 
+def test_levels_that_are_left_out(tmp_path: Path) -> None:
+    """Of a calibrated family: said, learned for, saved, drawn, and used in sampling."""
+    ours = calibrated_family("xs", "s", "m")
+    ours.save(tmp_path / FAMILY)
+    options = (f"family={FAMILY}", "model.updates=1", "model.images=2", "model.held_out=2")
+    printed = _run_in(tmp_path, *options)
+    assert "coefficients: for levels xs, m, predicted the best of xs, s, m\n" in printed
+    found = _learned(tmp_path)
+    assert (found["levels"], len(found["alpha"]), found["about"]["steps"]) == (["xs", "m"], 2, 4)
+    assert "alpha/m" in (names := {name for line in metrics(tmp_path / RUN / "metrics.jsonl") for name in line})
+    assert "alpha/s" not in names
+    plan = PlanSpec(probabilities="learned", estimator="jump")
+    sampler = Sampler(Family.load(tmp_path / FAMILY), solver="ddpm", steps=4, grid="log_snr", plan=plan)
+    assert sampler.levels == ["xs", "m"]
+    assert torch.isfinite(sampler.run(range(2)).x).all()
+    # the same levels when it is asked for again
+    assert "already learned" in _run_in(tmp_path, *options)
+
+
+def test_updates_that_do_not_lower_the_objective_are_dropped() -> None:
+    """Cheaper laws where cost is all that matters, dearer ones, and none."""
+    fit = Fit(8, 4, 2, 1, 0.1, "reverse", 4, 5, weight=1e5)
+    first = torch.tensor([[0.2], [-0.5]], dtype=torch.float64)
+    for moved, kept in ((-1.0, True), (1.0, False), (0.0, False)):
+        module = CoefficientsModule(objective(2, 4), first, first, fit, ["1", "2"])
+        module._home = torch.device("cpu")
+        module.trainer = SimpleNamespace(world_size=1, global_rank=0)  # type: ignore[assignment]
+        with torch.no_grad():
+            module.beta.add_(moved)
+        updated = module.theta
+        found = module.settle()
+        assert found["kept"] is kept
+        assert torch.equal(module.theta, updated if kept else first)
+        change = 1e5 * (module.objective.cost(updated) - module.objective.cost(first)).item()
+        assert found["objective"] == pytest.approx(change, rel=1e-2)
+        assert (found["half_width"] > 0) is bool(moved)
+        learned = module.judge()["systematic"]["learned"]
+        assert (learned["objective"] < 0) is kept
+
+
 @pytest.mark.parametrize("tangents", ["exact", "random"])
 def test_other_solvers_and_directions(family: Path, tangents: str, tmp_path: Path) -> None:
     options = ["model.solver=dpm_solver_pp", "model.grid=null", "model.updates=1", f"model.tangents={tangents}"]
@@ -237,7 +279,7 @@ def test_other_solvers_and_directions(family: Path, tangents: str, tmp_path: Pat
 
 
 def test_a_dry_run_writes_nothing(family: Path, tmp_path: Path) -> None:
-    assert "6 numbers" in _run_in(tmp_path, "dry_run=true", f"family={family}")
+    assert "10 numbers" in _run_in(tmp_path, "dry_run=true", f"family={family}")
     assert not list(tmp_path.iterdir())
 
 

@@ -26,13 +26,15 @@ from mlem.multilevel.learning import (
     interval,
     law_path,
     nearest_coefficients,
+    objective_for,
     optimal_path,
 )
 from mlem.multilevel.learning import objective as learning
-from mlem.multilevel.learning.chance import Draws, segments
+from mlem.multilevel.learning.chance import CHANCES, Draws, segments
 from mlem.multilevel.learning.optimum import least_variance, predicted_variance
 from mlem.multilevel.plan import Plan
 from mlem.multilevel.planner import make_plan
+from mlem.multilevel.predict import Predictor
 from mlem.multilevel.spec import PlanSpec
 from mlem.networks import unet
 from mlem.sampling import Sampler
@@ -348,8 +350,18 @@ def test_coins_and_directions_are_keyed_by_the_step() -> None:
     assert (counts[..., 1:].mean(0) - 0.5).abs().max() < 5 * 0.5 / math.sqrt(4000)
 
 
-def test_learning_begins_near_what_the_budget_buys() -> None:
-    ours = family("xs", "s", "m")
+def calibrated_family(*sizes: str) -> Family:
+    ours = family(*sizes)
+    return Family(ours.levels, Fitted(calibrate(ours, images=2, times=4)))
+
+
+@pytest.fixture(scope="module")
+def calibrated() -> Family:
+    return calibrated_family("xs", "s", "m")
+
+
+def test_learning_begins_near_what_the_budget_buys(calibrated: Family) -> None:
+    ours = Family(calibrated.levels)
     problem = Objective(
         frozen(ours),
         SCHEDULE,
@@ -358,22 +370,96 @@ def test_learning_begins_near_what_the_budget_buys() -> None:
         log_snr(32),
         torch.tensor([level.flops for level in ours.levels]),
     )
-    theta = first_coefficients(ours, make_solver("ddpm"), log_snr(32), 0.3)
-    assert theta.shape == (2, 2)
+    levels, theta = first_coefficients(ours, make_solver("ddpm"), log_snr(32), 0.3)
+    assert (levels, theta.shape) == (("xs", "s", "m"), (2, 2))
     assert problem.cost(theta).item() == pytest.approx(0.3, rel=0.02)
     # a budget that buys everything: nothing is certain, so that something can be learned
-    assert problem.probabilities(first_coefficients(ours, make_solver("ddpm"), log_snr(32), 1.0))[:, 1:].max() < 0.995
-    ours.fitted = Fitted(calibrate(ours, images=2, times=4))
-    nearest = nearest_coefficients(ours, make_solver("ddpm"), log_snr(32), 0.3)
+    _, everything = first_coefficients(ours, make_solver("ddpm"), log_snr(32), 1.0)
+    assert problem.probabilities(everything)[:, 1:].max() < 0.995
+    nearest = nearest_coefficients(calibrated, make_solver("ddpm"), log_snr(32), 0.3)
     assert problem.cost(nearest).item() == pytest.approx(0.3, rel=0.4)  # here a bell, which a sigmoid is not
-    calibrated = first_coefficients(ours, make_solver("ddpm"), log_snr(32), 0.3)
-    assert problem.cost(calibrated).item() == pytest.approx(0.3, abs=1e-6)
-    assert (calibrated[0] != theta[0]).all()
-    path = law_path(ours, make_solver("ddpm"), log_snr(32), points=6)
-    assert len(path) > 3
-    assert all(after.cost > before.cost and after.error < before.error for before, after in itertools.pairwise(path))
+    _, best = first_coefficients(calibrated, make_solver("ddpm"), log_snr(32), 0.3, levels=ours.names)
+    assert problem.cost(best).item() == pytest.approx(0.3, abs=1e-6)
+    assert (best[0] != theta[0]).all()
+    with pytest.raises(ValueError, match=r"budget=0\.1 of 32 evaluations"):  # s alone costs a quarter
+        first_coefficients(calibrated, make_solver("ddpm"), log_snr(32), 0.1, levels=("s", "m"))
     with pytest.raises(ValueError, match=r"budget=0\.001"):
         first_coefficients(ours, make_solver("ddpm"), log_snr(32), 0.001)
+
+
+@pytest.fixture(scope="module")
+def shipped() -> Family:
+    return Family.load("pretrained:dead_leaves16")
+
+
+@pytest.mark.parametrize("coins", ["bernoulli", "systematic"])
+def test_levels_that_are_not_worth_their_cost_are_left_out(shipped: Family, coins: str) -> None:
+    """The errors of the laws of all subsets, here of plans as `Predictor` predicts them, at equal cost."""
+    solver, grid = make_solver("ddpm"), log_snr(16)
+    predictor = Predictor(shipped.fitted.calibration_for(shipped), shipped.schedule, solver, grid)
+    chosen: set[tuple[str, ...]] = set()
+    for budget in (0.2, 0.35, 0.6):
+        best, theta = first_coefficients(shipped, solver, grid, budget, 2, coins=coins)
+        errors: dict[tuple[str, ...], float] = {}
+        for levels in (("xs", "m", "l"), ("xs", "l"), ("m", "l")):
+            if budget < shipped.level(levels[0]).flops / shipped.level().flops:
+                continue
+            law = objective_for(shipped, solver, grid, levels, knots=2)
+            _, own = first_coefficients(shipped, solver, grid, budget, 2, levels)
+            assert law.cost(own).item() == pytest.approx(budget, abs=1e-5)
+            plan = Plan.draw(law.probabilities(own), "bernoulli", levels=levels)
+            assert law.response is not None
+            expected = {kind: CHANCES[kind](0).expected(law, own, law.response.matrix)[0].item() for kind in CHANCES}
+            assert expected["bernoulli"] == pytest.approx(predictor.variance(plan), rel=1e-9)
+            errors[levels] = expected[coins]
+            assert levels != best or torch.equal(own, theta)
+        assert best == min(errors, key=errors.__getitem__)
+        chosen.add(best)
+    assert len(chosen) > 1  # so that this is a choice
+
+
+def test_the_path_takes_the_best_levels_at_each_cost(shipped: Family) -> None:
+    solver, grid = make_solver("ddpm"), log_snr(16)
+    path = law_path(shipped, solver, grid, points=6)
+    assert len(path) > 3
+    assert all(after.cost > before.cost and after.error < before.error for before, after in itertools.pairwise(path))
+    assert len({point.levels for point in path}) > 1
+    for point in path:
+        levels, theta = first_coefficients(shipped, solver, grid, point.cost)
+        assert levels == point.levels
+        torch.testing.assert_close(theta, point.theta, rtol=0, atol=0.05)
+
+
+def test_samples_of_some_levels_are_those_of_the_sampler(calibrated: Family) -> None:
+    """Coefficients learned for a subset, saved in the family, and a plan made from them."""
+    solver, grid, levels, indices = make_solver("ddpm"), log_snr(4), ("xs", "m"), torch.tensor([5, 3])
+    problem = objective_for(calibrated, solver, grid, levels, seed=4)
+    assert problem.costs.tolist() == [calibrated.level("xs").flops / calibrated.level("m").flops, 1.0]
+    learned = problem.coefficients(THETA)
+    kept = Coefficients(learned.alpha, learned.beta, levels, {"weights": calibrated.weights_hash})
+    ours = Family(calibrated.levels, Fitted(coefficients=Coefficients.from_dict(kept.to_dict())))
+    spec = PlanSpec(probabilities="learned", estimator="jump", coins="bernoulli", seed=4, per_sample=True)
+    result = Sampler(ours, solver="ddpm", grid=grid, seed=4, plan=spec).run(indices.tolist())
+    truth = problem.reference(indices, 6)
+    expected = (result.x - truth).square().flatten(1).mean(1)
+    found = problem.held_out(THETA, "bernoulli", indices, truth, 1)
+    torch.testing.assert_close(found, expected.double(), rtol=1e-3, atol=0)
+    with pytest.raises(ValueError, match=r"learned coefficients are for xs, m, got levels=xs, s, m"):
+        make_plan(PlanSpec(probabilities="learned", estimator="jump", levels=ours.names), ours, solver, grid)
+
+
+def test_laws_come_close_to_the_free_allocation() -> None:
+    """Of a sharp peak that is to be measured at every row: p rises from 0.01 to 1 within eight of them."""
+    problem = objective(2, 64, knots=8)
+    x = torch.linspace(-8, 8, 64, dtype=torch.float64)
+    worth = torch.exp(-x.square())[:, None] + 1e-6
+    free = (worth.sqrt() / worth.sqrt().max() * 3).clamp(max=1)
+    least = (worth * (1 / free - 1)).sum().item()
+    cost = (0.25 * 64 + free.sum().item()) / 64
+    start = torch.tensor([[0.0]] * 9 + [[-1.0]], dtype=torch.float64)
+    theta = least_variance(problem, worth, start, cost)
+    assert problem.cost(theta).item() == pytest.approx(cost, abs=1e-6)
+    assert least < predicted_variance(problem, theta, worth) < 1.5 * least
 
 
 @pytest.mark.parametrize("knots", [0, 2])
