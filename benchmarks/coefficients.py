@@ -1,6 +1,6 @@
 """What coefficients are worth: the calibrated law as near as a sigmoid comes, the laws predicted best, learned ones.
 
-    python benchmarks/coefficients.py FAMILY ... [--budgets 0.2 0.35 0.5] [--images 64] [--updates 6] [--out FILE]
+    python benchmarks/coefficients.py FAMILY ... [--budgets 0.2 0.35 0.5] [--images 64] [--updates 10] [--out FILE]
 
 Of calibrated families, that begin at equal expected cost by FLOPs: the objective, which is the mean squared error to
 many steps of the largest level plus lambda times the cost, of samples that nothing was fitted to, with coins of their
@@ -190,9 +190,9 @@ def options_of() -> argparse.Namespace:
     parser.add_argument("--images", type=int, default=64, help="held-out ones")
     parser.add_argument("--plans", type=int, default=PLANS, help="draws of the coins for each")
     parser.add_argument("--reference", type=int, default=500, help="steps")
-    parser.add_argument("--learned-from", type=int, default=48, help="images, in turn")
-    parser.add_argument("--batch", type=int, default=16, help="images in an update, with four draws each")
-    parser.add_argument("--updates", type=int, default=6)
+    parser.add_argument("--learned-from", type=int, default=256, help="images, in turn")
+    parser.add_argument("--batch", type=int, default=64, help="images in an update, with four draws each")
+    parser.add_argument("--updates", type=int, default=10)
     parser.add_argument("--rate", type=float, default=0.02)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))

@@ -135,7 +135,9 @@ class Learning:
         one_of("reverse", "exact", "random"),
         "reverse: first order, minutes; exact, random: unbiased, along all coefficients or one per draw",
     )
-    held_out: int = option(whole(2), "images for the final evaluation")
+    held_out: int = option(
+        whole(2), "images for the final evaluation, and as many others to accept or drop the updates"
+    )
     checkpoint_every: int = option(whole(1), "optimizer steps between checkpoints, and between lines of progress")
 
 
