@@ -17,7 +17,7 @@ import torch
 from mlem.cli.compose import plain
 from mlem.cli.options import check
 from mlem.family import Family
-from mlem.files import read_json
+from mlem.files import read_json, read_object, write_record
 from mlem.level import Level
 from mlem.multilevel.learning import first_order
 from mlem.multilevel.spec import PlanSpec
@@ -147,6 +147,19 @@ def test_a_finished_run_is_left_alone(learned: tuple[Path, str]) -> None:
     assert _learned(folder) == read_json(folder / RUN / "coefficients.json")
     with pytest.raises(ValueError, match=r"model\.learning_rate: 0\.02 there, 0\.1 now"):
         _run_in(folder, "model.learning_rate=0.1")
+
+
+def test_a_finished_run_from_before_updates_were_dropped(learned: tuple[Path, str]) -> None:
+    path = learned[0] / RUN / "coefficients.json"
+    whole = path.read_bytes()
+    plain = read_object(path)
+    del plain["about"]["validated"]
+    write_record(path, plain)
+    printed = _run_in(learned[0])
+    assert "already learned" in printed
+    assert "updates" not in printed
+    path.write_bytes(whole)
+    assert "coefficients: 8 updates " in _run_in(learned[0])
 
 
 def test_a_flipped_digit_of_learned_coefficients_is_noticed(learned: tuple[Path, str]) -> None:

@@ -232,7 +232,9 @@ def _hand_over(folder: Path, family: Family, where: Path, objective: Objective, 
     solver = f"{objective.solver.name}, {objective.grid.steps} steps, {objective.grid.name} grid"
     caption = f"{family.data}: learned for {solver}, {learned.about['updates']} updates, seed {objective.seed}"
     probabilities_figure(log_snr, curves, folder / "probabilities.png", caption)
-    print(f"{_kept(learned.about)}\n{_outcome(learned.about['held_out'])}", flush=True)
+    if "validated" in learned.about:  # older runs kept all updates
+        print(_kept(learned.about), flush=True)
+    print(_outcome(learned.about["held_out"]), flush=True)
     print(
         f"{'coefficients':38s}{where / 'coefficients.json'}\n{'p_k(t)':38s}{folder / 'probabilities.png'}", flush=True
     )
