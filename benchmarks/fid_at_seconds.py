@@ -32,7 +32,7 @@ from mlem.metrics.scores import Measure
 from mlem.sampling import Sampler
 
 SAMPLES, BLOCKS, BATCH = 5000, 5, 250
-MANY = {"ode": ("unipc", 48), "sde": ("ddpm", 250)}
+MANY = {"ode": ("unipc", 16), "sde": ("ddpm", 96)}
 """The largest level alone, in so many steps: what the others approach."""
 
 
