@@ -203,8 +203,8 @@ def test_calibrate_writes_and_reports(
     trained = read_json(family / "calibration.json")
     (family / "calibration.json").unlink()
     last = [one for one in discretisations() if one[0] == "dpm_solver_pp"]
-    monkeypatch.setattr(sys.modules["mlem.multilevel.pilot"], "discretisations", lambda: last)  # for speed
-    monkeypatch.setattr(sys.modules["mlem.multilevel.pilot"], "PILOTS", PILOTS[1:])
+    for name, value in (("discretisations", lambda: last), ("PILOTS", PILOTS[1:]), ("REUSES", ())):
+        monkeypatch.setattr(sys.modules["mlem.multilevel.pilot"], name, value)  # for speed
     options = ["--images", 2, "--times", 4, "--reference-steps", 20, "--batch-sizes", 1, 8]
     tool(monkeypatch, "calibrate", family, *options)
     printed = capsys.readouterr().out
