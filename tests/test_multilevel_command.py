@@ -71,7 +71,10 @@ def test_training_a_family_ends_with_its_calibration(made: tuple[Path, str]) -> 
     recommended = itertools.product(("sde", "ode", "ddpm", "unipc", "unipc_3"), RECOMMENDED, ways)
     expected |= {f"{by}/{name}{way}" for by, name, way in recommended}
     assert set(found.pilots) == expected
-    assert all(tuple(sorted(errors)) in STEPS.values() for errors in found.discretisation.values())
+    counts = {name: tuple(sorted(errors)) for name, errors in found.discretisation.items()}
+    # 20 steps of this are the reference itself
+    assert counts.pop("dpm_solver_pp/log_snr") == tuple(steps for steps in STEPS["ode"] if steps != 20)
+    assert all(steps in STEPS.values() for steps in counts.values())
     assert min(mse for errors in found.discretisation.values() for mse in errors.values()) > 0
 
 
