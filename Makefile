@@ -14,8 +14,9 @@ setup: .venv/installed
 	# beside the environment, for the tests of FID: its torchvision would not fit a CPU torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt --no-deps --upgrade \
 		--target .venv/fidelity torch-fidelity
-	# on all cores, where pip would compile file by file; files for another Python are left
-	$(BIN)/python -m compileall -qq -j 0 .venv/lib .venv/fidelity || true
+	# on all cores, where pip would compile file by file; files for another Python are left, and what hardly anyone imports
+	$(BIN)/python -m compileall -qq -j 0 -x '/(tests?|transformers/models|diffusers/(modular_)?pipelines)/' \
+		.venv/lib .venv/fidelity || true
 	@touch $@
 
 demo: setup  ## train xs, s and m on the digits, sample them; seconds of all rivals on the family that comes along: runs/demo/

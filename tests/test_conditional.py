@@ -17,12 +17,14 @@ from mlem.family import Family
 from mlem.files import read_json
 from mlem.level import Level
 from mlem.metrics.denoising import denoising_errors
+from mlem.multilevel import pilot
 from mlem.multilevel.learning import Objective, frozen
 from mlem.networks import build, dit, parameters, told, unet
 from mlem.sampling import sample
 from mlem.schedule import NoiseSchedule
 from mlem.solvers import make_solver
 from tests.commands import TRAIN, job, metrics, run_here, run_in
+from tests.few_pilots import FEW
 from tests.problems import level
 
 OPTIONS = (*TRAIN, "model.conditional=true", "training.flip=true", "training.label_dropout=0.5")
@@ -35,7 +37,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:Depreca
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where a family of two conditional levels was trained and calibrated."""
     folder = tmp_path_factory.mktemp("conditional")
-    run_in(folder, lambda: run_here("train", *OPTIONS))
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in FEW.items():
+            patch.setattr(pilot, name, value)
+        run_in(folder, lambda: run_here("train", *OPTIONS))
     return folder
 
 

@@ -18,10 +18,12 @@ from mlem.family import Family
 from mlem.images import quantise
 from mlem.level import Level
 from mlem.multilevel import command as multilevel
+from mlem.multilevel import pilot
 from mlem.outputs import read_png, sample_path
 from mlem.sampling import sample
 from mlem.schedule import NoiseSchedule
 from tests.commands import run_here
+from tests.few_pilots import FEW
 from tests.test_your_own_family import blocks
 
 pytestmark = [
@@ -126,7 +128,9 @@ def test_embeddings_come_from_a_file_row_by_row(family: Family) -> None:
     assert torch.equal(made("rows_of_m", "conditions=rows_of_m.safetensors"), found)
 
 
-def test_a_guided_family_is_calibrated_beside_the_other(family: Family) -> None:
+def test_a_guided_family_is_calibrated_beside_the_other(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in FEW.items():
+        monkeypatch.setattr(pilot, name, value)
     small = ["--images", "2", "--times", "4", "--batch-sizes", "4", "--reference-steps", "16"]
     assert multilevel.main(["calibrate", "family", "--guidance", "2", *small]) == 0
     guided = Family.load("family").guided(2.0)

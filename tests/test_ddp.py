@@ -64,5 +64,5 @@ def test_ranks_wait_for_a_family_that_is_only_to_be_written(made: tuple[Path, st
     for level in ("xs", "s"):
         path = tmp_path / f"runs/digits/unet_{level}/settings.json"
         write_json(path, read_json(path) | {"world_size": 2})
-    succeed_ranks("train", *TRAIN, cwd=tmp_path)
+    succeed_ranks("tests/few_pilots", *TRAIN, cwd=tmp_path)
     assert (tmp_path / "runs/digits/family/calibration.json").exists()

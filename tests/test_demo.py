@@ -38,7 +38,7 @@ SMALL = (
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("demo")
-    return folder, succeed("train", *SMALL, cwd=folder)
+    return folder, succeed("tests/few_pilots", *SMALL, cwd=folder)
 
 
 def test_demo_leaves_what_it_promises(demo: tuple[Path, str]) -> None:
