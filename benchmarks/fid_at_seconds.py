@@ -55,12 +55,12 @@ def score(sampler: Sampler, measure: Measure) -> dict[str, Any]:
     return {"fid": whole.value, "blocks": parts[0].value, "spread": parts[0].spread}
 
 
-def reference(folder: Path, shape: tuple[int, int, int]) -> Measure:
+def reference(folder: Path) -> Measure:
     """FID to all images of the shards."""
     shards = Shards.open(folder)
     parts = ([*range(start, min(start + 500, len(shards)))] for start in range(0, len(shards), 500))
     reals = ((part, shards.images(part)) for part in parts)
-    fid = FID("random256", shape, keep=Measure.keeps(blocks=BLOCKS))
+    fid = FID("random256", shards.shape, keep=Measure.keeps(blocks=BLOCKS))
     return Measure(fid, reals, {"data": str(folder.name), "count": len(shards)}, blocks=BLOCKS)
 
 
@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     family, out = family_of(options.family, None), options.out or here / f"fid_at_seconds_{options.kind}.json"
     if found["about"]["weights"] != family.weights_hash:
         parser.error(f"{options.rows or 'the rows'} are of another family than {options.family}: run fastest.py on it")
-    measure = reference(options.data, family.shape)
+    measure = reference(options.data)
     kept: list[dict[str, Any]] = json.loads(out.read_text())["rows"] if out.exists() else []
     about = found["about"] | {"samples": SAMPLES, "blocks": BLOCKS, "real": measure.key, "metric": "fid_random256"}
     for way, seconds, row, make in settings(family, options.kind, found["rows"], options.seconds):

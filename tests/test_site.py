@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import ast
 import re
-import shlex
 from functools import cache
 from itertools import pairwise
-from typing import Any
 
 import by_budget
-import pytest
 import yaml
 from public_names import REPOSITORY, documented, public_names
-
-from mlem.cli import tools
-from mlem.cli.compose import compose
 
 PACKAGES = sorted(
     ".".join(path.parent.relative_to(REPOSITORY).parts) for path in (REPOSITORY / "mlem").rglob("__init__.py")
@@ -26,9 +19,7 @@ SCRIPTS = sorted((REPOSITORY / "examples").glob("*.py"))
 REFERENCE = documented()
 KNOWN = {**REFERENCE, "mlem": public_names("mlem")}
 NAMES = {name for names in REFERENCE.values() for name in names}
-TOOL = re.compile(r"^ *python -m mlem\.([^#\n]+)", re.MULTILINE)
 SCRIPT = re.compile(r"^ *python ((?:benchmarks|examples)/\S+)", re.MULTILINE)
-COMMAND = re.compile(r"^python (train|sample)\.py ([^#\n-][^#\n]*)", re.MULTILINE)
 IMPORTED = re.compile(r"^ *from (mlem[\w.]*) import (.+)$", re.MULTILINE)
 
 
@@ -92,33 +83,6 @@ def test_every_picture_says_in_words_what_it_shows() -> None:
     said = re.findall(r"!\[([^]]*)\]\(", text) + re.findall(r'<img\s[^>]*?\balt="([^"]*)"', text)
     assert len(said) == text.count("![") + text.count("<img") > 15
     assert [words for words in said if len(words.split()) < 6] == []
-
-
-def test_every_command_of_a_page_composes() -> None:
-    """Those of CONTRIBUTING.md are run in test_contributing.py."""
-    lines = [found for page in PAGES if page.name != "CONTRIBUTING.md" for found in COMMAND.findall(page.read_text())]
-    assert len(lines) > 40
-    for name, options in lines:
-        compose(name, shlex.split(options))
-
-
-def test_every_command_of_a_tool_is_understood(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As the commands of CONTRIBUTING.md, that are run."""
-    lines = [found for page in PAGES if page.name != "CONTRIBUTING.md" for found in TOOL.findall(page.read_text())]
-    assert len(lines) > 20
-    understood = argparse.ArgumentParser.parse_args
-
-    class Understood(Exception):
-        pass
-
-    def parse_args(self: argparse.ArgumentParser, args: Any = None, namespace: Any = None) -> Any:
-        understood(self, args, namespace)
-        raise Understood
-
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
-    for line in lines:
-        with pytest.raises(Understood):
-            assert tools.main(shlex.split(line)) == 0, line
 
 
 def test_every_script_that_a_page_runs_is_there() -> None:
