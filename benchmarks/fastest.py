@@ -5,7 +5,7 @@
     python benchmarks/fastest.py runs/dead_leaves16_xl/family --kind sde
     python benchmarks/fastest.py four-levels --out FILE
 
-All samplers run in one process on one batch of 64 images from the same noise (SDEs: along the same Brownian paths), in
+All samplers run in one process on the same noise (SDEs: along the same Brownian paths), in batches of 64 images and in
 rounds; each row has the mean seconds of its rounds. Error is to a many-step run of the largest level. Rows are kept as
 they come: a run that was cut off goes on where it was. Time it on an idle machine.
 """
@@ -35,10 +35,10 @@ from mlem.multilevel.calibrate import calibrate
 from mlem.multilevel.fitted import Fitted
 from mlem.multilevel.pilot import pilot
 from mlem.provenance import machine
-from mlem.sampling import Sampler, solver_of
+from mlem.sampling import Result, Sampler, solver_of
 from mlem.solvers import Solver
 
-IMAGES = 64
+BATCH = 64
 REFERENCE = {"ode": ("dpm_solver_pp", 300), "sde": ("ddpm", 500)}
 TARGETS = {"ode": (2e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4), "sde": (5e-2, 3e-2, 1e-2, 5e-3, 3e-3, 2e-3)}
 """Mean squared errors at which seconds are compared."""
@@ -90,9 +90,9 @@ Job = tuple[list[Any], Callable[[], Sampler]]
 class Rows:
     """Measured rows of one family and kind, kept in a file."""
 
-    def __init__(self, family: Family, kind: str, out: Path) -> None:
-        self.family, self.kind, self.out = family, kind, out
-        self.about = {"family": self.family.data, "weights": self.family.weights_hash, "kind": kind, "images": IMAGES}
+    def __init__(self, family: Family, kind: str, images: int, out: Path) -> None:
+        self.family, self.kind, self.images, self.out = family, kind, images, out
+        self.about = {"family": self.family.data, "weights": self.family.weights_hash, "kind": kind, "images": images}
         self.about |= {"machine": machine(), "reference": REFERENCE[kind]}
         found = json.loads(out.read_text()) if out.exists() else {"rows": []}
         self.rows: list[dict[str, Any]] = found["rows"]
@@ -101,10 +101,11 @@ class Rows:
     def truth(self) -> torch.Tensor:
         """The many-step run of the largest level."""
         solver, steps = REFERENCE[self.kind]
-        path = self.out.with_name(f"{self.out.stem}_{self.about['weights']}.pt")
+        path = self.out.with_name(f"{self.out.stem}_{self.images}_{self.about['weights']}.pt")
         if not path.exists():
             print(f"reference: {solver}, {steps} steps", flush=True)
-            torch.save(Sampler(self.family.level(), solver=solver, steps=steps).run(range(IMAGES)).x, path)
+            found = self._run(Sampler(self.family.level(), solver=solver, steps=steps))
+            torch.save(torch.cat([result.x for result in found]), path)
         return torch.load(path, weights_only=True)
 
     def measure(self, key: list[Any], make: Callable[[], Sampler], round: int) -> None:
@@ -117,16 +118,19 @@ class Rows:
         except ValueError as error:
             print(f"left out: {key}: {error}", flush=True)
             return
-        result = sampler.run(range(IMAGES))
-        errors = (result.x - self.truth).square().flatten(1).mean(1)
+        results = self._run(sampler)
+        errors = (torch.cat([result.x for result in results]) - self.truth).square().flatten(1).mean(1)
+        wall, inside = (
+            sum(getattr(one.ledger, name) for one in results) for name in ("wall_seconds", "network_seconds")
+        )
         about = {} if sampler.plan is None else sampler.plan.about
         if row is None:
             row = {"key": key, "seconds": list[float]()}
             self.rows.append(row)
-        row["seconds"].append(result.ledger.wall_seconds / IMAGES)
+        row["seconds"].append(wall / self.images)
         row |= {
-            "outside": 1 - result.ledger.network_seconds / result.ledger.wall_seconds,
-            "calls": {name: cost.calls / IMAGES for name, cost in result.ledger.levels.items()},
+            "outside": 1 - inside / wall,
+            "calls": {name: cost.calls / BATCH for name, cost in results[0].ledger.levels.items()},
             "mse": errors.mean().item(),
             "image_mse": [float(f"{error:.4g}") for error in errors.tolist()],
             "predicted": [about.get("predicted_mse"), about.get("predicted_seconds")],
@@ -135,6 +139,9 @@ class Rows:
             row |= make.said
         self.save()
         print(f"{key!s:80s} {1e3 * row['seconds'][-1]:8.3f} ms/image  MSE {row['mse']:.3e}", flush=True)
+
+    def _run(self, sampler: Sampler) -> list[Result]:
+        return [sampler.run(range(start, start + BATCH)) for start in range(0, self.images, BATCH)]
 
     def save(self, **more: Any) -> None:
         """Write what there is."""
@@ -271,12 +278,15 @@ def main() -> None:
     parser.add_argument("--levels", nargs="+", help="of them, the largest of which is the reference; calibrated anew")
     parser.add_argument("--kind", choices=("ode", "sde"), default="ode")
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--images", type=int, default=64, help="a multiple of 64")
     parser.add_argument("--out", type=Path, default=None, help="default: benchmarks/fastest_KIND.json")
     parser.add_argument("--targets", type=float, nargs="+", help="mean squared errors at which seconds are compared")
     options = parser.parse_args()
+    if options.images < BATCH or options.images % BATCH:
+        parser.error(f"--images must be a multiple of {BATCH}, got {options.images}")
     targets = options.targets or TARGETS[options.kind]
     out = options.out or Path(__file__).with_name(f"fastest_{options.kind}.json")
-    rows = Rows(family_of(options.family, options.levels), options.kind, out)
+    rows = Rows(family_of(options.family, options.levels), options.kind, options.images, out)
     for round in range(options.rounds):
         for key, make in jobs(rows.family, options.kind, targets):
             rows.measure(key, make, round)

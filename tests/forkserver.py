@@ -34,7 +34,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 LIMIT = 1 << 20
 """Bytes of a request, at most."""
 MODULES = (
-    "diffusers.models.unets.unet_2d",
+    "mlem.networks.unet_2d",
     "hydra.core.override_parser.overrides_parser",
     "matplotlib.pyplot",
     "mlem.cli.sample",

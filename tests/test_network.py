@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.models import modeling_utils
+from diffusers.models.unets import unet_2d
 
 from mlem import Level, NoiseSchedule
 from mlem.networks import DIT_SIZES, SIZES, build, dit, flops, parameters, told, unet
@@ -226,3 +229,14 @@ def test_small_sizes_see_patches(classes: int, tmp_path: Path) -> None:
     assert pipe(batch_size=2, num_inference_steps=2, output_type="np", **options).images.shape == (2, 16, 16, 3)
     loaded = Level.load(tmp_path).network.eval()  # in channels_last
     torch.testing.assert_close(loaded(x, t, **told).sample.detach(), found)
+
+
+@pytest.mark.parametrize("size", ["xs", "m"])
+def test_a_call_does_not_walk_through_all_modules(size: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    network = unet(size, (3, 16, 16)).eval()
+    inner: Any = getattr(network, "unet", network)
+    assert isinstance(inner, unet_2d.UNet2DModel)
+    assert inner.dtype == modeling_utils.get_parameter_dtype(inner) == torch.float32
+    assert copy.deepcopy(inner).double().dtype == torch.float64
+    monkeypatch.setattr(modeling_utils, "get_parameter_dtype", None)
+    assert network(torch.zeros(1, 3, 16, 16), torch.tensor([5])).sample.shape == (1, 3, 16, 16)

@@ -117,11 +117,15 @@ def test_it_is_recommended_where_it_pays_and_runs_as_predicted(family: Family, k
 
 
 def test_a_few_lucky_images_do_not_make_reuse_better_than_the_whole_network(family: Family, known: Calibration) -> None:
-    lucky = {
-        name: {steps: error * (1e-3 if "/every" in name else 1.0) for steps, error in found.items()}
-        for name, found in known.discretisation.items()
-    }
-    of = Family(family.levels, Fitted(replace(known, discretisation=lucky)))
+    def lucky(found: dict[str, dict[int, float]]) -> dict[str, dict[int, float]]:
+        return {
+            name: {steps: error * (1e-3 if "/every" in name else 1.0) for steps, error in errors.items()}
+            for name, errors in found.items()
+        }
+
+    measured = (lucky(errors) for errors in (known.discretisation, known.stderr, known.trimmed))
+    names = dict(zip(("discretisation", "stderr", "trimmed"), measured, strict=True))
+    of = Family(family.levels, Fitted(replace(known, **names)))
     choice = of.recommend(seconds=80.0)
     kept = [one for one in (choice, *choice.alternatives) if one.reuse is not None and one.plan is None]
     assert kept

@@ -11,9 +11,11 @@ from typing import Any
 
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
-from diffusers.models.unets.unet_2d import UNet2DModel, UNet2DOutput
+from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
+
+from mlem.networks.unet_2d import UNet2DModel
 
 __all__ = ["PatchUNet2DModel"]
 

@@ -27,17 +27,19 @@ class LoadableClass(NamedTuple):
     Args:
         module: where it is imported from.
         axes: number of axes of one sample.
+        base: where the class of diffusers is that it derives from, if any; a network may be of either.
     """
 
     module: str
     axes: int
+    base: str | None = None
 
 
 ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {"unet": unet, "dit": dit}
 """Name -> function of (size, shape, options) that builds a network with fresh weights."""
 
 CLASSES: dict[str, LoadableClass] = {
-    "UNet2DModel": LoadableClass("diffusers.models.unets.unet_2d", 3),
+    "UNet2DModel": LoadableClass("mlem.networks.unet_2d", 3, "diffusers.models.unets.unet_2d"),
     "PatchUNet2DModel": LoadableClass("mlem.networks.patch_unet", 3),
     "UNet2DConditionModel": LoadableClass("diffusers.models.unets.unet_2d_condition", 3),
     "DiTTransformer2DModel": LoadableClass("diffusers.models.transformers.dit_transformer_2d", 3),
@@ -82,7 +84,8 @@ def config_of(network: nn.Module) -> dict[str, Any]:
     kind = type(network)
     to_json: Callable[[], str] | None = getattr(network, "to_json_string", None)  # of diffusers' ConfigMixin
     config: dict[str, Any] = {} if to_json is None else json.loads(to_json())
-    if not config or (kind.__name__ in CLASSES and kind.__module__ != CLASSES[kind.__name__].module):
+    known = CLASSES.get(kind.__name__)
+    if not config or (known is not None and kind.__module__ not in (known.module, known.base)):
         config["_class_name"] = f"{kind.__module__}.{kind.__qualname__}"
     return config
 

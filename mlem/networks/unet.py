@@ -10,9 +10,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from diffusers.models.unets.unet_2d import UNet2DModel
-
     from mlem.networks.patch_unet import PatchUNet2DModel
+    from mlem.networks.unet_2d import UNet2DModel
 
 __all__ = ["SIZES", "unet"]
 
@@ -61,7 +60,7 @@ def unet(
         )
     if size in PATCHED and not attention and min(height, width) >= 16 and height % 4 == width % 4 == 0:
         return _on_patches(SIZES[size], shape, dropout, classes)
-    from diffusers.models.unets.unet_2d import UNet2DModel
+    from mlem.networks.unet_2d import UNet2DModel
 
     design = _with_attention(SIZES[size], min(height, width)) if attention else _plain(SIZES[size], height, width)
     return UNet2DModel(
