@@ -104,8 +104,8 @@ def made_small(line: str) -> list[str]:
     names = {one.partition("=")[0] for one in more if "=" in one}
     kept = [one for one in given if one.partition("=")[0] not in names]
     if "train.py" in given and "model=family" in given and not any(one.startswith("model.levels=") for one in given):
-        more.append("model.levels=[xs,s]")
-    small = shlex.join(kept)
+        more.append("model.levels=[xs]")
+    small = shlex.join(kept).replace("[xs,s,m]", "[xs,s]")
     for pattern, smaller in SMALLER:
         small = re.sub(pattern, smaller, small)
     return shlex.split(small) + more
@@ -118,7 +118,7 @@ def run(line: str, home: Path) -> None:
     assert done.returncode == 0, f"{line}\n{shlex.join(arguments)}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
     for name in CALIBRATED:
         folder = home / "runs" / name / "family"
-        if folder.exists() and not (folder / "calibration.json").exists():
+        if len([*folder.glob("level_*")]) > 1 and not (folder / "calibration.json").exists():
             calibrate_small(folder)
 
 

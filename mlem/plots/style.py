@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from textwrap import fill
@@ -46,6 +47,7 @@ STYLES = (
     ("X", (0, (1, 1))),
 )
 """Marker and line style."""
+_SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 FILLS = ("full", "none", "left", "right", "top", "bottom")
 """How markers are filled, where colour must also be told apart in grey."""
 
@@ -101,6 +103,7 @@ def save(figure: Figure, path: str | os.PathLike[str]) -> None:
     if Path(path).suffix != ".png":
         raise ValueError(f"figures are PNG files, got {path}")
     for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):
+        _without_mathematics(axis)
         low, high = axis.get_view_interval()
         if axis.get_scale() == "log" and high < 1.1 * low:  # a single value: the layout would divide by zero
             axis.set_view_interval(low / 1.5, high * 1.5, ignore=True)
@@ -109,7 +112,26 @@ def save(figure: Figure, path: str | os.PathLike[str]) -> None:
         layout.execute(figure)
         figure.set_layout_engine(None)  # else savefig would draw twice, once just for the layout
     with atomic_write(path) as file:
-        figure.savefig(file, format="png")
+        figure.savefig(file, format="png", pil_kwargs={"compress_level": 3})  # in half the time of 6
+
+
+def _without_mathematics(axis: Axis) -> None:
+    """Write powers of ten as text: as mathematics, each is parsed, which takes a quarter of the time of a figure."""
+    from matplotlib.ticker import LogFormatterSciNotation
+
+    class Powers(LogFormatterSciNotation):
+        def __call__(self, x: float, pos: int | None = None) -> str:
+            text = re.sub(r"^\$\\mathdefault\{(.*)\}\$$", r"\1", super().__call__(x, pos)).replace(r"\times", "×")
+            return re.sub(r"\^\{(-?\d+)\}", lambda power: power[1].translate(_SUPERSCRIPTS), text)
+
+    for get, set_formatter in (
+        (axis.get_major_formatter, axis.set_major_formatter),
+        (axis.get_minor_formatter, axis.set_minor_formatter),
+    ):
+        if type(found := get()) is LogFormatterSciNotation:
+            powers = Powers()
+            powers.__dict__.update(found.__dict__)
+            set_formatter(powers)
 
 
 def need(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], figure: str) -> None:
