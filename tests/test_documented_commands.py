@@ -20,6 +20,7 @@ from mlem.multilevel.fitted import Fitted
 from tests import archives
 from tests.commands import REPOSITORY, environment, finish
 from tests.decoders import save_decoder
+from tests.few_pilots import FEW
 from tests.forkserver import Forked
 
 BLOCK = re.compile(r"^ *```sh\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
@@ -131,13 +132,12 @@ def expanded(argument: str, home: Path) -> list[str]:
 
 def calibrate_small(folder: Path) -> None:
     """Calibrate a family in a second, the demo's with pilots."""
-    family, few = Family.load(folder), [("ddpm", "uniform"), ("unipc", "uniform"), ("dpm_solver_pp", "log_snr")]
+    family, few = Family.load(folder), [("unipc", "uniform"), ("dpm_solver_pp", "log_snr")]
     found = calibrate(family, images=2, times=3)
     if folder.parent.name in ("demo", "digits"):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(pilot_module, "STEPS", {"ode": (2, 4, 8), "sde": (2, 4, 8)})
-            patch.setattr(pilot_module, "discretisations", lambda: few)
-            patch.setattr(pilot_module, "PILOTS", (("ddpm", "uniform", (8,), 0), ("unipc", "uniform", (8,), 1)))
+            for name, value in (FEW | {"STEPS": {"ode": (2, 4, 8)}, "discretisations": lambda: few}).items():
+                patch.setattr(pilot_module, name, value)
             found = pilot_module.pilot(family, found, images=2, reference_steps=16)
     family.fitted = Fitted(found)
     family.save_fitted(folder)

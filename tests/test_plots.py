@@ -12,7 +12,7 @@ from PIL import Image
 
 from mlem.comparison.figures import coupled_errors, error_vs_time, quality_vs_evaluations, similarity_vs_time
 from mlem.comparison.row import MULTILEVEL, Row
-from mlem.plots import error_by_noise_level, probabilities, scaling_law
+from mlem.plots import error_by_noise_level, lines, probabilities, scaling_law, style
 
 ROWS = [
     Row(sampler, steps, level, seconds=steps / 1e4, mse=1 / steps, mse_stderr=1e-3)
@@ -208,3 +208,13 @@ def test_probabilities_before_and_after(monkeypatch, tmp_path):
     for bad in ({}, {"s": ([0.1], [0.4])}, {"s": ([0.1, 0.2, 0.3], [0.4, 0.5, 1.1])}):
         with pytest.raises(ValueError, match="nothing to draw" if not bad else "curve 's' needs values in"):
             probabilities(log_snr, bad, tmp_path / "q.png", "")
+
+
+@pytest.mark.parametrize(("losses", "label", "minor"), [([3.0, 4e-5], "10⁻²", False), ([0.3, 0.5], "4×10⁻¹", True)])
+def test_powers_of_ten_are_text_that_needs_no_parsing(losses, label, minor, tmp_path, monkeypatch):
+    losses = {"xs": ([1.0, 2.0], losses)}
+    figure = figure_of(monkeypatch, lambda: lines.curves(losses, "x.png", "step", "loss", "digits", logarithmic=True))
+    style.save(figure, tmp_path / "x.png")
+    labels = [text.get_text() for text in figure.axes[0].get_yticklabels(minor=minor)]
+    assert label in labels
+    assert not any("$" in text for text in labels)

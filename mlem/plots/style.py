@@ -9,6 +9,7 @@ import math
 import os
 import re
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from textwrap import fill
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
+    from matplotlib.ticker import LogFormatterSciNotation
 
 __all__ = [
     "COLOURS",
@@ -119,19 +121,22 @@ def _without_mathematics(axis: Axis) -> None:
     """Write powers of ten as text: as mathematics, each is parsed, which takes a quarter of the time of a figure."""
     from matplotlib.ticker import LogFormatterSciNotation
 
+    for formatter in (axis.get_major_formatter(), axis.get_minor_formatter()):
+        if type(formatter) is LogFormatterSciNotation:
+            formatter.__class__ = _powers()
+
+
+@cache
+def _powers() -> type[LogFormatterSciNotation]:
+    """Matplotlib's labels of a logarithmic axis, with superscripts that are characters."""
+    from matplotlib.ticker import LogFormatterSciNotation
+
     class Powers(LogFormatterSciNotation):
         def __call__(self, x: float, pos: int | None = None) -> str:
             text = re.sub(r"^\$\\mathdefault\{(.*)\}\$$", r"\1", super().__call__(x, pos)).replace(r"\times", "×")
             return re.sub(r"\^\{(-?\d+)\}", lambda power: power[1].translate(_SUPERSCRIPTS), text)
 
-    for get, set_formatter in (
-        (axis.get_major_formatter, axis.set_major_formatter),
-        (axis.get_minor_formatter, axis.set_minor_formatter),
-    ):
-        if type(found := get()) is LogFormatterSciNotation:
-            powers = Powers()
-            powers.__dict__.update(found.__dict__)
-            set_formatter(powers)
+    return Powers
 
 
 def need(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], figure: str) -> None:
