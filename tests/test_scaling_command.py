@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from mlem.comparison.scaling import draw_scaling, plain_fits, scaling_fits
+from mlem.comparison.scaling import ERRORS, draw_scaling, plain_fits, scaling_fits
 from mlem.family import Family
 from mlem.files import read_json
 from mlem.level import Level
+from mlem.multilevel.fitted import Fitted
 from mlem.networks import unet
 from mlem.schedule import NoiseSchedule
 from tests.commands import run_here, run_in
@@ -68,6 +69,19 @@ def test_errors_that_do_not_level_off_are_warned_of(folder: Path, tmp_path: Path
     (said,) = draw_scaling(family, fits, 200, tmp_path / "law.png")
     assert said.startswith("warning: scaling law")
     assert said.endswith("; but the floor is at its bound, 0, so this gamma says little")
+
+
+def test_a_calibration_of_other_weights_is_left_out(folder: Path) -> None:
+    """A training that renewed a level, without calibration, ends with the fit of its errors."""
+    family = Family.load(folder / "runs/demo/family")
+    pretrained = Family.load("pretrained:dead_leaves16").fitted
+    images = np.random.default_rng(0).gamma(50, 1 / 50, (3, 200))
+    errors = np.array([0.19, 0.16, 0.12])[:, None] * images
+    family.fitted = pretrained
+    assert [*scaling_fits(family, errors, replicates=100)] == [ERRORS]
+    family.fitted = Fitted(damaged={"calibration": "cut off"})
+    with pytest.raises(ValueError, match="cut off"):
+        scaling_fits(family, errors, replicates=100)
 
 
 @pytest.mark.parametrize(("gamma", "warns"), [(1.5, True), (4.0, False)])

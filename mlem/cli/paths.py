@@ -10,7 +10,7 @@ from mlem.cli.schema import Benchmark, Data, Learning, Network, Networks, Sample
 from mlem.cli.values import written
 from mlem.files import read_object
 from mlem.invocation import command
-from mlem.pretrained import folder_of
+from mlem.pretrained import comes_along, folder_of
 
 __all__ = ["family_folder", "folders", "out_folder", "run_folder", "same_job", "training_command"]
 
@@ -32,8 +32,16 @@ def out_folder(job: Sample) -> Path:
     if job.out is not None:
         return Path(job.out)
     if isinstance(job.eval, Benchmark) and job.eval.targets:
-        return Path(job.root) / _OF_RIVALS
-    return Path(job.root) / _DEFAULT[job.eval.name].format(sampler=job.sampler.name, steps=job.steps)
+        return _root(job) / _OF_RIVALS
+    return _root(job) / _DEFAULT[job.eval.name].format(sampler=job.sampler.name, steps=job.steps)
+
+
+def _root(job: Sample) -> Path:
+    """`root`; if that is the default of the data, but the family comes with mlem, `runs/NAME` of the family."""
+    folder = folder_of(job.family) if job.family is not None else None
+    if folder is not None and comes_along(folder) and job.root == f"runs/{job.data.name}":
+        return Path("runs") / folder.name
+    return Path(job.root)
 
 
 def folders(job: Train | Sample) -> list[Path]:

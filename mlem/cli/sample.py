@@ -253,9 +253,8 @@ def _report_plan(now: Ledger, family: Family, sampler: Sampler) -> None:
         taken = now.wall_seconds / now.images
         print(f"  {1e3 * seconds:.2f} ms/image predicted, in batches as calibrated; {1e3 * taken:.2f} measured")
     predicted = plan.about.get("predicted_mse")
-    calibration = family.fitted.calibration
-    known = calibration is not None and calibration.about.get("weights") == family.weights_hash
     # a handmade plan has no prediction; the family of a memorised one may have lost its calibration
+    known = family.fitted.calibration is not None and family.fitted.calibrated(family)
     if predicted is not None and known:
         predictor = Predictor(family.fitted.calibration_for(family), family.schedule, sampler.solver, sampler.grid)
         alone = predictor.discretisation_at(max(1, round(flops)))

@@ -339,7 +339,9 @@ class Sample:
     trainer: Trainer = group(Trainer)
     metric: Metric = group(Metric)
     eval: Verb = group(Verb, Benchmark, Scaling)
-    root: str = option(TEXT, "where samples are written: <root>/samples", "runs/${data.name}")
+    root: str = option(
+        TEXT, "where samples are written: <root>/samples; of family=pretrained:NAME: runs/NAME", "runs/${data.name}"
+    )
     family: str | None = option(
         text(null=True),
         "folder of a family, or pretrained:NAME; null: the newest of this data set, or the level of model=",

@@ -74,7 +74,7 @@ def scaling_fits(
     """
     costs = costs_of(family, unit)
     fits = {ERRORS: fit_errors(errors, costs, replicates)}
-    if family.fitted.has("calibration"):
+    if family.fitted.calibrated(family):
         differences = family.fitted.calibration_for(family).image_differences.numpy()
         fits["level differences"] = fit_differences(differences, costs, replicates)
     return fits

@@ -118,7 +118,7 @@ def predicted_curve(comparison: Comparison, runs: Sequence[Run]) -> dict[str, tu
     """FLOPs and predicted errors of the best laws for Bernoulli coins, where the first such run has its steps."""
     family = comparison.family
     drawn = [run for run in runs if run.plan is not None and run.row.delta is not None]
-    if not drawn or not family.fitted.has("calibration"):
+    if not drawn or not family.fitted.calibrated(family):
         return {}
     run = drawn[0]
     grid = run.solver.grid(family.schedule, run.row.steps, run.grid)

@@ -66,6 +66,13 @@ class Fitted:
             name in self.damaged
         )
 
+    def calibrated(self, family: _Family) -> bool:
+        """Whether there is a calibration for these weights. Raises ValueError if it is damaged."""
+        if self.calibration is None:
+            self._refuse_damaged(_CALIBRATION)
+            return False
+        return self.calibration.about.get("weights") == family.weights_hash
+
     def calibration_for(self, family: _Family) -> Calibration:
         """The calibration. Raises ValueError with the remedy if there is none, or it is for other weights."""
         found = self.calibration
@@ -73,7 +80,7 @@ class Fitted:
             self._refuse_damaged(_CALIBRATION)
             _refuse_one_level(family)
             raise ValueError(f"this family of {family.data} is not calibrated: {calibrations.COMMAND}")
-        if found.about.get("weights") != family.weights_hash:
+        if not self.calibrated(family):
             raise ValueError(f"the calibration is for other weights or guidance: {calibrations.COMMAND}")
         if found.about.get("schedule") not in (None, family.schedule.fingerprint):
             raise ValueError(f"the calibration is for another noise schedule: {calibrations.COMMAND}")
