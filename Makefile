@@ -1,6 +1,8 @@
 # Two commands do everything on a fresh machine: `make demo` and `make test`.
 PYTHON ?= python3
 BIN := .venv/bin
+SELDOM := tests?|testing|transformers/models|diffusers/(modular_)?pipelines|torch/_inductor|pytorch_lightning|lightning_fabric
+SELDOM := $(SELDOM)|networkx|fontTools|playwright|setuptools|pygments/lexers|sympy/(physics|combinatorics|stats|parsing)
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 export GOMP_SPINCOUNT ?= 1000
 export KMP_BLOCKTIME ?= 1
@@ -15,8 +17,7 @@ setup: .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt --no-deps --upgrade \
 		--target .venv/fidelity torch-fidelity
 	# on all cores, where pip would compile file by file; files for another Python are left, and what hardly anyone imports
-	$(BIN)/python -m compileall -qq -j 0 -x '/(tests?|transformers/models|diffusers/(modular_)?pipelines)/' \
-		.venv/lib .venv/fidelity || true
+	$(BIN)/python -m compileall -qq -j 0 -x '/($(SELDOM))/' .venv/lib .venv/fidelity || true
 	@touch $@
 
 demo: setup  ## train xs, s and m on the digits, sample them; seconds of all rivals on the family that comes along: runs/demo/
