@@ -54,6 +54,7 @@ class Choosing:
         self.ways = [*self._reusing(), Way(family, self.calibration)]
         self._seconds = {name: self.seconds({name: 1.0}, 0) for name in family.names}
         self.outside = self.seconds({}, 1)
+        self._predictors: dict[tuple[object, ...], Predictor] = {}
         if next(self.methods(), None) is None:
             raise ValueError(f"no error of an {self.kind.upper()} solver was measured for this family: {COMMAND}")
 
@@ -87,9 +88,13 @@ class Choosing:
     def grid(self, solver: Solver, grid: str, steps: int) -> TimeGrid:
         return solver.grid(self.family.schedule, steps, grid)
 
-    def predictor(self, solver: Solver, grid: str, steps: int, calibration: Calibration | None = None) -> Predictor:
-        schedule = self.family.schedule
-        return Predictor(calibration or self.calibration, schedule, solver, self.grid(solver, grid, steps))
+    def predictor(self, solver: Solver, grid: str, steps: int, way: Way | None = None) -> Predictor:
+        """Made once. way: the last, the whole network, by default."""
+        way, schedule = way or self.ways[-1], self.family.schedule
+        key = (solver.name, grid, steps, way.reuse)
+        if key not in self._predictors:
+            self._predictors[key] = Predictor(way.calibration, schedule, solver, self.grid(solver, grid, steps))
+        return self._predictors[key]
 
     def measured(self, solver: Solver, grid: str) -> Sequence[int]:
         return sorted(self.calibration.discretisation[f"{solver.name}/{grid}"])
@@ -120,7 +125,7 @@ class Choosing:
             plan = found_plan(spec, way.family, solver, points)
         except ValueError:
             return None
-        by, names = self.predictor(solver, grid, steps, way.calibration), plan.levels or self.family.names
+        by, names = self.predictor(solver, grid, steps, way), plan.levels or self.family.names
         calls: dict[str, float] = dict(zip(names, plan.expected_calls.tolist(), strict=True))
         reuse = way.reuse if calls.get(self.family.names[-1], 0.0) > 1 else None
         alone = len(names) == 1 and reuse is None  # which needs no plan

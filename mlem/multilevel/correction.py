@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -94,14 +95,8 @@ def correction(pilots: Sequence[Sequence[float]], error: float, steps: int) -> F
         # between the pilots closest to that error on either side
         spread = float(np.std(ratios)) if len(pilots) > 1 else UNKNOWN
         return Factor(math.exp(np.interp(math.log(error), predicted, ratios)), max(SCATTERS[0], spread))
-    places = np.stack([predicted, np.log([row[3] for row in pilots])], 1)
-    # beyond the pilots the line is not followed
-    here = np.clip(np.log([[error, steps]]), places.min(0), places.max(0))
-    evidence, means, variances = np.array([*_fits(places, ratios, here)]).T
-    weights = np.exp(evidence - evidence.max())
-    weights /= weights.sum()
-    mean = float(weights @ means)
-    variance = float(weights @ (variances + (means - mean) ** 2))
+    process = _process(tuple(predicted.tolist()), tuple(row[3] for row in pilots), tuple(ratios.tolist()))
+    mean, variance = process.at(error, steps)
     # all pilots share their images, so that error does not average out
     images = OTHERS**2 * float(np.mean([(row[2] / row[1]) ** 2 for row in pilots]))
     return Factor(math.exp(mean), math.sqrt(variance + images))
@@ -142,22 +137,44 @@ def reuse_factor(pilots: Sequence[Sequence[float]], error: float) -> Factor:
     return Factor(math.exp(np.interp(at, places, added) + below), max(SCATTERS[0], (apart + below) / 2))
 
 
-def _fits(places: Floats, ratios: Floats, here: Floats) -> Iterator[tuple[float, float, float]]:
-    """For each bend and scatter, the log evidence of the ratios, and the mean and variance here.
+@lru_cache(256)
+def _process(predicted: tuple[float, ...], steps: tuple[float, ...], ratios: tuple[float, ...]) -> _Process:
+    """Of pilots: logarithms of predicted errors, numbers of steps, and logarithms of measured over predicted."""
+    return _Process(np.stack([predicted, np.log(steps)], 1), np.array(ratios))
 
-    places: (P, 2). ratios: (P,). here: (1, 2).
+
+class _Process:
+    """The Gaussian process through the ratios of P pilots, for each of H pairs of bend and scatter.
+
+    Args:
+        places: (P, 2), the logarithms of predicted error and steps.
+        ratios: (P,).
     """
-    middle = places.mean(0)
 
-    def kernel(one: Floats, other: Floats, bend: float) -> Floats:
-        line = PRIOR[0] ** 2 + ((one - middle) * np.square(PRIOR[1:])) @ (other - middle).T
+    def __init__(self, places: Floats, ratios: Floats) -> None:
+        self._places, self._middle = places, places.mean(0)
+        bends, self._scatters = np.array([*itertools.product(BENDS, SCATTERS)]).T
+        self._squares = bends**2
+        noise = (self._scatters**2)[:, None, None] * np.eye(len(places))
+        self._roots = np.linalg.cholesky(self._kernel(places, places) + noise)  # (H, P, P)
+        self._white = np.linalg.solve(self._roots, ratios[:, None])[..., 0]  # (H, P)
+        determinants = np.log(np.diagonal(self._roots, axis1=1, axis2=2)).sum(1)
+        evidence = -(self._white**2).sum(1) / 2 - determinants
+        weights = np.exp(evidence - evidence.max())
+        self._weights: Floats = weights / weights.sum()
+
+    def at(self, error: float, steps: int) -> tuple[float, float]:
+        """Mean and variance of the logarithm of measured over predicted, averaged over the pairs by evidence."""
+        # beyond the pilots the line is not followed
+        here = np.clip(np.log([[error, steps]]), self._places.min(0), self._places.max(0))
+        seen = np.linalg.solve(self._roots, self._kernel(self._places, here))[..., 0]  # (H, P)
+        means = (self._white * seen).sum(1)
+        variances = self._kernel(here, here)[:, 0, 0] - (seen**2).sum(1) + self._scatters**2
+        mean = float(self._weights @ means)
+        return mean, float(self._weights @ (np.maximum(variances, self._scatters**2) + (means - mean) ** 2))
+
+    def _kernel(self, one: Floats, other: Floats) -> Floats:
+        """Covariances without scatter: (N, 2), (M, 2) -> (H, N, M)."""
+        line = PRIOR[0] ** 2 + ((one - self._middle) * np.square(PRIOR[1:])) @ (other - self._middle).T
         apart = ((one[:, None] - other[None]) / LENGTHS) ** 2
-        return line + bend**2 * np.exp(-apart.sum(2) / 2)
-
-    for bend, scatter in itertools.product(BENDS, SCATTERS):
-        covariance = kernel(places, places, bend) + scatter**2 * np.eye(len(places))
-        root = np.linalg.cholesky(covariance)
-        white, seen = np.linalg.solve(root, ratios), np.linalg.solve(root, kernel(places, here, bend))
-        evidence = -white @ white / 2 - np.log(np.diag(root)).sum()
-        variance = kernel(here, here, bend).item() - (seen**2).sum() + scatter**2
-        yield float(evidence), (white @ seen).item(), float(max(variance, scatter**2))
+        return line + self._squares[:, None, None] * np.exp(-apart.sum(2) / 2)

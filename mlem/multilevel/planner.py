@@ -125,6 +125,7 @@ class _Planner:
         refuse_levels(spec.levels or (), family)
         self._kind = "sde" if solver.stochastic else "ode"
         self._predictor: Predictor | None = None
+        self._laws: dict[tuple[str, ...], Tensor] = {}
         if family.fitted.has("calibration") or spec.probabilities == "calibrated" or spec.mse is not None:
             calibration = family.fitted.calibration_for(family)
             self._predictor = Predictor(calibration, family.schedule, solver, grid)
@@ -212,10 +213,10 @@ class _Planner:
         Coins can be arbitrarily rare: if levels may be left out, a plan runs its largest at least once per sample on
         average.
         """
-        costs = self._costs_of(levels)
+        costs, tossed = self._costs_of(levels), ESTIMATORS[self._spec.estimator].searched
 
         def spent(factor: float) -> float:
-            return self._draw(levels, factor).expected_cost(costs)
+            return self._draw(levels, factor, tossed).expected_cost(costs)
 
         low, high = 1e-9, 1e9
         if spent(low) > budget:
@@ -227,7 +228,8 @@ class _Planner:
         never = self._spec.chooses_levels and plan.probabilities[:, -1].sum() < 1
         return None if never else plan
 
-    def _draw(self, levels: tuple[str, ...], factor: float) -> Plan:
+    def _draw(self, levels: tuple[str, ...], factor: float, tossed: bool = True) -> Plan:
+        """tossed: whether coins are tossed, which the expected cost needs only where they choose the rows."""
         spec = self._spec
         return Plan.draw(
             self._probabilities(levels, factor),
@@ -236,7 +238,7 @@ class _Planner:
             estimator=spec.estimator,
             order=self._order,
             levels=levels,
-            per_sample=spec.per_sample,
+            per_sample=spec.per_sample or not tossed,
         )
 
     def _probabilities(self, levels: tuple[str, ...], factor: float) -> Tensor:
@@ -244,7 +246,9 @@ class _Planner:
         spec = self._spec
         if spec.probabilities == "learned":
             return self._learned(levels, spec.delta if spec.delta is not None else math.log(factor))
-        table, numbers = self._law(levels), not isinstance(spec.probabilities, str)
+        if levels not in self._laws:
+            self._laws[levels] = self._law(levels)
+        table, numbers = self._laws[levels], not isinstance(spec.probabilities, str)
         p = (table * factor).clamp(1e-9, 1.0)
         p[:, 0] = table[:, 0].clamp(max=1.0) if numbers else 1.0
         return p
