@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mlem.multilevel import pilot
 from tests.commands import FOREIGN, TINY, TRAIN, run_here, run_in, succeed
 
 for variable in filter(FOREIGN.fullmatch, [*os.environ]):
@@ -73,10 +74,20 @@ def trained(request: pytest.FixtureRequest) -> Path:
     return made_once(request, "trained", lambda folder: make(cwd=folder))
 
 
+FEWER = {"ode": (4, 8, 16, 20, 32), "sde": (8, 32, 64)}
+"""Step counts at which `made` is measured, a quarter of those of any other family."""
+
+
 @pytest.fixture(scope="session")
 def made(request: pytest.FixtureRequest) -> tuple[Path, str]:
     """A folder in which `train.py model=family` made and calibrated runs/digits/family, and what was printed."""
-    folder = made_once(request, "made", lambda folder: run_in(folder, lambda: run_here("train", *TRAIN)))
+
+    def make(folder: Path) -> str:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(pilot, "STEPS", FEWER)  # for speed
+            return run_in(folder, lambda: run_here("train", *TRAIN))
+
+    folder = made_once(request, "made", make)
     return folder, (folder / "printed.txt").read_text()
 
 
