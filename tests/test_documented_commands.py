@@ -81,6 +81,7 @@ SMALLER = (
     (r" budget=\S+", " budget=0.95"),
     (r" steps=\S+", " steps=4"),
     (r"--size \d+", "--size 16"),
+    (r"model=unet_[ml](?= |$)", "model=unet_xs"),
 )
 """What takes the place of values that networks without training do not reach, or not soon."""
 CALIBRATED = ("demo", "digits", "digits_labels", "photos")

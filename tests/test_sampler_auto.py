@@ -15,6 +15,7 @@ from mlem.multilevel.calibrate import calibrate
 from mlem.multilevel.correction import REUSES
 from mlem.multilevel.fitted import Fitted
 from tests.commands import run_here, run_in
+from tests.few_pilots import FEW
 from tests.problems import level
 
 
@@ -66,8 +67,9 @@ def test_sampler_auto_samples_what_is_recommended(tmp_path: Path) -> None:
         of.save(tmp_path / "family")
         of = Family.load(tmp_path / "family")
         calibration = calibrate(of, images=2, times=4, batch_sizes=(2,))
-        few = [("dpm_solver_pp", "log_snr")]
-        patch.setattr(pilot_module, "discretisations", lambda: few)  # for speed
+        few = FEW | {"discretisations": lambda: [("dpm_solver_pp", "log_snr")]}  # for speed
+        for name, value in few.items():
+            patch.setattr(pilot_module, name, value)
         of.fitted = Fitted(pilot_module.pilot(of, calibration, images=2, reference_steps=100))
         of.save_fitted(tmp_path / "family")
         asked = ["sampler=auto", "mse=10", "seeds=0-1", "batch_size=2"]
