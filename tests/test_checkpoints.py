@@ -209,6 +209,27 @@ def test_force_trains_more_steps_with_the_new_rate(finished: Path, tmp_path: Pat
     assert read_json(tmp_path / RUN / "settings.json")["training"]["learning_rate"] == 0.001
 
 
+def test_levels_of_a_family_have_their_own_steps(tmp_path: Path) -> None:
+    """As if each had been trained alone."""
+    family = [*OPTIONS[1:], "model=family", "model.levels=[xs,s]", "model.level_steps=[3,2]"]
+    run_in(tmp_path, lambda: run_here("train", *family))
+    steps = {
+        size: read_json(tmp_path / f"runs/digits/unet_{size}/level/mlem.json")["measured"]["steps"]
+        for size in ("xs", "s")
+    }
+    assert steps == {"xs": 3, "s": 2}
+    alone = [*OPTIONS[1:], "model=unet_xs", "training.steps=3"]
+    assert "xs: already trained" in run_in(tmp_path, lambda: run_here("train", *alone))
+    again = run_in(tmp_path, lambda: run_here("train", *family))
+    assert "xs: already trained" in again
+    assert "s: already trained" in again
+    with pytest.raises(ValueError, match=r"training\.steps: 3 there, 4 now"):
+        run_in(tmp_path, lambda: run_here("train", *family, "model.level_steps=[4,2]"))
+    assert "for 7 steps of 16 images" in run_in(
+        tmp_path, lambda: run_here("train", *family, "model.level_steps=[7,2]", "dry_run=true")
+    )
+
+
 def test_what_resume_may_be(finished: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(finished)
     with pytest.raises(ValueError, match=r"resume must be auto, force or the path of a checkpoint, got 'Auto'"):

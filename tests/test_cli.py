@@ -252,6 +252,14 @@ def test_a_mistake_is_one_line(
             "model.levels must be a list of one or more sizes, such as [xs,s], got []",
         ),
         (
+            ["model=family", "model.level_steps=[5,4]"],
+            "model.level_steps must have one number for each of ['xs', 's', 'm'], got [5, 4]",
+        ),
+        (
+            ["model=family", "model.level_steps=[5,4,0]"],
+            "model.level_steps must be a list of whole numbers >= 1, or null, got [5, 4, 0]",
+        ),
+        (
             ["schedule=linear", "schedule.num_timesteps=abc"],
             "schedule.num_timesteps must be a whole number >= 2, got 'a",
         ),

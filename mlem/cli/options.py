@@ -148,6 +148,8 @@ def _check_together(plain: dict[str, Any]) -> None:
             f"{training['batch_size']}"
         )
     model = plain.get("model")
+    if isinstance(model, dict) and (steps := model.get("level_steps")) and len(steps) != len(model["levels"]):
+        raise ValueError(f"model.level_steps must have one number for each of {model['levels']}, got {steps}")
     if isinstance(model, dict) and model.get("name") in Learning.names:
         if model["images"] % model["batch_size"]:
             raise ValueError(

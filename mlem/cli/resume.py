@@ -52,7 +52,9 @@ def level_settings(job: Train, level: Level, world_size: int) -> dict[str, Any]:
     """Everything that determines a level's weights: a resumed run must agree on all of it."""
     plain = job.told
     training = {key: value for key, value in plain["training"].items() if key not in ("workers", "checkpoint_every")}
-    model = {key: value for key, value in plain["model"].items() if key not in ("name", "levels", "size")}
+    model = {
+        key: value for key, value in plain["model"].items() if key not in ("name", "levels", "level_steps", "size")
+    }
     return {
         "model": _without_later(model),
         "level": level.name,

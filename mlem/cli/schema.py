@@ -97,6 +97,11 @@ class Networks(_Architecture):
 
     several: ClassVar = True
     levels: list[str] = option(SIZES)
+    level_steps: list[int] | None = option(
+        list_of_whole(1).or_null(),
+        "optimizer steps of each level, such as [20000,5000]; null: training.steps of all",
+        None,
+    )
 
     @property
     def sizes(self) -> list[str]:

@@ -7,7 +7,7 @@ import os
 import time
 import warnings
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from mlem.cli.metrics import check_measure, new_fid
 from mlem.cli.paths import run_folder
 from mlem.cli.ranks import fail_together, new_fabric, world_size_of
 from mlem.cli.resume import changes, check_resume, level_settings, note_settings, resume_point
-from mlem.cli.schema import Calibration, Learning, Train
+from mlem.cli.schema import Calibration, Learning, Networks, Train
 from mlem.cli.values import parse_indices
 from mlem.comparison.setup import Setup
 from mlem.data import Shards, count_of, ensure
@@ -213,6 +213,7 @@ def _check_learned(folder: Path, names: list[str]) -> None:
 
 def train_level(job: Train, level: Level, shards: Shards) -> None:
     """Train one level in its run folder, resuming an earlier run; does nothing if finished."""
+    job = _alone(job, level)
     folder = run_folder(job, level.name)
     # only rank 0 takes the lock, for all
     with folder_lock(folder) if first_process() else nullcontext():
@@ -225,7 +226,7 @@ def train_level(job: Train, level: Level, shards: Shards) -> None:
                 print(f"{level.name}: already trained, in {folder}", flush=True)
             return
         module = _module(job, level, shards)
-        asked = ("training.steps", job.training.steps)
+        asked = ("training.steps (or model.level_steps)" if job.model.several else "training.steps", job.training.steps)
         checkpoint, step = resume_point(job.resume, folder, module.state_dict(), asked, changed)
         note_settings(folder, settings)
         trainer, data = _prepare(job, level, shards, folder, step)
@@ -233,6 +234,15 @@ def train_level(job: Train, level: Level, shards: Shards) -> None:
             print(f"{level.name}: resuming from {checkpoint}", flush=True)
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
         _export(trainer, module, folder)
+
+
+def _alone(job: Train, level: Level) -> Train:
+    """The job, with the level's own number of optimizer steps as `training.steps`."""
+    if not isinstance(job.model, Networks) or job.model.level_steps is None:
+        return job
+    steps = job.model.level_steps[job.model.levels.index(level.name)]
+    told = job.told | {"training": job.told["training"] | {"steps": steps}}
+    return replace(job, training=replace(job.training, steps=steps), told=told)
 
 
 def _trained(folder: Path, steps: int) -> bool:
@@ -324,8 +334,9 @@ def _export(trainer: pl.Trainer, module: DenoisingModule, folder: Path) -> None:
 def _dry_run(job: Train, levels: list[Level]) -> None:
     """Print what would be done and its estimated time."""
     print(OmegaConf.to_yaml(OmegaConf.create(job.told)))
-    options, ranks, device = job.training, _world_size(job), _device(job)
+    ranks, device = _world_size(job), _device(job)
     for level in levels:
+        options = _alone(job, level).training
         level.network.to(device)
         images = torch.zeros(options.batch_size // options.accumulate // ranks, *level.shape, device=device)
         seconds = []
