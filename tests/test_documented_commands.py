@@ -82,7 +82,7 @@ SMALLER = (
     (r" steps=\S+", " steps=4"),
     (r"--size \d+", "--size 16"),
     (r"model=unet_[ml](?= |$)", "model=unet_xs"),
-    (r"model\.level_steps=\S+", "model.level_steps=[1,2,1]"),
+    (r"level_steps=\[[\d,]+\]", "level_steps=[1,2]"),
 )
 """What takes the place of values that networks without training do not reach, or not soon."""
 CALIBRATED = ("demo", "digits", "digits_labels", "photos")
