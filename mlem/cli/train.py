@@ -226,7 +226,10 @@ def train_level(job: Train, level: Level, shards: Shards) -> None:
                 print(f"{level.name}: already trained, in {folder}", flush=True)
             return
         module = _module(job, level, shards)
-        asked = ("training.steps (or model.level_steps)" if job.model.several else "training.steps", job.training.steps)
+        asked = (
+            "training.steps (or model.level_steps)" if isinstance(job.model, Networks) else "training.steps",
+            job.training.steps,
+        )
         checkpoint, step = resume_point(job.resume, folder, module.state_dict(), asked, changed)
         note_settings(folder, settings)
         trainer, data = _prepare(job, level, shards, folder, step)
