@@ -56,13 +56,16 @@ PLAIN: dict[str, list[tuple[str, str | None, dict[str, Any], tuple[int, ...]]]] 
     ],
 }
 """Solver, grid, options and steps of the largest level alone."""
-STITCHED = {"ode": ("unipc", "uniform", (8, 12, 16)), "sde": ("ddpm", "uniform", (32, 64))}
+STITCHED = {"ode": ("unipc", "uniform", (8, 10, 12, 16)), "sde": ("ddpm", "uniform", (24, 32, 48, 64))}
 """Solver, grid and steps of plans that switch by hand."""
 SHARES = (0.25, 0.5)
 """Of T-Stitch, in which a small level runs first; and of the steps in the middle, from this share of them on."""
 REUSED: dict[str, tuple[tuple[str, str, tuple[int, ...]], ...]] = {
-    "ode": (("unipc", "uniform", (6, 8, 12, 16, 24)), ("unipc_3", "log_snr", (24, 32))),
-    "sde": (("ddpm", "uniform", (16, 24, 32, 48, 64)), ("dpm_solver_pp_sde", "uniform", (24, 32, 48))),
+    "ode": (("unipc", "uniform", (6, 7, 8, 10, 12, 16, 20, 24)), ("unipc_3", "log_snr", (20, 24, 32, 40))),
+    "sde": (
+        ("ddpm", "uniform", (16, 20, 24, 28, 32, 40, 48, 64, 96)),
+        ("dpm_solver_pp_sde", "uniform", (16, 20, 24, 28, 32, 40, 48, 64, 96)),
+    ),
 }
 """Of DeepCache, on the largest level alone."""
 REUSES: dict[str, tuple[tuple[int, int], ...]] = {
@@ -70,18 +73,18 @@ REUSES: dict[str, tuple[tuple[int, int], ...]] = {
     "sde": ((2, 1), (3, 1), (5, 1), (10, 1)),
 }
 """Whole evaluations one in so many, and the branch."""
-BESIDE: dict[str, tuple[tuple[int, int], ...]] = {"ode": ((2, 1), (3, 1), (5, 1)), "sde": ((3, 1), (5, 1))}
+BESIDE: dict[str, tuple[tuple[int, int], ...]] = {"ode": ((3, 1), (5, 1)), "sde": ((3, 1), (5, 1))}
 """Of DeepCache under a plan, which is made for it."""
 FORECAST = {"ode": ("unipc", "uniform", (12, 16, 24)), "sde": ("ddpm", "uniform", (32, 64))}
 FORECASTS = ((2, 0), (2, 1), (2, 2))
 """Of outputs of the largest level, which runs at one row in so many: and the order."""
 PLANNED: dict[str, tuple[tuple[str, str, tuple[int, ...]], ...]] = {
-    "ode": (("unipc", "uniform", (10, 12, 16, 24, 36)), ("unipc_3", "log_snr", (24, 32))),
-    "sde": (("ddpm", "uniform", (32, 64, 96, 128)),),
+    "ode": (("unipc", "uniform", (10, 12, 16, 20, 24, 30, 36)), ("unipc_3", "log_snr", (24, 32, 40))),
+    "sde": (("ddpm", "uniform", (32, 48, 64, 96, 128)),),
 }
 BUDGETS = {"ode": (0.1, 0.16, 0.25, 0.4, 0.6), "sde": (0.07, 0.11, 0.18, 0.3)}
 """Of plans: shares of the largest level's seconds in as many steps."""
-KEPT_BUDGETS = {"ode": (0.1, 0.16, 0.25, 0.4), "sde": (0.07, 0.11, 0.18)}
+KEPT_BUDGETS = {"ode": (0.13, 0.2, 0.25, 0.3, 0.4), "sde": (0.07, 0.1, 0.13, 0.16, 0.2)}
 """Of those on kept features."""
 
 Job = tuple[list[Any], Callable[[], Sampler]]
@@ -181,8 +184,7 @@ def jobs(family: Family, kind: str, targets: Sequence[float]) -> Iterator[Job]:
         for steps, budget in itertools.product(several, BUDGETS[kind]):
             spec = family.plan(budget=budget, estimator=estimator)
             yield [estimator, solver, grid, steps, budget], alone(solver, grid, steps, plan=spec)
-    solver, grid, several = PLANNED[kind][0]
-    for every, branch in BESIDE[kind]:
+    for (solver, grid, several), (every, branch) in itertools.product(PLANNED[kind], BESIDE[kind]):
         for steps, budget in itertools.product(several, KEPT_BUDGETS[kind]):
             how = {"plan": family.plan(budget=budget), "reuse": Reuse(every=every, branch=branch)}
             key = ["hindsight, DeepCache", solver, grid, steps, budget, every, branch]

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -59,8 +60,25 @@ def frechet_distance(mean_1: Tensor, cov_1: Tensor, mean_2: Tensor, cov_2: Tenso
     arguments slightly negative. The last trace is computed as the sum of the singular values of root_1^T root_2, where
     cov = root root^T: square roots of vanishing eigenvalues of the product would lose half the digits.
     """
-    cross = torch.linalg.svdvals(_root(cov_1).T @ _root(cov_2)).sum()
-    return (mean_1 - mean_2).square().sum() + cov_1.trace() + cov_2.trace() - 2 * cross
+    return _distance(_Gaussian.of(mean_1, cov_1), _Gaussian.of(mean_2, cov_2))
+
+
+class _Gaussian(NamedTuple):
+    """mean (d,), trace of the covariance, and a root of it (d, rank): a second of work for each thousand dimensions."""
+
+    mean: Tensor
+    trace: Tensor
+    root: Tensor
+
+    @staticmethod
+    def of(mean: Tensor, cov: Tensor) -> _Gaussian:
+        return _Gaussian(mean, cov.trace(), _root(cov))
+
+
+def _distance(one: _Gaussian, other: _Gaussian) -> Tensor:
+    """`frechet_distance` of these."""
+    cross = torch.linalg.svdvals(one.root.T @ other.root).sum()
+    return (one.mean - other.mean).square().sum() + one.trace + other.trace - 2 * cross
 
 
 def _root(cov: Tensor) -> Tensor:
@@ -121,6 +139,7 @@ class FID:
 
         self.metric: FrechetInceptionDistance = FrechetInceptionDistance(_Given(self.num_features))
         self.bank, self.real_bank = FeatureBank(self.num_features), FeatureBank(self.num_features)
+        self._real = dict[int, _Gaussian]()  # of the reference, by its number of images: made once
         self._warned = False
 
     @property
@@ -136,7 +155,7 @@ class FID:
 
     def fresh(self) -> FID:
         """A copy without generated images that shares the network and the reference."""
-        shared = {id(part): part for part in (self.network, self.real_bank)}
+        shared = {id(part): part for part in (self.network, self.real_bank, self._real)}
         one = copy.deepcopy(self, shared)  # type: ignore[arg-type]
         one.reset()
         return one
@@ -155,6 +174,8 @@ class FID:
         if self.keep and (indices is None or len(indices) != len(images)):
             given = "none" if indices is None else len(indices)
             raise ValueError(f"{self.name} keeps features by index: {len(images)} images need as many, got {given}")
+        if real:
+            self._real.clear()
         pixels = images if images.dtype == torch.uint8 else quantise(images)
         if len(pixels) == 0:  # a rank's share may be empty
             return
@@ -196,7 +217,9 @@ class FID:
                 f"{self.name}@{count}: {count} generated and {real_count} real images for {self.num_features} features"
             )
             warnings.warn(f"{text}; compare it only with values of equal counts", FewImagesWarning, stacklevel=3)
-        value = frechet_distance(*_moments(*real, real_count), *_moments(total, products, count))
+        if real_count not in self._real:
+            self._real[real_count] = _Gaussian.of(*_moments(*real, real_count))
+        value = _distance(self._real[real_count], _Gaussian.of(*_moments(total, products, count)))
         return Score(f"{self.name}@{count}", float(value), count, real_count)
 
     def reset(self, real: bool = False) -> None:
@@ -206,6 +229,7 @@ class FID:
         self.bank.clear()
         if real:
             self.real_bank.clear()
+            self._real.clear()
 
 
 class _Given(nn.Module):
