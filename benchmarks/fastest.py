@@ -73,7 +73,7 @@ REUSES: dict[str, tuple[tuple[int, int], ...]] = {
     "sde": ((2, 1), (3, 1), (5, 1), (10, 1)),
 }
 """Whole evaluations one in so many, and the branch."""
-BESIDE: dict[str, tuple[tuple[int, int], ...]] = {"ode": ((3, 1), (5, 1)), "sde": ((3, 1), (5, 1))}
+BESIDE = ((3, 1), (5, 1))
 """Of DeepCache under a plan, which is made for it."""
 FORECAST = {"ode": ("unipc", "uniform", (12, 16, 24)), "sde": ("ddpm", "uniform", (32, 64))}
 FORECASTS = ((2, 0), (2, 1), (2, 2))
@@ -184,7 +184,7 @@ def jobs(family: Family, kind: str, targets: Sequence[float]) -> Iterator[Job]:
         for steps, budget in itertools.product(several, BUDGETS[kind]):
             spec = family.plan(budget=budget, estimator=estimator)
             yield [estimator, solver, grid, steps, budget], alone(solver, grid, steps, plan=spec)
-    for (solver, grid, several), (every, branch) in itertools.product(PLANNED[kind], BESIDE[kind]):
+    for (solver, grid, several), (every, branch) in itertools.product(PLANNED[kind], BESIDE):
         for steps, budget in itertools.product(several, KEPT_BUDGETS[kind]):
             how = {"plan": family.plan(budget=budget), "reuse": Reuse(every=every, branch=branch)}
             key = ["hindsight, DeepCache", solver, grid, steps, budget, every, branch]

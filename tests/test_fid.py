@@ -101,33 +101,6 @@ def test_two_general_gaussians():
 
 
 @few_images
-def test_the_root_of_the_reference_is_found_once(monkeypatch):
-    """Copies share it, new reference images end it."""
-    found, eigh = [], torch.linalg.eigh
-    monkeypatch.setattr(torch.linalg, "eigh", lambda cov: found.append(len(cov)) or eigh(cov))
-    fid = FID()
-    fid.update_real(digits()[:500])
-    values = []
-    for copy in (fid, fid.fresh(), fid.fresh()):
-        copy.update(noise(100))
-        values.append(copy.compute().value)
-    assert values == values[:1] * 3
-    assert len(found) == 1 + 3
-    fid.update_real(digits()[500:])
-    more = fid.compute()
-    assert len(found) == 6
-    assert more.value != values[0]
-    other = FID()
-    other.update_real(digits())
-    other.update(noise(100))
-    assert more.value == pytest.approx(other.compute().value, rel=1e-9)
-    fid.reset(real=True)
-    fid.update_real(noise(1797, seed=3))
-    fid.update(noise(100))
-    assert fid.compute().value < more.value / 2
-
-
-@few_images
 @pytest.mark.parametrize("count", [2, 20, 900])
 def test_equals_torchmetrics_also_where_the_covariance_is_singular(count):
     real, generated = digits()[:count], noise(count)
