@@ -80,6 +80,14 @@ def test_a_copy_that_forgets_its_reference_leaves_the_features_of_others() -> No
     assert len(one.real_bank.gather()) == 300
 
 
+def test_images_added_to_a_copy_are_its_own() -> None:
+    one = FID(keep=True)
+    one.update_real(images(1), range(300))
+    other = one.fresh()
+    other.update_real(images(2, count=50), range(300, 350))
+    assert [len(fid.real_bank.gather()) for fid in (one, other)] == [300, 350]
+
+
 def test_it_is_found_again_on_another_device(roots: list[int]) -> None:
     """Here the same one, but what was kept might lie elsewhere."""
     fid = FID()

@@ -21,6 +21,12 @@ class FeatureBank:
         """Forget everything."""
         self._features, self._indices = [self._empty], [torch.empty(0, dtype=torch.int64, device=self._empty.device)]
 
+    def copy(self) -> FeatureBank:
+        """One with the same features, which it shares in memory; what is added to either later is its own."""
+        one = FeatureBank(self._empty.shape[1]).to(self._empty.device)
+        one._features, one._indices = [*self._features], [*self._indices]
+        return one
+
     def to(self, device: str | torch.device) -> FeatureBank:
         """Move the features to a device."""
         self._empty = self._empty.to(device)

@@ -156,8 +156,8 @@ class FID:
         return self
 
     def fresh(self) -> FID:
-        """A copy without generated images that shares the network and the reference."""
-        shared = {id(part): part for part in (self.network, self.real_bank, self._real)}
+        """A copy without generated images, with the same network and, in the same memory, the same reference."""
+        shared = {id(part): part for part in (self.network, self._real)} | {id(self.real_bank): self.real_bank.copy()}
         one = copy.deepcopy(self, shared)  # type: ignore[arg-type]
         one.reset()
         return one
@@ -230,8 +230,8 @@ class FID:
         self.metric.reset()
         self.bank.clear()
         if real:
-            # not cleared: copies share them
-            self.real_bank, self._real = FeatureBank(self.num_features).to(self.metric.device), {}
+            self.real_bank.clear()
+            self._real = {}  # not cleared: copies share it
 
 
 class _Given(nn.Module):
