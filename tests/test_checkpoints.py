@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from mlem import Family
 from mlem.cli.resume import check_resume, resume_point
 from mlem.files import read_json, sha256, write_text
 from mlem.training.checkpoint_files import AtomicCheckpointIO, check, saved, steps_of
@@ -228,6 +229,28 @@ def test_levels_of_a_family_have_their_own_steps(tmp_path: Path) -> None:
     assert "for 7 steps of 16 images" in run_in(
         tmp_path, lambda: run_here("train", *family, "model.level_steps=[7,2]", "dry_run=true")
     )
+
+
+def test_smaller_levels_learn_from_the_largest(tmp_path: Path) -> None:
+    """It is trained first, as if alone; a run that ends in between gives the same small level."""
+    places = {name: tmp_path / name for name in ("whole", "resumed")}
+    for place in places.values():
+        place.mkdir()
+    levels = ("model=family", "model.levels=[xs,s]", "model.level_steps=[4,2]", "model.distillation_steps=3")
+    family = [*OPTIONS[1:-1], "training.checkpoint_every=2", *levels]
+    ending = ("callbacks=[{_target_: tests.dying.Ending, hook: on_train_batch_end, at: 3}]", "allow=[tests]")
+    told = run_in(places["whole"], lambda: run_here("train", *family, "dry_run=true"))
+    assert "for 4 steps of 16 images" in told
+    run_in(places["whole"], lambda: run_here("train", *family))
+    with pytest.raises(RuntimeError, match="the end"):
+        run_in(places["resumed"], lambda: run_here("train", *family, *ending))
+    said = run_in(places["resumed"], lambda: run_here("train", *family))
+    assert said.index("s: already trained") < said.index("xs: resuming from")
+    plain = [*OPTIONS[1:-1], "training.checkpoint_every=2", "model=family", "model.levels=[xs,s]"]
+    with pytest.raises(ValueError, match=r"unet_xs holds .*\(model\.distillation_steps: 3 there, 0 now"):
+        run_in(places["whole"], lambda: run_here("train", *plain, "model.level_steps=[4,2]"))
+    hashes = {name: Family.load(place / "runs/digits/family").weights_hash for name, place in places.items()}
+    assert hashes["whole"] == hashes["resumed"]
 
 
 def test_what_resume_may_be(finished: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

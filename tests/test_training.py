@@ -13,7 +13,7 @@ from torch import nn
 from mlem.level import Level
 from mlem.metrics.denoising import NOISE_LEVELS, denoising_errors
 from mlem.networks import told, unet
-from mlem.predictions import PREDICTIONS
+from mlem.predictions import PREDICTIONS, NoiseLevel
 from mlem.schedule import NoiseSchedule
 from mlem.training.averaging import averaged_state, make_average
 from mlem.training.denoising import DenoisingModule
@@ -146,6 +146,31 @@ def test_the_network_is_trained_on_what_is_told(monkeypatch: pytest.MonkeyPatch)
     assert torch.equal(seen[0], module.told(batch)["class_labels"])
     assert len(seen) == 1 + len(NOISE_LEVELS)
     assert all(torch.equal(labels, batch["label"]) for labels in seen[1:])
+
+
+def test_in_the_last_steps_the_teacher_is_the_target() -> None:
+    """Its output on the same noisy, mirrored and labelled images; its weights are neither learned nor saved."""
+    torch.manual_seed(1)
+    network = unet("s", SHAPE, classes=3)
+    teacher = Level("s", network, COSINE, SHAPE, conditions=told("unet", 3))
+    alone = _module(8, **CONDITIONAL)
+    taught = _module(8, **CONDITIONAL, teacher=teacher, distillation_steps=100)
+    late = _module(8, **CONDITIONAL, teacher=teacher, distillation_steps=99)
+    batch = _batch(0, 8)
+    batch["image"] = batch["image"].float()
+    position, given = batch["position"], alone.told(batch)
+    t, x_0 = alone.times(position), alone.mirrored(batch["image"], position)
+    z = alone._stream.normal(position, [0], SHAPE, torch.float32)[0]
+    alpha, sigma = NoiseLevel.of(COSINE, t).like(x_0)
+    x_t = alpha * x_0 + sigma * z
+    with torch.no_grad():
+        outputs = [one.denoiser.given(given).predict(x_t, t) for one in (taught, teacher)]
+    loss = taught.training_step(batch, 0)
+    loss.backward()
+    assert loss.item() == pytest.approx((outputs[0] - outputs[1]).square().mean().item(), rel=1e-4)
+    assert late.training_step(batch, 0).item() == alone.training_step(batch, 0).item() != loss.item()
+    assert all(value.grad is None for value in network.parameters())
+    assert taught.state_dict().keys() == alone.state_dict().keys()
 
 
 def test_learns_a_point_mass(tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ def level_settings(job: Train, level: Level, world_size: int) -> dict[str, Any]:
 
 _LATER = {
     **{"architecture": "unet", "attention": False, "conditional": False},
-    **{"beta2": 0.99, "final_rate": 0.1, "flip": False, "label_dropout": 0.1},
+    **{"beta2": 0.99, "final_rate": 0.1, "flip": False, "label_dropout": 0.1, "distillation_steps": 0},
 }
 """Options that older runs lack, and their implicit values."""
 
@@ -82,7 +82,8 @@ def _without_later(settings: dict[str, Any]) -> dict[str, Any]:
 def _differences(old: Any, new: Any, name: str = "") -> list[str]:
     if isinstance(old, dict) and isinstance(new, dict):
         keys = [*old, *(key for key in new if key not in old)]
-        return [d for key in keys for d in _differences(old.get(key), new.get(key), f"{name}.{key}" if name else key)]
+        found = [(key, *(side.get(key, _LATER.get(key)) for side in (old, new))) for key in keys]
+        return [d for key, *sides in found for d in _differences(*sides, f"{name}.{key}" if name else key)]
     return [] if _same(old, new) else [f"{name}: {old} there, {new} now"]
 
 

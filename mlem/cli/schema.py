@@ -102,6 +102,9 @@ class Networks(_Architecture):
         "optimizer steps of each level, such as [20000,5000]; null: training.steps of all",
         None,
     )
+    distillation_steps: int = option(
+        whole(0), "last optimizer steps of each smaller level, which then learns the outputs of the largest", 0
+    )
 
     @property
     def sizes(self) -> list[str]:

@@ -24,7 +24,7 @@ from mlem.cli.metrics import check_measure, new_fid
 from mlem.cli.paths import run_folder
 from mlem.cli.ranks import fail_together, new_fabric, world_size_of
 from mlem.cli.resume import changes, check_resume, level_settings, note_settings, resume_point
-from mlem.cli.schema import Calibration, Learning, Networks, Train
+from mlem.cli.schema import Calibration, Learning, Network, Networks, Train
 from mlem.cli.values import parse_indices
 from mlem.comparison.setup import Setup
 from mlem.data import Shards, count_of, ensure
@@ -69,7 +69,7 @@ def train(job: Train) -> None:
         _dry_run(job, levels)
         return
     shards = ensure(job.data.source, job.data.folder, **job.data.options)
-    for level in levels:
+    for level in _in_turn(job.model, levels):
         train_level(job, level, shards)
     trained = [Level.load(run_folder(job, level.name) / "level") for level in levels]
     family = Family(trained, decoder=shards.decoder)
@@ -211,6 +211,13 @@ def _check_learned(folder: Path, names: list[str]) -> None:
     )
 
 
+def _in_turn(model: Network | Networks, levels: list[Level]) -> list[Level]:
+    """The levels in the order of training: smallest first, but the largest before those that learn from it."""
+    if isinstance(model, Networks) and model.distillation_steps:
+        return [levels[-1], *levels[:-1]]
+    return levels
+
+
 def train_level(job: Train, level: Level, shards: Shards) -> None:
     """Train one level in its run folder, resuming an earlier run; does nothing if finished."""
     job = _alone(job, level)
@@ -240,12 +247,23 @@ def train_level(job: Train, level: Level, shards: Shards) -> None:
 
 
 def _alone(job: Train, level: Level) -> Train:
-    """The job, with the level's own number of optimizer steps as `training.steps`."""
-    if not isinstance(job.model, Networks) or job.model.level_steps is None:
+    """The job with the level's own numbers of optimizer steps."""
+    model, steps = job.model, job.training.steps
+    if not isinstance(model, Networks):
         return job
-    steps = job.model.level_steps[job.model.levels.index(level.name)]
-    told = job.told | {"training": job.told["training"] | {"steps": steps}}
-    return replace(job, training=replace(job.training, steps=steps), told=told)
+    if model.level_steps is not None:
+        steps = model.level_steps[model.levels.index(level.name)]
+    taught = 0 if level.name == model.levels[-1] else model.distillation_steps
+    told = {
+        "training": job.told["training"] | {"steps": steps},
+        "model": job.told["model"] | {"distillation_steps": taught},
+    }
+    return replace(
+        job,
+        training=replace(job.training, steps=steps),
+        model=replace(model, distillation_steps=taught),
+        told=job.told | told,
+    )
 
 
 def _trained(folder: Path, steps: int) -> bool:
@@ -272,10 +290,19 @@ def _module(job: Train, level: Level, shards: Shards) -> DenoisingModule:
         label_dropout=options.label_dropout,
         flip=options.flip,
         decoder=shards.decoder,
+        teacher=_teacher(job),
+        distillation_steps=job.model.distillation_steps if isinstance(job.model, Networks) else 0,
     )
     if job.trainer.compile:
         level.network.compile()  # in place: weights keep their names
     return module
+
+
+def _teacher(job: Train) -> Level | None:
+    """The largest level, already trained, for a smaller one that learns from it."""
+    if not isinstance(job.model, Networks) or not job.model.distillation_steps:
+        return None
+    return Level.load(run_folder(job, job.model.levels[-1]) / "level")
 
 
 def _prepare(
@@ -338,20 +365,33 @@ def _dry_run(job: Train, levels: list[Level]) -> None:
     """Print what would be done and its estimated time."""
     print(OmegaConf.to_yaml(OmegaConf.create(job.told)))
     ranks, device = _world_size(job), _device(job)
+    levels[-1].network.to(device)
     for level in levels:
-        options = _alone(job, level).training
+        own = _alone(job, level)
+        options = own.training
         level.network.to(device)
         images = torch.zeros(options.batch_size // options.accumulate // ranks, *level.shape, device=device)
-        seconds = []
-        for _ in range(3):
-            begin = time.perf_counter()
-            denoiser = level.denoiser_for(torch.arange(len(images), device=device))
-            denoiser.predict(images, torch.zeros(len(images), device=device)).square().mean().backward()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - begin)
-        minutes = min(seconds) * options.accumulate * options.steps / 60
+        seconds = options.steps * _seconds(level, images)
+        if taught := own.model.distillation_steps if isinstance(own.model, Networks) else 0:
+            seconds += min(taught, options.steps) * _seconds(levels[-1], images, backward=False)
+        minutes = seconds * options.accumulate / 60
         print(
             f"{level.name}: {level.parameters:,} parameters, {level.flops / 1e6:.1f} MFLOPs per image, about "
             f"{minutes:.1f} minutes for {options.steps} steps of {options.batch_size} images on {ranks} x {device.type}"
         )
+
+
+def _seconds(level: Level, images: torch.Tensor, backward: bool = True) -> float:
+    """The least time of three steps on these images, or of the forward pass alone."""
+    seconds = []
+    for _ in range(3):
+        begin = time.perf_counter()
+        with torch.set_grad_enabled(backward):
+            denoiser = level.denoiser_for(torch.arange(len(images), device=images.device))
+            loss = denoiser.predict(images, torch.zeros(len(images), device=images.device)).square().mean()
+            if backward:
+                loss.backward()
+        if images.device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - begin)
+    return min(seconds)

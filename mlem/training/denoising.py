@@ -49,6 +49,10 @@ class DenoisingModule(pl.LightningModule):
         label_dropout: share of images whose class is replaced by "no class".
         flip: whether images are mirrored with probability 1/2.
         decoder: for latents, used in the sampler evaluation.
+        teacher: a trained level with the same schedule, prediction and conditions, whose outputs are the targets of the
+            last `distillation_steps` optimizer steps (knowledge distillation); None: targets come from the data alone.
+            What multilevel sampling pays is the difference between levels, which this lowers.
+        distillation_steps: see teacher.
     """
 
     def __init__(
@@ -66,6 +70,8 @@ class DenoisingModule(pl.LightningModule):
         label_dropout: float = 0.0,
         flip: bool = False,
         decoder: Decoder | None = None,
+        teacher: Level | None = None,
+        distillation_steps: int = 0,
     ) -> None:
         super().__init__()
         self.network: nn.Module = level.network
@@ -80,6 +86,9 @@ class DenoisingModule(pl.LightningModule):
         self.learning_rate, self.warmup_steps, self.weight_decay = learning_rate, warmup_steps, weight_decay
         self._betas, self.final_rate = (0.9, beta2), final_rate
         self.label_dropout, self.flip = label_dropout, flip
+        # in a tuple, so that its weights are not this module's
+        self._teacher: tuple[Level, ...] = () if teacher is None else (teacher,)
+        self._first_taught = steps - distillation_steps
         self._stream = NoiseStream(seed, "training")
 
     @property
@@ -132,17 +141,27 @@ class DenoisingModule(pl.LightningModule):
         at = NoiseLevel.of(self.schedule, t)
         alpha, sigma = at.like(x_0)
         x_t = alpha * x_0 + sigma * z
-        target = self.prediction.target(x_0, z, at)
+        x_t, told = x_t.contiguous(memory_format=torch.channels_last), self.told(batch)
+        target = self._target(x_0, z, at, x_t, t, told)
         if self._has_dropout:
             # keyed by the first position of this rank's share: differs between ranks, survives a resume
             torch.manual_seed((self.seed * 0x9E3779B1 + int(position[0])) % 2**63)
-        output = self.denoiser.given(self.told(batch)).predict(x_t.contiguous(memory_format=torch.channels_last), t)
+        output = self.denoiser.given(told).predict(x_t, t)
         loss = nn.functional.mse_loss(output, target)
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
+    def _target(self, x_0: Tensor, z: Tensor, at: NoiseLevel, x_t: Tensor, t: Tensor, told: Conditions) -> Tensor:
+        """What the network shall predict at x_t: from the data, or in the last steps the teacher's output."""
+        if not self._teacher or self.global_step < self._first_taught:
+            return self.prediction.target(x_0, z, at)
+        with torch.no_grad():
+            return self._teacher[0].denoiser.given(told).predict(x_t, t)
+
     def on_fit_start(self) -> None:
         self._has_dropout = any(isinstance(part, nn.Dropout) and part.p > 0 for part in self.modules())
+        for teacher in self._teacher:
+            teacher.network.eval().requires_grad_(False).to(self.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
     def on_train_start(self) -> None:
         optimizer: Any = self.optimizers(use_pl_optimizer=False)
