@@ -87,6 +87,9 @@ BUDGETS = {"ode": (0.1, 0.16, 0.25, 0.4, 0.6), "sde": (0.07, 0.11, 0.18, 0.3)}
 KEPT_BUDGETS = {"ode": (0.13, 0.2, 0.25, 0.3, 0.4), "sde": (0.07, 0.1, 0.13, 0.16, 0.2)}
 """Of those on kept features."""
 
+CHOSEN = {"recommended": 0, "recommended, checked": 64}
+"""What is recommended, and the images on which that is measured before."""
+
 Job = tuple[list[Any], Callable[[], Sampler]]
 
 
@@ -189,8 +192,8 @@ def jobs(family: Family, kind: str, targets: Sequence[float]) -> Iterator[Job]:
             how = {"plan": family.plan(budget=budget), "reuse": Reuse(every=every, branch=branch)}
             key = ["hindsight, DeepCache", solver, grid, steps, budget, every, branch]
             yield key, alone(solver, grid, steps, **how)
-    for target in targets:
-        yield ["recommended", target], _Recommended(family, target, kind)
+    for target, (name, check) in itertools.product(targets, CHOSEN.items()):
+        yield [name, target], _Recommended(family, target, kind, check)
 
 
 class _Recommended:
@@ -198,12 +201,14 @@ class _Recommended:
 
     said: dict[str, Any]
 
-    def __init__(self, family: Family, target: float, kind: str) -> None:
-        self._family, self._target, self._kind = family, target, kind
+    def __init__(self, family: Family, target: float, kind: str, check: int) -> None:
+        self._family, self._asked = family, {"mse": target, "kind": kind, "check": check}
 
     def __call__(self) -> Sampler:
-        choice = self._family.recommend(mse=self._target, kind=self._kind)
+        choice = self._family.recommend(**self._asked)
         self.said = {"predicted": [choice.predicted_mse, choice.predicted_seconds], "interval": choice.interval}
+        if choice.check is not None:
+            self.said["interval"] = choice.check.interval
         self.said |= {"what": str(choice)}
         return Sampler(self._family, **choice.options)
 
@@ -213,7 +218,7 @@ GROUPS = {
     "hindsight": ("hindsight",),
     "hindsight, DeepCache": ("hindsight", "hindsight, DeepCache"),
     "switch": ("switch",),
-    "multilevel": ("hindsight", "hindsight, DeepCache", "recommended"),
+    "multilevel": ("hindsight", "hindsight, DeepCache", *CHOSEN),
 }
 """What is compared with all others; of the recommended rows those that run several levels."""
 OTHERS = ("fewer steps", "fewer steps, diffusers", "T-Stitch", "large-small-large", "forecast", "DeepCache")
@@ -221,9 +226,7 @@ OTHERS = ("fewer steps", "fewer steps, diffusers", "T-Stitch", "large-small-larg
 
 def settings(rows: list[dict[str, Any]], groups: tuple[str, ...]) -> list[Setting]:
     """Curves of these groups, in wall seconds an image."""
-    chosen = [
-        row for row in rows if row["key"][0] in groups and (row["key"][0] != "recommended" or len(row["calls"]) > 1)
-    ]
+    chosen = [row for row in rows if row["key"][0] in groups and (row["key"][0] not in CHOSEN or len(row["calls"]) > 1)]
     return [Setting(np.array([np.mean(row["seconds"])]), np.array([row["image_mse"]])) for row in chosen]
 
 
@@ -246,17 +249,17 @@ def summary(rows: Rows, targets: Sequence[float]) -> list[dict[str, Any]]:
                     f"({found.low:.2f} to {found.high:.2f}), {1e3 * found.cost:.2f} ms/image"
                 )
     for row in rows.rows:
-        if row["key"][0] == "recommended":
-            target = row["key"][1]
-            reaching = [one for one in rows.rows if one["mse"] <= target and one["key"][0] != "recommended"]
+        if row["key"][0] in CHOSEN:
+            name, target = row["key"]
+            reaching = [one for one in rows.rows if one["mse"] <= target and one["key"][0] not in CHOSEN]
             best = min((float(np.mean(one["seconds"])) for one in reaching), default=None)
             taken = float(np.mean(row["seconds"]))
             low, high = row["interval"]
-            found = {"recommended": target, "mse": row["mse"], "seconds": taken, "best other": best}
+            found = {name: target, "mse": row["mse"], "seconds": taken, "best other": best}
             table.append(found | {"covered": low <= row["mse"] <= high})
             against = "and no other reaches it" if best is None else f"{taken / best:.2f} of the best other that does"
             within = f"{'within' if low <= row['mse'] <= high else 'outside'} {low:.1e} to {high:.1e}"
-            print(f"recommended for {target:.0e}: {row['mse']:.2e} ({within}), {1e3 * taken:.2f} ms/image, {against}")
+            print(f"{name} for {target:.0e}: {row['mse']:.2e} ({within}), {1e3 * taken:.2f} ms/image, {against}")
             print(f"    {row['what']}")
     return table
 

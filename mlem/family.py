@@ -155,6 +155,7 @@ class Family:
         seconds: float | None = None,
         kind: str = "ode",
         batch_size: int = 64,
+        check: int = 0,
     ) -> Recommendation:
         """The settings to run: `sample(family, ..., **family.recommend(mse=1e-3).options)`.
 
@@ -163,11 +164,13 @@ class Family:
             seconds: or the allowed time: wall-clock seconds per image.
             kind: "ode" or "sde".
             batch_size: images per batch.
+            check: images on which choices are also measured, at the cost of a many-step run; for mse the search goes on
+                until one is as fast as it may be. 0: predictions suffice.
 
         Raises:
             ValueError: not exactly one target, an uncalibrated family, or nothing reaches the target.
         """
-        return recommend(self, mse=mse, seconds=seconds, kind=kind, batch_size=batch_size)
+        return recommend(self, mse=mse, seconds=seconds, kind=kind, batch_size=batch_size, check=check)
 
     def reusing(self, reuse: Reuse) -> Family:
         """The family whose largest level reuses its deep features (DeepCache), for one sampler at a time.

@@ -28,6 +28,7 @@ RESERVED: Mapping[str, range] = MappingProxyType(
         "pilots": range(11 * 10**8, 12 * 10**8),
         "memorising": range(12 * 10**8, 13 * 10**8),
         "lipschitz": range(13 * 10**8, 14 * 10**8),
+        "checking": range(14 * 10**8, 15 * 10**8),
         "learning": range(2 * 10**9, 3 * 10**9),
         "judging": range(3 * 10**9, 4 * 10**9),
     }

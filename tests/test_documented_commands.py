@@ -78,6 +78,7 @@ SMALL = {
 """What makes commands small: it takes the place of options of the same names, or is added."""
 SMALLER = (
     (r" mse=\S+", " mse=1"),
+    (r"check=\d+", "check=2"),
     (r" budget=\S+", " budget=0.95"),
     (r" steps=\S+", " steps=4"),
     (r"--size \d+", "--size 16"),

@@ -63,6 +63,39 @@ def test_in_a_time_it_errs_least(waves: Family, kind: str) -> None:
     assert error(waves, choice, kind) < error(waves, plain, kind)
 
 
+@pytest.mark.parametrize(("kind", "mse"), [("ode", 1e-4), ("ode", 1e-6), ("sde", 5e-3)])
+def test_what_is_measured_first_is_no_slower_and_surer(waves: Family, kind: str, mse: float) -> None:
+    predicted, choice = waves.recommend(mse=mse, kind=kind), waves.recommend(mse=mse, kind=kind, check=64)
+    assert choice.check is not None
+    assert predicted.check is None
+    assert choice.check.images == 64
+    assert choice.check.interval[0] < choice.check.mse < choice.check.upper_mse <= mse
+    assert error(waves, choice, kind) <= 1.1 * mse
+    assert choice.predicted_seconds <= predicted.predicted_seconds
+    assert choice.check.upper_mse >= 0.5 * mse
+
+
+def test_a_measurement_mends_a_prediction_that_is_wrong(waves: Family) -> None:
+    """By a factor of five either way; then nothing less than the truth."""
+    known: Calibration = waves.fitted.calibration_for(waves)
+    for factor in (0.2, 5.0):
+        errors = {
+            key: {steps: factor * one for steps, one in found.items()} for key, found in known.discretisation.items()
+        }
+        of = Family(waves.levels, Fitted(replace(known, discretisation=errors)))
+        choice = of.recommend(mse=1e-4, check=64)
+        assert error(of, choice, "ode") <= 1.1e-4
+        assert choice.check is not None
+        assert choice.check.upper_mse >= 0.3e-4
+
+
+def test_in_a_time_the_choice_is_measured_too(waves: Family) -> None:
+    choice, predicted = (waves.recommend(seconds=16 * 64.0, check=count) for count in (32, 0))
+    assert choice.check is not None
+    assert (str(choice), choice.predicted_mse) == (str(predicted), predicted.predicted_mse)
+    assert choice.check.mse == pytest.approx(error(waves, choice, "ode"), rel=0.5)
+
+
 def test_where_levels_do_not_pay_one_runs(waves: Family) -> None:
     """All levels take as long: the largest alone, and the line that says why."""
     calibration = waves.fitted.calibration_for(waves)
@@ -105,6 +138,7 @@ def test_a_family_from_another_machine_is_timed_here(waves: Family) -> None:
         ({"seconds": float("nan")}, r"^seconds must be a number > 0, got nan$"),
         ({"mse": 1e-3, "kind": "pde"}, r"^kind must be one of ode, sde, got .pde.; did you mean sde\?$"),
         ({"mse": 1e-30}, r"^mse=1e-30: nothing surely reaches it in 1000 steps, where .* remains; allow more"),
+        ({"mse": 1e-3, "check": 1}, r"^check must be a whole number >= 2, got 1$"),
         ({"seconds": 0.5}, r"^seconds=0\.5 per image: a step of 1 takes 1; allow more$"),
     ],
 )

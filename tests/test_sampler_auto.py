@@ -27,7 +27,11 @@ from tests.problems import level
         (["mse=1e-3", "steps=4"], "sampler=auto chooses steps itself; leave out steps=4"),
         (["mse=1e-3", "budget=0.3"], "sampler=auto chooses budget itself; leave out budget=0.3"),
         (["mse=1e-3", "level=xs"], "sampler=auto chooses level itself; leave out level=xs"),
-        (["mse=1e-3", "+sampler.options.order=2"], "sampler=auto has only the option kind; leave out order"),
+        (["mse=1e-3", "+sampler.options.order=2"], "sampler=auto has only the options kind and check; leave out order"),
+        (
+            ["mse=1e-3", "sampler.options.check=1"],
+            "sampler.options.check must be a number of images >= 2, or 0 for none, got 1",
+        ),
         (["mse=1e-3"], "this family of digits is not calibrated: "),
         (["sampler=ddim", "seconds=1"], "seconds=1 is a target of sampler=auto: add it, or use budget="),
     ],

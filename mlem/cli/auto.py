@@ -34,18 +34,19 @@ def chosen(job: Sample, model: Family | Level, device: torch.device) -> tuple[Sa
         if job.seconds is not None:
             raise ValueError(f"seconds={job.seconds:g} is a target of sampler=auto: add it, or use budget=")
         return job, None
-    kind = _checked(job, model)
+    kind, check = _checked(job, model)
     assert isinstance(model, Family)
     torch.nn.ModuleList(level.network for level in model.levels).to(device)
-    choice = model.recommend(mse=job.shared["mse"], seconds=job.seconds, kind=kind, batch_size=job.batch_size)
+    target = {"mse": job.shared["mse"], "seconds": job.seconds}
+    choice = model.recommend(**target, kind=kind, batch_size=job.batch_size, check=check)
     if first_process():
         print_choice(choice)
     sampler = replace(job.sampler, solver=choice.solver, options={})
     return replace(job, sampler=sampler, steps=choice.steps, grid=choice.grid, level=choice.level), choice
 
 
-def _checked(job: Sample, model: Family | Level) -> str:
-    """The kind of solver, "ode" or "sde"."""
+def _checked(job: Sample, model: Family | Level) -> tuple[str, int]:
+    """The kind of solver, "ode" or "sde", and the number of images on which choices are measured."""
     if not isinstance(model, Family):
         raise ValueError("sampler=auto chooses among the levels of a family, but model= is one level; leave it out")
     if (job.shared["mse"] is None) == (job.seconds is None):
@@ -58,15 +59,20 @@ def _checked(job: Sample, model: Family | Level) -> str:
         if value != unset:
             raise ValueError(f"sampler=auto chooses {name} itself; leave out {name}={written(value)}")
     options = dict(job.sampler.options)
-    kind = options.pop("kind", "ode")
+    kind, check = options.pop("kind", "ode"), options.pop("check", 0)
     if options:
-        raise ValueError(f"sampler=auto has only the option kind; leave out {next(iter(options))}")
-    return str(kind)
+        raise ValueError(f"sampler=auto has only the options kind and check; leave out {next(iter(options))}")
+    if type(check) is not int or check < 0 or check == 1:
+        raise ValueError(f"sampler.options.check must be a number of images >= 2, or 0 for none, got {check!r}")
+    return str(kind), check
 
 
 def print_choice(choice: Recommendation) -> None:
     """Print the recommendation, the reason and the alternatives."""
     print(f"recommended: {choice}\n  {choice.why}\n  {_expected(choice)}")
+    if (check := choice.check) is not None:
+        low, high = check.interval
+        print(f"  mean squared error {check.mse:.2g} ({low:.2g} to {high:.2g}) measured on {check.images} images")
     if choice.extrapolated:
         print("  its number of steps is outside the measured range, so its error may be off")
     for other in choice.alternatives:

@@ -8,7 +8,7 @@ from typing import Any
 from mlem.multilevel.plan import Plan
 from mlem.networks import Reuse
 
-__all__ = ["SURE", "WIDE", "Candidate", "Recommendation"]
+__all__ = ["SURE", "WIDE", "Candidate", "Check", "Recommendation"]
 
 SURE = 1.28
 """Standard errors above the prediction at which a target counts as reached: nine times in ten."""
@@ -61,13 +61,40 @@ class Candidate:
 
 
 @dataclass(frozen=True)
+class Check:
+    """What a candidate was measured to do.
+
+    Args:
+        images: number of samples.
+        mse: mean squared error per pixel to the many-step run of the largest level from the same noise.
+        stderr: its standard error.
+    """
+
+    images: int
+    mse: float
+    stderr: float
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """In which the mean over all images lies 95 times in 100."""
+        return max(0.0, self.mse - WIDE * self.stderr), self.mse + WIDE * self.stderr
+
+    @property
+    def upper_mse(self) -> float:
+        """The error below which it stays nine times in ten."""
+        return self.mse + SURE * self.stderr
+
+
+@dataclass(frozen=True)
 class Recommendation(Candidate):
     """The candidate to run.
 
     Args:
+        check: how it was measured before it was recommended; None: it was not.
         alternatives: the other candidates, the best one of each kind, best first.
         why: one line.
     """
 
     alternatives: tuple[Candidate, ...] = ()
     why: str = ""
+    check: Check | None = None

@@ -11,10 +11,12 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from mlem.multilevel.calibration import KINDS
 from mlem.multilevel.candidate import SURE, Candidate, Recommendation
+from mlem.multilevel.checking import Judge, adjusted
 from mlem.multilevel.choices import check_choice
 from mlem.multilevel.choosing import Choosing, Way
 from mlem.multilevel.correction import RECOMMENDED
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
 
 __all__ = ["recommend"]
 
+REFERENCE = 500
+"""Steps of the many-step run for a calibration that does not say its own."""
 MOST_STEPS = 1000
 """Of a candidate."""
 SHARES = (0.4, 0.6, 0.2, 0.8)
@@ -49,6 +53,7 @@ def recommend(
     seconds: float | None = None,
     kind: str = "ode",
     batch_size: int = 64,
+    check: int = 0,
 ) -> Recommendation:
     """The fastest way to an error, or the least error in a time, on this machine.
 
@@ -59,6 +64,8 @@ def recommend(
         seconds: wall-clock seconds per image, > 0; exactly one of the two is given.
         kind: "ode" or "sde".
         batch_size: images per batch.
+        check: images on which choices are measured, and for mse the search goes on until one is as fast as it may
+            be; 0: predictions suffice.
 
     Raises:
         ValueError: not exactly one target, an uncalibrated family, or nothing reaches the target.
@@ -69,8 +76,21 @@ def recommend(
     if target is None or not 0 < target < math.inf:
         raise ValueError(f"{name} must be a number > 0, got {target!r}")
     check_choice("kind", kind, KINDS)
-    choosing = _ForError if mse is not None else _ForTime
-    return choosing(family, target, kind, batch_size).choice()
+    if not check:
+        return _predicted(family, mse, seconds, kind, batch_size)
+    calibration = family.fitted.calibration_for(family)
+    judge = Judge(family, check, int(calibration.about.get("reference_steps", REFERENCE)))
+    if mse is not None:
+        return adjusted(lambda error: _predicted(family, error, None, kind, batch_size), mse, judge)
+    choice = _predicted(family, None, seconds, kind, batch_size)
+    return replace(choice, check=judge(choice))
+
+
+def _predicted(family: Family, mse: float | None, seconds: float | None, kind: str, batch_size: int) -> Recommendation:
+    if mse is not None:
+        return _ForError(family, mse, kind, batch_size).choice()
+    assert seconds is not None
+    return _ForTime(family, seconds, kind, batch_size).choice()
 
 
 def _best(tried: Sequence[tuple[str, Way]], good: Sequence[Candidate]) -> list[tuple[str, Way]]:
