@@ -17,8 +17,10 @@ import torch
 from diffusers.models.unets.unet_2d import UNet2DModel
 from torch.distributed import TCPStore
 
+from mlem.family import Family
 from mlem.files import read_json
 from mlem.level import Level
+from mlem.multilevel.candidate import Recommendation
 from mlem.outputs import png_tree, verify
 from mlem.outputs.images import sample_indices
 from mlem.schedule import NoiseSchedule
@@ -129,6 +131,22 @@ def test_killed_three_times_on_two_and_three_ranks(here: Path) -> None:
     assert not list(cut.rglob(".*.tmp"))
     # only the last run lived to write down what it spent
     assert COUNT - done <= read_json(cut / "ledger.json")["images"] < COUNT
+
+
+def test_the_first_rank_chooses_for_all(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`sampler=auto` times levels that were calibrated elsewhere, and ranks measure different times."""
+
+    def recommend(*_: object, **asked: object) -> Recommendation:
+        steps = 2 + int(os.environ.get("RANK", "0"))
+        return Recommendation("ddim", steps, "log_snr", "xs", None, 0.1, (0.1, 0.1), 1.0)
+
+    monkeypatch.setattr(Family, "recommend", recommend)
+    Family([Level.load(here / "runs/unet_xs/level")]).save(here / "family")
+    options = ["root=runs", f"family={here}/family", "sampler=auto", "mse=1", "batch_size=2", "seeds=0-7"]
+    assert status(start_ranks(2, *options, f"out={here}/several")) == 0
+    run_here("sample", *options, "trainer=cpu", f"out={here}/one")
+    assert len(images(here / "one")) == 8
+    assert images(here / "several") == images(here / "one")
 
 
 def test_no_rank_stays_behind_when_the_first_is_killed(here: Path) -> None:

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from mlem.cli.options import plan_defaults
+from mlem.cli.ranks import launch
 from mlem.cli.schema import Sample
 from mlem.cli.values import written
 from mlem.family import Family
-from mlem.files import first_process
 from mlem.level import Level
 from mlem.multilevel.candidate import Candidate, Recommendation
 
@@ -23,10 +23,11 @@ def is_auto(job: Sample) -> bool:
     return job.sampler.solver == "auto"
 
 
-def chosen(job: Sample, model: Family | Level, device: torch.device) -> tuple[Sample, Recommendation | None]:
+def chosen(job: Sample, model: Family | Level, fabric: Any) -> tuple[Sample, Recommendation | None]:
     """The job with the recommended settings in place of `sampler=auto`, and the recommendation; others unchanged.
 
-    The networks are first moved to the device on which they will run, since their time matters.
+    The networks are first moved to the device on which they will run, since their time matters. The first rank chooses
+    for all: where levels are timed, each would measure other times.
 
     Raises: ValueError for conflicting options, and if nothing can be recommended.
     """
@@ -36,11 +37,14 @@ def chosen(job: Sample, model: Family | Level, device: torch.device) -> tuple[Sa
         return job, None
     kind, check = _checked(job, model)
     assert isinstance(model, Family)
-    torch.nn.ModuleList(level.network for level in model.levels).to(device)
+    torch.nn.ModuleList(level.network for level in model.levels).to(fabric.device)
+    launch(fabric)
     target = {"mse": job.shared["mse"], "seconds": job.seconds}
-    choice = model.recommend(**target, kind=kind, batch_size=job.batch_size, check=check)
-    if first_process():
+    choice = None
+    if fabric.is_global_zero:
+        choice = model.recommend(**target, kind=kind, batch_size=job.batch_size, check=check)
         print_choice(choice)
+    choice = fabric.broadcast(choice)
     sampler = replace(job.sampler, solver=choice.solver, options={})
     return replace(job, sampler=sampler, steps=choice.steps, grid=choice.grid, level=choice.level), choice
 

@@ -15,8 +15,8 @@ from mlem.cli.schema import Trainer
 
 __all__ = [
     "all_gather",
-    "end_with_parent",
     "fail_together",
+    "launch",
     "leave",
     "new_fabric",
     "on_devices",
@@ -42,6 +42,13 @@ def new_fabric(trainer: Trainer) -> Any:
     from lightning.fabric import Fabric
 
     return on_devices(trainer, Fabric)
+
+
+def launch(fabric: Any) -> None:
+    """Start the other ranks of an unlaunched Fabric; they end when their parent does."""
+    fabric.launch()
+    if not fabric.is_global_zero:
+        end_with_parent()
 
 
 def world_size_of(trainer: Trainer, batch_size: int, accumulate: int) -> int:

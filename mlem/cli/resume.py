@@ -82,8 +82,8 @@ def _without_later(settings: dict[str, Any]) -> dict[str, Any]:
 def _differences(old: Any, new: Any, name: str = "") -> list[str]:
     if isinstance(old, dict) and isinstance(new, dict):
         keys = [*old, *(key for key in new if key not in old)]
-        found = [(key, *(side.get(key, _LATER.get(key)) for side in (old, new))) for key in keys]
-        return [d for key, *sides in found for d in _differences(*sides, f"{name}.{key}" if name else key)]
+        pairs = {key: (old.get(key, _LATER.get(key)), new.get(key, _LATER.get(key))) for key in keys}
+        return [d for key, pair in pairs.items() for d in _differences(*pair, f"{name}.{key}" if name else key)]
     return [] if _same(old, new) else [f"{name}: {old} there, {new} now"]
 
 

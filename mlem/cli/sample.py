@@ -18,7 +18,7 @@ from mlem.cli.metrics import measure_folder, measure_of, measure_reference, prep
 from mlem.cli.paths import family_folder, out_folder, run_folder, training_command
 from mlem.cli.plans import plan_of
 from mlem.cli.progress import SamplingProgress
-from mlem.cli.ranks import all_gather, end_with_parent, fail_together, new_fabric
+from mlem.cli.ranks import all_gather, fail_together, launch, new_fabric
 from mlem.cli.schema import Network, Sample
 from mlem.cli.values import parse_indices
 from mlem.decoder import Decoder
@@ -58,10 +58,10 @@ def _sample(job: Sample) -> None:
         measure.check(len(indices))
         _check_shape(model, measure, job.data.name, decoder)
     fabric = new_fabric(job.trainer)
-    job, choice = chosen(job, model, fabric.device)
+    job, choice = chosen(job, model, fabric)
     sampler, model = _sampler(job, model, fabric.device, choice)
     out = out_folder(job)
-    # all checks come before other ranks exist, which would wait for this one
+    # all other checks come before other ranks exist, which would wait for this one
     if first_process():
         claim(out, _settings(job, model, folder, sampler) | _decoded(decoder))
     with folder_lock(out) if first_process() else nullcontext():
@@ -115,9 +115,7 @@ def _make(
     if first_process():
         clear_leftovers(out)
         found = survey(out)
-    fabric.launch()
-    if not fabric.is_global_zero:
-        end_with_parent()
+    launch(fabric)
     if found is not None and (there := len(found.sound.keys() & set(indices))):
         print(f"{there} of {len(indices)} images already exist in {out}", flush=True)
     if found is not None and found.broken:
