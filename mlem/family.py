@@ -33,6 +33,7 @@ from mlem.guidance import GuidedNetwork, guided_level
 from mlem.level import FORMAT, Level
 from mlem.model_card import family_card
 from mlem.multilevel.candidate import Recommendation
+from mlem.multilevel.checking import Judge
 from mlem.multilevel.fitted import Fitted
 from mlem.multilevel.kept import KeptPlans
 from mlem.multilevel.recommend import recommend
@@ -78,6 +79,8 @@ class Family:
         self.kept = kept or KeptPlans()
         self.folder = folder
         self.decoder = decoder
+        # with their many-step runs, for recommend(check=...)
+        self.judges = dict[tuple[int, torch.device], Judge]()
         self._weights_hash: str | None = None
         for name in self.names:
             if self.names.count(name) > 1:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from mlem import Family, Sampler, sample
+from mlem.multilevel import checking
 from mlem.multilevel import pilot as pilot_module
 from mlem.multilevel.alone import error_alone
 from mlem.multilevel.calibration import Calibration
@@ -17,6 +18,7 @@ from mlem.multilevel.candidate import WIDE, Candidate
 from mlem.multilevel.correction import correction, reuse_factor, tail
 from mlem.multilevel.fitted import Fitted
 from mlem.multilevel.timing import timed_on
+from mlem.trajectory import samples
 from tests.waves import family
 
 pytestmark = pytest.mark.usefixtures("float64_module")
@@ -73,6 +75,14 @@ def test_what_is_measured_first_is_no_slower_and_surer(waves: Family, kind: str,
     assert error(waves, choice, kind) <= 1.1 * mse
     assert choice.predicted_seconds <= predicted.predicted_seconds
     assert choice.check.upper_mse >= 0.5 * mse
+
+
+def test_the_many_step_run_is_made_once(waves: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    of, steps = Family(waves.levels, waves.fitted), list[int]()
+    monkeypatch.setattr(checking, "samples", lambda *args: steps.append(len(args[2]) - 1) or samples(*args))
+    for mse in (1e-4, 1e-5):
+        of.recommend(mse=mse, check=16)
+    assert steps.count(200) == 1
 
 
 def test_a_measurement_mends_a_prediction_that_is_wrong(waves: Family) -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mlem.arguments import MOST_STEPS, check_whole
+from mlem.arguments import check_whole
 from mlem.multilevel.candidate import Candidate, Check, Recommendation
 from mlem.multilevel.probes import plan_samples, start_caches
 from mlem.networks import evaluating
@@ -28,8 +28,10 @@ from mlem.waiting import Waiting
 if TYPE_CHECKING:
     from mlem.family import Family
 
-__all__ = ["Judge", "adjusted"]
+__all__ = ["Judge", "adjusted", "judge_of"]
 
+REFERENCE = 500
+"""Steps of the many-step run for a calibration that does not say its own."""
 ROUNDS = 6
 """Choices that are measured at most."""
 NEAR = 0.93
@@ -45,17 +47,13 @@ class Judge:
 
     Args:
         family: whose networks stay where they are.
-        images: number of samples, at least 2.
+        index: (B,), of the samples, B >= 2, on the device of the networks.
         reference_steps: of the many-step run of the largest level, which is made once.
-
-    Raises: ValueError for a number of images that is not a whole number of at least 2.
     """
 
-    def __init__(self, family: Family, images: int, reference_steps: int) -> None:
-        check_whole("check", images, least=2)
-        place = next(family.level().network.parameters(), torch.empty(0)).device
-        self._family, self._steps = family, min(reference_steps, MOST_STEPS)
-        self._parts = reserved_indices("checking", images, place).split(BATCH)
+    def __init__(self, family: Family, index: Tensor, reference_steps: int) -> None:
+        self._family, self._steps = family, reference_steps
+        self._parts = index.split(BATCH)
         self._networks = torch.nn.ModuleList(level.network for level in family.levels)
         self._truth: dict[str, list[Tensor]] = {}
 
@@ -88,6 +86,19 @@ class Judge:
         start_caches(family)
         points = GridPoint.of(family.schedule, solver.grid(family.schedule, steps, grid))
         return samples(family.level(level).denoiser_for(index), solver, points, family.shape, index, 0)
+
+
+def judge_of(family: Family, images: int) -> Judge:
+    """The family's judge on as many images, made once for each device.
+
+    Raises ValueError for a number of images that is not a whole number of at least 2.
+    """
+    check_whole("check", images, least=2)
+    place = next(family.level().network.parameters(), torch.empty(0)).device
+    if (images, place) not in family.judges:
+        steps = family.fitted.calibration_for(family).about.get("reference_steps", REFERENCE)
+        family.judges[images, place] = Judge(family, reserved_indices("checking", images, place), steps)
+    return family.judges[images, place]
 
 
 def adjusted(choose: Callable[[float], Recommendation], target: float, judge: Judge) -> Recommendation:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from mlem.multilevel.calibration import KINDS
 from mlem.multilevel.candidate import SURE, Candidate, Recommendation
-from mlem.multilevel.checking import Judge, adjusted
+from mlem.multilevel.checking import adjusted, judge_of
 from mlem.multilevel.choices import check_choice
 from mlem.multilevel.choosing import Choosing, Way
 from mlem.multilevel.correction import RECOMMENDED
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 
 __all__ = ["recommend"]
 
-REFERENCE = 500
-"""Steps of the many-step run for a calibration that does not say its own."""
 MOST_STEPS = 1000
 """Of a candidate."""
 SHARES = (0.4, 0.6, 0.2, 0.8)
@@ -78,8 +76,7 @@ def recommend(
     check_choice("kind", kind, KINDS)
     if not check:
         return _predicted(family, mse, seconds, kind, batch_size)
-    calibration = family.fitted.calibration_for(family)
-    judge = Judge(family, check, int(calibration.about.get("reference_steps", REFERENCE)))
+    judge = judge_of(family, check)
     if mse is not None:
         return adjusted(lambda error: _predicted(family, error, None, kind, batch_size), mse, judge)
     choice = _predicted(family, None, seconds, kind, batch_size)
