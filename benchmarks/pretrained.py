@@ -1,7 +1,10 @@
-"""Adds a trained family to the package, in half precision and calibrated: `Family.load("pretrained:NAME")`.
+r"""Adds a trained family to the package, in half precision and calibrated: `Family.load("pretrained:NAME")`.
 
-    python train.py experiment=dead_leaves16_xl
-    python benchmarks/pretrained.py runs/dead_leaves16_xl/family dead_leaves16 --levels xs m l
+    python train.py experiment=dead_leaves16_xl model.levels=[xs,m,l] model.level_steps=[40000,18000,10000] \
+        model.distillation_steps=4000 root=runs/dead_leaves16_three
+    python benchmarks/pretrained.py runs/dead_leaves16_three/family dead_leaves16
+    python train.py experiment=digits_labels model.levels=[xs,s]
+    python benchmarks/pretrained.py runs/digits_labels/family digits_labels
 
 Weights are rounded to float16 and used in float32. Calibrate on an idle machine: the seconds are stored, and measured
 again on other machines.

@@ -16,7 +16,7 @@ MOST_MEGABYTES = 12.0
 
 
 def test_they_are_small_and_there() -> None:
-    assert "dead_leaves16" in pretrained()
+    assert pretrained() == ["dead_leaves16", "digits_labels"]
     home = folder_of("pretrained:dead_leaves16").parent
     assert sum(path.stat().st_size for path in home.rglob("*") if path.is_file()) < MOST_MEGABYTES * 1e6
     with pytest.raises(ValueError, match=r"^no family 'dead_leave16' comes with mlem; did you mean dead_leaves16\?$"):
