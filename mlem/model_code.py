@@ -82,12 +82,12 @@ def by_mlem(export: Export) -> str:
     if export.kind not in networks.CLASSES:
         network, comment = ", network=network", f"this folder; network: a new {export.kind}"
     solver = "ddim" if export.prediction.clip is None else "ddpm"
-    how = f'solver="{solver}", grid="{export.grid}", steps={export.steps}'
+    how = [f'solver="{solver}"', f'grid="{export.grid}"', f"steps={export.steps}"]
     return _block(
         "from mlem import Level, sample",
         "",
         f"level = Level.load({quoted(export.folder)}{network})  # {comment}",
-        _call(f"level, {how}", export.conditions),
+        _call(["level", *how], export.conditions),
     )
 
 
@@ -97,19 +97,19 @@ def family_by_mlem(folder: str, conditions: Described) -> str:
         "from mlem import Family, sample",
         "",
         f"family = Family.load({quoted(folder)})  # this folder",
-        _call(f"family, steps={_STEPS}", conditions),
+        _call(["family", f"steps={_STEPS}"], conditions),
     )
 
 
-def _call(how: str, conditions: Described) -> str:
-    """A call of `sample` with classes in turn; rows of numbers are left to the reader."""
-    how = f"{how}, indices=range({_COUNT})"
+def _call(arguments: list[str], conditions: Described) -> str:
+    """A call of `sample` with classes in turn, as ruff formats it; rows of numbers are left to the reader."""
+    arguments = [*arguments, f"indices=range({_COUNT})"]
     if all(value == 1 for value in conditions.values()):
-        return f"x = sample({how}).x"
+        return f"x = sample({', '.join(arguments)}).x"
     told = ", ".join(f'"{name}": indices % {value}' for name, value in conditions.items())
     rows = any(isinstance(value, tuple) for value in conditions.values())
-    source = "conditions" if rows else f"lambda indices: {{{told}}}"
-    return f"x = sample(\n    {how},\n    conditions={source},\n).x"
+    arguments.append(f"conditions={'conditions' if rows else f'lambda indices: {{{told}}}'}")
+    return "\n".join(["x = sample(", *(f"    {argument}," for argument in arguments), ").x"])
 
 
 def by_diffusers(export: Export) -> str | None:

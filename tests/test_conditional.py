@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from mlem.networks import build, dit, parameters, told, unet
 from mlem.sampling import sample
 from mlem.schedule import NoiseSchedule
 from mlem.solvers import make_solver
-from tests.commands import TRAIN, job, metrics, run_here, run_in
+from tests.commands import REPOSITORY, TRAIN, job, metrics, run_here, run_in
 from tests.few_pilots import FEW
 from tests.problems import level
 
@@ -62,6 +64,15 @@ def test_model_cards_say_how_levels_were_trained(folder: Path) -> None:
     assert 'ConsistencyModelPipeline.from_pretrained("level_xs")' in card
     assert 'from_pretrained("level")' in (folder / RUN / "level/README.md").read_text()
     assert "They take `class_labels`" in (folder / "runs/digits/family/README.md").read_text()
+
+
+def test_the_code_on_model_cards_is_formatted(folder: Path) -> None:
+    """As ruff formats it: cards that come with the package are checked with our own code."""
+    command = [sys.executable, "-m", "ruff", "format", "--check", "--no-cache", "--config", "pyproject.toml"]
+    cards = sorted((folder / "runs/digits/family").rglob("README.md"))
+    done = subprocess.run([*command, *cards], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"{len(cards)} files already formatted" in done.stdout
 
 
 def test_a_resumed_run_repeats_an_uninterrupted_one(folder: Path, tmp_path: Path) -> None:
