@@ -242,6 +242,7 @@ def test_mistakes(family: Path, monkeypatch: Any, options: list[str], says: str)
         ("eval.trials=0", "eval.trials must be a whole number >= 1, got 0"),
         ("eval.steps=3", "eval.steps must be a list"),
         ("eval.budget=2", r"eval.budget must be in \(0, 1\], got 2"),
+        ("eval.check=1", "eval.check must be a number of images from 2 to 1000000000, or 0 for none, got 1"),
         ("eval.targets=[1e-2,0]", r"eval.targets must be a list of numbers > 0, as in eval.targets=\[1e-2,1e-3\]"),
         ("eval.coins=penny", "eval.coins must be one of systematic, bernoulli"),
     ],

@@ -9,17 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from mlem import Family, Plan
+from mlem import Family, Plan, Reuse, sample
 from mlem.comparison.coupled import Comparison, read_rows
 from mlem.comparison.entry import Entry
 from mlem.comparison.fastest import Advice, Alternative, Fastest, Measured
 from mlem.comparison.figures import rivals_vs_time
 from mlem.comparison.handmade import Forecast, Windows
 from mlem.comparison.lineup import Lineup
-from mlem.comparison.rivals import fastest
+from mlem.comparison.rivals import fastest, recommended
 from mlem.comparison.setup import Setup
 from mlem.files import read_json
+from mlem.multilevel.candidate import Recommendation
 from tests.commands import run_here, run_in
 from tests.problems import level
 
@@ -82,6 +84,24 @@ def test_each_rival_runs_what_its_paper_says(compared: tuple[Comparison, Fastest
     top = comparison.family.level().flops
     assert rows["forecast"].flops == 3 * top
     assert rows["DeepCache"].flops < 8 * top == rows["fewer steps"].flops
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"level": "xs", "plan": None},
+        {"level": "s", "plan": None, "reuse": Reuse(2, 1)},
+        {"level": None, "plan": Plan.switching([0, 1, 1, 1], ["xs", "s"]), "reuse": Reuse(3, 1)},
+    ],
+    ids=["one level", "kept features", "a plan on kept features"],
+)
+def test_what_is_recommended_runs_as_recommended(compared: tuple[Comparison, Fastest], own: dict[str, Any]) -> None:
+    comparison, _ = compared
+    own |= {"predicted_mse": 0.1, "interval": (0.05, 0.2), "predicted_seconds": 1e-3}
+    choice = Recommendation(solver="unipc", steps=4, grid="uniform", **own)
+    [run] = comparison.runs(recommended(choice, 0.1))
+    x = comparison.setup.sampler(run).run(range(3)).x
+    assert torch.equal(x, sample(comparison.family, indices=range(3), **choice.options).x)
 
 
 def test_its_rows_name_the_rival_and_others_none(compared: tuple[Comparison, Fastest], tmp_path: Path) -> None:
@@ -166,6 +186,7 @@ COMMAND = (
     "batch_size=4",
     "eval.reference_steps=12",
     "eval.targets=[1.0,1e-9]",
+    "eval.check=2",
     "eval.samplers=[{rival: fewer steps, solver: dpm_solver_pp, steps: [4, 8], levels: [largest]},"
     "{rival: forecast, solver: dpm_solver_pp, steps: [8], forecast: {every: 2}},"
     "{rival: hindsight, solver: dpm_solver_pp, steps: [8], plan: {budget: 0.7, cost: flops}},"
@@ -186,6 +207,7 @@ def test_the_command_writes_rows_figure_and_recommendation(made: tuple[Path, str
     assert (folder / "fastest.png").exists()
     assert not (folder / "summary.json").exists()  # whose ratios are of eval=benchmark
     assert f"recommended: {found.recommendation.text}" in printed
+    assert "measured on 2 images" in printed
     assert "left out: the recommendation for 1e-09: mse=1e-09: nothing surely reaches it" in printed
     assert "left out: DeepCache, every 2, branch 2, parallel_midpoint: " in printed
     rows = (folder / "runs.csv").read_text()

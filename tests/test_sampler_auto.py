@@ -30,7 +30,7 @@ from tests.problems import level
         (["mse=1e-3", "+sampler.options.order=2"], "sampler=auto has only the options kind and check; leave out order"),
         (
             ["mse=1e-3", "sampler.options.check=1"],
-            "sampler.options.check must be a number of images >= 2, or 0 for none, got 1",
+            "sampler.options.check must be a number of images from 2 to 1000000000, or 0 for none, got 1",
         ),
         (["mse=1e-3"], "this family of digits is not calibrated: "),
         (["sampler=ddim", "seconds=1"], "seconds=1 is a target of sampler=auto: add it, or use budget="),

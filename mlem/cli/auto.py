@@ -10,7 +10,7 @@ import torch
 from mlem.cli.options import plan_defaults
 from mlem.cli.ranks import launch
 from mlem.cli.schema import Sample
-from mlem.cli.values import written
+from mlem.cli.values import CHECKED, written
 from mlem.family import Family
 from mlem.level import Level
 from mlem.multilevel.candidate import Candidate, Recommendation
@@ -66,8 +66,7 @@ def _checked(job: Sample, model: Family | Level) -> tuple[str, int]:
     kind, check = options.pop("kind", "ode"), options.pop("check", 0)
     if options:
         raise ValueError(f"sampler=auto has only the options kind and check; leave out {next(iter(options))}")
-    if type(check) is not int or check < 0 or check == 1:
-        raise ValueError(f"sampler.options.check must be a number of images >= 2, or 0 for none, got {check!r}")
+    CHECKED.check("sampler.options.check", check)
     return str(kind), check
 
 

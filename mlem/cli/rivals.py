@@ -50,7 +50,9 @@ def _advice(job: Sample, comparison: Comparison, options: Benchmark) -> dict[flo
     torch.nn.ModuleList(level.network for level in family.levels).to(comparison.setup.device)
     for target in options.targets:
         try:
-            found[target] = family.recommend(mse=target, kind=options.kind, batch_size=job.batch_size)
+            found[target] = family.recommend(
+                mse=target, kind=options.kind, batch_size=job.batch_size, check=options.check
+            )
         except ValueError as error:
             print(f"left out: the recommendation for {target:g}: {error}", flush=True)
     return found

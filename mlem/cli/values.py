@@ -149,6 +149,10 @@ TWO_NUMBERS = Kind(
     "a list of two numbers, as in {name}=[0.2,5]",
     lambda value: isinstance(value, list) and len(value) == 2 and all(map(_is_finite, value)),
 )
+CHECKED = Kind(
+    f"a number of images from 2 to {COUNT}, or 0 for none",
+    lambda value: _is_whole(value) and value != 1 and 0 <= value <= COUNT,
+)
 SHARE = Kind("in (0, 1]", lambda value: _is_finite(value) and 0 < value <= 1)
 FRACTION = Kind("in [0, 1)", lambda value: _is_finite(value) and 0 <= value < 1)
 LIST = Kind("a list, as in {name}=[...]", lambda value: isinstance(value, list))

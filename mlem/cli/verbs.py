@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from mlem.arguments import MOST_STEPS
 from mlem.cli.fields import option
-from mlem.cli.values import ERRORS, LIST, SHARE, TEXT, one_of, whole
+from mlem.cli.values import CHECKED, ERRORS, LIST, SHARE, TEXT, one_of, whole
 
 __all__ = ["Benchmark", "Scaling", "Verb"]
 
@@ -39,6 +39,7 @@ class Benchmark(Verb):
         ERRORS, "mean squared errors at which times are compared, with recommendations; []: the figures of [J]"
     )
     kind: str = option(one_of("ode", "sde"), "kind of the recommended solvers: ode or sde")
+    check: int = option(CHECKED, "images on which recommendations are measured before they are made; 0: none")
     samplers: list[Any] = option(
         LIST, "name or rival, solver, steps; grid, options; levels: each alone, reuse; or plan, running, forecast"
     )

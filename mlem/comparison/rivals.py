@@ -20,8 +20,8 @@ __all__ = ["advice_of", "fastest", "recommended"]
 def recommended(choice: Recommendation, target: float) -> Entry:
     """The recommendation for this error, as an entry of a comparison."""
     own: dict[str, Any] = {"levels": (choice.level,)} if choice.plan is None else {"made": choice.plan}
-    name = f"{RECOMMENDED}, mse {target:g}"
-    return Entry(choice.solver, (choice.steps,), choice.grid, name=name, rival=RECOMMENDED, **own)
+    own |= {"name": f"{RECOMMENDED}, mse {target:g}", "rival": RECOMMENDED, "reuse": choice.reuse}
+    return Entry(choice.solver, (choice.steps,), choice.grid, **own)
 
 
 def fastest(
