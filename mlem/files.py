@@ -19,6 +19,7 @@ from typing import IO, Any
 __all__ = [
     "CHECKSUM",
     "atomic_write",
+    "cache_folder",
     "check_format",
     "check_writable",
     "checksum",
@@ -40,6 +41,11 @@ CHECKSUM = "checksum"
 """The key, or column, that holds a record's own checksum."""
 _REMEDY = "restore it or delete it and make it again"
 _OF_ANOTHER_KIND = (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError, RuntimeError)
+
+
+def cache_folder() -> Path:
+    """The user's folder for what can be made again: ~/.cache/mlem, or below XDG_CACHE_HOME."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlem"
 
 
 def first_process() -> bool:

@@ -24,7 +24,8 @@ def test_they_are_small_and_there() -> None:
 
 
 @pytest.mark.parametrize("name", pretrained())
-def test_each_is_calibrated_and_computes_in_float32(name: str) -> None:
+def test_each_is_calibrated_and_computes_in_float32(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     family = Family.load(f"pretrained:{name}")
     assert {weight.dtype for level in family.levels for weight in level.network.parameters()} == {torch.float32}
     assert family.fitted.calibration_for(family).about["pilot_images"] >= 32
@@ -37,7 +38,8 @@ def test_each_is_calibrated_and_computes_in_float32(name: str) -> None:
     assert {path.name for path in folder_of(f"pretrained:{name}").iterdir()} == before
 
 
-def test_the_command_line_finds_them(tmp_path: Path) -> None:
+def test_the_command_line_finds_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     options = ["family=pretrained:dead_leaves16", "sampler=auto", "mse=0.05", "seeds=0-3"]
     printed = run_in(tmp_path, lambda: run_here("sample", *options))
     assert printed.startswith("recommended: ")

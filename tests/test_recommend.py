@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +19,7 @@ from mlem.multilevel.calibration import Calibration
 from mlem.multilevel.candidate import WIDE, Candidate
 from mlem.multilevel.correction import correction, reuse_factor, tail
 from mlem.multilevel.fitted import Fitted
-from mlem.multilevel.timing import timed_on
+from mlem.multilevel.timing import timed_here, timed_on
 from mlem.trajectory import samples
 from tests.waves import family
 
@@ -36,6 +38,13 @@ def waves() -> Family:
             family(), family().fitted.calibration_for(family()), images=32, reference_steps=200
         )
     return Family(family().levels, Fitted(calibration))
+
+
+@pytest.fixture
+def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where times of families from other machines are kept; not there yet."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "mlem" / "times"
 
 
 def error(of: Family, one: Candidate, kind: str) -> float:
@@ -126,17 +135,30 @@ def test_a_plan_that_is_recommended_runs_as_it_was_predicted_to(waves: Family) -
     assert sum(seconds[name] * count for name, count in calls.items()) == pytest.approx(choice.predicted_seconds)
 
 
-def test_a_family_from_another_machine_is_timed_here(waves: Family) -> None:
+def test_a_family_from_another_machine_is_timed_here(waves: Family, kept: Path) -> None:
     calibration = waves.fitted.calibration_for(waves)
     here = timed_on(torch.device("cpu"))
-    for noted, kept in (({}, True), ({"machine": here}, True), ({"machine": "1 cores Babbage"}, False)):
+    for noted, own in (({}, True), ({"machine": here}, True), ({"machine": "1 cores Babbage"}, False)):
         of = Family(waves.levels, Fitted(replace(calibration, about=calibration.about | noted)))
         of.recommend(mse=1e-2)
         found = of.fitted.calibration_for(of)
-        assert (found.seconds == calibration.seconds) is kept
+        assert (found.seconds == calibration.seconds) is own
+        assert kept.exists() is not own
         assert found.discretisation == calibration.discretisation
     assert found.about["machine"] == here
     assert max(found.seconds[64]) < 1
+
+
+def test_times_on_this_machine_are_kept_so_that_a_choice_is_made_again(waves: Family, kept: Path) -> None:
+    calibration = waves.fitted.calibration_for(waves)
+    foreign = replace(calibration, about=calibration.about | {"machine": "1 cores Babbage"})
+    first = timed_here(waves, foreign, 64)
+    assert timed_here(waves, foreign, 64).fingerprint == first.fingerprint
+    assert timed_here(waves, foreign, 32).seconds.keys() == {32}  # another batch, other times
+    [path] = [path for path in kept.iterdir() if json.loads(path.read_text())["seconds"].keys() == {"64"}]
+    path.write_text(path.read_text()[:100])
+    assert timed_here(waves, foreign, 64).fingerprint != first.fingerprint  # measured again
+    assert json.loads(path.read_text())["seconds"].keys() == {"64"}
 
 
 @pytest.mark.parametrize(

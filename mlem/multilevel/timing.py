@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import statistics
 import time
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from mlem.conditions import ConditionSource
+from mlem.files import cache_folder, read_object, write_record
 from mlem.ledger import Meter
 from mlem.level import Level
 from mlem.multilevel.calibration import KINDS, Calibration
@@ -89,21 +93,44 @@ def timed_on(device: torch.device) -> str:
 
 
 def timed_here(family: Family, calibration: Calibration, batch_size: int) -> Calibration:
-    """The calibration with times on this machine: its own, or measured now if it is from another one.
+    """The calibration with times on this machine: its own, or measured once, if it is from another machine, and kept.
 
-    Old calibrations without a machine are returned unchanged.
+    Old calibrations without a machine are returned unchanged. Times are kept below `mlem.files.cache_folder`, so that
+    what is recommended today is recommended tomorrow; delete them to measure again.
     """
     place = next(family.level().network.parameters(), torch.empty(0)).device
     if calibration.about.get("machine", here := timed_on(place)) == here:
         return calibration
+    what = json.dumps([family.weights_hash, here, batch_size, torch.__version__, bool(calibration.shallow)])
+    path = cache_folder() / "times" / f"{hashlib.sha256(what.encode()).hexdigest()[:32]}.json"
+    times = _kept(path)
+    if times is None:
+        times = _timed(family, batch_size, place, bool(calibration.shallow))
+        with suppress(OSError, ValueError):  # a read-only folder only costs the time to measure again
+            write_record(path, times)
+    found = calibration.to_dict() | times
+    found["about"] |= {"machine": here}
+    return Calibration.from_dict(found)
+
+
+def _kept(path: Path) -> dict[str, Any] | None:
+    """What `_timed` returned; None if it is not there, or not readable."""
+    try:
+        return {name: read_object(path)[name] for name in ("seconds", "outside", "shallow")}
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _timed(family: Family, batch_size: int, place: torch.device, reuse: bool) -> dict[str, Any]:
+    """Times of the levels on this machine, as in a calibration's plain data."""
     networks = torch.nn.ModuleList(level.network for level in family.levels)
     with torch.inference_mode(), evaluating(networks), Waiting("timing the levels on this machine", 1) as waiting:
         seconds, outside = time_levels(family, batch_size, place)
-        shallow = {batch_size: time_shallow(family, batch_size, place)} if calibration.shallow else {}
+        shallow = time_shallow(family, batch_size, place) if reuse else {}
         waiting.advance()
-    about = calibration.about | {"machine": here}
-    times = {"seconds": {batch_size: seconds}, "outside": {batch_size: outside}, "shallow": shallow}
-    return replace(calibration, **times, about=about)
+    size = str(batch_size)
+    once = {str(branch): value for branch, value in shallow.items()}
+    return {"seconds": {size: list(seconds)}, "outside": {size: outside}, "shallow": {size: once} if reuse else {}}
 
 
 def _run(

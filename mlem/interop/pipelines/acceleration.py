@@ -19,6 +19,7 @@ from mlem import networks
 from mlem.arguments import called
 from mlem.conditions import described
 from mlem.family import Family
+from mlem.files import cache_folder
 from mlem.interop.pipelines.captured import Call, CapturedNetwork, plain_network
 from mlem.interop.pipelines.placing import LARGE, PLACES, MultilevelNetwork, Small, named_networks, place_of
 from mlem.interop.pipelines.running import Run, moved
@@ -120,7 +121,7 @@ class Acceleration:
         small_ones, self._levels = named_networks(small, self._large)
         self._networks = small_ones | {LARGE: self._large}
         self._asked, self._images, self._times, self._offload = asked, images, times, offload
-        self._cache = _cache_folder(cache)
+        self._cache = cache_folder() if cache is None else Path(cache)
         self._run: Run | None = None
         self._families: dict[str, Family] = {}
         config = getattr(plain_network(self._large), "config", {})
@@ -275,12 +276,6 @@ def _in_seconds(family: Family, rows: int) -> str:
     seconds = dict(zip(found.names, found.seconds[min(found.seconds, key=lambda size: abs(size - rows))], strict=True))
     each = ", ".join(f"{name} {1e3 * value:.3g} ms" for name, value in seconds.items())
     return f"a sample takes {each} in the networks: "
-
-
-def _cache_folder(cache: str | os.PathLike[str] | None) -> Path:
-    if cache is not None:
-        return Path(cache)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlem"
 
 
 def _begun(spec: PlanSpec, family: Family, stepping: Stepping) -> Plan:
