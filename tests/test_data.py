@@ -6,6 +6,7 @@ import gc
 import io
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -61,6 +62,24 @@ def test_digits_round_trip_is_exact(digits):
     assert torch.equal(images, pixels.to(torch.float32) / 127.5 - 1)
     assert (images.min(), images.max()) == (-1, 1)
     assert [digits.key(i) for i in (0, 1000, 1796)] == ["00000000", "00001000", "00001796"]
+
+
+def test_small_data_sets_are_decoded_once_and_stay_as_they_are(digits: Shards, monkeypatch: pytest.MonkeyPatch) -> None:
+    shards = Shards.open(digits.folder)
+    first = shards.read(3)
+    whole = first.clone()
+    first.fill_(7)
+    monkeypatch.setattr("mlem.data.shards.reading.decode", None)  # neither is decoded again
+    assert torch.equal(shards.read(3), whole)
+    assert torch.equal(shards.images([3])[0], whole.float() / 127.5 - 1)
+    assert not pickle.loads(pickle.dumps(shards))._kept  # workers of a loader begin with none
+
+
+def test_large_data_sets_are_not_kept_in_memory(digits: Shards, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mlem.data.shards.reading._KEPT_BYTES", 1000)
+    shards = Shards.open(digits.folder)
+    shards.images(range(20))
+    assert not shards._kept
 
 
 def test_colour_round_trip_is_exact(tmp_path):

@@ -38,6 +38,8 @@ SUFFIXES = (*IMAGE_SUFFIXES, "json", "txt", "cls")
 _INDEX = ".index.npz"  # result of a verification, with the sizes and times of the files
 _OPEN_FILES = 32
 _LABEL_BYTES = 16
+_KEPT_BYTES = 64 * 2**20
+"""Data sets up to this size, decoded, stay in memory as they are read."""
 _REMEDY = "prepare the data set again: only damaged shards are remade"
 
 
@@ -49,6 +51,7 @@ class Shards:
 
     def __init__(self, folder: Path, manifest: Manifest, index: dict[str, np.ndarray]) -> None:
         self._files: dict[int, int] = {}
+        self._kept: dict[int, np.ndarray] = {}
         self.folder = folder
         self.manifest = manifest
         self._index = index
@@ -113,7 +116,7 @@ class Shards:
 
         For latents, mean and standard deviation, unscaled: (2, C, H, W) float16.
         """
-        stored = torch.from_numpy(self._stored(i))
+        stored = torch.from_numpy(self._stored(i).copy())
         return stored if self.manifest.latents else stored.permute(2, 0, 1).contiguous()
 
     def images(self, indices: Iterable[int], positions: Iterable[int] | None = None, seed: int = 0) -> Tensor:
@@ -149,10 +152,18 @@ class Shards:
         self.close()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_files": {}}
+        return {**self.__dict__, "_files": {}, "_kept": {}}
 
     def _stored(self, i: int) -> np.ndarray:
-        """Image `i`, (H, W, C) uint8; of latents, (2, C, H, W) float16."""
+        """Image `i`, (H, W, C) uint8; of latents, (2, C, H, W) float16. Not to be changed."""
+        if (known := self._kept.get(i)) is not None:
+            return known
+        found = self._read(i)
+        if found.nbytes * len(self) <= _KEPT_BYTES:
+            self._kept[i] = found
+        return found
+
+    def _read(self, i: int) -> np.ndarray:
         if not 0 <= i < len(self):
             raise IndexError(f"{self.folder} has no image {i}; it holds images 0 to {len(self) - 1}")
         shard = int(self.shard_of[i])
