@@ -16,7 +16,7 @@ from mlem.multilevel import checking
 from mlem.multilevel import pilot as pilot_module
 from mlem.multilevel.alone import error_alone
 from mlem.multilevel.calibration import Calibration
-from mlem.multilevel.candidate import WIDE, Candidate
+from mlem.multilevel.candidate import WIDE, Candidate, Check, Recommendation
 from mlem.multilevel.correction import correction, reuse_factor, tail
 from mlem.multilevel.fitted import Fitted
 from mlem.multilevel.timing import timed_here, timed_on
@@ -133,6 +133,17 @@ def test_a_plan_that_is_recommended_runs_as_it_was_predicted_to(waves: Family) -
     calls = {name: cost.calls / ledger.images for name, cost in ledger.levels.items()}
     seconds = dict(zip(waves.names, waves.fitted.calibration_for(waves).seconds[64], strict=True))
     assert sum(seconds[name] * count for name, count in calls.items()) == pytest.approx(choice.predicted_seconds)
+
+
+def test_a_choice_that_misses_and_is_made_again_is_asked_for_less() -> None:
+    def choose(mse: float) -> Recommendation:
+        steps = 8 if mse > 0.8e-2 else 12
+        return Recommendation("ddpm", steps, "uniform", "xl", None, mse, (mse, mse), float(steps))
+
+    def judge(one: Candidate) -> Check:
+        return Check(64, {8: 1.04e-2, 12: 0.9e-2}[one.steps], 0.0)
+
+    assert checking.adjusted(choose, 1e-2, judge).steps == 12
 
 
 def test_a_family_from_another_machine_is_timed_here(waves: Family, kept: Path) -> None:

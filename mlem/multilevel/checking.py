@@ -101,12 +101,15 @@ def judge_of(family: Family, images: int) -> Judge:
     return family.judges[images, place]
 
 
-def adjusted(choose: Callable[[float], Recommendation], target: float, judge: Judge) -> Recommendation:
+def adjusted(
+    choose: Callable[[float], Recommendation], target: float, judge: Callable[[Candidate], Check]
+) -> Recommendation:
     """The fastest choice that was measured to reach the target, nine times in ten.
 
     Args:
         choose: the recommendation that is predicted for an error.
         target: mean squared error per pixel.
+        judge: measures a choice, as a `Judge`.
 
     Raises:
         ValueError: no choice was predicted, or measured, to reach it.
@@ -123,7 +126,10 @@ def adjusted(choose: Callable[[float], Recommendation], target: float, judge: Ju
                 break
             key = repr(_plain(one))
             if key in found:
-                break
+                if _reaches(found[key], target):
+                    break
+                asked *= NEAR  # the same was chosen for a smaller error: ask for less still
+                continue
             check = judge(one)
             found[key] = replace(one, check=check)
             waiting.advance()
@@ -131,14 +137,19 @@ def adjusted(choose: Callable[[float], Recommendation], target: float, judge: Ju
             if NEAR <= share <= 1:
                 break
             asked *= min(max(1 / share, 1 / FARTHEST), FARTHEST)
-    reaching = [one for one in found.values() if one.check is not None and one.check.upper_mse <= target]
+    reaching = [one for one in found.values() if _reaches(one, target)]
     if not reaching:
         least = min(one.check.upper_mse for one in found.values() if one.check is not None)
         raise ValueError(
             f"mse={target:g}: none of {len(found)} choices surely reaches it where they were measured, the best has "
-            f"{least:.2g}; allow more, or check on more images"
+            f"{least:.3g}; allow more, or check on more images"
         )
     return min(reaching, key=lambda one: one.predicted_seconds)
+
+
+def _reaches(one: Recommendation, target: float) -> bool:
+    """Whether it was measured to reach the target."""
+    return one.check is not None and one.check.upper_mse <= target
 
 
 def _plain(one: Candidate) -> dict[str, Any]:
