@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+from torch import Tensor
 
 from mlem.guidance import GuidedNetwork
 from mlem.level import Level
 from mlem.networks import DeepCache, Reuse
 
-__all__ = ["ReusingLevel", "can_reuse", "reusing"]
+if TYPE_CHECKING:
+    from mlem.multilevel.plan import Plan
+
+__all__ = ["ReusingLevel", "can_reuse", "reusing", "whole_calls"]
 
 
 class ReusingLevel(NamedTuple):
@@ -48,3 +53,11 @@ def can_reuse(level: Level, reuse: Reuse) -> bool:
     except ValueError:
         return False
     return True
+
+
+def whole_calls(plan: Plan, reuse: Reuse, kappas: Tensor) -> int:
+    """How many calls of a plan's last level run the whole network.
+
+    kappas: (R,), sigma / alpha where the plan evaluates.
+    """
+    return reuse.whole_at(kappas.repeat_interleave(plan.runs[:, -1]).tolist())

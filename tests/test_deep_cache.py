@@ -22,6 +22,8 @@ from mlem.comparison.lineup import Lineup
 from mlem.comparison.setup import Setup
 from mlem.comparison.summary import ratios
 from mlem.networks import DeepCache, by_position, dit
+from mlem.networks.deep_cache import NOISE
+from mlem.reusing import whole_calls
 from mlem.sampling import Step
 from tests.problems import gaussian, level
 
@@ -232,7 +234,12 @@ def test_under_a_plan_the_largest_level_reuses_its_features() -> None:
     """Twice, so that nothing of one trajectory is in the next."""
     family, table = Family([level("xs", SHAPE), level("s", SHAPE)]), torch.zeros(7, 2)
     table[[1, 2, 4, 6], 1] = 1
-    options: dict[str, Any] = {"solver": "unipc", "steps": 7, "plan": Plan.given(table, levels=family.names)}
+    options: dict[str, Any] = {
+        "solver": "unipc",
+        "steps": 7,
+        "grid": "uniform",
+        "plan": Plan.given(table, levels=family.names),
+    }
     plain, whole, half = (Sampler(family, reuse=reuse, **options) for reuse in (None, Reuse(1), Reuse(2, 1)))
     first = half.run(range(3))
     assert torch.equal(whole.run(range(3)).x, plain.run(range(3)).x)
@@ -241,6 +248,24 @@ def test_under_a_plan_the_largest_level_reuses_its_features() -> None:
     cost, share = first.ledger.levels["s"], DeepCache(family.level().network, Reuse(2, 1), SHAPE).shallow_share
     assert cost.calls == 4 * 3
     assert cost.flops == pytest.approx((2 + 2 * share) * 3 * family.level().flops)
+
+
+def test_under_a_plan_features_kept_near_pure_noise_serve_no_other_call() -> None:
+    """Calls 1 and 2 run the whole network instead of 1 and 6."""
+    family, reuse, table = Family([level("xs", SHAPE), level("s", SHAPE)]), Reuse(5, 1), torch.zeros(12, 2)
+    table[[0, 3, 5, 6, 7, 9], 1] = 1
+    options: dict[str, Any] = {"plan": Plan.given(table, levels=family.names), "reuse": reuse}
+    sampler = Sampler(family, solver="unipc", steps=12, grid="uniform", **options)
+    assert [point.kappa > NOISE for point in sampler.points[:4]] == [True, False, False, False]
+    cost, share = (
+        sampler.run(range(2)).ledger.levels["s"],
+        DeepCache(family.level().network, reuse, SHAPE).shallow_share,
+    )
+    assert cost.flops == pytest.approx((2 + 4 * share) * 2 * family.level().flops)
+    rows = [point.kappa for point in sampler.points[:12]]
+    assert sampler.plan is not None
+    assert whole_calls(sampler.plan, reuse, torch.tensor(rows)) == 2
+    assert [reuse.whole_at(kappas) for kappas in ([], [0.0] * 6, [99.0] * 3, [99.0, *[1.0] * 6])] == [0, 2, 3, 3]
 
 
 def test_in_a_comparison_it_is_a_sampler_of_the_largest_level() -> None:
@@ -298,6 +323,21 @@ def test_a_plan_of_a_comparison_reuses_the_features_of_the_largest_level() -> No
         assert row.flops == pytest.approx(run.cost * family.level().flops, rel=1e-12)
     assert half.mse != whole.mse
     assert half.calls == whole.calls
+
+
+def test_a_comparison_counts_whole_calls_near_pure_noise() -> None:
+    family = Family([level("xs", SHAPE), level("s", SHAPE)])
+    one: dict[str, Any] = {"solver": "unipc", "steps": [12], "grid": "uniform", "rival": "T-Stitch"}
+    one["running"] = [["s", 0.5], ["xs", 0.5]]
+    lineup = Lineup(
+        Setup(family, [[0, 1]], reference_steps=16),
+        [Entry.from_options(one | {"reuse": {"every": 3, "branch": 1}}, "here", named=True)],
+    )
+    lineup.add([0, 1])
+    share = DeepCache(family.level().network, Reuse(3, 1), SHAPE).shallow_share
+    tally, row = lineup.tallies[-1], lineup.rows()[-1]
+    assert tally.run.cost == pytest.approx(3 + 3 * share + 6 * family.level("xs").flops / family.level().flops)
+    assert row.flops == pytest.approx(tally.run.cost * family.level().flops, rel=1e-12)
 
 
 def mistakes() -> dict[str, tuple[Any, dict[str, Any]]]:

@@ -8,7 +8,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from mlem import Family, Reuse, Sampler
+from mlem import Family, Level, Reuse, Sampler
+from mlem.ledger import Ledger
 from mlem.multilevel import pilot as pilots
 from mlem.multilevel.calibrate import calibrate
 from mlem.multilevel.calibration import Calibration
@@ -16,6 +17,7 @@ from mlem.multilevel.correction import REUSES
 from mlem.multilevel.fitted import Fitted
 from mlem.multilevel.identity import seen_reusing
 from mlem.multilevel.report import report
+from mlem.networks import DeepCache
 from tests.problems import level
 
 SHAPE = (1, 8, 8)
@@ -96,6 +98,13 @@ def test_a_plan_is_made_for_the_reuse_that_it_is_used_with(family: Family, known
     assert unknown.plan.fingerprint() == whole.plan.fingerprint()
 
 
+def whole_calls_of(ledger: Ledger, largest: Level, reuse: Reuse) -> int:
+    """How many calls per image ran the whole network, from the FLOPs."""
+    cost, share = ledger.levels[largest.name], DeepCache(largest.network, reuse, SHAPE).shallow_share
+    assert isinstance(largest.flops, int)
+    return round((cost.flops / largest.flops - cost.calls * share) / (1 - share) / ledger.images)
+
+
 def test_it_is_recommended_where_it_pays_and_runs_as_predicted(family: Family, known: Calibration) -> None:
     """With pilots that say that reuse adds nothing, and then that it ruins everything."""
     for factor in (1.0, 1e4):
@@ -111,7 +120,8 @@ def test_it_is_recommended_where_it_pays_and_runs_as_predicted(family: Family, k
         sampler = Sampler(of, **choice.options)
         ledger = sampler.run(range(2)).ledger
         calls = {name: cost.calls / ledger.images for name, cost in ledger.levels.items()}
-        expected = known.predicted_seconds(calls, choice.steps, "ode", reuse=choice.reuse)
+        whole = None if choice.reuse is None else whole_calls_of(ledger, of.level(), choice.reuse)
+        expected = known.predicted_seconds(calls, choice.steps, "ode", reuse=choice.reuse, whole=whole)
         assert choice.predicted_seconds == pytest.approx(expected)
         assert str(choice).endswith("branch 1)") == (choice.reuse is not None)
 

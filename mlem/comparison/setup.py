@@ -20,9 +20,9 @@ from mlem.multilevel.identity import plan_for_use
 from mlem.multilevel.plan import Plan
 from mlem.multilevel.planner import check_estimator
 from mlem.networks import Reuse
-from mlem.reusing import reusing
+from mlem.reusing import reusing, whole_calls
 from mlem.sampling import Sampler, solver_of
-from mlem.solvers import GridPoint, Solver
+from mlem.solvers import GridPoint, Solver, quadrature_weights
 
 __all__ = ["Run", "Setup", "Truth"]
 
@@ -137,8 +137,16 @@ class Setup:
                 cost = drawn.cost(flops / top.flops)
                 if cache is not None:
                     calls = drawn.calls[-1].item()
-                    cost -= calls - cache.evaluations(calls)
+                    cost -= calls - cache.evaluations(calls, self._whole_calls(drawn, cache.reuse, solver, grid))
                 yield Run(replace(row, delta=delta, trial=trial), solver, entry.grid, drawn, cost, entry.reuse)
+
+    def _whole_calls(self, plan: Plan, reuse: Reuse, solver: Solver, grid: TimeGrid) -> int | None:
+        """How many calls of the largest level reuse no features; None, every Nth, where their times are unknown."""
+        if not solver.linear:
+            return None
+        schedule = self.family.schedule
+        _, rows = quadrature_weights(solver, schedule, GridPoint.of(schedule, grid))
+        return whole_calls(plan, reuse, torch.tensor([row.kappa for row in rows]))
 
     def _plan(self, entry: Entry, solver: Solver, grid: TimeGrid) -> Plan:
         points = GridPoint.of(self.family.schedule, grid)

@@ -131,7 +131,13 @@ class Calibration:
         return self.outside[near][kind] / self.seconds[near][-1]
 
     def predicted_seconds(
-        self, calls: Mapping[str, float], steps: int, kind: str, batch_size: int = 64, reuse: Reuse | None = None
+        self,
+        calls: Mapping[str, float],
+        steps: int,
+        kind: str,
+        batch_size: int = 64,
+        reuse: Reuse | None = None,
+        whole: int | None = None,
     ) -> float:
         """Wall-clock seconds per image of a run.
 
@@ -141,12 +147,14 @@ class Calibration:
             kind: "ode" or "sde".
             batch_size: as for `costs`.
             reuse: of the deep features of the largest level.
+            whole: its calls that run the whole network; by default every Nth.
         """
         near = self._nearest(batch_size)
         seconds = dict(zip(self.names, self.seconds[near], strict=True))
         inside = sum(seconds[name] * count for name, count in calls.items())
         if reuse is not None and (count := calls.get(top := self.names[-1], 0.0)):
-            inside -= (count - reuse.whole(count)) * (seconds[top] - self.shallow[near][reuse.branch])
+            shallow = count - (reuse.whole(count) if whole is None else whole)
+            inside -= shallow * (seconds[top] - self.shallow[near][reuse.branch])
         return inside + (steps * self.outside[near][kind] if near in self.outside else 0.0)
 
     def reusing(self, reuse: Reuse) -> Calibration:

@@ -20,6 +20,7 @@ from mlem.multilevel.predict import Predictor
 from mlem.multilevel.spec import PlanSpec
 from mlem.multilevel.timing import timed_here
 from mlem.networks import Reuse
+from mlem.reusing import whole_calls
 from mlem.solvers import SOLVERS, GridPoint, Solver, make_solver
 
 if TYPE_CHECKING:
@@ -77,9 +78,11 @@ class Choosing:
         known = {(name, grid) for name, grid, *_ in PILOTS}
         return ((solver, grid) for solver, grid in self.methods() if (solver.name, grid) in known)
 
-    def seconds(self, calls: Mapping[str, float], steps: int, reuse: Reuse | None = None) -> float:
-        """Wall-clock seconds per image."""
-        return self.calibration.predicted_seconds(calls, steps, self.kind, self.batch_size, reuse)
+    def seconds(
+        self, calls: Mapping[str, float], steps: int, reuse: Reuse | None = None, whole: int | None = None
+    ) -> float:
+        """Wall-clock seconds per image; whole: calls that reuse no features, by default every Nth."""
+        return self.calibration.predicted_seconds(calls, steps, self.kind, self.batch_size, reuse, whole)
 
     def step_seconds(self, level: str) -> float:
         """Wall-clock seconds per image of a step of this level alone."""
@@ -130,9 +133,9 @@ class Choosing:
         reuse = way.reuse if calls.get(self.family.names[-1], 0.0) > 1 else None
         alone = len(names) == 1 and reuse is None  # which needs no plan
         how: dict[str, Any] = {"level": names[0]} if alone else {"plan": plan, "reuse": reuse}
-        return self.add(
-            solver, grid, steps, (by.total(plan), by.spread(plan)), self.seconds(calls, steps, reuse), **how
-        )
+        whole = None if reuse is None else whole_calls(plan, reuse, by.times.neg().exp())
+        seconds = self.seconds(calls, steps, reuse, whole)
+        return self.add(solver, grid, steps, (by.total(plan), by.spread(plan)), seconds, **how)
 
     def add(
         self,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -21,6 +21,10 @@ from mlem.networks.calling import by_position, unwrapped
 from mlem.networks.cost import flops
 
 __all__ = ["DeepCache", "Reuse", "deep_cache_in"]
+
+NOISE = 20.0
+"""Noise over signal, sigma / alpha, above which features serve no other call: near pure noise they have another size.
+Kept below 12, they added less to the error than the plan did; from 22 on, up to a thousand times as much (`LOG.md`)."""
 
 _UNETS = ("UNet2DModel", "UNet2DConditionModel", "PatchUNet2DModel")
 _DOWN = ("DownBlock2D", "AttnDownBlock2D", "CrossAttnDownBlock2D")
@@ -54,9 +58,25 @@ class Reuse:
         """How many of so many calls of a trajectory run the whole network."""
         return math.ceil(calls / self.every)
 
+    def whole_at(self, kappas: Iterable[float]) -> int:
+        """How many calls of a trajectory under a plan, at these sigma / alpha, run the whole network."""
+        whole, served, kept = 0, 0, math.inf
+        for here in kappas:
+            if self.serves(served, kept):
+                served += 1
+            else:
+                whole, served, kept = whole + 1, 0, here
+        return whole
+
+    def serves(self, served: int, kappa: float) -> bool:
+        """Whether features that served so often, of a call at this sigma / alpha (0: unknown), serve again."""
+        return served < self.every - 1 and kappa <= NOISE
+
 
 class DeepCache(nn.Module):
     """A UNet that runs as a whole at every Nth call, and in between on the deep feature that it kept.
+
+    Where it is told their `kappa`, as under a plan, it does not use features of calls near pure noise.
 
     It is not a function of (x, t): its calls must be those of one trajectory, in order and of the same samples. `start`
     begins another trajectory; so does a call with another number of rows.
@@ -68,6 +88,7 @@ class DeepCache(nn.Module):
         conditions: what the network takes besides x and t, as in `Level`.
 
     Attributes:
+        kappa: sigma / alpha of the next call; 0: unknown.
         shallow_share: FLOPs of a call on the kept feature, as a share of those of the whole network.
         share: `shallow_share` if the last call was on the kept feature, else 1.
 
@@ -88,6 +109,7 @@ class DeepCache(nn.Module):
         self._cut = _cut(self.network, reuse.branch)
         self._calls = by_position(self.network), by_position(self._cut.shallow)
         self.shallow_share = self.share = 1.0
+        self.kappa = 0.0
         self.start()
         if reuse.every > 1:
             whole, shallow = (flops(self, shape, conditions) for _ in range(2))
@@ -96,24 +118,25 @@ class DeepCache(nn.Module):
 
     def start(self) -> None:
         """Begin a trajectory: the next call runs the whole network."""
-        self._number, self._cut.recall.feature = 0, None
+        self._served, self._kept_at, self._cut.recall.feature = 0, 0.0, None
 
-    def evaluations(self, calls: float) -> float:
-        """FLOPs of the first calls of a trajectory, over those of the whole network at one."""
-        whole = self.reuse.whole(calls)
+    def evaluations(self, calls: float, whole: int | None = None) -> float:
+        """FLOPs of the first calls of a trajectory, over those of the whole network at one.
+
+        whole: how many of them run the whole network; by default every Nth.
+        """
+        whole = self.reuse.whole(calls) if whole is None else whole
         return whole + (calls - whole) * self.shallow_share
 
     def forward(self, x: Tensor, time: Tensor, **conditions: Tensor) -> Any:
         """The output of the network: x (B, ...), time (B,) and conditions (B, ...)."""
         kept = self._cut.recall.feature
-        if kept is None or len(kept) != len(x):
-            self.start()
-        whole = self._number % self.reuse.every == 0
-        self._number += 1
-        self.share = 1.0 if whole else self.shallow_share
         run_whole, run_shallow = self._calls
-        if not whole:
+        known = kept is not None and len(kept) == len(x)
+        if known and self.reuse.serves(self._served, self._kept_at):
+            self._served, self.share = self._served + 1, self.shallow_share
             return run_shallow(x, time, **conditions)
+        self._served, self._kept_at, self.share = 0, self.kappa, 1.0
         hook = self._cut.below.register_forward_hook(self._keep)
         try:
             return run_whole(x, time, **conditions)
