@@ -8,13 +8,14 @@ and (in its own package) a weighted sum of levels are all denoisers, and every s
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from mlem.networks import by_position
+from mlem.networks import by_position, deep_cache_in
 from mlem.predictions import Named, NoiseLevel, make_prediction
 from mlem.schedule import NoiseSchedule, expand_like
 
@@ -110,6 +111,7 @@ class NetworkDenoiser:
         self.dtype = torch.get_default_dtype() if parameter is None else parameter.dtype
         self.conditions: dict[str, Tensor] = {}
         self._point: tuple[float, float, float] | None = None
+        self._cache = deep_cache_in(network)
 
     def through(self, network: Callable[..., Any]) -> NetworkDenoiser:
         """The same denoiser calling `network` instead: a wrapper of its own, such as a meter."""
@@ -143,6 +145,9 @@ class NetworkDenoiser:
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         same = self.own is self.schedule
+        if self._cache is not None:
+            alpha, sigma, _ = self._point or (math.nan,) * 3
+            self._cache.kappa = sigma / alpha
         at = NoiseLevel(t, *self._point) if same and self._point else NoiseLevel.of(self.own, self._own_time(t))
         eps = self.prediction.eps(self._answer(x, at), x, at)
         return eps if same else self._beyond(eps, x, t, at)

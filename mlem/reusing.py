@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
-
-from torch import Tensor
 
 from mlem.guidance import GuidedNetwork
 from mlem.level import Level
 from mlem.networks import DeepCache, Reuse
+from mlem.solvers import GridPoint
 
 if TYPE_CHECKING:
     from mlem.multilevel.plan import Plan
@@ -55,9 +55,7 @@ def can_reuse(level: Level, reuse: Reuse) -> bool:
     return True
 
 
-def whole_calls(plan: Plan, reuse: Reuse, kappas: Tensor) -> int:
-    """How many calls of a plan's last level run the whole network.
-
-    kappas: (R,), sigma / alpha where the plan evaluates.
-    """
-    return reuse.whole_at(kappas.repeat_interleave(plan.runs[:, -1]).tolist())
+def whole_calls(reuse: Reuse, rows: Sequence[GridPoint], plan: Plan | None = None) -> int:
+    """How many calls run the whole network, of a level alone at these evaluations or of the last level of a plan."""
+    runs = [1] * len(rows) if plan is None else plan.runs[:, -1].tolist()
+    return reuse.whole_at(row.kappa for row, times in zip(rows, runs, strict=True) for _ in range(times))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -250,22 +251,20 @@ def test_under_a_plan_the_largest_level_reuses_its_features() -> None:
     assert cost.flops == pytest.approx((2 + 2 * share) * 3 * family.level().flops)
 
 
-def test_under_a_plan_features_kept_near_pure_noise_serve_no_other_call() -> None:
-    """Calls 1 and 2 run the whole network instead of 1 and 6."""
+def test_features_kept_near_pure_noise_serve_only_there() -> None:
+    """Alone, and under a plan that calls the level rarely: one whole call more, at the first one below."""
     family, reuse, table = Family([level("xs", SHAPE), level("s", SHAPE)]), Reuse(5, 1), torch.zeros(12, 2)
     table[[0, 3, 5, 6, 7, 9], 1] = 1
-    options: dict[str, Any] = {"plan": Plan.given(table, levels=family.names), "reuse": reuse}
-    sampler = Sampler(family, solver="unipc", steps=12, grid="uniform", **options)
-    assert [point.kappa > NOISE for point in sampler.points[:4]] == [True, False, False, False]
-    cost, share = (
-        sampler.run(range(2)).ledger.levels["s"],
-        DeepCache(family.level().network, reuse, SHAPE).shallow_share,
-    )
-    assert cost.flops == pytest.approx((2 + 4 * share) * 2 * family.level().flops)
-    rows = [point.kappa for point in sampler.points[:12]]
-    assert sampler.plan is not None
-    assert whole_calls(sampler.plan, reuse, torch.tensor(rows)) == 2
-    assert [reuse.whole_at(kappas) for kappas in ([], [0.0] * 6, [99.0] * 3, [99.0, *[1.0] * 6])] == [0, 2, 3, 3]
+    share = DeepCache(family.level().network, reuse, SHAPE).shallow_share
+    for plan, whole, calls in ((None, 4, 12), (Plan.given(table, levels=family.names), 2, 6)):
+        sampler = Sampler(family, solver="unipc", steps=12, grid="uniform", plan=plan, reuse=reuse)
+        assert [point.kappa > NOISE for point in sampler.points[:4]] == [True, False, False, False]
+        cost = sampler.run(range(2)).ledger.levels["s"]
+        assert cost.flops == pytest.approx((whole + (calls - whole) * share) * 2 * family.level().flops)
+        assert whole_calls(reuse, sampler.points[:12], plan) == whole
+    found = [reuse.whole_at(kappas) for kappas in ([], [1.0] * 6, [99.0] * 3, [99.0] * 7, [99.0, *[1.0] * 6])]
+    assert found == [0, 2, 1, 2, 3]
+    assert reuse.whole_at([math.nan] * 11) == reuse.whole(11) == 3
 
 
 def test_in_a_comparison_it_is_a_sampler_of_the_largest_level() -> None:

@@ -22,7 +22,7 @@ from mlem.multilevel.planner import check_estimator
 from mlem.networks import Reuse
 from mlem.reusing import reusing, whole_calls
 from mlem.sampling import Sampler, solver_of
-from mlem.solvers import GridPoint, Solver, quadrature_weights
+from mlem.solvers import GridPoint, GridPoints, Solver, quadrature_weights
 
 __all__ = ["Run", "Setup", "Truth"]
 
@@ -113,18 +113,22 @@ class Setup:
         return found
 
     def _alone(self, entry: Entry, solver: Solver, grid: TimeGrid, row: Row) -> Iterator[Run]:
-        evaluations = solver.evaluations(GridPoint.of(self.family.schedule, grid))
+        points = GridPoint.of(self.family.schedule, grid)
+        evaluations = solver.evaluations(points)
         if entry.reuse is not None and not solver.sequential:
             raise ValueError(f"{solver.name} solves for many times at once: leave out reuse")
         names = self.family.names if entry.reuse is None else self.family.names[-1:]
         for name in [level_name(self.family, one) for one in entry.levels or names]:
             level = self.family.level(name)
-            whole = evaluations if entry.reuse is None else reusing(level, entry.reuse).cache.evaluations(evaluations)
-            cost = whole * level.flops / self.family.level().flops
+            cost = evaluations * level.flops / self.family.level().flops
+            if entry.reuse is not None:
+                cache = reusing(level, entry.reuse).cache
+                cost = cache.evaluations(evaluations, _whole_calls(entry.reuse, solver, points))
             yield Run(replace(row, level=name, levels=name), solver, entry.grid, None, cost, entry.reuse)
 
     def _together(self, entry: Entry, solver: Solver, grid: TimeGrid, row: Row) -> Iterator[Run]:
-        plan, seed = self._plan(entry, solver, grid), 0 if entry.spec is None else entry.spec.seed
+        points = GridPoint.of(self.family.schedule, grid)
+        plan, seed = self._plan(entry, solver, points), 0 if entry.spec is None else entry.spec.seed
         names, top = plan.levels or tuple(self.family.names), self.family.level()
         cache = None if entry.reuse is None or top.name not in names else reusing(top, entry.reuse).cache
         known = plan.fingerprint(seed)[:12]
@@ -137,19 +141,10 @@ class Setup:
                 cost = drawn.cost(flops / top.flops)
                 if cache is not None:
                     calls = drawn.calls[-1].item()
-                    cost -= calls - cache.evaluations(calls, self._whole_calls(drawn, cache.reuse, solver, grid))
+                    cost -= calls - cache.evaluations(calls, _whole_calls(cache.reuse, solver, points, drawn))
                 yield Run(replace(row, delta=delta, trial=trial), solver, entry.grid, drawn, cost, entry.reuse)
 
-    def _whole_calls(self, plan: Plan, reuse: Reuse, solver: Solver, grid: TimeGrid) -> int | None:
-        """How many calls of the largest level reuse no features; None, every Nth, where their times are unknown."""
-        if not solver.linear:
-            return None
-        schedule = self.family.schedule
-        _, rows = quadrature_weights(solver, schedule, GridPoint.of(schedule, grid))
-        return whole_calls(plan, reuse, torch.tensor([row.kappa for row in rows]))
-
-    def _plan(self, entry: Entry, solver: Solver, grid: TimeGrid) -> Plan:
-        points = GridPoint.of(self.family.schedule, grid)
+    def _plan(self, entry: Entry, solver: Solver, points: GridPoints) -> Plan:
         if entry.spec is not None:
             return plan_for_use(entry.spec, self.family, solver, points, entry.reuse)
         if isinstance(entry.made, Plan):
@@ -212,3 +207,8 @@ class Setup:
             device=self.device,
             precision=self.precision,
         )
+
+
+def _whole_calls(reuse: Reuse, solver: Solver, points: GridPoints, plan: Plan | None = None) -> int | None:
+    """Calls that run the whole network; None where it is not known when the solver evaluates."""
+    return whole_calls(reuse, quadrature_weights(solver, points.schedule, points)[1], plan) if solver.linear else None

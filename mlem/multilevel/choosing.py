@@ -118,7 +118,8 @@ class Choosing:
                 assert found is not None
                 # on a few images its error may seem smaller than that of the whole network
                 errors = max(found.error, by.discretisation or 0.0), max(found.spread, by.discretisation_spread)
-                seconds = self.seconds({level: float(steps)}, steps, way.reuse)
+                whole = None if way.reuse is None else whole_calls(way.reuse, by.evaluations)
+                seconds = self.seconds({level: float(steps)}, steps, way.reuse, whole)
                 self.add(solver, grid, steps, errors, seconds, level=level, reuse=way.reuse)
 
     def planned(self, solver: Solver, grid: str, steps: int, spec: PlanSpec, way: Way) -> Candidate | None:
@@ -133,7 +134,7 @@ class Choosing:
         reuse = way.reuse if calls.get(self.family.names[-1], 0.0) > 1 else None
         alone = len(names) == 1 and reuse is None  # which needs no plan
         how: dict[str, Any] = {"level": names[0]} if alone else {"plan": plan, "reuse": reuse}
-        whole = None if reuse is None else whole_calls(plan, reuse, by.times.neg().exp())
+        whole = None if reuse is None else whole_calls(reuse, by.evaluations, plan)
         seconds = self.seconds(calls, steps, reuse, whole)
         return self.add(solver, grid, steps, (by.total(plan), by.spread(plan)), seconds, **how)
 

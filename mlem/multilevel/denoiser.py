@@ -15,7 +15,6 @@ from mlem.level import Level
 from mlem.multilevel.estimators import ESTIMATORS
 from mlem.multilevel.evaluators import Evaluator, OwnCoinsEvaluator
 from mlem.multilevel.plan import Plan
-from mlem.networks import DeepCache, deep_cache_in
 from mlem.schedule import NoiseSchedule
 from mlem.solvers import EvaluationPoint, GridPoint, model_input
 
@@ -66,7 +65,6 @@ class MultilevelDenoiser:
             )
         self.plan, self.schedule = plan, schedule
         self._denoisers = denoisers
-        self._caches = [one for level in self._levels if (one := deep_cache_in(level.network)) is not None]
         self._trajectory: MultilevelTrajectory | None = None
 
     def metered(self, meter: Callable[[str, Any], Any]) -> MultilevelDenoiser:
@@ -102,7 +100,7 @@ class MultilevelDenoiser:
             raise ValueError("this plan tosses coins for every sample: call start(indices) before the first step")
         else:
             evaluator = OwnCoinsEvaluator(levels, plan.sample_weights(indices), indices.device)
-        return MultilevelTrajectory(plan, self.schedule, evaluator, self._caches)
+        return MultilevelTrajectory(plan, self.schedule, evaluator)
 
     def _told(self, indices: Tensor | None, conditions: ConditionSource | None) -> list[Denoiser]:
         """The levels with their conditions. Raises ValueError if these are unknown."""
@@ -147,10 +145,8 @@ class MultilevelTrajectory:
     row: the number of the next evaluation, from 0.
     """
 
-    def __init__(
-        self, plan: Plan, schedule: NoiseSchedule, evaluator: Evaluator, caches: Sequence[DeepCache] = ()
-    ) -> None:
-        self.row, self._caches = 0, caches
+    def __init__(self, plan: Plan, schedule: NoiseSchedule, evaluator: Evaluator) -> None:
+        self.row = 0
         self._evaluations, self._schedule, self._evaluator = plan.evaluations, schedule, evaluator
         self._revised: list[bool] = plan.revised.tolist() if plan.moves_state else []
 
@@ -166,7 +162,6 @@ class MultilevelTrajectory:
         if self.row == self._evaluations:
             raise ValueError(f"this trajectory has made all {self.row} evaluations; begin another")
         row, self.row = self.row, self.row + 1
-        self._tell(point)
         return self._evaluator.evaluate(row, x, t, point)
 
     def denoiser_at(self, place: EvaluationPoint) -> Denoiser:
@@ -181,11 +176,5 @@ class MultilevelTrajectory:
         """y (B, ...) moved as the plan requires before the step from `point`; y itself if nothing moves."""
         if not self._revised or not self._revised[self.row]:
             return y
-        self._tell(point)
         move = self._evaluator.revise(self.row, *model_input(self._schedule, y, point), point)
         return y if move is None else y + move
-
-    def _tell(self, point: GridPoint | None) -> None:
-        """Tell networks that reuse features where they are called."""
-        for cache in self._caches:
-            cache.kappa = 0.0 if point is None else point.kappa

@@ -23,8 +23,7 @@ from mlem.networks.cost import flops
 __all__ = ["DeepCache", "Reuse", "deep_cache_in"]
 
 NOISE = 20.0
-"""Noise over signal, sigma / alpha, above which features serve no other call: near pure noise they have another size.
-Kept below 12, they added less to the error than the plan did; from 22 on, up to a thousand times as much (`LOG.md`)."""
+"""sigma / alpha above which features serve no call below: near pure noise they have another size."""
 
 _UNETS = ("UNet2DModel", "UNet2DConditionModel", "PatchUNet2DModel")
 _DOWN = ("DownBlock2D", "AttnDownBlock2D", "CrossAttnDownBlock2D")
@@ -59,24 +58,30 @@ class Reuse:
         return math.ceil(calls / self.every)
 
     def whole_at(self, kappas: Iterable[float]) -> int:
-        """How many calls of a trajectory under a plan, at these sigma / alpha, run the whole network."""
-        whole, served, kept = 0, 0, math.inf
+        """How many calls of a trajectory, at these sigma / alpha, run the whole network."""
+        whole, served, kept = 0, 0, math.nan
         for here in kappas:
-            if self.serves(served, kept):
+            if whole and self.serves(served, kept, here):
                 served += 1
             else:
                 whole, served, kept = whole + 1, 0, here
         return whole
 
-    def serves(self, served: int, kappa: float) -> bool:
-        """Whether features that served so often, of a call at this sigma / alpha (0: unknown), serve again."""
-        return served < self.every - 1 and kappa <= NOISE
+    def serves(self, served: int, kept: float, here: float) -> bool:
+        """Whether features that served so often serve once more.
+
+        Args:
+            served: calls.
+            kept, here: sigma / alpha where they were kept and of the call; NaN: unknown.
+        """
+        return served < self.every - 1 and not (kept > NOISE and here <= NOISE)
 
 
 class DeepCache(nn.Module):
     """A UNet that runs as a whole at every Nth call, and in between on the deep feature that it kept.
 
-    Where it is told their `kappa`, as under a plan, it does not use features of calls near pure noise.
+    Unlike the paper's, it also runs as a whole at the first call that is not near pure noise, where it knows. Features
+    of pure noise ruined samples there, at the cost of at most one call: see `LOG.md`, 2026-11-29.
 
     It is not a function of (x, t): its calls must be those of one trajectory, in order and of the same samples. `start`
     begins another trajectory; so does a call with another number of rows.
@@ -88,7 +93,7 @@ class DeepCache(nn.Module):
         conditions: what the network takes besides x and t, as in `Level`.
 
     Attributes:
-        kappa: sigma / alpha of the next call; 0: unknown.
+        kappa: sigma / alpha of the next call; NaN: unknown.
         shallow_share: FLOPs of a call on the kept feature, as a share of those of the whole network.
         share: `shallow_share` if the last call was on the kept feature, else 1.
 
@@ -109,7 +114,7 @@ class DeepCache(nn.Module):
         self._cut = _cut(self.network, reuse.branch)
         self._calls = by_position(self.network), by_position(self._cut.shallow)
         self.shallow_share = self.share = 1.0
-        self.kappa = 0.0
+        self.kappa = math.nan
         self.start()
         if reuse.every > 1:
             whole, shallow = (flops(self, shape, conditions) for _ in range(2))
@@ -118,7 +123,7 @@ class DeepCache(nn.Module):
 
     def start(self) -> None:
         """Begin a trajectory: the next call runs the whole network."""
-        self._served, self._kept_at, self._cut.recall.feature = 0, 0.0, None
+        self._served, self._kept_at, self._cut.recall.feature = 0, math.nan, None
 
     def evaluations(self, calls: float, whole: int | None = None) -> float:
         """FLOPs of the first calls of a trajectory, over those of the whole network at one.
@@ -133,7 +138,7 @@ class DeepCache(nn.Module):
         kept = self._cut.recall.feature
         run_whole, run_shallow = self._calls
         known = kept is not None and len(kept) == len(x)
-        if known and self.reuse.serves(self._served, self._kept_at):
+        if known and self.reuse.serves(self._served, self._kept_at, self.kappa):
             self._served, self.share = self._served + 1, self.shallow_share
             return run_shallow(x, time, **conditions)
         self._served, self._kept_at, self.share = 0, self.kappa, 1.0
