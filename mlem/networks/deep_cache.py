@@ -130,8 +130,8 @@ class DeepCache(nn.Module):
 
         whole: how many of them run the whole network; by default every Nth.
         """
-        whole = self.reuse.whole(calls) if whole is None else whole
-        return whole + (calls - whole) * self.shallow_share
+        as_whole = self.reuse.whole(calls) if whole is None else whole
+        return as_whole + (calls - as_whole) * self.shallow_share
 
     def forward(self, x: Tensor, time: Tensor, **conditions: Tensor) -> Any:
         """The output of the network: x (B, ...), time (B,) and conditions (B, ...)."""
