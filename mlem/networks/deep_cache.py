@@ -80,8 +80,8 @@ class Reuse:
 class DeepCache(nn.Module):
     """A UNet that runs as a whole at every Nth call, and in between on the deep feature that it kept.
 
-    Unlike the paper's, it also runs as a whole at the first call that is not near pure noise, where it knows. Features
-    of pure noise ruined samples there, at the cost of at most one call: see `LOG.md`, 2026-11-29.
+    Unlike the paper's, it also runs as a whole at the first call that is not near pure noise, whose features ruined
+    samples below (`LOG.md`, 2026-11-29), if it knows where it is called. That costs one whole call at most.
 
     It is not a function of (x, t): its calls must be those of one trajectory, in order and of the same samples. `start`
     begins another trajectory; so does a call with another number of rows.
