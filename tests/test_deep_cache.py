@@ -339,6 +339,14 @@ def test_a_comparison_counts_whole_calls_near_pure_noise() -> None:
     assert row.flops == pytest.approx(tally.run.cost * family.level().flops, rel=1e-12)
 
 
+def test_a_comparison_refuses_reuse_where_every_sample_has_its_own_coins() -> None:
+    plan = {"probabilities": [1.0, 0.5], "estimator": "jump", "per_sample": True}
+    one = {"solver": "ddim", "steps": [6], "plan": plan, "reuse": {"every": 2, "branch": 1}}
+    setup = Setup(Family([level("xs", SHAPE), level("s", SHAPE)]), [[0, 1]], reference_steps=12)
+    with pytest.raises(ValueError, match=r"^reuse= keeps features of a batch, but per_sample coins run part of it; "):
+        Lineup(setup, [Entry.from_options(one, "here")]).add([0, 1])
+
+
 def mistakes() -> dict[str, tuple[Any, dict[str, Any]]]:
     """What is said -> the model, and options beside the reuse."""
     small, cosine = level("xs", SHAPE), NoiseSchedule.cosine()

@@ -210,5 +210,7 @@ class Setup:
 
 
 def _whole_calls(reuse: Reuse, solver: Solver, points: GridPoints, plan: Plan | None = None) -> int | None:
-    """Calls that run the whole network; None where it is not known when the solver evaluates."""
-    return whole_calls(reuse, quadrature_weights(solver, points.schedule, points)[1], plan) if solver.linear else None
+    """Calls that run the whole network; None where they are not known before the run."""
+    if not solver.linear or (plan is not None and plan.per_sample):
+        return None
+    return whole_calls(reuse, quadrature_weights(solver, points.schedule, points)[1], plan)
