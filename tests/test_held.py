@@ -142,10 +142,16 @@ def test_one_move_of_hindsight_by_hand() -> None:
     for here in points[:2]:
         assert multilevel.revise(y, here) is y
         multilevel(y * here.alpha, at(here.t, 4))
-    moved = multilevel.revise(y, points[2]) - y
+    at_once = multilevel.revise(y, points[2])
+    moved = at_once - y
     time = [-math.log(point.kappa) for point in points[:3]]
     line = math.sin(time[0]) + (math.sin(time[2]) - math.sin(time[0])) * (time[1] - time[0]) / (time[2] - time[0])
     wrong = (line - math.sin(time[0])) * points[1].alpha * (points[2].kappa - points[1].kappa)
     # every sample and element alike; what became of it since row 1 is a model: it shrinks at most as kappa does
     torch.testing.assert_close(moved, torch.full_like(y, moved[0, 0].item()), rtol=0, atol=1e-9)
     assert points[2].kappa / points[1].kappa - 1e-9 <= moved[0, 0].item() / wrong <= 1 + 1e-9
+    # nothing runs again: v is that of the largest level before the move
+    here = points[2]
+    said, before = multilevel(at_once * here.alpha, at(here.t, 4)), levels[1](y * here.alpha, at(here.t, 4))
+    v = [(eps - here.sigma * state * here.alpha) / here.alpha for eps, state in ((said, at_once), (before, y))]
+    torch.testing.assert_close(v[0], v[1], rtol=0, atol=1e-12)

@@ -124,13 +124,14 @@ def test_a_held_correction_is_stored_only_where_it_is_used_again() -> None:
         assert plan.runs[:, 1].nonzero().flatten().tolist() == [0, 3, 4, 5]
 
 
-def test_hindsight_runs_the_cheapest_once_more_where_it_revises() -> None:
+def test_hindsight_runs_every_level_at_most_once_where_it_revises() -> None:
     """Measured at 0, 3, 4: only 3 comes after a gap; after 4 nothing is measured again."""
     plan = held([0, 3, 4])
     assert plan.revised.nonzero().flatten().tolist() == [3]
-    assert plan.runs[:, 0].tolist() == [1, 1, 1, 2, 1, 1, 1, 1]
+    assert plan.runs[:, 0].tolist() == [1, 1, 1, 1, 1, 1, 1, 1]
+    assert plan.evaluated[:, 0].tolist() == [True, True, True, False, True, True, True, True]
     assert plan.runs[:, 1].tolist() == [1, 0, 0, 1, 1, 0, 0, 0]
-    assert plan.calls.tolist() == [9, 3]
+    assert plan.calls.tolist() == [8, 3]
     assert not held([0, 3, 4], estimator="held").revised.any()
 
 
@@ -154,7 +155,7 @@ def test_a_plan_can_be_begun_with_all_levels() -> None:
 
 def test_cost_weighs_the_calls() -> None:
     plan = held([0, 3, 4])
-    assert plan.cost(torch.tensor([0.25, 1.0])) == 9 * 0.25 + 3
+    assert plan.cost(torch.tensor([0.25, 1.0])) == 8 * 0.25 + 3
     assert plan.expected_cost(torch.tensor([0.25, 1.0])) == plan.cost(torch.tensor([0.25, 1.0]))
     drawn, costs = Plan.draw(TABLE, "nested", 1), torch.tensor([0.1, 0.5, 1.0], dtype=torch.float64)
     assert drawn.cost(costs) == pytest.approx((drawn.runs.sum(0) * costs).sum().item(), abs=1e-12)

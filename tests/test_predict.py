@@ -137,8 +137,9 @@ def test_held_deviations_are_what_the_denoiser_says(how: dict[str, Any], rows: A
     denoiser.start(torch.arange(12), weights)
     total, y = -scale, torch.zeros(12, 1)
     for row, here in enumerate(points):
-        total += denoiser.revise(y, here)[:, 0] / here.kappa
-        total += scale[row] * denoiser(y, torch.full((12,), here.t))[:, 0] / here.alpha
+        move = denoiser.revise(y, here)[:, 0]
+        said = denoiser(y, torch.full((12,), here.t))[:, 0] - here.alpha * here.sigma * move  # v stays, eps does not
+        total += move / here.kappa + scale[row] * said / here.alpha
     said = ESTIMATORS[one.estimator].deviations(table[None, :, 1].numpy(), scale.numpy(), times.numpy(), one.holding)[0]
     torch.testing.assert_close(torch.from_numpy(said), total, rtol=0, atol=1e-10)
     assert bool(said.any()) is (len(rows) < 12)

@@ -8,7 +8,8 @@ of counts says which corrections are evaluated at which row.
   (order 0) or the last two (order 1, linearly in `-ln kappa`): see `holding.py`. Biased but smooth, so multistep
   solvers work. If not measured at the first row, it is 0 there;
 - hindsight: held, and when a correction is measured again, the state is moved by the extrapolation error, as given by
-  interpolation between measurements (ours; like the corrector of a multistep method, for the correction alone);
+  interpolation between measurements (ours; like the corrector of a multistep method, for the correction alone, in the
+  mode PEC: no level is evaluated again after the move);
 - switch: one level runs at each row, and no correction above it counts (T-Stitch, arXiv:2402.14167; a searched sequence
   is OMS-DPM's, arXiv:2306.08860). The larger levels' corrections are lost;
 - forecast: a single level whose outputs are extrapolated where it does not run (TaylorSeer, arXiv:2503.06923, applied
@@ -98,7 +99,7 @@ class Estimator(ABC):
         return np.zeros_like(measured)
 
     def revising(self, measured: Table) -> Table:
-        """The levels that run to move the state before a row is evaluated."""
+        """The levels that run to move the state before a row; they do not run again to evaluate it."""
         return np.zeros_like(measured)
 
     def evaluated(self, measured: Table, weighed: Table, order: int) -> Table:
@@ -220,12 +221,10 @@ class Hindsight(Held):
     name = "hindsight"
 
     def revising(self, measured: Table) -> Table:
-        # the newest measurements are added to the cheapest level, which is then evaluated at the new state
         return _revised(measured)[..., None] & (measured | _level_above(measured))
 
     def evaluated(self, measured: Table, weighed: Table, order: int) -> Table:
-        cheapest = np.arange(measured.shape[-1]) == 0
-        return np.where(_revised(measured)[..., None], cheapest, super().evaluated(measured, weighed, order))
+        return super().evaluated(measured, weighed, order) & ~_revised(measured)[..., None]
 
     def evaluator(self, levels: Levels, schedule: NoiseSchedule, program: Program, quadrature: Quadrature) -> Evaluator:
         if quadrature is None:

@@ -45,11 +45,13 @@ class Moment(NamedTuple):
     Args:
         alpha, kappa: of the schedule there.
         unit: divisor that turns a difference of the levels' outputs into one of v: alpha if they are eps.
+        slope: change of an output per unit of the state y = x / alpha, if v stays: alpha sigma if they are eps.
     """
 
     alpha: float | Tensor
     kappa: float | Tensor
     unit: float | Tensor
+    slope: float | Tensor
 
     @staticmethod
     def of(schedule: NoiseSchedule, x: Tensor, t: Tensor, point: Place) -> Moment:
@@ -57,9 +59,9 @@ class Moment(NamedTuple):
         if isinstance(point, Moment):
             return point
         if point is not None:
-            return Moment(point.alpha, point.kappa, point.alpha)
+            return Moment(point.alpha, point.kappa, point.alpha, point.alpha * point.sigma)
         alpha, sigma = (expand_like(scale, x) for scale in schedule.scales(t))
-        return Moment(alpha, sigma / alpha, alpha)
+        return Moment(alpha, sigma / alpha, alpha, alpha * sigma)
 
     @property
     def time(self) -> float | Tensor:
@@ -238,18 +240,30 @@ class HindsightEvaluator(HeldEvaluator):
         super().__init__(levels, schedule, program)
         self._quadrature = quadrature
         self._stand_ins: list[list[_StandIn]] = [[] for _ in levels]
+        self._last: tuple[Tensor | None, Tensor | None] = (None, None)
+        """The output of the cheapest level before the last move, and that move."""
 
     def revise(self, row: int, x: Tensor, t: Tensor, point: Place) -> Tensor | None:
         outputs = _outputs(self._levels, self._program.revising[row], x, t, point)
-        return self._measure(row, outputs, Moment.of(self._schedule, x, t, point))
+        move = self._measure(row, outputs, Moment.of(self._schedule, x, t, point))
+        self._last = outputs[0], move
+        return move
 
     def evaluate(self, row: int, x: Tensor, t: Tensor, point: Place) -> Tensor:
         if not any(self._program.revising[row]):
             return super().evaluate(row, x, t, point)
-        (estimate,) = _outputs(self._levels[:1], [True], x, t, point)
         moment = Moment.of(self._schedule, x, t, point)
-        assert estimate is not None
-        return self._corrected(estimate, row, moment, fresh=True)
+        return self._corrected(self._moved(x, moment), row, moment, fresh=True)
+
+    def _moved(self, x: Tensor, moment: Moment) -> Tensor:
+        """The output of the cheapest level after the last move, with v as it was before: exact for normal data."""
+        (before, move), self._last = self._last, (None, None)
+        assert before is not None
+        if move is None:
+            return before
+        moved, channels = before.clone(), x.shape[1]  # outputs may have more: variances
+        moved[:, :channels] += move[:, :channels] * moment.slope
+        return moved
 
     def _keeps(self, row: int, level: int) -> bool:
         # a measurement at a revision is added to the cheapest level in the evaluation that follows

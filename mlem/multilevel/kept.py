@@ -20,7 +20,7 @@ from mlem.multilevel.plan import Plan
 
 __all__ = ["KeptPlans"]
 
-VERSION = 2
+VERSION = 3
 """Version: raise it when the search finds other plans for the same request."""
 
 MOST = 64

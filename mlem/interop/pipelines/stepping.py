@@ -68,7 +68,7 @@ class Stepping:
         self._in_y = not self.flows and float(getattr(scheduler, "init_noise_sigma", 1.0)) != 1.0
         times = self._times(scheduler)[first:]
         self.points = GridPoint.of(self.schedule, TimeGrid("diffusers", tuple(times)))
-        self.moments = [Moment(point.alpha, point.kappa, self._unit(point)) for point in self.points[:-1]]
+        self.moments = [self._moment(point) for point in self.points[:-1]]
         self.solver = LinearPart(scheduler, self, first)
         self.quadrature: list[float] = quadrature_weights(self.solver, self.schedule, self.points)[0].tolist()
 
@@ -96,12 +96,14 @@ class Stepping:
             return 1 / (1 + point.kappa)
         return 1.0 if self._in_y else point.alpha
 
-    def _unit(self, point: GridPoint) -> float:
-        """A difference of the network's outputs at a point, per unit of v."""
+    def _moment(self, point: GridPoint) -> Moment:
+        """The moment of a point, in the units of the network's outputs."""
         level = NoiseLevel(torch.zeros(1, dtype=torch.float64), point.alpha, point.sigma)
         nothing, one = torch.zeros(1, 1, dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64)
         eps = self.prediction.eps(one, nothing, level) - self.prediction.eps(nothing, nothing, level)
-        return point.alpha / eps.item()
+        # x_0 = alpha x - sigma v, eps = sigma x + alpha v, and x = alpha y
+        slope = self.prediction.target(one * point.alpha**2, one * point.alpha * point.sigma, level)
+        return Moment(point.alpha, point.kappa, point.alpha / eps.item(), slope.item())
 
     def _times(self, scheduler: Any) -> list[float]:
         """The times of the points, 1 to 0."""
