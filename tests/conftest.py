@@ -85,6 +85,7 @@ def made(request: pytest.FixtureRequest) -> tuple[Path, str]:
     def make(folder: Path) -> str:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(pilot, "STEPS", FEWER)  # for speed
+            patch.setattr(pilot, "PAYS", 0.0)  # whatever the times, all kinds of reuse
             return run_in(folder, lambda: run_here("train", *TRAIN))
 
     folder = made_once(request, "made", make)

@@ -11,6 +11,7 @@ FEW: dict[str, Any] = {
     "discretisations": lambda: [("unipc", "uniform")],
     "PILOTS": (("unipc", "uniform", (8, 16), 1),),
     "REUSES": (),
+    "FORECASTS": (),
 }
 """What to put in place of the names of mlem.multilevel.pilot."""
 

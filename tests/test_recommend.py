@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -118,11 +119,25 @@ def test_in_a_time_the_choice_is_measured_too(waves: Family) -> None:
 def test_where_levels_do_not_pay_one_runs(waves: Family) -> None:
     """All levels take as long: the largest alone, and the line that says why."""
     calibration = waves.fitted.calibration_for(waves)
-    alike = Family(waves.levels, Fitted(replace(calibration, seconds={64: (0.98, 0.99, 1.0)})))
-    choice = alike.recommend(mse=1e-5)
+    whole = {key: errors for key, errors in calibration.discretisation.items() if "forecast" not in key}
+    slow = replace(calibration, seconds={64: (0.98, 0.99, 1.0)}, discretisation=whole)
+    choice = Family(waves.levels, Fitted(slow)).recommend(mse=1e-5)
     assert (choice.level, choice.plan) == ("3", None)
     assert choice.why.startswith("3 alone is fastest: a call of 3 takes 1.02 times as long as one of 1")
     assert choice.options == {"solver": choice.solver, "steps": choice.steps, "grid": choice.grid, "level": "3"}
+
+
+@pytest.mark.parametrize("mse", [1e-3, 1e-5])
+def test_a_forecast_of_the_largest_level_is_recommended_where_it_is_fastest(waves: Family, mse: float) -> None:
+    """All levels take as long, and outputs are smooth: it reaches the error in fewer calls than the level alone."""
+    calibration = waves.fitted.calibration_for(waves)
+    alike = Family(waves.levels, Fitted(replace(calibration, seconds={64: (0.98, 0.99, 1.0)})))
+    choice = alike.recommend(mse=mse)
+    assert choice.plan is not None
+    assert (choice.plan.estimator, choice.plan.levels) == ("forecast", ("3",))
+    assert choice.predicted_seconds == pytest.approx(math.ceil(choice.steps / 2), rel=1e-2)
+    assert choice.why.endswith(f" 3 alone in {choice.alternatives[0].steps} steps of {choice.alternatives[0].solver}")
+    assert error(alike, choice, "ode") <= 1.1 * mse
 
 
 def test_a_plan_that_is_recommended_runs_as_it_was_predicted_to(waves: Family) -> None:

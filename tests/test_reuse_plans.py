@@ -33,6 +33,7 @@ def family() -> Family:
         patch.setattr(pilots, "PILOTS", (("unipc", "uniform", (8, 12), 1),))
         patch.setattr(pilots, "STEPS", {"ode": (4, 8, 16), "sde": (8, 16)})
         patch.setattr(pilots, "SPENT", (3.0, 6.0))
+        patch.setattr(pilots, "PAYS", 0.0)  # whatever the times, all kinds of reuse
         known = pilots.pilot(found, calibrate(found, images=2, times=4, batch_sizes=(2,)), images=2, reference_steps=40)
     times = {"seconds": {64: (1.0, 20.0)}, "outside": {64: {"ode": 0.5, "sde": 0.5}}, "shallow": {64: {1: 4.0}}}
     return Family(found.levels, Fitted(replace(known, **times)))
@@ -52,6 +53,31 @@ def test_a_calibration_measures_reuse_on_the_solvers_and_grids_of_the_pilots(kno
             assert [(row[0], row[3]) for row in kept] == [(row[0], row[3]) for row in plain]  # the same plans
             assert [row[1] for row in kept] != [row[1] for row in plain]
     assert Calibration.from_dict(known.to_dict()).to_dict() == known.to_dict()
+
+
+@pytest.mark.parametrize(("shallow", "tried"), [(0.0, len(REUSES)), (0.99, 1)])
+def test_rarer_whole_calls_are_tried_while_they_pay(
+    shallow: float, tried: int, known: Calibration, family: Family, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Features that save nothing are tried once, and no plans are made for them."""
+    monkeypatch.setattr(pilots, "discretisations", lambda: [("unipc", "uniform")])
+    monkeypatch.setattr(pilots, "PILOTS", (("unipc", "uniform", (8,), 1),))
+    monkeypatch.setattr(pilots, "STEPS", {"ode": (4, 8, 16), "sde": (8,)})
+    monkeypatch.setattr(pilots, "_pays", lambda kept, plain, share: share < 0.9)
+    monkeypatch.setattr(pilots, "SPENT", (3.0,))
+    found = pilots.pilot(family, replace(known, shallow={64: {1: 20 * shallow}}), images=2, reference_steps=20)
+    assert [str(one) in " ".join(found.discretisation) for one in REUSES] == [n < tried for n in range(len(REUSES))]
+    kept = REUSES if tried > 1 else ()
+    assert {key.rpartition("/")[2] for key in found.pilots if "every" in key} == {str(one) for one in kept}
+
+
+def test_reuse_pays_where_it_often_errs_less_in_the_same_time() -> None:
+    plain = {steps: torch.full((2,), steps**-2.0) for steps in (4, 8, 16, 32)}
+    half = {steps: torch.full((2,), 3 * steps**-2.0) for steps in (8, 16, 32)}  # as plain does in 0.58 of the steps
+    assert pilots._pays(half, plain, 0.5)
+    assert not pilots._pays(half, plain, 0.6)
+    assert pilots._pays(half | {8: torch.ones(2)}, plain, 0.5)
+    assert not pilots._pays(half | {8: torch.ones(2), 16: torch.ones(2), 32: torch.ones(2)}, plain, 0.5)
 
 
 def test_calls_on_kept_features_are_timed() -> None:

@@ -49,6 +49,7 @@ def test_sampler_auto_reuses_features_where_that_is_fastest(tmp_path: Path, monk
     of = Family.load(tmp_path / "family")
     monkeypatch.setattr(pilot_module, "discretisations", lambda: [("unipc", "uniform")])  # for speed
     monkeypatch.setattr(pilot_module, "PILOTS", (("unipc", "uniform", (12,), 1),))
+    monkeypatch.setattr(pilot_module, "PAYS", 0.0)  # whatever the times, all kinds of reuse
     known = pilot_module.pilot(of, calibrate(of, images=2, times=4, batch_sizes=(2,)), images=2, reference_steps=40)
     times = {"seconds": {2: (1.0, 20.0)}, "outside": {2: {"ode": 0.0, "sde": 0.0}}, "shallow": {2: {1: 0.1}}}
     of.fitted = Fitted(replace(known, **times))

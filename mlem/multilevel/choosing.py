@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from mlem.grids import TimeGrid
+from mlem.multilevel.ahead import FORECASTS, Ahead
 from mlem.multilevel.alone import error_alone
 from mlem.multilevel.calibration import COMMAND, Calibration
 from mlem.multilevel.candidate import WIDE, Candidate, Recommendation
@@ -108,19 +109,29 @@ class Choosing:
         errors = by.discretisation or 0.0, by.discretisation_spread
         return self.add(solver, grid, steps, errors, self.seconds({level: by.rows}, steps), level=level)
 
-    def reused(self) -> None:
-        """The largest level alone with reuse, in the measured numbers of steps: between them errors jump."""
-        level, known = self.family.names[-1], self.calibration.discretisation
+    def sparing(self) -> None:
+        """The largest level alone, reusing features or forecast."""
+        level = self.family.names[-1]
         for (solver, grid), way in itertools.product(self.piloted(), self.ways):
-            key = f"{solver.name}/{grid}/{way.reuse}"
-            for steps in known.get(key, {}):
-                by, found = self.predictor(solver, grid, steps), error_alone(self.calibration, key, steps)
-                assert found is not None
-                # on a few images its error may seem smaller than that of the whole network
-                errors = max(found.error, by.discretisation or 0.0), max(found.spread, by.discretisation_spread)
+            for steps, by, errors in self._measured(solver, grid, way.reuse):
                 whole = None if way.reuse is None else whole_calls(way.reuse, by.evaluations)
                 seconds = self.seconds({level: float(steps)}, steps, way.reuse, whole)
                 self.add(solver, grid, steps, errors, seconds, level=level, reuse=way.reuse)
+        for (solver, grid), ahead in itertools.product(self.piloted(), FORECASTS):
+            for steps, _, errors in self._measured(solver, grid, ahead):
+                plan = ahead.plan(level, steps)
+                self.add(solver, grid, steps, errors, self.seconds({level: plan.calls.item()}, steps), plan=plan)
+
+    def _measured(
+        self, solver: Solver, grid: str, how: Reuse | Ahead | None
+    ) -> Iterator[tuple[int, Predictor, tuple[float, float]]]:
+        """The measured numbers of steps, between which errors jump, a predictor for each, and the error as in `add`."""
+        key = f"{solver.name}/{grid}/{how}"
+        for steps in self.calibration.discretisation.get(key, {}):
+            by, found = self.predictor(solver, grid, steps), error_alone(self.calibration, key, steps)
+            assert found is not None
+            # on a few images its error may seem smaller than that of the whole network at every step
+            yield steps, by, (max(found.error, by.discretisation or 0.0), max(found.spread, by.discretisation_spread))
 
     def planned(self, solver: Solver, grid: str, steps: int, spec: PlanSpec, way: Way) -> Candidate | None:
         """A plan; None if no plan is that cheap."""
@@ -195,4 +206,6 @@ class Choosing:
             gain = f"{plain.predicted_seconds / best.predicted_seconds:.2g} times as fast as"
         else:
             gain = f"{plain.predicted_mse / best.predicted_mse:.2g} times less error than"
-        return f"{gain} {top} alone in {plain.steps} steps of {plain.solver}: {levels}"
+        gain = f"{gain} {top} alone in {plain.steps} steps of {plain.solver}"
+        runs = (best.level,) if best.plan is None else best.plan.levels
+        return gain if runs == (top,) else f"{gain}: {levels}"

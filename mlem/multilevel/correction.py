@@ -44,8 +44,8 @@ PILOTS = (
 """Solver, grid, steps and order of held corrections of the pilot plans."""
 RECOMMENDED = ("hindsight", "switch")
 """Estimators of recommended plans, and of most pilots."""
-REUSES = (Reuse(2, 1), Reuse(3, 1), Reuse(5, 1))
-"""Kinds of reuse with which pilots also run, if the largest level is a UNet."""
+REUSES = (Reuse(2, 1), Reuse(3, 1), Reuse(5, 1), Reuse(10, 1))
+"""Kinds of reuse with which pilots also run, if the largest level is a UNet: in turn, until one does not pay."""
 
 PRIOR = (2.0, 0.2, 0.2)
 """Prior standard deviations of the constant and of both slopes."""

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mlem.arguments import MOST_STEPS, check_whole
 from mlem.conditions import ConditionSource
 from mlem.family import Family
+from mlem.multilevel.ahead import FORECASTS, Ahead
 from mlem.multilevel.calibration import Calibration
 from mlem.multilevel.correction import PILOTS, RECOMMENDED, REUSES
 from mlem.multilevel.fitted import Fitted
@@ -40,6 +43,11 @@ ESTIMATORS = (
     ("jump", "bernoulli", 3),
 )
 """Estimator, coins and number of draws of the pilot plans."""
+PAYS = 0.3
+"""Share of the measured numbers of steps at which reuse must err less than the whole network in the same time."""
+
+How: TypeAlias = Reuse | Ahead | None
+"""How the largest level runs alone: reusing deep features, forecast, or whole at every step."""
 
 
 def pilot(
@@ -67,16 +75,11 @@ def pilot(
     family = Family(family.levels, Fitted(calibration))
     with torch.inference_mode(), evaluating(networks):
         runs = _Runs(family, reserved_indices("pilots", images, device), reference_steps, seed, conditions)
-        errors, stderr, trimmed = (dict[str, dict[int, float]]() for _ in range(3))
-        for name, grid, reuse in _alone(runs.families):
-            key = f"{name}/{grid}" + _words(reuse)
-            progress(f"discretisation error of {name} on the {grid} grid{'' if reuse is None else f', reuse {reuse}'}")
-            found = {steps: runs.errors(make_solver(name), grid, steps, reuse) for steps in STEPS[_kind(name)]}
-            # the reference itself does not measure its error
-            found = {steps: each for steps, each in found.items() if each.mean() > 0}
-            errors[key] = {steps: each.mean().item() for steps, each in found.items()}
-            stderr[key] = {steps: _stderr(each) for steps, each in found.items()}
-            trimmed[key] = {steps: _trimmed(each) for steps, each in found.items()}
+        found = _alone(runs, calibration, progress)
+        errors, stderr, trimmed = (
+            {key: {steps: of(each) for steps, each in curve.items()} for key, curve in found.items()}
+            for of in (_mean, _stderr, _trimmed)
+        )
         calibration = replace(calibration, discretisation=errors, stderr=stderr, trimmed=trimmed)
         family.fitted = Fitted(calibration)
         pilots: dict[str, list[list[float]]] = {}
@@ -101,18 +104,58 @@ def _kind(solver: str) -> str:
     return "sde" if SOLVERS[solver].stochastic else "ode"
 
 
-def _words(reuse: Reuse | None) -> str:
+def _words(how: How) -> str:
     """Suffix of the names of measurements."""
-    return "" if reuse is None else f"/{reuse}"
+    return "" if how is None else f"/{how}"
 
 
-def _alone(reuses: Iterable[Reuse | None]) -> Iterator[tuple[str, str, Reuse | None]]:
-    """Solvers and grids for the largest level alone; with reuse, those of the pilots."""
+def _alone(runs: _Runs, calibration: Calibration, progress: Callable[[str], None]) -> dict[str, dict[int, Tensor]]:
+    """Errors of the largest level alone: of each solver, grid and way to run it, in so many steps, per image (B,).
+
+    Reuse is tried with the solvers of the pilots, ever rarer whole calls, and kept by `runs` as long as it pays.
+    """
+    found: dict[str, dict[int, Tensor]] = {}
+
+    def measure(name: str, grid: str, how: How) -> None:
+        progress(f"discretisation error of {name} on the {grid} grid{'' if how is None else f', {how}'}")
+        each = {steps: runs.errors(make_solver(name), grid, steps, how) for steps in STEPS[_kind(name)]}
+        # the reference itself does not measure its error
+        found[f"{name}/{grid}" + _words(how)] = {steps: one for steps, one in each.items() if one.mean() > 0}
+
     for name, grid in discretisations():
-        yield name, grid, None
-    for reuse in filter(None, reuses):
+        measure(name, grid, None)
+    for ahead in FORECASTS:
+        measure("unipc", "uniform", ahead)
+    whole = next(iter(calibration.seconds.values()))[-1]
+    for reuse in REUSES:
+        if not can_reuse(runs.family.level(), reuse):
+            break
+        runs.families[reuse] = runs.family.reusing(reuse)
+        shallow = next(iter(calibration.shallow.values()))[reuse.branch]
+        share = (1 + (reuse.every - 1) * shallow / whole) / reuse.every
         for name, grid, *_ in PILOTS:
-            yield name, grid, reuse
+            measure(name, grid, reuse)
+        kept = ((found.get(f"{name}/{grid}"), found[f"{name}/{grid}/{reuse}"]) for name, grid, *_ in PILOTS)
+        if not any(plain is None or _pays(each, plain, share) for plain, each in kept):
+            del runs.families[reuse]
+            break
+    return found
+
+
+def _pays(kept: dict[int, Tensor], plain: dict[int, Tensor], share: float) -> bool:
+    """Whether reuse often errs less than the whole network in the same time.
+
+    Args:
+        kept, plain: errors in so many steps, with reuse and without.
+        share: time of a step with reuse, as a share of one without.
+    """
+    counts = sorted(plain)
+    errors = [math.log(_mean(plain[count])) for count in counts]
+    less = [
+        math.log(_mean(each)) < np.interp(math.log(share * steps), np.log(counts), errors)
+        for steps, each in kept.items()
+    ]
+    return sum(less) >= PAYS * len(less)
 
 
 def discretisations() -> list[tuple[str, str]]:
@@ -130,34 +173,43 @@ class _Runs:
         self.family, self._index, self._reference_steps, self._seed = family, index, reference_steps, seed
         self._conditions = conditions
         self.families: dict[Reuse | None, Family] = {None: family}
-        """The family, and with each supported reuse of features by its largest level."""
-        self.families |= {reuse: family.reusing(reuse) for reuse in REUSES if can_reuse(family.level(), reuse)}
-        self._made: dict[tuple[str, str | None, int, Reuse | None], Tensor] = {}
+        """The family, and with each reuse of features by its largest level that is tried."""
+        self._made: dict[tuple[str, str | None, int, How], Tensor] = {}
 
-    def errors(self, solver: Solver, grid: str, steps: int, reuse: Reuse | None = None) -> Tensor:
+    def errors(self, solver: Solver, grid: str, steps: int, how: How = None) -> Tensor:
         """Mean squared errors per image of the largest level, to the reference: (B,)."""
         truth = self._alone(make_solver(solver.reference), None, self._reference_steps)
-        return (self._alone(solver, grid, steps, reuse) - truth).square().flatten(1).mean(1)
+        return (self._alone(solver, grid, steps, how) - truth).square().flatten(1).mean(1)
 
     def added(self, solver: Solver, grid: str, steps: int, plan: Plan, reuse: Reuse | None = None) -> Tensor:
         """The error added by a plan, mean squared difference to the largest level in as many steps: (B,)."""
-        points = self._points(solver, grid, steps)
-        x = plan_samples(self.families[reuse], plan, solver, points, self._index, self._seed, self._conditions)
+        x = self._planned(self.families[reuse], plan, solver, self._points(solver, grid, steps))
         return (x - self._alone(solver, grid, steps)).square().flatten(1).mean(1)
 
-    def _alone(self, solver: Solver, grid: str | None, steps: int, reuse: Reuse | None = None) -> Tensor:
+    def _alone(self, solver: Solver, grid: str | None, steps: int, how: How = None) -> Tensor:
         """The samples of the largest level, made once."""
-        key = (solver.name, grid, steps, reuse)
+        key = (solver.name, grid, steps, how)
         if key not in self._made:
-            family = self.families[reuse]
-            start_caches(family)
-            denoiser = family.level().denoiser_for(self._index, self._conditions)
             points = self._points(solver, grid, steps)
-            self._made[key] = samples(denoiser, solver, points, self.family.shape, self._index, self._seed)
+            if isinstance(how, Ahead):
+                plan = how.plan(self.family.names[-1], steps)
+                self._made[key] = self._planned(self.family, plan, solver, points)
+            else:
+                family = self.families[how]
+                start_caches(family)
+                denoiser = family.level().denoiser_for(self._index, self._conditions)
+                self._made[key] = samples(denoiser, solver, points, family.shape, self._index, self._seed)
         return self._made[key]
+
+    def _planned(self, family: Family, plan: Plan, solver: Solver, points: GridPoints) -> Tensor:
+        return plan_samples(family, plan, solver, points, self._index, self._seed, self._conditions)
 
     def _points(self, solver: Solver, grid: str | None, steps: int) -> GridPoints:
         return GridPoint.of(self.family.schedule, solver.grid(self.family.schedule, steps, grid))
+
+
+def _mean(errors: Tensor) -> float:
+    return errors.mean().item()
 
 
 def _stderr(errors: Tensor) -> float:

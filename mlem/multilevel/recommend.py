@@ -1,7 +1,8 @@
 """What to run: the fastest way to an error, or the least error in a time.
 
 Candidates are all solvers and grids with a measured error, in as many steps or more: the largest level alone, and, on
-those with pilots, plans on every subset of levels, each with or without reuse of the largest level's deep features.
+those with pilots, plans on every subset of levels, each with or without reuse of the largest level's deep features; and
+forecasts of the largest level.
 Errors come from the calibration, and the upper end of their interval counts; seconds are those of calls of the levels
 in the loop, and of steps outside. A plan is searched for only if it may be faster than the best known candidate.
 """
@@ -107,7 +108,7 @@ class _ForError(Choosing):
     def choice(self) -> Recommendation:
         for solver, grid in self.methods():
             self._alone(solver, grid)
-        self.reused()
+        self.sparing()
         if len(self.family.names) > 1:
             tried = [*itertools.product(RECOMMENDED, self.ways)]
             for share in SHARES:
@@ -189,7 +190,7 @@ class _ForTime(Choosing):
     def choice(self) -> Recommendation:
         top = self.family.names[-1]
         most = int(self.target / self.step_seconds(top))
-        self.reused()
+        self.sparing()
         if most >= 1:
             for solver, grid in self.methods():
                 self.alone(solver, grid, min(most, MOST_STEPS))
