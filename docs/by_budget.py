@@ -32,7 +32,7 @@ body { font: 15px/1.4 sans-serif; max-width: 40rem; margin: .5rem auto; padding:
 label, input, svg { display: block; width: 100% }
 figure { margin: 0 0 2rem }
 text { font-size: 14px; fill: currentColor }
-.one { fill: #888 } .more { fill: currentColor }
+.calls { fill: #888 }
 .frame, .line { fill: none; stroke: currentColor } .frame { stroke: #aaa }
 </style>
 <form hidden><label for="budget">What a picture may cost</label>
@@ -73,10 +73,7 @@ def figure(family: Family, budget: float) -> str:
     )
     width, height = LEFT + WIDTH * len(calls.times), ROW * len(family.names) + HEIGHT + 34
     kinds = ", ".join(f"{kind} for {name}" for name, (kind, _) in zip(family.names, LINES, strict=True))
-    seen = (
-        f"Half tone is one call, full tone more. Lines ({kinds}): p_k(t), one over the distance between two "
-        "measurements of the correction."
-    )
+    seen = f"Boxes are calls. Lines ({kinds}): p_k(t), one over the distance between two measurements of the correction."
     return (
         f'<figure data-budget="{share}"><svg viewBox="0 0 {width + 1} {height}" role="img" aria-label="{words}">\n'
         f"{''.join(parts(calls, family.names))}</svg>\n<figcaption>{words} {seen}</figcaption></figure>\n"
@@ -92,14 +89,12 @@ def parts(calls: Calls, names: Sequence[str]) -> Iterator[str]:
         if name not in calls.levels:
             continue
         number = calls.levels.index(name)
-        runs = [row[number] for row in calls.runs]
-        for kind, asked in (("one", [run == 1 for run in runs]), ("more", [run > 1 for run in runs])):
-            boxes = (
-                f"M{LEFT + WIDTH * at + 1} {ROW * place + 1}h{WIDTH - 2}v{ROW - 2}h{2 - WIDTH}z"
-                for at in range(count)
-                if asked[at]
-            )
-            yield f'<path class="{kind}" d="{"".join(boxes)}"/>\n'
+        boxes = (
+            f"M{LEFT + WIDTH * at + 1} {ROW * place + 1}h{WIDTH - 2}v{ROW - 2}h{2 - WIDTH}z"
+            for at, row in enumerate(calls.runs)
+            if row[number]
+        )
+        yield f'<path class="calls" d="{"".join(boxes)}"/>\n'
         rates = [row[number] for row in calls.probabilities]
         steps = "".join(f"V{bottom - HEIGHT * p:.0f}h{WIDTH}" for p in rates)
         _, dashes = LINES[names.index(name)]
