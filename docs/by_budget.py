@@ -73,7 +73,7 @@ def figure(family: Family, budget: float) -> str:
     )
     width, height = LEFT + WIDTH * len(calls.times), ROW * len(family.names) + HEIGHT + 34
     kinds = ", ".join(f"{kind} for {name}" for name, (kind, _) in zip(family.names, LINES, strict=True))
-    seen = f"Boxes are calls. Lines ({kinds}): p_k(t), one over the distance between two measurements of the correction."
+    seen = f"Boxes are calls; lines ({kinds}) p_k(t), one over the distance between two measurements of the correction."
     return (
         f'<figure data-budget="{share}"><svg viewBox="0 0 {width + 1} {height}" role="img" aria-label="{words}">\n'
         f"{''.join(parts(calls, family.names))}</svg>\n<figcaption>{words} {seen}</figcaption></figure>\n"
