@@ -155,3 +155,27 @@ def test_one_move_of_hindsight_by_hand() -> None:
     said, before = multilevel(at_once * here.alpha, at(here.t, 4)), levels[1](y * here.alpha, at(here.t, 4))
     v = [(eps - here.sigma * state * here.alpha) / here.alpha for eps, state in ((said, at_once), (before, y))]
     torch.testing.assert_close(v[0], v[1], rtol=0, atol=1e-12)
+
+
+def test_what_ran_before_a_move_does_not_hold_after_another_change() -> None:
+    """The correction of the state before, and the cheapest level at the state that came of it."""
+    levels = [gaussian(COSINE), corrected(gaussian(COSINE), torch.sin)]
+    solver = make_solver("ddim")
+    points = GridPoint.of(COSINE, solver.grid(COSINE, 4, "log_snr"))
+    for changed in (False, True):
+        run = MultilevelDenoiser(levels, measured(4, [0, 2], order=0), schedule=COSINE).begin(
+            None, quadrature_weights(solver, COSINE, points)[0].tolist()
+        )
+        y = noise(4) / points[0].alpha
+        for here in points[:2]:
+            run.revise(y, here)
+            run.estimate(y, here)
+        here = points[2]
+        before = run.revise(y, here)
+        after = before + 0.3 * changed
+        run.changed(before, after)
+        at_row = at(here.t, 4)
+        there = levels[0]((after if changed else y) * here.alpha, at_row)
+        there = there if changed else there + here.alpha * here.sigma * (before - y)
+        correction = levels[1](y * here.alpha, at_row) - levels[0](y * here.alpha, at_row)
+        torch.testing.assert_close(run.estimate(after, here), there + correction, rtol=0, atol=1e-12)

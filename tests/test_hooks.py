@@ -97,6 +97,18 @@ def test_hooks_of_multilevel_runs_see_what_hindsight_moved() -> None:
     assert any((one.x - two.x).abs().max() > 1e-4 for one, two in zip(before, seen[1:], strict=False))
 
 
+@pytest.mark.parametrize("shift", [0.0, 0.1])
+def test_levels_run_again_where_a_hook_changes_what_hindsight_moved(shift: float) -> None:
+    """The smallest, at the state that the hook leaves; a hook that changes nothing costs nothing."""
+    family = Family([level("xs"), level("s", seed=1)])
+    rows = torch.tensor([[1, 1], [1, 0], [1, 0], [1, 1], [1, 0], [1, 1], [1, 0], [1, 0]])
+    plan = Plan.given(rows, levels=("xs", "s"))
+    assert plan.revised.nonzero().flatten().tolist() == [3, 5]
+    how: dict[str, Any] = {"solver": "ddim", "steps": 8, "indices": range(2), "plan": plan}
+    found = sample(family, **how, revise=lambda step: step.x + shift * (step.number == 3))
+    assert {name: cost.calls / 2 for name, cost in found.ledger.levels.items()} == {"xs": 8 + (shift > 0), "s": 3}
+
+
 MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "a part of a grid": (
         {"grid": TimeGrid("mine", (0.5, 0.0))},

@@ -173,6 +173,24 @@ def test_a_plan_gives_what_sample_gives(name: str, estimator: str, tmp_path: Pat
     assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()
 
 
+@pytest.mark.parametrize("shift", [0.0, 0.1])
+def test_after_a_callback_has_changed_samples_levels_run_again(shift: float, tmp_path: Path) -> None:
+    """The smallest at every row before which hindsight moves samples: what it said before does not hold."""
+    tiny, pipe = pipeline("StableDiffusionPipeline", "DDIM")
+    accelerated = mlem.accelerate(pipe, small=tiny.small(), plan=held(estimator="hindsight"), cache=tmp_path, **QUICK)
+
+    def change(pipe: Any, number: int, time: Any, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"latents": values["latents"] + shift}
+
+    pictures(tiny, pipe, 10, callback_on_step_end=change)
+    plan = accelerated.plan
+    assert plan is not None
+    calls = dict(zip(plan.levels, plan.calls.tolist(), strict=True))
+    again = plan.revised.sum().item() if shift else 0
+    assert plan.revised.any()
+    assert accelerated.calls["small"] / accelerated.calls["large"] == (calls["small"] + again) / calls["large"]
+
+
 def test_a_calibration_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """For these weights, scheduler, guidance and size; a folder that cannot be written costs a warning."""
     measured: list[int] = []

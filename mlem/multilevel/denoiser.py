@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from mlem.conditions import ConditionSource, conditions_of
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from mlem.family import Family
 
 __all__ = ["MultilevelDenoiser", "MultilevelTrajectory"]
+
+SAME = 1e-12
+"""Relative difference of two states that is only rounding."""
 
 
 class MultilevelDenoiser:
@@ -178,3 +182,11 @@ class MultilevelTrajectory:
             return y
         move = self._evaluator.revise(self.row, *model_input(self._schedule, y, point), point)
         return y if move is None else y + move
+
+    def changed(self, before: Tensor, y: Tensor) -> None:
+        """Told that the state, `before` after `revise`, became y (B, ...): levels that ran for the next row run again.
+
+        A device waits for the comparison, at rows before which the state was moved.
+        """
+        if self._revised and self._revised[self.row] and not torch.allclose(before, y, rtol=SAME, atol=0):
+            self._evaluator.forget()

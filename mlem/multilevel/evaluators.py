@@ -84,6 +84,9 @@ class Evaluator(ABC):
         """The move of the state y = x / alpha before the evaluation of this row, if any."""
         return None
 
+    def forget(self) -> None:  # noqa: B027 - most keep nothing
+        """Outputs from before a move do not hold: someone else has changed the state since."""
+
 
 class JumpEvaluator(Evaluator):
     """A weighted sum over levels."""
@@ -253,13 +256,20 @@ class HindsightEvaluator(HeldEvaluator):
         if not any(self._program.revising[row]):
             return super().evaluate(row, x, t, point)
         moment = Moment.of(self._schedule, x, t, point)
-        return self._corrected(self._moved(x, moment), row, moment, fresh=True)
+        estimate = self._moved(x, moment)
+        if estimate is None:
+            (estimate,) = _outputs(self._levels[:1], [True], x, t, point)
+        assert estimate is not None
+        return self._corrected(estimate, row, moment, fresh=True)
 
-    def _moved(self, x: Tensor, moment: Moment) -> Tensor:
-        """The output of the cheapest level after the last move, with v as it was before: exact for normal data."""
-        (before, move), self._last = self._last, (None, None)
-        assert before is not None
-        if move is None:
+    def forget(self) -> None:
+        self._last = None, None
+
+    def _moved(self, x: Tensor, moment: Moment) -> Tensor | None:
+        """The output of the cheapest level after the last move, with v as it was before: exact for unit normal data."""
+        before, move = self._last
+        self.forget()
+        if before is None or move is None:
             return before
         moved, channels = before.clone(), x.shape[1]  # outputs may have more: variances
         moved[:, :channels] += move[:, :channels] * moment.slope

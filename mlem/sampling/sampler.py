@@ -250,7 +250,11 @@ class Sampler:
     ) -> Tensor:
         with self._autocast():
             y = run.revise(y, point)
-        return y if after is None else after(y, point)
+        if after is None:
+            return y
+        before, y = y, after(y, point)
+        run.changed(before, y)
+        return y
 
     def _autocast(self) -> AbstractContextManager[object]:
         dtype = PRECISIONS[self.precision]

@@ -69,6 +69,8 @@ class Run:
         self.plan: Plan | None = None
         self._evaluators: list[Evaluator] = []
         self._now: Call | None = None
+        self._due: list[Tensor] = []
+        """The inputs of the next calls, if the state was moved and nothing else changes it."""
         self._known: dict[int, Tensor] = {}
         if plan is not None:
             self._follow(plan)
@@ -153,6 +155,8 @@ class Run:
 
     def _evaluated(self, side: int, call: Call) -> Tensor:
         self._now = call
+        if side < len(self._due) and not torch.equal(self._due[side], call.x):
+            self._evaluators[side].forget()  # a callback, or inpainting
         return self._evaluators[side].evaluate(self.row, call.x, torch.empty(0), self.stepping.moments[self.row])
 
     def _catch_up(self, plan: Plan) -> None:
@@ -203,7 +207,7 @@ class Run:
             self.guidance, self.first = Guidance.found(self._outputs, answer), self._told
             if self.plan is None:
                 self._catch_up(self._make(self))
-        told, self._told, self._outputs = self._told, [], []
+        told, self._told, self._outputs, self._due = self._told, [], [], []
         self.row += 1
         if self.over:
             self.end()
@@ -215,22 +219,31 @@ class Run:
             return result
         sample = result[0] if isinstance(result, tuple) else result.prev_sample
         sample = sample + self._move(sample, told).to(sample.dtype)
+        self._due = [self._input(sample, call) for call in told]
         if isinstance(result, tuple):
             return sample, *result[1:]
         result.prev_sample = sample
         return result
 
+    @property
+    def _timestep(self) -> Tensor:
+        """Of the scheduler, at the next evaluation."""
+        return self.timesteps[len(self.timesteps) - self.rows + self.row]
+
+    def _input(self, sample: Tensor, call: Call) -> Tensor:
+        """What a call like this gets for a sample (B, ...) at the next evaluation."""
+        x = torch.cat([sample] * (len(call.x) // len(sample)))
+        if hasattr(self._scheduler, "scale_model_input"):
+            x = self._scheduler.scale_model_input(x, self._timestep)
+        return x.to(call.x.dtype)
+
     def _move(self, sample: Tensor, told: Sequence[Call]) -> Tensor:
         """The move of a sample (B, ...) before the next evaluation."""
-        timestep = self.timesteps[len(self.timesteps) - self.rows + self.row]
         moves: list[Tensor] = []
         for evaluator, call in zip(self._evaluators, told, strict=True):
-            x = torch.cat([sample] * (len(call.x) // len(sample)))
-            if hasattr(self._scheduler, "scale_model_input"):
-                x = self._scheduler.scale_model_input(x, timestep)
-            time = torch.as_tensor(call.time)
-            now = (timestep * self.stepping.time_scale).to(time).expand_as(time)
-            self._now = call.with_input(x.to(call.x.dtype), now)
+            x, time = self._input(sample, call), torch.as_tensor(call.time)
+            now = (self._timestep * self.stepping.time_scale).to(time).expand_as(time)
+            self._now = call.with_input(x, now)
             move = evaluator.revise(self.row, self._now.x, torch.empty(0), self.stepping.moments[self.row])
             moves.append(torch.zeros_like(x) if move is None else move[:, : x.shape[1]])
         return self.guidance.combined(moves) * self.stepping.scale(self.stepping.points[self.row])
