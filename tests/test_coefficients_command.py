@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import math
+import os
 import shutil
 import signal
 from pathlib import Path
@@ -16,8 +17,9 @@ import torch
 
 from mlem.cli.compose import plain
 from mlem.cli.options import check
+from mlem.cli.paths import family_folder
 from mlem.family import Family
-from mlem.files import read_json, read_object, write_record
+from mlem.files import read_json, read_object, write_json, write_record
 from mlem.level import Level
 from mlem.multilevel.learning import first_order
 from mlem.multilevel.spec import PlanSpec
@@ -337,6 +339,17 @@ def test_late_mistakes_leave_nothing_behind(family: Path, option: str, says: str
         _run_in(tmp_path, f"family={family}", option)
     assert says in str(error.value)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_family_in_root_comes_before_newer_ones_beside_it(tmp_path: Path) -> None:
+    data: Any = SimpleNamespace(name="digits")
+    for number, name in enumerate(("mine", "digits", "other")):
+        path = tmp_path / name / "family" / "family.json"
+        path.parent.mkdir(parents=True)
+        write_json(path, {"data": "digits" if name != "other" else "clouds"})
+        os.utime(path, (number, number))
+    for root, found in (("mine", "mine"), ("digits", "digits"), ("other", "digits"), ("none", "digits")):
+        assert family_folder(None, str(tmp_path / root), data) == tmp_path / found / "family"
 
 
 def test_without_a_family_it_says_how_to_make_one(tmp_path: Path) -> None:

@@ -64,14 +64,16 @@ def same_job(one: Train | Sample, other: Train | Sample) -> bool:
 
 
 def family_folder(family: str | None, root: str, data: Data) -> Path:
-    """The folder named by `family=` (or "pretrained:NAME"), or the newest family of this data set beside root.
+    """The folder of `family=` (or "pretrained:NAME"); else the family of this data set in root, or the newest beside.
 
     Raises: FileNotFoundError with the command that makes one.
     """
     if family is not None:
         return folder_of(family)
-    beside = Path(root).parent
+    beside, own = Path(root).parent, Path(root) / "family" / "family.json"
     found = [path for path in beside.glob("*/family/family.json") if read_object(path).get("data", "") == data.name]
+    if own in found:
+        return own.parent
     if not found:
         raise FileNotFoundError(
             f"there is no trained family of {data.name} under {beside}; make one with: "

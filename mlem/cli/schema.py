@@ -318,7 +318,9 @@ class Train:
     seed: int = option(whole(0, SEED), "seed of all noise and of the initial weights", 0)
     root: str = option(TEXT, "where runs are written: <root>/<model>, <root>/family", "runs/${data.name}")
     family: str | None = option(
-        text(null=True), "of model=coefficients: folder of a family; null: the newest of this data set", None
+        text(null=True),
+        "of model=coefficients: folder of a family; null: that of root, or the newest of this data set",
+        None,
     )
     training: Training = group(Training)
     evaluation: Evaluation = group(Evaluation)
@@ -352,7 +354,7 @@ class Sample:
     )
     family: str | None = option(
         text(null=True),
-        "folder of a family, or pretrained:NAME; null: the newest of this data set, or the level of model=",
+        "folder of a family, or pretrained:NAME; null: that of root, the newest of its data, or the level of model=",
         None,
     )
     level: str | None = option(text(null=True), "the level of the family to run; null: the largest", None)
