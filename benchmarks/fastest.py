@@ -69,11 +69,11 @@ REUSED: dict[str, tuple[tuple[str, str, tuple[int, ...]], ...]] = {
 }
 """Of DeepCache, on the largest level alone."""
 REUSES: dict[str, tuple[tuple[int, int], ...]] = {
-    "ode": ((2, 1), (3, 1), (5, 1), (5, 2)),
+    "ode": ((2, 1), (3, 1), (5, 1), (5, 2), (10, 1)),
     "sde": ((2, 1), (3, 1), (5, 1), (10, 1)),
 }
 """Whole evaluations one in so many, and the branch."""
-BESIDE = ((3, 1), (5, 1))
+BESIDE = ((3, 1), (5, 1), (10, 1))
 """Of DeepCache under a plan, which is made for it."""
 FORECAST = {"ode": ("unipc", "uniform", (12, 16, 24)), "sde": ("ddpm", "uniform", (32, 64))}
 FORECASTS = ((2, 0), (2, 1), (2, 2))
