@@ -64,7 +64,7 @@ def same_job(one: Train | Sample, other: Train | Sample) -> bool:
 
 
 def family_folder(family: str | None, root: str, data: Data) -> Path:
-    """The folder of `family=` (or "pretrained:NAME"); else the family of this data set in root, or the newest beside.
+    """The folder of `family=` (or "pretrained:NAME"), or a family of this data set: root's, or the newest beside it.
 
     Raises: FileNotFoundError with the command that makes one.
     """
